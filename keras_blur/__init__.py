@@ -1,0 +1,27 @@
+"""Networks that learn without gradients, by a genome: BLUR for Keras.
+
+>>> import keras_blur as kb
+>>> kb.genomes.backprop().rule.states
+2
+"""
+
+import importlib.util as _util
+
+if _util.find_spec("tensorflow") is None:
+    raise ImportError("keras_blur needs TensorFlow, which is not installed: pip install 'keras_blur[cpu]' (or [gpu], [tpu]).")
+
+import keras as _keras
+
+if _keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"keras_blur needs the TensorFlow backend of Keras; the backend is {_keras.backend.backend()!r}. "
+        "Set the environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from keras_blur import genomes, layers
+from keras_blur.genome import Genome, Rule
+from keras_blur.models import Sequential, convert
+
+__version__ = "0.1.0"
+
+__all__ = ["Genome", "Rule", "Sequential", "convert", "genomes", "layers"]

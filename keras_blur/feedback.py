@@ -1,0 +1,238 @@
+"""What the output layer receives between the two sweeps: labels as +1 and -1, or the derivative of a loss.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 (labels) and 3.2, eq. 1 to 4
+(error). The derivatives of the Keras losses are written out, one line each: they are the only calculus that a network needs
+to descend a loss, and no tape is recorded for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+Array = Any
+Loss = keras.losses.Loss
+
+TARGETS = ("classes", "indicators", "signs", "values")
+
+
+def resolve_loss(loss: Any) -> Loss:
+    """The `keras.losses.Loss` of an instance, a name, or the JSON text of a serialized loss.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(loss, str) and loss.startswith("{"):
+        loss = keras.losses.deserialize(json.loads(loss))
+    if isinstance(loss, Loss):
+        return loss
+    try:
+        function = keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {loss!r}") from error
+    if isinstance(function, Loss):
+        return function
+    for candidate in vars(keras.losses).values():  # for some names Keras gives a function: take the loss that wraps it
+        if isinstance(candidate, type) and issubclass(candidate, Loss) and candidate is not Loss:
+            try:
+                instance = candidate()
+            except (TypeError, ValueError):
+                continue
+            if getattr(instance, "fn", None) is function:
+                return instance
+    raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {loss!r}")
+
+
+def loss_text(loss: Any) -> str:
+    """A loss as JSON text, the same for equal losses."""
+    return json.dumps(keras.losses.serialize(resolve_loss(loss)), sort_keys=True)
+
+
+def target_kind(loss: Loss) -> str:
+    """How labels are written that go with a loss.
+
+    Returns:
+        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (either 0 and 1 or -1 and 1, told
+        from the batch, as Keras does) or `"values"` (numbers to be fed as they are).
+    """
+    name = type(loss).__name__
+    if name.startswith("Sparse"):
+        return "classes"
+    if "Crossentropy" in name or name in ("KLDivergence", "Dice", "Tversky"):
+        return "indicators"
+    return "hinge" if "Hinge" in name else "values"
+
+
+def encode(y: Array, units: int, kind: str) -> Array:
+    """Labels as the output layer receives them: `[batch, units]`, +1 for the true class and -1 for others.
+
+    Args:
+        y: labels: `[batch]` or `[batch, 1]` integers for `"classes"`, else `[batch, units]` (`[batch]` if units is 1).
+        units: size of the output layer.
+        kind: one of `"classes"`, `"indicators"`, `"hinge"`, `"signs"`, `"values"`.
+
+    Raises:
+        ValueError: if the shape does not fit.
+    """
+    y = ops.convert_to_tensor(y)
+    if kind == "classes":
+        if len(y.shape) == 2 and y.shape[-1] == 1:
+            y = y[:, 0]
+        if len(y.shape) != 1:
+            raise ValueError(f"Integer labels must have shape (batch,) or (batch, 1). Received shape {tuple(y.shape)}.")
+        if units == 1:
+            return 2.0 * ops.cast(y, "float32")[:, None] - 1.0
+        return 2.0 * ops.one_hot(ops.cast(y, "int32"), units, dtype="float32") - 1.0
+    if len(y.shape) == 1:
+        y = y[:, None]
+    if len(y.shape) != 2 or y.shape[-1] != units:
+        raise ValueError(
+            f"Labels must have shape (batch, {units}), as the output layer has {units} unit(s). Received shape "
+            f"{tuple(y.shape)}. For integer labels use a sparse loss, or targets='classes'."
+        )
+    y = ops.cast(y, "float32")
+    if kind == "indicators":
+        return 2.0 * y - 1.0
+    if kind == "hinge":
+        return ops.where(ops.any(y < 0), y, 2.0 * y - 1.0)
+    return y
+
+
+def error(loss: Loss, y: Array, prediction: Array, sample_weight: Array | None = None) -> Array:
+    """The derivative of a Keras loss by the prediction, weights and reduction included.
+
+    Args:
+        loss: one of the losses of `differentiable()`.
+        y: labels as that loss takes them.
+        prediction: `[batch, units]`.
+        sample_weight: `[batch]` or `[batch, 1]`, or `None`.
+
+    Returns:
+        `[batch, units]`.
+
+    Raises:
+        ValueError: if the derivative of the loss is not known, or it works on probabilities of many classes.
+
+    Example:
+
+    >>> error(keras.losses.MeanSquaredError(), [[0.0, 1.0]], ops.array([[1.0, 1.0]])).numpy().tolist()
+    [[1.0, 0.0]]
+    """
+    name = type(loss).__name__
+    if name not in _DERIVATIVES:
+        raise ValueError(
+            f"The derivative of the loss {name} is not known to feedback='error'. Known: {', '.join(differentiable())}."
+        )
+    y = ops.convert_to_tensor(y)
+    if not name.startswith("Sparse"):
+        y = ops.cast(y, prediction.dtype)
+        if len(y.shape) == 1:
+            y = y[:, None]
+        if y.shape[-1] != prediction.shape[-1]:
+            raise ValueError(
+                f"Labels must have as many columns as the output layer has units ({prediction.shape[-1]}). "
+                f"Received shape {tuple(y.shape)}. For integer labels use a sparse loss."
+            )
+    slope = _DERIVATIVES[name](loss.get_config(), y, prediction)
+    if sample_weight is not None:
+        sample_weight = ops.reshape(ops.cast(sample_weight, prediction.dtype), (-1, 1))
+        slope = slope * sample_weight
+    reduction = loss.reduction
+    if reduction in ("sum_over_batch_size", "mean"):
+        return slope / ops.cast(ops.shape(prediction)[0], prediction.dtype)
+    if reduction == "mean_with_sample_weight":
+        total = ops.shape(prediction)[0] if sample_weight is None else ops.sum(sample_weight)
+        return slope / ops.cast(total, prediction.dtype)
+    if reduction == "sum":
+        return slope
+    raise ValueError(f"The loss must have a reduction for feedback='error'. Received: reduction={reduction!r}")
+
+
+def differentiable() -> list[str]:
+    """Names of the Keras losses that `feedback="error"` can descend."""
+    return sorted(_DERIVATIVES)
+
+
+def _columns(p: Array) -> float:
+    return float(p.shape[-1])
+
+
+def _squared(config: dict[str, Any], y: Array, p: Array) -> Array:
+    return 2.0 * (p - y) / _columns(p)
+
+
+def _absolute(config: dict[str, Any], y: Array, p: Array) -> Array:
+    return ops.sign(p - y) / _columns(p)
+
+
+def _huber(config: dict[str, Any], y: Array, p: Array) -> Array:
+    return ops.clip(p - y, -config.get("delta", 1.0), config.get("delta", 1.0)) / _columns(p)
+
+
+def _log_cosh(config: dict[str, Any], y: Array, p: Array) -> Array:
+    return ops.tanh(p - y) / _columns(p)
+
+
+def _hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
+    y = encode(y, p.shape[-1], "hinge")
+    return ops.where(1.0 - y * p > 0, -y, ops.zeros_like(p)) / _columns(p)
+
+
+def _squared_hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
+    y = encode(y, p.shape[-1], "hinge")
+    return -2.0 * y * ops.relu(1.0 - y * p) / _columns(p)
+
+
+def _poisson(config: dict[str, Any], y: Array, p: Array) -> Array:
+    return (1.0 - y / (p + keras.config.epsilon())) / _columns(p)
+
+
+def _categorical(config: dict[str, Any], y: Array, p: Array) -> Array:
+    _need_logits(config)
+    smoothing = config.get("label_smoothing", 0.0)
+    y = y * (1.0 - smoothing) + smoothing / _columns(p)
+    return ops.softmax(p) * ops.sum(y, axis=-1, keepdims=True) - y
+
+
+def _sparse(config: dict[str, Any], y: Array, p: Array) -> Array:
+    _need_logits(config)
+    if config.get("ignore_class") is not None:
+        raise ValueError("feedback='error' does not support `ignore_class`; give those examples a sample weight of 0.")
+    return ops.softmax(p) - ops.one_hot(ops.cast(ops.reshape(y, (-1,)), "int32"), p.shape[-1], dtype=p.dtype)
+
+
+def _binary(config: dict[str, Any], y: Array, p: Array) -> Array:
+    smoothing = config.get("label_smoothing", 0.0)
+    y = y * (1.0 - smoothing) + 0.5 * smoothing
+    if config.get("from_logits"):
+        return (ops.sigmoid(p) - y) / _columns(p)
+    low = keras.config.epsilon()
+    inside = ops.logical_and(p >= low, p <= 1.0 - low)
+    q = ops.clip(p, low, 1.0 - low)
+    return ops.where(inside, (q - y) / (q * (1.0 - q)), ops.zeros_like(p)) / _columns(p)
+
+
+def _need_logits(config: dict[str, Any]) -> None:
+    if not config.get("from_logits"):
+        raise ValueError(
+            "A categorical cross-entropy must work on the outputs themselves: use from_logits=True (and a linear last "
+            "activation). Received: from_logits=False"
+        )
+
+
+_DERIVATIVES: dict[str, Callable[[dict[str, Any], Array, Array], Array]] = {
+    "MeanSquaredError": _squared,
+    "MeanAbsoluteError": _absolute,
+    "Huber": _huber,
+    "LogCosh": _log_cosh,
+    "Hinge": _hinge,
+    "SquaredHinge": _squared_hinge,
+    "Poisson": _poisson,
+    "CategoricalCrossentropy": _categorical,
+    "SparseCategoricalCrossentropy": _sparse,
+    "BinaryCrossentropy": _binary,
+}

@@ -1,0 +1,105 @@
+"""Ready-made genomes: the one that is backpropagation, and those trained ones that the package ships."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from keras_blur.genome import Genome, Rule
+
+
+def backprop(
+    learning_rate: float = 0.1,
+    activation: str = "tanh",
+    last_activation: str = "linear",
+    loss: Any = None,
+) -> Genome:
+    """The genome whose learning is gradient descent: the point of the rule's space that is backpropagation.
+
+    Two states, the value and the derivative (eq. 1): the forward pass leaves (s(z), s'(z)), the backward pass multiplies
+    the second by the weighted sum from above (eq. 2, eq. 6), so that it becomes dL/dz, and the Hebbian product of the
+    input's state 1 and the output's state 2 (eq. 3, eq. 7) is the gradient. That needs one kernel for both directions and
+    both states; with separate ones the first step is exact and later ones are not.
+
+    Args:
+        learning_rate: the rate, a positive number; the synapse update gate is its negative.
+        activation: nonlinearity of hidden layers.
+        last_activation: nonlinearity of the output layer.
+        loss: the Keras loss to descend (an instance or its name); `None` takes the one given to `compile`.
+
+    Returns:
+        A `Genome`.
+
+    Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.1, eq. 1 to 4, and appendix C.7.
+
+    Example:
+
+    >>> genome = backprop(learning_rate=0.5, activation="relu", loss="mean_squared_error")
+    >>> float(genome.synapse_update)
+    -0.5
+    """
+    if not np.isfinite(learning_rate) or learning_rate <= 0:
+        raise ValueError(f"`learning_rate` must be a positive number. Received: learning_rate={learning_rate!r}")
+    rule = Rule(
+        states=2,
+        forward_activation=activation,
+        backward_activation="linear",
+        last_activation=last_activation,
+        derivative_state=True,
+        backward_update="multiplicative_after_first",
+        directions="tied",
+        channels="tied",
+        feedback="error",
+        loss=loss,
+    )
+    return Genome(
+        rule,
+        {
+            "nu": [[1.0, 1.0], [0.0, 0.0]],  # both states see the value from below (eq. 4), [source, target]
+            "mu": [[1.0, 0.0], [0.0, 1.0]],
+            "nu_tilde": [[1.0, 0.0], [0.0, 1.0]],
+            "mu_tilde": [[0.0, 1.0], [1.0, 0.0]],  # input state 1 times output state 2
+            "neuron_keep": 1.0,
+            "neuron_update": 1.0,
+            "synapse_keep": 1.0,
+            "synapse_update": -float(learning_rate),
+            "temperature": 1.0,
+        },
+    )
+
+
+def names() -> list[str]:
+    """Names of the trained genomes in the package."""
+    folder = resources.files("keras_blur") / "zoo"
+    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load(name: str | os.PathLike[str]) -> Genome:
+    """A genome by name or from a file.
+
+    Args:
+        name: `"backprop"`, a name of `names()`, or a path of a file that `Genome.save` wrote.
+
+    Returns:
+        A `Genome`.
+
+    Raises:
+        ValueError: if there is neither such a genome nor such a file, or the file is damaged.
+
+    Example:
+
+    >>> load("backprop").rule.states
+    2
+    """
+    text = os.fspath(name)
+    if text == "backprop":
+        return backprop()
+    if text in names():
+        content = (resources.files("keras_blur") / "zoo" / f"{text}.json").read_text(encoding="utf-8")
+        return Genome.from_json(content, source=f"Genome {text!r}")
+    if os.path.exists(text):
+        return Genome.load(text)
+    raise ValueError(f"No genome named {text!r}, and no such file. Known names: {', '.join(['backprop', *names()])}.")

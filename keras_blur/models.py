@@ -1,0 +1,607 @@
+"""The Keras face of a network: a model that learns by a genome under `fit`.
+
+Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021). The model keeps the
+synapses as Keras variables and calls the one network step of `keras_blur.network`; no gradient is taken anywhere. The
+genome is a constant of the compiled step: it does not change while a network learns, and a constant lets the compiler
+drop the terms that a genome's zeros make vanish.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_blur import feedback as feedbacks
+from keras_blur import network
+from keras_blur.genome import ACTIVATIONS, Genome, Rule
+from keras_blur.layers.connection import Connection
+from keras_blur.layers.dense import Dense
+from keras_blur.layers.structural import StructuralMap, structural_map
+
+Array = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class Sequential(keras.Model):
+    """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
+
+    Args:
+        layers: a list of Keras layers: `keras_blur` layers, which hold synapses, and Keras layers without weights. Those
+            before the first `keras_blur` layer prepare the input and may be any; between `keras_blur` layers states also
+            go back through them, so they must be structural (Flatten, Reshape, Permute, Rescaling, Dropout, pooling). The
+            last layer holds synapses. It may start with a `keras.Input`.
+        genome: the `Genome` that updates the synapses.
+        name: name of the model.
+        **kwargs: as for `keras.Model`, `dtype` among them.
+
+    Raises:
+        ValueError: if there is no genome, if it is a population, or a layer does not fit in the chain.
+
+    Example:
+
+    >>> from keras_blur import Genome, Rule, layers
+    >>> model = Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(3)], genome=Genome.random(Rule(), seed=0))
+    >>> model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    >>> history = model.fit(np.eye(4, dtype="float32"), np.array([0, 1, 2, 0]), verbose=0)
+    >>> model.predict(np.eye(4, dtype="float32"), verbose=0).shape
+    (4, 3)
+
+    Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Any] | None = None,
+        genome: Genome | None = None,
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(name=name, autocast=False, **kwargs)
+        if not isinstance(genome, Genome):
+            raise ValueError(
+                "`genome` must be a keras_blur.Genome, for instance keras_blur.genomes.backprop(), "
+                f"keras_blur.genomes.load(NAME) or keras_blur.Genome.random(rule, seed). Received: genome={genome!r}"
+            )
+        if genome.population:
+            raise ValueError(
+                "`genome` must be a single one: a model learns by one genome. Received a population of shape "
+                f"{genome.population}."
+            )
+        self._genome = genome
+        self._chain: list[keras.Layer] = []
+        self._input_batch_shape: tuple[int | None, ...] | None = None
+        self._maps: list[tuple[StructuralMap, ...]] = []
+        self._neurons: list[keras.Variable] = []
+        self._targets = "auto"
+        for layer in layers or ():
+            self.add(layer)
+        if self._input_batch_shape is not None and self._chain:
+            self.build(self._input_batch_shape)
+
+    # The chain.
+
+    def add(self, layer: Any) -> None:
+        """Adds a layer on top; a `keras.Input` only at the bottom, as the first."""
+        if hasattr(layer, "_keras_history"):
+            layer = layer._keras_history[0]
+        if isinstance(layer, keras.layers.InputLayer):
+            if self._chain or self._input_batch_shape is not None:
+                raise ValueError("`keras.Input` must be the first entry of `layers`, and the only one.")
+            self._input_batch_shape = tuple(layer.batch_shape)
+            return
+        if not isinstance(layer, keras.Layer):
+            raise ValueError(f"`layers` must hold Keras layers. Received: {layer!r}")
+        if any(layer.name == other.name for other in self._chain):
+            raise ValueError(f"Layers must have different names. Received two layers named {layer.name!r}.")
+        if self.built:
+            raise ValueError("The model is built: layers can no longer be added. Give all of them at once, or add them without a keras.Input.")
+        self._check_weightless(layer)
+        self._chain.append(layer)
+
+    def pop(self) -> keras.Layer:
+        """Removes the last layer of a model that is not built yet, and returns it."""
+        if self.built or not self._chain:
+            raise ValueError("A layer can be removed only while the model is not built, and has layers.")
+        return self._chain.pop()
+
+    @property
+    def layers(self) -> list[keras.Layer]:
+        """The layers, without the input."""
+        return list(self._chain)
+
+    @property
+    def genome(self) -> Genome:
+        """The genome that updates the synapses."""
+        return self._genome
+
+    @genome.setter
+    def genome(self, genome: Genome) -> None:
+        if not isinstance(genome, Genome) or genome.population:
+            raise ValueError(f"`genome` must be a single keras_blur.Genome. Received: {genome!r}")
+        if self.built and genome.rule.get_config() != self._genome.rule.get_config():
+            raise ValueError(
+                "A built model takes only a genome of its own rule, since the rule decides which synapses there are. "
+                "Make a new model for another rule."
+            )
+        self._genome = genome
+        self.train_function = self.test_function = self.predict_function = None
+
+    @property
+    def rule(self) -> Rule:
+        """The genome's rule."""
+        return self._genome.rule
+
+    @staticmethod
+    def _check_weightless(layer: keras.Layer) -> None:
+        if isinstance(layer, Dense):
+            return
+        twin = "keras_blur.layers.Dense" if isinstance(layer, keras.layers.Dense) else None
+        if layer.weights or twin or isinstance(layer, keras.Model):
+            use = f"Use {twin} in its place, or keras_blur.convert(model, genome) for a whole model." if twin else (
+                "Use keras_blur.layers.Dense, or apply that layer to the data beforehand."
+            )  # fmt: skip
+            raise ValueError(
+                f"Layer {layer.name!r} ({type(layer).__name__}) has weights of its own, which no genome would update. {use}"
+            )
+
+    def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
+        """Makes the synapses for an input shape `(batch or None, *features)`."""
+        if self.built:
+            return
+        shape = tuple(input_shape or self._input_batch_shape or ())
+        if not shape:
+            raise ValueError("The input shape is not known: start `layers` with a keras.Input, or call the model on data.")
+        if self._input_batch_shape is not None and shape[1:] != self._input_batch_shape[1:]:
+            raise ValueError(f"The model's input has shape {self._input_batch_shape}. Received shape {shape}.")
+        if self._input_batch_shape is None:
+            self._input_batch_shape = (None, *shape[1:])
+        synaptic = [layer for layer in self._chain if isinstance(layer, Dense)]
+        if not synaptic or self._chain[-1] is not synaptic[-1]:
+            last = f"Received {self._chain[-1].name!r}." if self._chain else "Received no layers."
+            raise ValueError(f"The last layer must hold synapses: use keras_blur.layers.Dense there. {last}")
+        if self.rule.layers not in (None, len(synaptic)):
+            raise ValueError(
+                f"The genome is for {self.rule.layers} layers of synapses (`Rule.layers`); the model has {len(synaptic)}."
+            )
+        shape = tuple(self._input_batch_shape)
+        maps: list[StructuralMap] = []
+        seen = 0
+        for layer in self._chain:
+            if not isinstance(layer, Dense):
+                if not layer.built:
+                    layer.build(shape)
+                    self._check_weightless(layer)
+                if seen:
+                    maps.append(structural_map(layer, shape[1:]))
+                shape = tuple(layer.compute_output_shape(shape))
+                continue
+            if len(shape) != 2:
+                raise ValueError(
+                    f"Layer {layer.name!r} needs an input of shape (batch, features). Received shape {shape}; add a "
+                    "keras.layers.Flatten() before it."
+                )
+            seen += 1
+            layer.join(self.rule, feeds_back=seen > 1, last=seen == len(synaptic))
+            if not layer.built:
+                layer.build(shape)
+            self._maps.append(tuple(maps))
+            maps = []
+            if self.rule.keep_neurons:
+                self._keep_neurons(shape[0], layer)
+            shape = tuple(layer.compute_output_shape(shape))
+        self.learning_step = self.add_weight(
+            name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False,
+            aggregation="only_first_replica",
+        )  # fmt: skip
+        self.built = True
+
+    def _keep_neurons(self, batch: int | None, layer: Dense) -> None:
+        if batch is None:
+            raise ValueError(
+                "A rule with `keep_neurons=True` keeps the states of each example of a batch, so the batch must have a known "
+                "size: start `layers` with keras.Input(..., batch_size=N)."
+            )
+        self._neurons.append(
+            self.add_weight(
+                name=f"neurons_{len(self._neurons)}", shape=(self.rule.states, batch, layer.units), initializer="zeros",
+                trainable=False,
+            )
+        )  # fmt: skip
+
+    def reset_states(self) -> None:
+        """Sets kept neuron states to zero (a rule with `keep_neurons=True`)."""
+        for variable in self._neurons:
+            variable.assign(ops.zeros_like(variable))
+
+    @property
+    def stages(self) -> tuple[network.Stage, ...]:
+        """The network as `keras_blur.network` takes it."""
+        return tuple(
+            network.Stage(layer.connection, maps, layer.trainable and self.trainable)
+            for layer, maps in zip(self._synaptic(), self._maps, strict=True)
+        )
+
+    def _synaptic(self) -> list[Dense]:
+        return [layer for layer in self._chain if isinstance(layer, Dense)]
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The pure operations of each layer of synapses."""
+        return [layer.connection for layer in self._synaptic()]
+
+    def _synapses(self) -> tuple[dict[str, Array], ...]:
+        return tuple(
+            {name: ops.convert_to_tensor(variable) for name, variable in layer.synapses.items()}
+            for layer in self._synaptic()
+        )
+
+    def _prepared(self, x: Array, training: bool) -> Array:
+        for layer in itertools.takewhile(lambda layer: not isinstance(layer, Dense), self._chain):
+            takes_training = "training" in inspect.signature(layer.call).parameters
+            x = layer(x, training=training) if takes_training else layer(x)
+        return ops.cast(x, self.variable_dtype)
+
+    def _kept(self) -> tuple[Array, ...]:
+        """States before a step; the input's are overwritten and stand empty."""
+        return (None, *(ops.convert_to_tensor(variable) for variable in self._neurons)) if self._neurons else ()
+
+    def call(self, inputs: Array, training: bool = False) -> Array:
+        """The prediction: state 1 of the output over the genome's temperature, `(batch, units)`."""
+        statistics: list[Any] = []
+        for layer in self._synaptic():
+            usable = hasattr(layer, "moving_mean") and not training
+            statistics.append((ops.convert_to_tensor(layer.moving_mean), ops.convert_to_tensor(layer.moving_variance))
+                              if usable else None)  # fmt: skip
+        stages = self.stages
+        sweep = network.forward(
+            self._genome,
+            stages,
+            network.stored(self._genome, stages, self._synapses()),
+            self._prepared(inputs, training),
+            neurons=self._kept(),
+            statistics=statistics,
+            training=bool(training),
+        )
+        return network.output(self._genome, sweep.neurons)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return (input_shape[0], self._synaptic()[-1].units)
+
+    # Learning.
+
+    def compile(
+        self,
+        optimizer: None = None,
+        loss: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        *,
+        targets: str = "auto",
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+    ) -> None:
+        """Configures learning. There is no optimizer: the genome takes its place.
+
+        Args:
+            optimizer: must be `None`; stands where Keras has it.
+            loss: a Keras loss or its name, shown during learning; with `Rule.feedback="error"` also the loss whose derivative
+                is fed back, unless the rule names its own. `None` takes the rule's.
+            metrics: as in Keras.
+            weighted_metrics: as in Keras.
+            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
+                `"signs"` (-1 and +1), `"values"` (numbers fed as they are); `"auto"` takes what goes with the loss: integers
+                with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
+            run_eagerly: as in Keras.
+            steps_per_execution: as in Keras.
+            jit_compile: as in Keras.
+
+        Raises:
+            ValueError: if an optimizer is given, no loss is known, or its derivative is needed and not known.
+        """
+        if optimizer is not None:
+            raise ValueError(
+                f"`optimizer` must be left out: the genome updates the synapses. Received: optimizer={optimizer!r}"
+            )
+        loss = self.rule.keras_loss if loss is None else loss
+        if loss is None:
+            raise ValueError("`loss` must be a Keras loss or its name. Received: loss=None")
+        if targets not in ("auto", *feedbacks.TARGETS):
+            known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
+            raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
+        resolved = feedbacks.resolve_loss(loss)
+        if self.rule.feedback == "error":
+            descended = self.rule.keras_loss or resolved
+            if type(descended).__name__ not in feedbacks.differentiable():
+                raise ValueError(
+                    f"The derivative of the loss {type(descended).__name__} is not known to feedback='error'. "
+                    f"Known: {', '.join(feedbacks.differentiable())}."
+                )
+        self._targets = targets
+        self._shown_loss = resolved
+        super().compile(
+            optimizer=None,
+            loss=resolved,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+        )
+        self._asked = {
+            "loss": keras.saving.serialize_keras_object(resolved),
+            "metrics": keras.saving.serialize_keras_object(metrics),
+            "weighted_metrics": keras.saving.serialize_keras_object(weighted_metrics),
+            "targets": targets,
+            "run_eagerly": run_eagerly,
+            "steps_per_execution": steps_per_execution,
+            "jit_compile": jit_compile,
+        }
+
+    def get_compile_config(self) -> dict[str, Any]:
+        return dict(self._asked) if self.compiled else {}
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        if config:
+            self.compile(**keras.saving.deserialize_keras_object(dict(config)))
+
+    def target_kind(self) -> str:
+        """How the labels of a compiled model are written; see `compile`."""
+        return feedbacks.target_kind(self._shown_loss) if self._targets == "auto" else self._targets
+
+    def train_step(self, data: Any) -> dict[str, Array]:
+        """One learning step on a batch; metrics are of the prediction before it, as in Keras."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        rule, layers = self.rule, self._synaptic()
+        weight = None if sample_weight is None else ops.reshape(ops.cast(sample_weight, self.variable_dtype), (-1,))
+        respond: Callable[[Array], Array]
+        if rule.feedback == "error":
+            loss = rule.keras_loss or self._shown_loss
+
+            def respond(prediction: Array) -> Array:
+                return feedbacks.error(loss, y, prediction, weight)
+        else:
+            labels = feedbacks.encode(y, layers[-1].units, self.target_kind())
+
+            def respond(prediction: Array) -> Array:
+                return labels
+
+        step = ops.convert_to_tensor(self.learning_step)
+        result = network.step(
+            self._genome,
+            self.stages,
+            network.NetworkState(self._synapses(), step, self._kept()),
+            self._prepared(x, True),
+            respond,
+            sample_weight=weight if rule.feedback == "labels" else None,
+        )
+        for layer, new, statistics in zip(layers, result.state.synapses, result.statistics, strict=True):
+            if layer.trainable and self.trainable:
+                for name, variable in layer.synapses.items():
+                    variable.assign(new[name])
+            if hasattr(layer, "moving_mean"):
+                self._follow(layer, statistics, step)
+        for variable, value in zip(self._neurons, result.state.neurons[1:], strict=True):
+            variable.assign(value)
+        self.learning_step.assign(step + 1)
+        self._loss_tracker.update_state(
+            self.compute_loss(x=x, y=y, y_pred=result.output, sample_weight=sample_weight, training=True),
+            sample_weight=ops.shape(result.output)[0],
+        )
+        return self.compute_metrics(x, y, result.output, sample_weight=sample_weight)
+
+    def _follow(self, layer: Dense, statistics: tuple[Array, Array], step: Array) -> None:
+        """Running statistics for `predict`: a plain mean of the batches at first, then one that forgets."""
+        time = ops.cast(step, self.variable_dtype)
+        old = ops.minimum(self.rule.normalization_momentum, time / (time + 1.0))
+        for variable, value in zip((layer.moving_mean, layer.moving_variance), statistics, strict=True):
+            variable.assign(old * variable + (1.0 - old) * value)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """As in Keras. Data are checked first: a label out of range or a number that is not finite is an error.
+
+        Arrays are checked before the first step; batches of a `tf.data.Dataset`, a `PyDataset` or a generator as they come.
+        """
+        return super().fit(self._checked(x, y), y, *args, **kwargs)
+
+    def train_on_batch(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        return super().train_on_batch(self._checked(x, y), y, *args, **kwargs)
+
+    def _checked(self, x: Any, y: Any) -> Any:
+        if not self.compiled:
+            raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
+        if isinstance(x, tf.data.Dataset):
+            return x.map(lambda *batch: self._checked_tensors(batch))
+        if isinstance(x, keras.utils.PyDataset):
+            return _CheckedDataset(x, self._check)
+        if inspect.isgenerator(x):
+            return self._checked_batches(x)
+        if x is not None:
+            self._check(x, y)
+        return x
+
+    def _checked_batches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        for batch in batches:
+            self._check(*keras.utils.unpack_x_y_sample_weight(batch)[:2])
+            yield batch
+
+    def _classes(self) -> int | None:
+        """Number of classes if labels are integers, else `None`."""
+        error = self.rule.feedback == "error"
+        kind = feedbacks.target_kind(self.rule.keras_loss or self._shown_loss) if error else self.target_kind()
+        if kind != "classes" or not self._synaptic():
+            return None
+        return max(2, self._synaptic()[-1].units)
+
+    def _check(self, x: Any, y: Any) -> None:
+        values = np.asarray(x) if not isinstance(x, (list, tuple, dict)) else None
+        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("`x` must be finite. Received an array with NaN or infinite numbers.")
+        if y is None:
+            raise ValueError("`y` must be given: a network learns from labels or targets. Received: y=None")
+        labels, classes = np.asarray(y), self._classes()
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError("`y` must be finite. Received an array with NaN or infinite numbers.")
+        if classes is not None and labels.size and (labels.min() < 0 or labels.max() >= classes):
+            raise ValueError(
+                f"Labels must be integers from 0 to {classes - 1}, as the output layer has {self._synaptic()[-1].units} "
+                f"unit(s). Received labels from {labels.min()} to {labels.max()}."
+            )
+
+    def _checked_tensors(self, batch: tuple[Any, ...]) -> Any:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch if len(batch) > 1 else batch[0])
+        if y is None:
+            raise ValueError("A dataset for `fit` must give (x, y) or (x, y, sample_weight). Received batches without y.")
+        checks = []
+        if x.dtype.is_floating:
+            checks.append(tf.debugging.assert_all_finite(x, "`x` must be finite"))
+        classes = self._classes()
+        if classes is not None:
+            wrong = f"Labels must be integers from 0 to {classes - 1}"
+            limit = tf.cast(classes, y.dtype)
+            checks += [tf.debugging.assert_non_negative(y, wrong), tf.debugging.assert_less(y, limit, wrong)]
+        with tf.control_dependencies(checks):
+            return tuple(tf.nest.map_structure(tf.identity, batch))
+
+    # What a person sees and what is saved.
+
+    def summary(
+        self,
+        line_length: int | None = None,
+        positions: list[float] | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints the layers, as in Keras, then states, synapses and the genome."""
+        show = print_fn or print
+        super().summary(line_length=line_length, positions=positions, print_fn=print_fn, **kwargs)
+        rule = self.rule
+        show(
+            f"States per neuron: {rule.states}; synapses: {rule.directions} directions, {rule.channels} channels; "
+            f"learning steps so far: {int(ops.convert_to_numpy(self.learning_step)) if self.built else 0}"
+        )
+        show(self._genome.describe())
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "input_batch_shape": self._input_batch_shape,
+            "layers": [keras.saving.serialize_keras_object(layer) for layer in self._chain],
+            "genome": keras.saving.serialize_keras_object(self._genome),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Sequential:
+        config = dict(config)
+        shape = config.pop("input_batch_shape")
+        trainable = config.pop("trainable", True)
+        layers = [keras.saving.deserialize_keras_object(layer, custom_objects) for layer in config.pop("layers")]
+        if shape is not None:
+            layers.insert(0, keras.layers.InputLayer(batch_shape=tuple(shape)))
+        genome = keras.saving.deserialize_keras_object(config.pop("genome"))
+        dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
+        model = cls(layers, genome=genome, dtype=dtype, **config)
+        model.trainable = trainable
+        return model
+
+
+class _CheckedDataset(keras.utils.PyDataset):
+    """A `PyDataset` whose batches are checked as they come."""
+
+    def __init__(self, inner: keras.utils.PyDataset, check: Callable[[Any, Any], None]):
+        super().__init__(
+            workers=inner.workers, use_multiprocessing=inner.use_multiprocessing, max_queue_size=inner.max_queue_size
+        )
+        self._inner, self._check = inner, check
+
+    def __getitem__(self, index: int) -> Any:
+        batch = self._inner[index]
+        self._check(*keras.utils.unpack_x_y_sample_weight(batch)[:2])
+        return batch
+
+    @property
+    def num_batches(self) -> int | None:
+        return self._inner.num_batches
+
+    def on_epoch_begin(self) -> None:
+        self._inner.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._inner.on_epoch_end()
+
+
+def convert(model: keras.Sequential, genome: Genome) -> Sequential:
+    """A Keras Sequential of Dense and structural layers as a network that learns by a genome.
+
+    Args:
+        model: a built `keras.Sequential` of `keras.layers.Dense`, `keras.layers.Activation` right after a linear one, and
+            layers without weights.
+        genome: the genome of the new model.
+
+    Returns:
+        A `Sequential` with the same weights in each forward channel; backward synapses that the rule updates with the same
+        terms as the forward ones (`directions="tied_updates"`) start equal to them, independent ones at random.
+
+    Raises:
+        ValueError: if the model is not built, holds another layer with weights, or a nonlinearity that no rule knows.
+
+    Example:
+
+    >>> from keras_blur import genomes
+    >>> twin = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> model = convert(twin, genomes.backprop(loss="mean_squared_error"))
+    >>> bool(np.allclose(model(np.ones((1, 4))), twin(np.ones((1, 4)))))
+    True
+    """
+    if not isinstance(model, keras.Sequential):
+        raise ValueError(f"`model` must be a keras.Sequential. Received: {model!r}")
+    if not model.built:
+        raise ValueError("`model` must be built: start it with a keras.Input, or call it on data.")
+    chain: list[keras.Layer] = [keras.layers.InputLayer(batch_shape=model.input_shape)]
+    sources: list[tuple[Dense, keras.layers.Dense]] = []
+    for layer in model.layers:
+        if type(layer) is keras.layers.Dense:
+            copy = Dense(
+                layer.units, _activation_name(layer), layer.use_bias, layer.kernel_initializer, layer.bias_initializer,
+                name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable,
+            )  # fmt: skip
+            chain.append(copy)
+            sources.append((copy, layer))
+        elif type(layer) is keras.layers.Activation and isinstance(chain[-1], Dense) and chain[-1].activation == "linear":
+            chain[-1].activation = _activation_name(layer)
+        elif layer.weights:
+            raise ValueError(
+                f"Layer {layer.name!r} ({type(layer).__name__}) has weights and no keras_blur twin; only Dense has one."
+            )
+        else:
+            chain.append(type(layer).from_config(layer.get_config()))
+    blur = Sequential(chain, genome=genome, name=model.name)
+    blur.build(tuple(model.input_shape))
+    for copy, layer in sources:
+        for name, variable in copy.synapses.items():
+            if name == "backward_kernel" and genome.rule.directions != "tied_updates":
+                continue
+            value = layer.bias if name == "bias" else layer.kernel
+            variable.assign(ops.broadcast_to(value, variable.shape))
+    return blur
+
+
+def _activation_name(layer: keras.Layer) -> str:
+    name = getattr(layer.activation, "__name__", str(layer.activation))
+    if name not in ACTIVATIONS:
+        hint = " For a softmax output, use a linear layer and a loss with from_logits=True." if name == "softmax" else ""
+        raise ValueError(
+            f"Layer {layer.name!r} has the activation {name!r}, which no rule knows; known: {', '.join(ACTIVATIONS)}.{hint}"
+        )
+    return name

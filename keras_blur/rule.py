@@ -1,0 +1,217 @@
+"""How one connection behaves: equations 5, 6 and 7 and the stabilising options, as pure functions of arrays.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and 3.4, appendices B and
+C.6. Equation numbers are the paper's.
+
+Neuron states are `[..., k, batch, units]`, synapse kernels `[..., k, in, out]`; genome arrays `[..., k, k]` or `[...]`.
+Leading axes (a population of genomes, replicas) broadcast. The state axis stands before the batch, so that a layer is one
+batched matrix product over k channels, which is as fast as one product k times as wide, and needs no transposition.
+
+The paper writes a transform with the source state as its second index and backpropagation needs it as its first; here
+`nu` and `mu` are `[source, target]` throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from keras_blur.genome import Genome, Rule
+
+Array = Any
+
+# Inside the square root of synapse normalisation; the published constant.
+SYNAPSE_EPSILON = 1e-9
+
+
+def activate(name: str, z: Array) -> Array:
+    """The nonlinearity `name` of the summed input z."""
+    if name == "tanh":
+        return ops.tanh(z)
+    if name == "relu":
+        return ops.relu(z)
+    if name == "relu_tanh":
+        return ops.relu(ops.tanh(z))
+    if name == "sigmoid":
+        return ops.sigmoid(z)
+    return z
+
+
+def derivative(name: str, value: Array) -> Array:
+    """The derivative of the nonlinearity `name`, from its value: every one here can be told from it."""
+    if name == "tanh":
+        return 1.0 - value * value
+    if name == "sigmoid":
+        return value * (1.0 - value)
+    if name == "linear":
+        return ops.ones_like(value)
+    slope = 1.0 - value * value if name == "relu_tanh" else ops.ones_like(value)
+    return ops.where(value > 0, slope, ops.zeros_like(value))
+
+
+def per_state(number: Array, like: Array, trailing: int) -> Array:
+    """A genome number `[...]` or `[..., k]` as an array of the type of `like`, followed by `trailing` axes of size one."""
+    number = ops.convert_to_tensor(number, dtype=like.dtype)
+    return ops.reshape(number, tuple(number.shape) + (1,) * trailing)
+
+
+def scalar(number: Array, like: Array) -> Array:
+    """A genome number `[...]` shaped to multiply states or kernels `[..., k, rows, columns]`."""
+    return per_state(number, like, 3)
+
+
+def mix(states: Array, transform: Array) -> Array:
+    """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
+
+    An array with one state only, as the input layer has, stands for one whose other states are zero.
+    """
+    transform = ops.convert_to_tensor(transform, dtype=states.dtype)
+    if states.shape[-3] == 1:
+        return states * per_state(transform[..., 0, :], states, 2)
+    shape = ops.shape(states)
+    flat = ops.reshape(states, (*shape[:-2], shape[-2] * shape[-1]))
+    mixed = ops.matmul(ops.swapaxes(transform, -1, -2), flat)
+    return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
+
+
+def moments(rule: Rule, z: Array) -> tuple[Array, Array]:
+    """Mean and variance of the summed input over the normalisation axis."""
+    axis = -2 if rule.normalization_axis == "batch" else -1
+    mean = ops.mean(z, axis=axis, keepdims=True)
+    return mean, ops.mean(ops.square(z - mean), axis=axis, keepdims=True)
+
+
+def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tuple[Array, Array]) -> Array:
+    """Section 3.4: the summed input brought to a learned mean and deviation, before the nonlinearity."""
+    mean, variance = statistics
+    deviation = ops.sqrt(variance + rule.normalization_epsilon)
+    return per_state(scale, z, 2) * ((z - mean) / deviation) + per_state(shift, z, 2)
+
+
+def select(rule: Rule, values: Array, axis: int) -> Array:
+    """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of size k."""
+    if rule.states == 2:
+        return ops.take(values, [0], axis=axis)
+    return ops.take(values, [0, *range(2, rule.states)], axis=axis)
+
+
+def forward_neurons(
+    rule: Rule, genome: Genome, activation: str, z: Array, old: Array | None, statistics: tuple[Array, Array] | None
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """Equation 5: new neuron states of a layer from their summed input.
+
+    Args:
+        rule: the options.
+        genome: the layer's genome.
+        activation: the layer's nonlinearity.
+        z: summed input `[..., k, batch, units]`; without state 2 if `rule.derivative_state`.
+        old: the states before, or `None` for zeros.
+        statistics: mean and variance to normalise with; `None` takes those of z.
+
+    Returns:
+        The states, and the statistics that were used (`None` if this pass does not normalise).
+    """
+    if rule.normalize_activations in ("forward", "both"):
+        statistics = moments(rule, z) if statistics is None else statistics
+        scale, shift = genome.forward_scale, genome.forward_shift
+        if rule.derivative_state:
+            scale, shift = (select(rule, ops.convert_to_tensor(value), -1) for value in (scale, shift))
+        z = normalize(rule, z, scale, shift, statistics)
+    else:
+        statistics = None
+    argument = scalar(genome.neuron_update, z) * z
+    if old is not None:
+        kept = select(rule, old, -3) if rule.derivative_state else old
+        argument = scalar(genome.neuron_keep, z) * kept + argument  # eq. 5
+    states = activate(activation, argument)
+    if rule.derivative_state:  # eq. 1: (s(z), s'(z)) of the same argument
+        value = states[..., :1, :, :]
+        states = ops.concatenate([value, derivative(activation, value), states[..., 1:, :, :]], axis=-3)
+    return states, statistics
+
+
+def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array) -> Array:
+    """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
+
+    z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read it.
+    """
+    skip_first = rule.backward_update == "multiplicative_after_first"
+    if rule.normalize_activations in ("backward", "both"):
+        scale, shift = (ops.convert_to_tensor(v) for v in (genome.backward_scale, genome.backward_shift))
+        if skip_first:
+            scale, shift = scale[..., 1:], shift[..., 1:]
+        z = normalize(rule, z, scale, shift, moments(rule, z))
+    keep = scalar(genome.neuron_keep, old)
+    if rule.backward_update == "additive":
+        new = keep * old + scalar(genome.neuron_update, old) * z
+    elif rule.backward_update == "multiplicative":
+        new = keep * (old * z)
+    else:
+        new = keep * ops.concatenate([old[..., :1, :, :], old[..., 1:, :, :] * z], axis=-3)
+    return activate(rule.backward, new)
+
+
+def inverse_norm(genome: Genome, energy: Array) -> Array:
+    """What brings synapses of this energy (sum of squares) to unit norm, times the learned rescaling.
+
+    A kernel normalised "where it is used" is never formed: the sums it gives are multiplied by this instead.
+    """
+    inverse = ops.rsqrt(energy + SYNAPSE_EPSILON)
+    if genome.rule.rescale_synapses:
+        inverse = inverse * scalar(genome.rescale, inverse)
+    return inverse
+
+
+def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
+    """The synapse update gate eta~ at a learning step, with its decay."""
+    if rule.update_decay == "none":
+        return gate
+    power = ops.convert_to_tensor(genome.decay_power)
+    time = ops.cast(step, power.dtype) / rule.decay_steps
+    return gate * ops.exp(-power * ops.log1p(time))
+
+
+def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | float:
+    """The factors of Oja's term that do not depend on the synapse, as they multiply arrays like `like`."""
+    if multiplier is None:
+        return rule.oja_factor
+    return rule.oja_factor * ops.abs(scalar(multiplier, like))
+
+
+def new_synapse(
+    rule: Rule,
+    old: Array,
+    change: Array,
+    shrink: Array | None,
+    *,
+    keep: Array,
+    gate: Array,
+    saturation: Array | None,
+) -> Array:
+    """Equation 7 with its stabilisers: a kernel (or bias) after one learning step.
+
+    Args:
+        rule: the options.
+        old: the kernel.
+        change: the Hebbian term times the update gate, eta~ H.
+        shrink: Oja's factor, `sum_r w_rj^2` or `(mu~ a_j)^2` with its multipliers, or `None`.
+        keep: the gate f~.
+        gate: the gate eta~.
+        saturation: the learned saturation, or `None`.
+
+    Returns:
+        The new kernel.
+    """
+    if shrink is not None:
+        # eq. 8: the published term carries the sign of eta~, so that it shrinks a synapse whatever that sign is.
+        change = change - ops.abs(scalar(gate, old)) * shrink * old
+    if rule.saturation == "exp_update":
+        delta = (scalar(keep, old) - 1.0) * old + change
+        damping = ops.exp(-ops.abs(old) * (rule.saturation_epsilon + ops.abs(scalar(saturation, old))))
+        return old + delta * damping
+    new = scalar(keep, old) * old + change  # eq. 7
+    if rule.saturation == "tanh":
+        alpha = scalar(saturation, old)
+        return alpha * ops.tanh(new / alpha)
+    return new
