@@ -127,8 +127,12 @@ def forward(
 def output(genome: Genome, neurons: Sequence[Array]) -> Array:
     """The network's prediction `[..., batch, units]`: state 1 of the last layer over the genome's temperature."""
     state = neurons[-1][..., 0, :, :]
-    temperature = ops.convert_to_tensor(genome.temperature, dtype=state.dtype)
-    return state / ops.reshape(temperature, (*temperature.shape, 1, 1))
+    return state / equations.per_state(_last(genome, neurons).temperature, state, 2)
+
+
+def _last(genome: Genome, neurons: Sequence[Array]) -> Genome:
+    """The genome of the output layer."""
+    return genome.layer(len(neurons) - 2)
 
 
 def step(
@@ -185,7 +189,7 @@ def step(
 
     def supervised() -> tuple[tuple[Synapses, ...], tuple[Array, ...]]:
         neurons = list(sweep.neurons)
-        neurons[-1] = _with_feedback(genome, neurons[-1], feedback(prediction))
+        neurons[-1] = _with_feedback(_last(genome, neurons), neurons[-1], feedback(prediction))
         for index in range(len(stages) - 1, 0, -1):
             stage = stages[index]
             z = stage.connection.backward(genome.layer(index), synapses[index], neurons[index + 1])

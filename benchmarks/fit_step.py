@@ -1,0 +1,161 @@
+"""Time, arithmetic and memory of one learning step, as ratios against Keras in the same run.
+
+    python benchmarks/fit_step.py [--sizes 784,512,256,10] [--batch_size 128] [--repeats 40] [--json FILE]
+
+The candidates take turns, a block of steps each, so that a change of the machine's speed meets all of them; the ratio is
+that of the medians over the blocks, with the smallest and largest ratio of single blocks. A step is what `fit` runs: the compiled training function on
+batches of a `tf.data` pipeline that is cached in memory, metrics included. "arithmetic" counts the multiplications and additions of
+the matrix products that the equations need and nothing else; its share of peak is that over the step's time and over what a large
+matrix product reaches on this machine in the same run. Peak memory is measured in a process of its own for each candidate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import keras_blur as kb
+
+_SIZES = flags.DEFINE_list("sizes", ["784", "512", "256", "10"], "Units of each layer, the input first.")
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Examples in a batch.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 40, "Blocks of steps that each candidate runs.", lower_bound=3)
+_BLOCK = flags.DEFINE_integer("block", 10, "Steps in a block.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File for the numbers.")
+_MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: print the peak memory of one candidate and stop.")
+
+CANDIDATES = ("keras SGD", "keras Adam", "backprop genome", "blur k=2", "blur k=4")
+WANTED = {"blur k=2": 2.2, "blur k=4": 4.4, "backprop genome": 1.3}
+
+
+def build(name: str, sizes: list[int]) -> keras.Model:
+    """A compiled candidate."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    keras.utils.set_random_seed(0)
+    if name.startswith("keras"):
+        hidden = [keras.layers.Dense(units, "tanh") for units in sizes[1:-1]]
+        model = keras.Sequential([keras.Input((sizes[0],)), *hidden, keras.layers.Dense(sizes[-1])])
+        optimizer = keras.optimizers.SGD(0.01) if name == "keras SGD" else keras.optimizers.Adam(1e-3)
+        model.compile(optimizer=optimizer, loss=loss)
+        return model
+    if name == "backprop genome":
+        genome = kb.genomes.backprop(0.01, "tanh")
+    else:
+        genome = kb.Genome.random(kb.Rule(states=int(name[-1])), seed=0, std=0.5, synapse_update=-1e-5)
+    model = kb.Sequential([keras.Input((sizes[0],)), *(kb.layers.Dense(u) for u in sizes[1:])], genome=genome)
+    model.compile(loss=loss)
+    return model
+
+
+def operations(name: str, sizes: list[int], batch: int) -> int:
+    """Multiplications and additions of the matrix products that a step needs."""
+    products = [2 * batch * a * b for a, b in zip(sizes, sizes[1:], strict=False)]
+    if name.startswith("blur"):
+        k = int(name[-1])
+        return k * (2 * sum(products) + 2 * sum(products[1:]))  # both directions, each read and updated, but for the input
+    return 2 * sum(products) + sum(products[1:])
+
+
+def stepper(name: str, sizes: list[int], batch: int) -> Callable[[int], None]:
+    """A function that runs a number of training steps as `fit` does."""
+    model = build(name, sizes)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch * 8, sizes[0])).astype(np.float32)
+    y = rng.integers(0, sizes[-1], batch * 8)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch, drop_remainder=True).cache().repeat().prefetch(2)
+    iterator = iter(data)
+    model.make_train_function()
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            logs = model.train_function(iterator)
+        float(logs["loss"])
+
+    run(8)
+    return run
+
+
+def peak_flops() -> float:
+    """What a large float32 matrix product reaches here, in operations a second."""
+    side = 2048
+    a = tf.random.normal((side, side))
+    product = tf.function(lambda a: tf.matmul(a, a))
+    product(a)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        product(a).numpy()
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / float(np.median(times))
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_of(name: str) -> float:
+    """Peak memory of a candidate above the process before it is built, in MB, from a process of its own."""
+    forwarded = [f"--sizes={','.join(_SIZES.value)}", f"--batch_size={_BATCH.value}", f"--memory_of={name}"]
+    done = subprocess.run([sys.executable, __file__, *forwarded], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    sizes = [int(size) for size in _SIZES.value]
+    if _MEMORY_OF.value:
+        before = peak_memory()
+        stepper(_MEMORY_OF.value, sizes, _BATCH.value)(20)
+        print(peak_memory() - before)
+        return
+    runners = {name: stepper(name, sizes, _BATCH.value) for name in CANDIDATES}
+    times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    for _ in range(_REPEATS.value):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(_BLOCK.value)
+            times[name].append((time.perf_counter() - start) / _BLOCK.value)
+    peak = peak_flops()
+    base = np.array(times["keras SGD"])
+    print(f"{'-'.join(_SIZES.value)}, batch {_BATCH.value}, float32; matmul peak {peak / 1e9:.0f} GFLOP/s; "
+          f"{_REPEATS.value} blocks of {_BLOCK.value} steps")  # fmt: skip
+    print(f"{'':16} {'ms/step':>8} {'x SGD':>6} {'(blocks)':>13} {'wanted':>7} {'x arith.':>8} {'of peak':>8} {'peak MB':>8}")
+    rows: list[dict[str, Any]] = []
+    for name in CANDIDATES:
+        seconds = np.array(times[name])
+        median = float(np.median(seconds))
+        ratios = seconds / base
+        work = operations(name, sizes, _BATCH.value)
+        row = {
+            "name": name,
+            "milliseconds": median * 1e3,
+            "ratio": median / float(np.median(base)),
+            "ratio_blocks": [float(np.quantile(ratios, q)) for q in (0.1, 0.9)],
+            "wanted": WANTED.get(name),
+            "arithmetic_ratio": work / operations("keras SGD", sizes, _BATCH.value),
+            "share_of_peak": work / median / peak,
+            "memory_mb": memory_of(name),
+        }
+        rows.append(row)
+        low, high = row["ratio_blocks"]
+        print(f"{name:16} {row['milliseconds']:8.2f} {row['ratio']:6.2f} ({low:5.2f}-{high:5.2f}) "
+              f"{row['wanted'] or '':>7} {row['arithmetic_ratio']:8.2f} {row['share_of_peak']:8.1%} {row['memory_mb']:8.0f}")  # fmt: skip
+    if _JSON.value:
+        kb.genome.write_text(_JSON.value, json.dumps({"peak_flops": peak, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

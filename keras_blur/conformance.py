@@ -1,0 +1,333 @@
+"""Replays published numbers through the network step that `fit` uses, and says how far they are apart.
+
+A vector file holds a small network, its batches, and the synapses, neurons, prediction and meta-gradients that the authors'
+implementation of "Meta-Learning Bidirectional Update Rules" (2021) computed for it. The format is described in
+`tests/conformance/README.md`. There is no second implementation here: the file's options become a `Rule`, its arrays
+a `Genome` and synapses, and `keras_blur.network.step` does the rest, under a gradient tape for the meta-gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import network
+from keras_blur.genome import Genome, Rule
+from keras_blur.layers.dense import DenseConnection
+
+RTOL, ATOL = 1e-4, 1e-5
+GROUPS = ("neurons", "synapses", "prediction", "meta-gradients")
+
+_NETWORK_OPTIONS = {
+    "backward_update",
+    "symmetric_in_out_synapses",
+    "symmetric_states_synapses",
+    "forward_synapse_update",
+    "supervised_every",
+    "use_forward_activations_for_synapse_update",
+    "zero_out_neurons",
+    "synapse_saturation_type",
+    "synapse_saturation_eps",
+}
+_OJA_OPTIONS = {"use_ojas_rule", "use_multiplier", "extra_multiplier", "use_synapse_weights"}
+_NORMALIZATION_OPTIONS = {"normalize_synapses", "rescale", "normalize_in_activations"}
+
+# Published array names, under `genome/synapse/` and `genome/forward_synapse/`.
+_SYNAPSE_ARRAYS = {
+    "nu_tilde": "transform/pre",
+    "mu_tilde": "transform/post",
+    "synapse_keep": "keep",
+    "synapse_update": "update",
+    "oja_multiplier": "transform/ojas_multiplier",
+    "saturation": "saturation",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How far a case is from the file.
+
+    Attributes:
+        case: name of the file without its ending.
+        errors: the largest absolute difference in each group.
+        excess: the largest difference in each group over its tolerance, `atol + rtol |expected|`; above 1 is a failure.
+        worst: the key of the file with the largest excess.
+    """
+
+    case: str
+    errors: dict[str, float]
+    excess: dict[str, float]
+    worst: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every number is within its tolerance."""
+        return all(value <= 1.0 for value in self.excess.values())
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The `.npz` files of paths: files themselves, and those directly in folders, sorted.
+
+    Raises:
+        ValueError: if a path does not exist, or a folder holds no such file.
+    """
+    found: list[str] = []
+    for path in map(os.fspath, paths):
+        if os.path.isdir(path):
+            files = sorted(os.path.join(path, name) for name in os.listdir(path) if name.endswith(".npz"))
+            if not files:
+                raise ValueError(f"The folder {path!r} holds no .npz file.")
+            found += files
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise ValueError(f"There is no file or folder {path!r}.")
+    return found
+
+
+def replay(path: str | os.PathLike[str]) -> Report:
+    """Replays one file.
+
+    Args:
+        path: an `.npz` file.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ValueError: if the file cannot be read, lacks something, or asks for an option that is not known.
+    """
+    vectors = _Vectors(os.fspath(path))
+    rule = _rule(vectors)
+    tensors = {key: tf.constant(vectors[key]) for key in vectors.keys_under("genome/")}
+    computed: dict[str, Any] = {}
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        genome = _genome(vectors, rule, tensors)
+        prediction = _run(vectors, genome, computed)
+        loss = tf.reduce_mean(tf.square(prediction - vectors["labels"][-1]))
+    gradients = tape.gradient(loss, tensors, unconnected_gradients="zero")
+    computed["query_prediction"] = prediction
+    computed["query_l2_loss"] = loss
+    computed |= {"meta_" + key.replace("genome", "gradient", 1): value for key, value in gradients.items()}
+
+    errors, excess = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0.0)
+    worst, largest = "", -1.0
+    for key, value in computed.items():
+        group = _group(key)
+        expected = vectors[key]
+        value = np.asarray(value)
+        if value.shape != expected.shape:
+            raise ValueError(f"{vectors.name}: {key!r} has shape {expected.shape}; the case gives {value.shape}.")
+        difference = np.abs(value.astype(np.float64) - expected)
+        error = _largest(difference)
+        over = _largest(difference / (ATOL + RTOL * np.abs(expected)))
+        errors[group], excess[group] = max(errors[group], error), max(excess[group], over)
+        if over > largest:
+            worst, largest = key, over
+    return Report(os.path.splitext(os.path.basename(vectors.name))[0], errors, excess, worst)
+
+
+def _largest(values: np.ndarray) -> float:
+    return 0.0 if not values.size else float(np.max(np.where(np.isfinite(values), values, np.inf)))
+
+
+def _group(key: str) -> str:
+    if key.startswith("meta_gradient/"):
+        return "meta-gradients"
+    if "/neurons/" in key:
+        return "neurons"
+    return "synapses" if "/synapse/" in key else "prediction"
+
+
+class _Vectors:
+    """The arrays of a file, by key; a missing one is an error that names it."""
+
+    def __init__(self, path: str):
+        self.name = path
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                self._arrays = {key: archive[key] for key in archive.files}
+            self.config: dict[str, Any] = json.loads(bytes(self["config"]).decode())
+        except (OSError, zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+            if isinstance(error, ValueError) and str(error).startswith(path):
+                raise
+            raise ValueError(f"{path} could not be read as a vector file; it may be damaged: {error}") from error
+        if not isinstance(self.config, dict):
+            raise ValueError(f"{path}: `config` must be a JSON object. Received: {self.config!r}")
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._arrays:
+            raise ValueError(f"{self.name} is incomplete: it has no array {key!r}.")
+        value = self._arrays[key]
+        if key != "config":
+            if value.dtype.kind != "f":
+                raise ValueError(f"{self.name}: {key!r} must hold floating-point numbers. Received {value.dtype}.")
+            if not np.isfinite(value).all():
+                raise ValueError(f"{self.name}: {key!r} holds a number that is not finite.")
+        return value
+
+    def option(self, key: str) -> Any:
+        if key not in self.config:
+            raise ValueError(f"{self.name} is incomplete: its config has no {key!r}.")
+        return self.config[key]
+
+    def options(self, key: str, known: set[str]) -> dict[str, Any] | None:
+        given = self.option(key)
+        if given is None:
+            return None
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(f"{self.name}: unknown option(s) in {key!r}: {', '.join(unknown)}. Known: {sorted(known)}.")
+        return dict(given)
+
+    def keys_under(self, prefix: str) -> list[str]:
+        return [key for key in self._arrays if key.startswith(prefix)]
+
+
+def _rule(vectors: _Vectors) -> Rule:
+    spec = vectors.options("network_spec", _NETWORK_OPTIONS) or {}
+    oja = vectors.options("ojas_spec", _OJA_OPTIONS)
+    norm = vectors.options("synapse_normalization_spec", _NORMALIZATION_OPTIONS) or {}
+    stored, effective = bool(norm.get("normalize_synapses")), bool(norm.get("normalize_in_activations"))
+    sizes = vectors.option("sizes")
+    saturation = spec.get("synapse_saturation_type")
+    if saturation in (None, "disabled", "normalization"):
+        saturation = "none"
+    backward_update = spec.get("backward_update", "additive")
+    forward_update = bool(spec.get("forward_synapse_update"))
+    try:
+        return Rule(
+            states=vectors.option("states"),
+            forward_activation=vectors.option("hidden_activation") or "linear",
+            backward_activation=vectors.option("backward_activation") or "linear",
+            last_activation=vectors.option("last_activation") or "linear",
+            backward_update={"multiplicative_second_state": "multiplicative_after_first"}.get(
+                backward_update, backward_update
+            ),
+            directions="tied_updates" if spec.get("symmetric_in_out_synapses") else "untied",
+            channels="tied_updates" if spec.get("symmetric_states_synapses") else "own",
+            oja="none" if oja is None else "weights" if oja.get("use_synapse_weights") else "activations",
+            oja_factor=1.0 if oja is None else oja.get("extra_multiplier", 1.0),
+            oja_learned=bool(oja and oja.get("use_multiplier")),
+            saturation=saturation,
+            saturation_epsilon=spec.get("synapse_saturation_eps") or 0.0,
+            normalize_synapses={(0, 0): "none", (1, 0): "stored", (0, 1): "effective", (1, 1): "both"}[stored, effective],
+            rescale_synapses=bool(norm.get("rescale")) and (stored or effective),
+            forward_synapse_update=forward_update,
+            separate_forward_synapse=forward_update,
+            supervised_every=spec.get("supervised_every") or 1,
+            presynaptic="forward" if spec.get("use_forward_activations_for_synapse_update") else "backward",
+            keep_neurons=not spec.get("zero_out_neurons", True),
+            layers=len(sizes) - 1 if vectors.option("per_layer_genome") else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{vectors.name}: {error}") from error
+
+
+def _genome(vectors: _Vectors, rule: Rule, tensors: Mapping[str, tf.Tensor]) -> Genome:
+    """The file's genome with axes `[layers?, species, 1 for the replicas, ...]`."""
+    k, species = rule.states, int(vectors.option("species"))
+    leading = (() if rule.layers is None else (rule.layers,)) + (species,)
+
+    def take(key: str, shape: tuple[int, ...]) -> tf.Tensor:
+        vectors[key]
+        value = tensors[key]
+        missing = len(leading) + len(shape) - value.shape.rank
+        if missing not in (0, 1):
+            raise ValueError(f"{vectors.name}: {key!r} must have shape {leading + shape}. Received {tuple(value.shape)}.")
+        if missing:  # shared by the species
+            value = tf.expand_dims(value, len(leading) - 1)
+        try:
+            return tf.expand_dims(tf.broadcast_to(value, leading + shape), len(leading))
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(
+                f"{vectors.name}: {key!r} must have shape {leading + shape}. Received {tuple(value.shape)}."
+            ) from error
+
+    transform = take("genome/neuron/transform", (2 * k, 2 * k))
+    sources = {"neuron_keep": "neuron/keep", "neuron_update": "neuron/update", "rescale": "synapse/rescale_to"}
+    for prefix, folder in (("", "synapse/"), ("forward_", "forward_synapse/")):
+        sources |= {prefix + name: folder + source for name, source in _SYNAPSE_ARRAYS.items()}
+    arrays = {}
+    for name, shape in rule.shapes().items():
+        if name == "nu":
+            arrays[name] = transform[..., :k, k:]
+        elif name == "mu":
+            arrays[name] = transform[..., k:, :k]
+        elif name == "temperature":
+            arrays[name] = tf.ones((*leading, 1))
+        else:
+            arrays[name] = take("genome/" + sources[name], shape)
+    return Genome(rule, arrays)
+
+
+def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tensor:
+    """All training steps and the query; fills in what the file holds after each step, and returns the prediction."""
+    sizes, steps, batch = (vectors.option(key) for key in ("sizes", "steps", "batch"))
+    leading = (int(vectors.option("species")), int(vectors.option("replicas")))
+    inputs = _shaped(vectors, "inputs", (steps + 1, *leading, batch, sizes[0]))
+    labels = _shaped(vectors, "labels", (steps + 1, *leading, batch, sizes[-1]))
+    stages = tuple(network.Stage(DenseConnection(units)) for units in sizes[1:])
+    k = genome.rule.states
+    synapses = []
+    for index, (before, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        forward = _shaped(vectors, f"synapse_init/{index}/forward", (*leading, before + 1, units, k))
+        backward = _shaped(vectors, f"synapse_init/{index}/backward", (*leading, units, before + 1, k))
+        synapses.append(_from_published(forward, backward))
+    neurons: tuple[Any, ...] = ()
+    if genome.rule.keep_neurons:
+        neurons = tuple(tf.zeros((*leading, k, batch, units)) for units in sizes)
+    state = network.NetworkState(tuple(synapses), 0, neurons)
+    for index in range(steps):
+        label = tf.constant(labels[index])
+        result = network.step(genome, stages, state, tf.constant(inputs[index]), lambda _, label=label: label)
+        state = result.state
+        for layer, own in enumerate(state.synapses):
+            both = _to_published(own)
+            for direction, value in zip(("forward", "backward"), both, strict=True):
+                computed[f"step{index}/synapse/{layer}/{direction}"] = value
+        for layer, states in enumerate(result.neurons):
+            if layer == 0:  # the input has one state; the published array has zeros for the others
+                states = tf.concat([states, tf.zeros((*leading, k - 1, batch, sizes[0]))], axis=-3)
+            computed[f"step{index}/neurons/{layer}"] = tf.einsum("srkbn->srbnk", states)
+    sweep = network.forward(
+        genome,
+        stages,
+        network.stored(genome, stages, state.synapses),
+        tf.constant(inputs[-1]),
+        neurons=state.neurons,
+    )
+    return network.output(genome, sweep.neurons)
+
+
+def _shaped(vectors: _Vectors, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    value = vectors[key]
+    if value.shape != shape:
+        raise ValueError(f"{vectors.name}: {key!r} must have shape {shape} by its config. Received {value.shape}.")
+    return value
+
+
+def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, tf.Tensor]:
+    """Published kernels, bias as last input row and state axis last, as this library holds them."""
+    forward, backward = (tf.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward)))
+    return {
+        "kernel": forward[..., :-1, :],
+        "bias": forward[..., -1:, :],
+        "backward_kernel": backward[..., :-1, :],
+        "backward_bias": backward[..., -1:, :],
+    }
+
+
+def _to_published(synapses: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    forward = tf.concat([synapses["kernel"], synapses["bias"]], axis=-2)
+    backward = tf.concat([synapses["backward_kernel"], synapses["backward_bias"]], axis=-2)
+    return tf.einsum("srkij->srijk", forward), tf.einsum("srkij->srjik", backward)
