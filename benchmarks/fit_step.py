@@ -2,11 +2,12 @@
 
     python benchmarks/fit_step.py [--sizes 784,512,256,10] [--batch_size 128] [--repeats 40] [--json FILE]
 
-The candidates take turns, a block of steps each, so that a change of the machine's speed meets all of them; the ratio is
-that of the medians over the blocks, with the smallest and largest ratio of single blocks. A step is what `fit` runs: the compiled training function on
-batches of a `tf.data` pipeline that is cached in memory, metrics included. "arithmetic" counts the multiplications and additions of
-the matrix products that the equations need and nothing else; its share of peak is that over the step's time and over what a large
-matrix product reaches on this machine in the same run. Peak memory is measured in a process of its own for each candidate.
+The candidates take turns, a block of steps each, so that a change of the machine's speed meets all of them; a ratio is
+that of the medians over the blocks, with the 10 % and 90 % quantiles of the ratios of single blocks. A step is what
+`fit` runs: the compiled training function on batches of a `tf.data` pipeline cached in memory, metrics included.
+"arithmetic" counts the multiplications and additions of the matrix products that the equations need and nothing else; its
+share of peak is that over the step's time and over what a large matrix product reaches on this machine in the same run.
+Peak memory, above the process before the network is built, is measured in a process of its own for each candidate.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -61,10 +64,10 @@ def build(name: str, sizes: list[int]) -> keras.Model:
 
 def operations(name: str, sizes: list[int], batch: int) -> int:
     """Multiplications and additions of the matrix products that a step needs."""
-    products = [2 * batch * a * b for a, b in zip(sizes, sizes[1:], strict=False)]
+    products = [2 * batch * a * b for a, b in pairwise(sizes)]
     if name.startswith("blur"):
         k = int(name[-1])
-        return k * (2 * sum(products) + 2 * sum(products[1:]))  # both directions, each read and updated, but for the input
+        return k * (2 * sum(products) + 2 * sum(products[1:]))  # two directions, each read and updated; one for the input
     return 2 * sum(products) + sum(products[1:])
 
 
@@ -101,9 +104,30 @@ def peak_flops() -> float:
     return 2 * side**3 / float(np.median(times))
 
 
-def peak_memory() -> float:
-    """Largest resident memory of this process, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class PeakMemory:
+    """Largest resident memory of this process while it is open, above that before, in MB; sampled each 2 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._largest = self._resident()
+        self._open = True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._open = False
+        self._thread.join()
+        self.megabytes = (self._largest - self._before) / 2**20
+
+    def _watch(self) -> None:
+        while self._open:
+            self._largest = max(self._largest, self._resident())
+            time.sleep(0.002)
+
+    @staticmethod
+    def _resident() -> int:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def memory_of(name: str) -> float:
@@ -117,9 +141,9 @@ def main(argv: list[str]) -> None:
     del argv
     sizes = [int(size) for size in _SIZES.value]
     if _MEMORY_OF.value:
-        before = peak_memory()
-        stepper(_MEMORY_OF.value, sizes, _BATCH.value)(20)
-        print(peak_memory() - before)
+        with PeakMemory() as memory:
+            stepper(_MEMORY_OF.value, sizes, _BATCH.value)(20)
+        print(memory.megabytes)
         return
     runners = {name: stepper(name, sizes, _BATCH.value) for name in CANDIDATES}
     times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
@@ -132,14 +156,16 @@ def main(argv: list[str]) -> None:
     base = np.array(times["keras SGD"])
     print(f"{'-'.join(_SIZES.value)}, batch {_BATCH.value}, float32; matmul peak {peak / 1e9:.0f} GFLOP/s; "
           f"{_REPEATS.value} blocks of {_BLOCK.value} steps")  # fmt: skip
-    print(f"{'':16} {'ms/step':>8} {'x SGD':>6} {'(blocks)':>13} {'wanted':>7} {'x arith.':>8} {'of peak':>8} {'peak MB':>8}")
+    print(
+        f"{'':16} {'ms/step':>8} {'x SGD':>6} {'(blocks)':>13} {'wanted':>7} {'x arith.':>8} {'of peak':>8} {'peak MB':>8}"
+    )
     rows: list[dict[str, Any]] = []
     for name in CANDIDATES:
         seconds = np.array(times[name])
         median = float(np.median(seconds))
         ratios = seconds / base
         work = operations(name, sizes, _BATCH.value)
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "milliseconds": median * 1e3,
             "ratio": median / float(np.median(base)),
@@ -151,8 +177,10 @@ def main(argv: list[str]) -> None:
         }
         rows.append(row)
         low, high = row["ratio_blocks"]
-        print(f"{name:16} {row['milliseconds']:8.2f} {row['ratio']:6.2f} ({low:5.2f}-{high:5.2f}) "
-              f"{row['wanted'] or '':>7} {row['arithmetic_ratio']:8.2f} {row['share_of_peak']:8.1%} {row['memory_mb']:8.0f}")  # fmt: skip
+        print(
+            f"{name:16} {row['milliseconds']:8.2f} {row['ratio']:6.2f} ({low:5.2f}-{high:5.2f}) {row['wanted'] or '':>7} "
+            f"{row['arithmetic_ratio']:8.2f} {row['share_of_peak']:8.1%} {row['memory_mb']:8.0f}"
+        )
     if _JSON.value:
         kb.genome.write_text(_JSON.value, json.dumps({"peak_flops": peak, "rows": rows}, indent=1) + "\n")
 

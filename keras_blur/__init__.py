@@ -6,9 +6,16 @@
 """
 
 import importlib.util as _util
+import os as _os
+import sys as _sys
+
+if _os.path.basename(_sys.argv[0]) == "keras-blur":  # the shell's own process: hide TensorFlow's start-up messages
+    _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if _util.find_spec("tensorflow") is None:
-    raise ImportError("keras_blur needs TensorFlow, which is not installed: pip install 'keras_blur[cpu]' (or [gpu], [tpu]).")
+    raise ImportError(
+        "keras_blur needs TensorFlow, which is not installed: pip install 'keras_blur[cpu]' (or [gpu], [tpu])."
+    )
 
 import keras as _keras
 
@@ -19,9 +26,8 @@ if _keras.backend.backend() != "tensorflow":
     )
 
 from keras_blur import genomes, layers
+from keras_blur._version import __version__
 from keras_blur.genome import Genome, Rule
 from keras_blur.models import Sequential, convert
 
-__version__ = "0.1.0"
-
-__all__ = ["Genome", "Rule", "Sequential", "convert", "genomes", "layers"]
+__all__ = ["Genome", "Rule", "Sequential", "__version__", "convert", "genomes", "layers"]

@@ -14,6 +14,8 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +82,8 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
         ValueError: if a path does not exist, or a folder holds no such file.
     """
     found: list[str] = []
-    for path in map(os.fspath, paths):
+    for given in paths:
+        path = os.fspath(given)
         if os.path.isdir(path):
             files = sorted(os.path.join(path, name) for name in os.listdir(path) if name.endswith(".npz"))
             if not files:
@@ -279,7 +282,7 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
     stages = tuple(network.Stage(DenseConnection(units)) for units in sizes[1:])
     k = genome.rule.states
     synapses = []
-    for index, (before, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (before, units) in enumerate(pairwise(sizes)):
         forward = _shaped(vectors, f"synapse_init/{index}/forward", (*leading, before + 1, units, k))
         backward = _shaped(vectors, f"synapse_init/{index}/backward", (*leading, units, before + 1, k))
         synapses.append(_from_published(forward, backward))
@@ -288,8 +291,8 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
         neurons = tuple(tf.zeros((*leading, k, batch, units)) for units in sizes)
     state = network.NetworkState(tuple(synapses), 0, neurons)
     for index in range(steps):
-        label = tf.constant(labels[index])
-        result = network.step(genome, stages, state, tf.constant(inputs[index]), lambda _, label=label: label)
+        feedback = partial(_label, tf.constant(labels[index]))
+        result = network.step(genome, stages, state, tf.constant(inputs[index]), feedback)
         state = result.state
         for layer, own in enumerate(state.synapses):
             both = _to_published(own)
@@ -309,6 +312,10 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
     return network.output(genome, sweep.neurons)
 
 
+def _label(label: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
+    return label
+
+
 def _shaped(vectors: _Vectors, key: str, shape: tuple[int, ...]) -> np.ndarray:
     value = vectors[key]
     if value.shape != shape:
@@ -318,7 +325,9 @@ def _shaped(vectors: _Vectors, key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, tf.Tensor]:
     """Published kernels, bias as last input row and state axis last, as this library holds them."""
-    forward, backward = (tf.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward)))
+    forward, backward = (
+        tf.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward))
+    )
     return {
         "kernel": forward[..., :-1, :],
         "bias": forward[..., -1:, :],

@@ -15,12 +15,10 @@ import keras
 from keras import ops
 
 Array = Any
-Loss = keras.losses.Loss
-
 TARGETS = ("classes", "indicators", "signs", "values")
 
 
-def resolve_loss(loss: Any) -> Loss:
+def resolve_loss(loss: Any) -> keras.losses.Loss:
     """The `keras.losses.Loss` of an instance, a name, or the JSON text of a serialized loss.
 
     Raises:
@@ -28,16 +26,17 @@ def resolve_loss(loss: Any) -> Loss:
     """
     if isinstance(loss, str) and loss.startswith("{"):
         loss = keras.losses.deserialize(json.loads(loss))
-    if isinstance(loss, Loss):
+    if isinstance(loss, keras.losses.Loss):
         return loss
     try:
         function = keras.losses.get(loss)
     except ValueError as error:
         raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {loss!r}") from error
-    if isinstance(function, Loss):
+    if isinstance(function, keras.losses.Loss):
         return function
+    base = keras.losses.Loss
     for candidate in vars(keras.losses).values():  # for some names Keras gives a function: take the loss that wraps it
-        if isinstance(candidate, type) and issubclass(candidate, Loss) and candidate is not Loss:
+        if isinstance(candidate, type) and issubclass(candidate, base) and candidate is not base:
             try:
                 instance = candidate()
             except (TypeError, ValueError):
@@ -52,7 +51,7 @@ def loss_text(loss: Any) -> str:
     return json.dumps(keras.losses.serialize(resolve_loss(loss)), sort_keys=True)
 
 
-def target_kind(loss: Loss) -> str:
+def target_kind(loss: keras.losses.Loss) -> str:
     """How labels are written that go with a loss.
 
     Returns:
@@ -102,7 +101,7 @@ def encode(y: Array, units: int, kind: str) -> Array:
     return y
 
 
-def error(loss: Loss, y: Array, prediction: Array, sample_weight: Array | None = None) -> Array:
+def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: Array | None = None) -> Array:
     """The derivative of a Keras loss by the prediction, weights and reduction included.
 
     Args:

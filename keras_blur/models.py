@@ -56,6 +56,8 @@ class Sequential(keras.Model):
     Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3.
     """
 
+    built: bool  # Keras sets it
+
     def __init__(
         self,
         layers: Iterable[Any] | None = None,
@@ -102,7 +104,9 @@ class Sequential(keras.Model):
         if any(layer.name == other.name for other in self._chain):
             raise ValueError(f"Layers must have different names. Received two layers named {layer.name!r}.")
         if self.built:
-            raise ValueError("The model is built: layers can no longer be added. Give all of them at once, or add them without a keras.Input.")
+            raise ValueError(
+                "The model is built, so no layer can be added. Give all layers at once, or add them without a keras.Input."
+            )
         self._check_weightless(layer)
         self._chain.append(layer)
 
@@ -171,7 +175,7 @@ class Sequential(keras.Model):
             raise ValueError(
                 f"The genome is for {self.rule.layers} layers of synapses (`Rule.layers`); the model has {len(synaptic)}."
             )
-        shape = tuple(self._input_batch_shape)
+        shape = self._input_batch_shape
         maps: list[StructuralMap] = []
         seen = 0
         for layer in self._chain:
@@ -206,8 +210,8 @@ class Sequential(keras.Model):
     def _keep_neurons(self, batch: int | None, layer: Dense) -> None:
         if batch is None:
             raise ValueError(
-                "A rule with `keep_neurons=True` keeps the states of each example of a batch, so the batch must have a known "
-                "size: start `layers` with keras.Input(..., batch_size=N)."
+                "A rule with `keep_neurons=True` keeps the states of each example of a batch, whose size must be known: "
+                "start `layers` with keras.Input(..., batch_size=N)."
             )
         self._neurons.append(
             self.add_weight(
@@ -293,8 +297,8 @@ class Sequential(keras.Model):
 
         Args:
             optimizer: must be `None`; stands where Keras has it.
-            loss: a Keras loss or its name, shown during learning; with `Rule.feedback="error"` also the loss whose derivative
-                is fed back, unless the rule names its own. `None` takes the rule's.
+            loss: a Keras loss or its name, shown during learning; with `Rule.feedback="error"` also the one whose
+                derivative is fed back, unless the rule names its own. `None` takes the rule's.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
@@ -398,11 +402,11 @@ class Sequential(keras.Model):
         )
         return self.compute_metrics(x, y, result.output, sample_weight=sample_weight)
 
-    def _follow(self, layer: Dense, statistics: tuple[Array, Array], step: Array) -> None:
+    def _follow(self, layer: Dense, statistics: network.Statistics, step: Array) -> None:
         """Running statistics for `predict`: a plain mean of the batches at first, then one that forgets."""
         time = ops.cast(step, self.variable_dtype)
         old = ops.minimum(self.rule.normalization_momentum, time / (time + 1.0))
-        for variable, value in zip((layer.moving_mean, layer.moving_variance), statistics, strict=True):
+        for variable, value in zip((layer.moving_mean, layer.moving_variance), statistics or (), strict=True):
             variable.assign(old * variable + (1.0 - old) * value)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
@@ -569,7 +573,6 @@ def convert(model: keras.Sequential, genome: Genome) -> Sequential:
     if not model.built:
         raise ValueError("`model` must be built: start it with a keras.Input, or call it on data.")
     chain: list[keras.Layer] = [keras.layers.InputLayer(batch_shape=model.input_shape)]
-    sources: list[tuple[Dense, keras.layers.Dense]] = []
     for layer in model.layers:
         if type(layer) is keras.layers.Dense:
             copy = Dense(
@@ -577,7 +580,6 @@ def convert(model: keras.Sequential, genome: Genome) -> Sequential:
                 name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable,
             )  # fmt: skip
             chain.append(copy)
-            sources.append((copy, layer))
         elif type(layer) is keras.layers.Activation and isinstance(chain[-1], Dense) and chain[-1].activation == "linear":
             chain[-1].activation = _activation_name(layer)
         elif layer.weights:
@@ -588,13 +590,23 @@ def convert(model: keras.Sequential, genome: Genome) -> Sequential:
             chain.append(type(layer).from_config(layer.get_config()))
     blur = Sequential(chain, genome=genome, name=model.name)
     blur.build(tuple(model.input_shape))
-    for copy, layer in sources:
+    copy_kernels(model, blur)
+    return blur
+
+
+def copy_kernels(source: keras.Sequential, target: Sequential) -> None:
+    """Copies the weights of a Keras network's Dense layers into each forward channel of a network of the same shape.
+
+    Backward kernels that receive the same updates as the forward ones start equal to them; independent ones are left.
+    """
+    dense = [layer for layer in source.layers if isinstance(layer, keras.layers.Dense)]
+    own = [layer for layer in target.layers if isinstance(layer, Dense)]
+    for layer, copy in zip(dense, own, strict=True):
         for name, variable in copy.synapses.items():
-            if name == "backward_kernel" and genome.rule.directions != "tied_updates":
+            if name == "backward_kernel" and target.rule.directions != "tied_updates":
                 continue
             value = layer.bias if name == "bias" else layer.kernel
             variable.assign(ops.broadcast_to(value, variable.shape))
-    return blur
 
 
 def _activation_name(layer: keras.Layer) -> str:

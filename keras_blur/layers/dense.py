@@ -166,18 +166,14 @@ class Dense(keras.layers.Layer):
             "bias": self.bias_initializer,
             "backward_kernel": self.backward_initializer or self.kernel_initializer,
         }
-        for place, (name, shape) in enumerate(
-            self.connection.shapes(rule, inputs, feeds_back=self._feeds_back).items()
-        ):
+        for place, (name, shape) in enumerate(self.connection.shapes(rule, inputs, feeds_back=self._feeds_back).items()):
             stacked = _Channels(chosen[name], place)
             self._weights_by_name[name] = self.add_weight(name=name, shape=shape, initializer=stacked)
         if rule.normalize_activations in ("forward", "both") and rule.normalization_axis == "batch" and self._rule:
             states = rule.states - 1 if rule.derivative_state else rule.states
             shape = (states, 1, self.units)
             self.moving_mean = self.add_weight(name="moving_mean", shape=shape, initializer="zeros", trainable=False)
-            self.moving_variance = self.add_weight(
-                name="moving_variance", shape=shape, initializer="ones", trainable=False
-            )
+            self.moving_variance = self.add_weight(name="moving_variance", shape=shape, initializer="ones", trainable=False)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs})
         self.built = True
 

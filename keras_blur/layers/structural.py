@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 Array = Any
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]
 
 
 class StructuralMap(abc.ABC):

@@ -1,0 +1,66 @@
+"""The shell: `keras-blur COMMAND [flags]`. One file a command, each with its flags; this one finds and runs it.
+
+A user's mistake (a flag, a file, missing data) ends with one sentence and exit status 2; anything else is a bug and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+COMMANDS = {
+    "fit": "train a network by a genome on images, beside Keras SGD",
+    "conformance": "replay published numbers and say how far they are apart",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: those after the program's name.
+
+    Returns:
+        The exit status: 0 success, 1 a check that failed, 2 a user's mistake.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print("usage: keras-blur COMMAND [flags]    (keras-blur COMMAND --help for its flags)\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<14} {purpose}")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _mistake(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    try:
+        command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
+        values = flags.FlagValues()
+        flags.DEFINE_boolean("help", False, "Show these flags.", short_name="h", flag_values=values)
+        command.define_flags(values)
+        try:
+            positional = values([f"keras-blur {name}", *rest])[1:]
+        except flags.Error as error:
+            return _mistake(f"{error} (keras-blur {name} --help lists the flags)")
+        if values["help"].value:
+            print(f"usage: keras-blur {name} {command.USAGE}\n\n{COMMANDS[name]}\n\n{values.get_help()}")
+            return 0
+        if positional and "..." not in command.USAGE:
+            return _mistake(f"{name} takes flags only; received {' '.join(positional)!r}")
+        return command.run(values, positional)
+    except (ValueError, ImportError, OSError) as error:
+        return _mistake(str(error))
+    except KeyboardInterrupt:
+        return _mistake("interrupted")
+
+
+def _mistake(text: str) -> int:
+    print(f"keras-blur: {text}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Entry point of the `keras-blur` script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""`keras-blur conformance FILE_OR_DIR ...`"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from absl import flags
+
+from keras_blur import conformance
+from keras_blur.genome import write_text
+
+USAGE = "FILE_OR_DIR ... [flags]"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("json", None, "File for the numbers.", flag_values=values)
+
+
+def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
+    """Replays each file; 0 if all agree, 1 if a number differs; a file that cannot be replayed raises."""
+    if not positional:
+        raise ValueError("conformance needs at least one .npz file or a folder of them")
+    reports = []
+    files = conformance.find(positional)
+    groups = conformance.GROUPS
+    print(f"largest absolute error; agreement is {conformance.ATOL:g} + {conformance.RTOL:g} |expected|")
+    print(f"{'case':<34}" + "".join(f"{group:>16}" for group in groups))
+    for path in files:
+        report = conformance.replay(path)
+        reports.append(report)
+        verdict = "agrees" if report.agrees else f"DIFFERS at {report.worst}"
+        print(f"{report.case:<34}" + "".join(f"{report.errors[group]:>16.1e}" for group in groups) + f"  {verdict}")
+    failed = [report.case for report in reports if not report.agrees]
+    print(f"{len(reports) - len(failed)} of {len(reports)} cases agree")
+    if values["json"].value:
+        rows = [{**dataclasses.asdict(report), "agrees": report.agrees} for report in reports]
+        write_text(values["json"].value, json.dumps(rows, indent=1) + "\n")
+    return 1 if failed else 0

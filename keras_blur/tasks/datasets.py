@@ -1,0 +1,123 @@
+"""Labelled images as arrays: scikit-learn's digits, or any image set that `tensorflow_datasets` has prepared.
+
+Nothing is downloaded here: a training run must not start with a surprise of the network. Where data are missing, the
+error says where they were looked for and how to get them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+_DIGITS_TEST = 360
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A set of labelled images.
+
+    Attributes:
+        name: its name.
+        x_train: `[n, height, width, channels]` numbers from 0 to `scale`.
+        y_train: `[n]` int64 labels from 0 to `classes - 1`.
+        x_test: images for testing, never for learning.
+        y_test: their labels.
+        classes: number of classes.
+        scale: the largest value a pixel can have.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int
+    scale: float
+
+
+def load_images(name: str = "digits", data_dir: str | os.PathLike[str] | None = None) -> Images:
+    """Loads an image set.
+
+    Args:
+        name: `"digits"` for the 1,797 8x8 digits that scikit-learn brings, or the name of a `tensorflow_datasets` set with
+            the features `image` and `label`, prepared on disk.
+        data_dir: folder of prepared sets; `None` takes the environment variable `TFDS_DATA_DIR`, then the default of
+            `tensorflow_datasets`.
+
+    Returns:
+        `Images`.
+
+    Raises:
+        ImportError: if scikit-learn or tensorflow_datasets is not installed; it names the install command.
+        ValueError: if the data are missing or are not labelled images of one size; it names the folder.
+
+    Example:
+
+    >>> digits = load_images()
+    >>> digits.x_train.shape, digits.classes
+    ((1437, 8, 8, 1), 10)
+    """
+    if name == "digits":
+        return _digits()
+    return _prepared(name, data_dir)
+
+
+def _digits() -> Images:
+    data = _needs("sklearn.datasets", "scikit-learn").load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))  # neighbours in the file share a writer
+    x, y = data.images.astype(np.uint8)[order][..., None], data.target.astype(np.int64)[order]
+    return Images("digits", x[:-_DIGITS_TEST], y[:-_DIGITS_TEST], x[-_DIGITS_TEST:], y[-_DIGITS_TEST:], 10, 16.0)
+
+
+def _prepared(name: str, data_dir: str | os.PathLike[str] | None) -> Images:
+    tfds = _needs("tensorflow_datasets", "tensorflow-datasets")
+    folder = os.path.expanduser(
+        os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
+    )
+    prepare = f"tfds.builder('{name}', data_dir='{folder}').download_and_prepare()"
+    get = f'python -c "import tensorflow_datasets as tfds; {prepare}"'
+    try:
+        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
+        raise ValueError(
+            f"No image set {name!r}: tensorflow_datasets knows no such name, and none is prepared in {folder!r}. "
+            "'digits' needs no data."
+        ) from error
+    if not os.path.isdir(builder.data_path) or not builder.info.splits:
+        raise ValueError(
+            f"The image set {name!r} is not prepared in {folder!r} (looked at {os.fspath(builder.data_path)!r}). "
+            f"Give its folder with data_dir (--data_dir) or TFDS_DATA_DIR, or get it with a network: {get}"
+        )
+    splits = builder.info.splits
+    test = next((split for split in ("test", "validation") if split in splits), None)
+    if "train" not in splits or test is None:
+        raise ValueError(f"The image set {name!r} must have the splits train and test. It has: {', '.join(splits)}.")
+    features = dict(builder.info.features.items())
+    shape = getattr(features.get("image"), "shape", (None,))
+    if None in shape or not hasattr(features.get("label"), "num_classes"):
+        raise ValueError(
+            f"The set {name!r} must have the features `image`, all of one size, and `label`, a class. It has: {features}"
+        )
+    train_x, train_y = _arrays(tfds, builder, "train")
+    test_x, test_y = _arrays(tfds, builder, test)
+    return Images(name, train_x, train_y, test_x, test_y, int(features["label"].num_classes), 255.0)
+
+
+def _arrays(tfds: ModuleType, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        columns = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1, shuffle_files=False))
+    except Exception as error:  # what a damaged record raises depends on where it is damaged
+        raise ValueError(f"The split {split!r} in {os.fspath(builder.data_path)!r} could not be read: {error}") from error
+    return columns["image"], columns["label"].astype(np.int64)
+
+
+def _needs(module: str, distribution: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This needs {distribution}, which is not installed: pip install 'keras_blur[data]'") from error
