@@ -17,13 +17,17 @@ if _util.find_spec("tensorflow") is None:
         "keras_blur needs TensorFlow, which is not installed: pip install 'keras_blur[cpu]' (or [gpu], [tpu])."
     )
 
+_BACKEND = (
+    "keras_blur needs the TensorFlow backend of Keras; the backend is {!r}. "
+    "Set the environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+)
+if _os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":  # before Keras tries to import that backend
+    raise ImportError(_BACKEND.format(_os.environ["KERAS_BACKEND"]))
+
 import keras as _keras
 
-if _keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        f"keras_blur needs the TensorFlow backend of Keras; the backend is {_keras.backend.backend()!r}. "
-        "Set the environment variable KERAS_BACKEND=tensorflow before Keras is imported."
-    )
+if _keras.backend.backend() != "tensorflow":  # from its configuration file
+    raise ImportError(_BACKEND.format(_keras.backend.backend()))
 
 from keras_blur import genomes, layers
 from keras_blur._version import __version__

@@ -157,7 +157,7 @@ class _Vectors:
     def __init__(self, path: str):
         self.name = path
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 self._arrays = {key: archive[key] for key in archive.files}
             self.config: dict[str, Any] = json.loads(bytes(self["config"]).decode())
         except (OSError, zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:

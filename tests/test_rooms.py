@@ -1,0 +1,67 @@
+"""Imports between the rooms of the package go one way; see CONTRIBUTING.md."""
+
+import ast
+import pathlib
+
+import pytest
+
+import keras_blur
+
+ROOT = pathlib.Path(keras_blur.__file__).parent
+
+# Each room, and the rooms it may import from.
+BELOW = {
+    "_version": set(),
+    "feedback": set(),
+    "genome": {"feedback"},
+    "genomes": {"genome", "feedback"},
+    "rule": {"genome"},
+    "layers": {"rule", "genome"},
+    "network": {"layers", "rule", "genome"},
+    "models": {"network", "layers", "genome", "feedback"},
+    "conformance": {"network", "layers", "genome"},
+    "zoo": set(),
+    "tasks": set(),
+    "report": {"genome", "genomes", "network", "models", "tasks"},
+}
+TOP = {"__init__", "cli"}  # may import all
+
+
+def rooms_imported(tree: ast.AST) -> set[str]:
+    """Names of the rooms that a module imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "keras_blur":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("keras_blur.")}
+    return found
+
+
+def room_of(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+MODULES = sorted(path for path in ROOT.rglob("*.py") if room_of(path) not in TOP)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_what_is_below(path):
+    room = room_of(path)
+    assert room in BELOW, f"{room} has no place in the map"
+    imported = rooms_imported(ast.parse(path.read_text())) - {room}
+    assert imported <= BELOW[room], f"{path.name} reaches up to {sorted(imported - BELOW[room])}"
+
+
+def test_the_check_sees_a_wrong_import():
+    tree = ast.parse("from keras_blur import models\nimport keras_blur.cli.fit\nfrom keras_blur.network import step")
+    assert rooms_imported(tree) == {"models", "cli", "network"}
+
+
+def test_the_map_has_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(BELOW):
+        free = {room for room, below in BELOW.items() if room not in done and below <= done}
+        assert free, f"cycle among {sorted(set(BELOW) - done)}"
+        done |= free
