@@ -2,9 +2,10 @@
 
     python benchmarks/exact_backprop.py [--data mnist --data_dir DIR] [--steps 50] [--json FILE]
 
-For each loss, nonlinearity and depth, with and without sample weights, two networks start from the same weights and see the
-same batches: one under `keras_blur.Sequential.train_on_batch`, the other by `w <- w - rate * gradient` with a tape. Printed is
-the largest difference of a weight over the largest weight of its array, over all arrays. Exit status 1 if one is above 1e-5.
+For each loss, nonlinearity and depth, with and without sample weights, two networks start from the same weights and see
+the same batches: one under `keras_blur.Sequential.train_on_batch`, the other by `w <- w - rate * gradient` with a tape.
+Printed is the largest difference of a weight over the largest weight of its array, over all
+arrays. Exit status 1 if one is above 1e-5.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -41,7 +43,7 @@ LOSSES = {
 
 
 def difference(
-    loss: keras.losses.Loss, activation: str, depth: int, batches: list[tuple[np.ndarray, ...]], rate: float
+    loss: keras.losses.Loss, activation: str, depth: int, batches: Sequence[tuple[np.ndarray, ...]], rate: float
 ) -> float:
     """Largest relative difference of a weight between the two networks after the batches."""
     features, classes = batches[0][0].shape[1], batches[0][1].shape[1]
@@ -54,9 +56,7 @@ def difference(
     def descend(x: tf.Tensor, y: tf.Tensor, weight: tf.Tensor) -> None:
         with tf.GradientTape() as tape:
             value = loss(y, twin(x), sample_weight=weight)
-        for variable, gradient in zip(
-            twin.trainable_variables, tape.gradient(value, twin.trainable_variables), strict=True
-        ):
+        for variable, gradient in zip(twin.trainable_variables, tape.gradient(value, twin.trainable_variables), strict=True):
             variable.assign_sub(rate * gradient)
 
     for x, y, weight in batches:

@@ -49,10 +49,11 @@ genomes = {
 }
 
 """
-The second has a backward kernel that starts at random and receives the forward kernel's changes: the two grow alike. The third
-applies the rule to the backward kernel with the roles of the two neurons exchanged. The fourth never sees an error, only
-the labels as +1 and -1, and climbs: it follows the gradient of a score that is linear in the output, which nothing tells to
-stop, and does not learn at any rate. That labels alone can do, with other transforms, is what meta-learning has to find.
+The second has a backward kernel that starts at random and receives the forward kernel's changes: the two grow alike. The
+third applies the rule to the backward kernel with the roles of the two neurons exchanged. The fourth never sees an error,
+only the labels as +1 and -1, and climbs: it follows the gradient of a score that is linear in the output, which nothing
+tells to stop, and does not learn at any rate. That labels alone can do, with other transforms, is what meta-learning has
+to find.
 
 ## The experiment
 """

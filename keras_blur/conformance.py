@@ -160,12 +160,18 @@ class _Vectors:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 self._arrays = {key: archive[key] for key in archive.files}
             self.config: dict[str, Any] = json.loads(bytes(self["config"]).decode())
-        except (OSError, zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, TypeError, EOFError, zlib.error) as error:
             if isinstance(error, ValueError) and str(error).startswith(path):
                 raise
             raise ValueError(f"{path} could not be read as a vector file; it may be damaged: {error}") from error
         if not isinstance(self.config, dict):
             raise ValueError(f"{path}: `config` must be a JSON object. Received: {self.config!r}")
+        sizes = self.option("sizes")
+        if not isinstance(sizes, list) or len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"{path}: 'sizes' must be a list of two or more positive integers. Received: {sizes!r}")
+        for key in ("batch", "steps", "species", "replicas"):
+            if type(self.option(key)) is not int or self.option(key) < 1:
+                raise ValueError(f"{path}: {key!r} must be a positive integer. Received: {self.option(key)!r}")
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self._arrays:
@@ -187,6 +193,8 @@ class _Vectors:
         given = self.option(key)
         if given is None:
             return None
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{self.name}: {key!r} must be a JSON object or null. Received: {given!r}")
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(f"{self.name}: unknown option(s) in {key!r}: {', '.join(unknown)}. Known: {sorted(known)}.")

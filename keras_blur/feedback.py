@@ -7,6 +7,7 @@ to descend a loss, and no tape is recorded for it.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,12 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
     Raises:
         ValueError: if it is none of these.
     """
-    if isinstance(loss, str) and loss.startswith("{"):
-        loss = keras.losses.deserialize(json.loads(loss))
+    given = loss
+    try:
+        if isinstance(loss, str) and loss.startswith("{"):
+            loss = keras.losses.deserialize(json.loads(loss))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {given!r}") from error
     if isinstance(loss, keras.losses.Loss):
         return loss
     try:
@@ -48,7 +53,17 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
 
 def loss_text(loss: Any) -> str:
     """A loss as JSON text, the same for equal losses."""
-    return json.dumps(keras.losses.serialize(resolve_loss(loss)), sort_keys=True)
+    loss = resolve_loss(loss)
+    document = keras.losses.serialize(loss)
+    document["config"] = {**_arguments(loss), **document["config"]}  # Keras leaves the delta of a Huber loss out
+    return json.dumps(document, sort_keys=True)
+
+
+def _arguments(loss: keras.losses.Loss) -> dict[str, Any]:
+    """The config of a loss, with those of its arguments that its `get_config` forgets."""
+    known = inspect.signature(type(loss).__init__).parameters
+    kept = {name: value for name, value in getattr(loss, "_fn_kwargs", {}).items() if name in known}
+    return {**kept, **loss.get_config()}
 
 
 def target_kind(loss: keras.losses.Loss) -> str:
@@ -127,7 +142,10 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
             f"The derivative of the loss {name} is not known to feedback='error'. Known: {', '.join(differentiable())}."
         )
     y = ops.convert_to_tensor(y)
-    if not name.startswith("Sparse"):
+    if name.startswith("Sparse"):
+        if len(y.shape) != 1 and tuple(y.shape[1:]) != (1,):
+            raise ValueError(f"Integer labels must have shape (batch,) or (batch, 1). Received shape {tuple(y.shape)}.")
+    else:
         y = ops.cast(y, prediction.dtype)
         if len(y.shape) == 1:
             y = y[:, None]
@@ -136,7 +154,7 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
                 f"Labels must have as many columns as the output layer has units ({prediction.shape[-1]}). "
                 f"Received shape {tuple(y.shape)}. For integer labels use a sparse loss."
             )
-    slope = _DERIVATIVES[name](loss.get_config(), y, prediction)
+    slope = _DERIVATIVES[name](_arguments(loss), y, prediction)
     if sample_weight is not None:
         sample_weight = ops.reshape(ops.cast(sample_weight, prediction.dtype), (-1, 1))
         slope = slope * sample_weight
@@ -177,12 +195,12 @@ def _log_cosh(config: dict[str, Any], y: Array, p: Array) -> Array:
 
 
 def _hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
-    y = encode(y, p.shape[-1], "hinge")
+    y = ops.cast(encode(y, p.shape[-1], "hinge"), p.dtype)
     return ops.where(1.0 - y * p > 0, -y, ops.zeros_like(p)) / _columns(p)
 
 
 def _squared_hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
-    y = encode(y, p.shape[-1], "hinge")
+    y = ops.cast(encode(y, p.shape[-1], "hinge"), p.dtype)
     return -2.0 * y * ops.relu(1.0 - y * p) / _columns(p)
 
 

@@ -169,6 +169,10 @@ class Rule:
         _real("saturation_epsilon", self.saturation_epsilon, low=0.0)
         _real("decay_steps", self.decay_steps, low=0.0, open_low=True)
         _real("oja_factor", self.oja_factor)
+        for field in dataclasses.fields(self):  # numpy's numbers are not JSON
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
         if self.separate_forward_synapse and not self.forward_synapse_update:
             raise ValueError(
                 "`separate_forward_synapse=True` needs `forward_synapse_update=True`: "
@@ -360,6 +364,14 @@ class Genome:
             return arrays[name]
         raise AttributeError(f"A Genome has no array or attribute {name!r}.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_arrays", ()):
+            raise AttributeError(f"A Genome does not change; use `genome.replace({name}=...)` for another one.")
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: Any) -> Genome:
+        return self
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Genome)
@@ -422,7 +434,15 @@ class Genome:
         _integer("seed", seed, 0)
         _real("std", std, low=0.0)
         _real("synapse_update", synapse_update)
-        leading = (() if rule.layers is None else (rule.layers,)) + tuple(population)
+        try:
+            population = tuple(population)
+            for size in population:
+                _integer("population", size, 1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`population` must be a tuple of positive sizes. Received: population={population!r}"
+            ) from error
+        leading = (() if rule.layers is None else (rule.layers,)) + population
         rng = np.random.default_rng(seed)
         arrays = {}
         for name, shape in rule.shapes().items():
@@ -610,8 +630,15 @@ def _format(value: np.ndarray) -> str:
 
 def _array(name: str, value: Any) -> Any:
     if not isinstance(value, (np.ndarray, np.generic, float, int, list, tuple)):
+        if not hasattr(value, "shape"):
+            raise ValueError(f"`{name}` must be an array of numbers. Received: {value!r}")
         return value  # A tensor, maybe symbolic: its numbers are not known here.
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be an array of numbers. Received: {value!r}") from error
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"`{name}` must be an array of real numbers. Received: {value!r}")
     if array.dtype != np.float64 or not isinstance(value, (np.ndarray, np.generic)):
         array = array.astype(np.float32)
     if not np.all(np.isfinite(array)):

@@ -41,7 +41,8 @@ def backprop(
     >>> float(genome.synapse_update)
     -0.5
     """
-    if not np.isfinite(learning_rate) or learning_rate <= 0:
+    number = isinstance(learning_rate, (int, float, np.integer, np.floating)) and not isinstance(learning_rate, bool)
+    if not number or not np.isfinite(learning_rate) or learning_rate <= 0:
         raise ValueError(f"`learning_rate` must be a positive number. Received: learning_rate={learning_rate!r}")
     rule = Rule(
         states=2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -201,6 +202,8 @@ class Sequential(keras.Model):
             if self.rule.keep_neurons:
                 self._keep_neurons(shape[0], layer)
             shape = tuple(layer.compute_output_shape(shape))
+        for index, layer in enumerate(self._chain):
+            setattr(self, f"_layer_{index}", layer)  # tf.train.Checkpoint sees attributes, not lists
         self.learning_step = self.add_weight(
             name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False,
             aggregation="only_first_replica",
@@ -341,7 +344,7 @@ class Sequential(keras.Model):
             jit_compile=jit_compile,
         )
         self._asked = {
-            "loss": keras.saving.serialize_keras_object(resolved),
+            "loss": json.loads(feedbacks.loss_text(resolved)),
             "metrics": keras.saving.serialize_keras_object(metrics),
             "weighted_metrics": keras.saving.serialize_keras_object(weighted_metrics),
             "targets": targets,
@@ -364,6 +367,9 @@ class Sequential(keras.Model):
     def train_step(self, data: Any) -> dict[str, Array]:
         """One learning step on a batch; metrics are of the prediction before it, as in Keras."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.built:
+            with tf.init_scope():
+                self.build((None, *x.shape[1:]))
         rule, layers = self.rule, self._synaptic()
         weight = None if sample_weight is None else ops.reshape(ops.cast(sample_weight, self.variable_dtype), (-1,))
         respond: Callable[[Array], Array]
@@ -414,6 +420,8 @@ class Sequential(keras.Model):
 
         Arrays are checked before the first step; batches of a `tf.data.Dataset`, a `PyDataset` or a generator as they come.
         """
+        if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
+            kwargs.setdefault("shuffle", False)  # Keras warns of its own default there
         return super().fit(self._checked(x, y), y, *args, **kwargs)
 
     def train_on_batch(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -453,6 +461,8 @@ class Sequential(keras.Model):
         if y is None:
             raise ValueError("`y` must be given: a network learns from labels or targets. Received: y=None")
         labels, classes = np.asarray(y), self._classes()
+        if labels.dtype.kind not in "biuf":
+            raise ValueError(f"`y` must hold numbers. Received an array of {labels.dtype}.")
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
             raise ValueError("`y` must be finite. Received an array with NaN or infinite numbers.")
         if classes is not None and labels.size and (labels.min() < 0 or labels.max() >= classes):

@@ -95,9 +95,7 @@ def test_a_keras_model_trains_it_by_gradients_as_its_own():
         model = keras.Sequential([keras.Input((5,)), kind(4, "tanh"), kind(2)])
         model.compile(keras.optimizers.SGD(0.1), "mean_squared_error", jit_compile=False)
         models.append(model)
-    models[1].set_weights(
-        [w.reshape(v.shape) for w, v in zip(models[0].get_weights(), models[1].weights, strict=True)]
-    )
+    models[1].set_weights([w.reshape(v.shape) for w, v in zip(models[0].get_weights(), models[1].weights, strict=True)])
     before = models[0].get_weights()[0].copy()
     for model in models:
         model.fit(x, y, epochs=3, verbose=0, batch_size=4, shuffle=False)
@@ -243,7 +241,7 @@ def test_units_must_be_a_positive_integer(units):
 
 @pytest.mark.parametrize("activation", ["softmax", "TANH", "", keras.activations.relu, 1])
 def test_activation_must_be_one_that_the_rule_knows(activation):
-    with pytest.raises(ValueError, match="`activation` must be None or one of 'tanh'.*Received: activation="):
+    with pytest.raises(ValueError, match=r"`activation` must be None or one of 'tanh'.*Received: activation="):
         Dense(3, activation)
 
 

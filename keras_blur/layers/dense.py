@@ -125,7 +125,6 @@ class Dense(keras.layers.Layer):
         self._rule: Rule | None = None
         self._feeds_back = False
         self._last = False
-        self._weights_by_name: dict[str, keras.Variable] = {}
 
     def join(self, rule: Rule, *, feeds_back: bool, last: bool) -> None:
         """Takes the part of a layer in a network: called by a model before it builds the layer.
@@ -152,7 +151,8 @@ class Dense(keras.layers.Layer):
     @property
     def synapses(self) -> Mapping[str, keras.Variable]:
         """The weights by the names that `connection` knows them by."""
-        return self._weights_by_name
+        names = ("kernel", "bias", "backward_kernel")
+        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         rule = self._rule or Rule(channels="tied", directions="tied")
@@ -168,7 +168,7 @@ class Dense(keras.layers.Layer):
         }
         for place, (name, shape) in enumerate(self.connection.shapes(rule, inputs, feeds_back=self._feeds_back).items()):
             stacked = _Channels(chosen[name], place)
-            self._weights_by_name[name] = self.add_weight(name=name, shape=shape, initializer=stacked)
+            setattr(self, name, self.add_weight(name=name, shape=shape, initializer=stacked))  # so checkpoints see it
         if rule.normalize_activations in ("forward", "both") and rule.normalization_axis == "batch" and self._rule:
             states = rule.states - 1 if rule.derivative_state else rule.states
             shape = (states, 1, self.units)

@@ -112,8 +112,6 @@ class _Dropout(StructuralMap):
 class _Pooling(StructuralMap):
     def __init__(self, layer: keras.Layer, shape: Shape):
         super().__init__(layer, shape)
-        if getattr(layer, "data_format", "channels_last") != "channels_last":
-            raise ValueError(f"Layer {layer.name!r} must have data_format='channels_last'. Received: {layer.data_format!r}")
         spatial = self.source[:-1]
         window = getattr(layer, "pool_size", spatial)
         strides = getattr(layer, "strides", spatial)
@@ -142,7 +140,8 @@ class _Pooling(StructuralMap):
             return ops.convert_to_tensor(self.inside / self.inside.sum(axis=1, keepdims=True), dtype=states.dtype)
         values = self._windows(ops.take(states, [0], axis=-2 - len(self.source)))
         values = ops.where(self.inside, values, -np.inf)
-        return ops.one_hot(ops.argmax(values, axis=-2), self.entries.shape[1], axis=-2, dtype=states.dtype)
+        winner = ops.one_hot(ops.argmax(values, axis=-2), self.entries.shape[1], dtype=states.dtype)
+        return ops.swapaxes(winner, -1, -2)
 
     def forward(self, states: Array, context: Any) -> Array:
         return _features(ops.sum(self._windows(states) * context, axis=-2), 2, self.target)
@@ -216,4 +215,7 @@ def structural_map(layer: keras.Layer, shape: Shape) -> StructuralMap:
             f"back through it, and its transpose is not known. Use one of: {known}; or put it before the first layer of "
             "synapses. A nonlinearity belongs to the rule, or to `activation` of a keras_blur layer."
         )
+    data_format = getattr(layer, "data_format", "channels_last")
+    if data_format != "channels_last":
+        raise ValueError(f"Layer {layer.name!r} must have data_format='channels_last'. Received: {data_format!r}")
     return maker(layer, shape)

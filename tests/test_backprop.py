@@ -1,0 +1,154 @@
+"""The backprop genome is backpropagation: its weights follow a Keras model under a tape and plain SGD to 1e-5."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers as kl
+
+import keras_blur as kb
+from keras_blur.tasks.datasets import load_images
+
+STEPS, BATCH, RATE = 50, 32, 0.1
+MEAN_SQUARED = keras.losses.MeanSquaredError
+SOFTMAX = keras.losses.CategoricalCrossentropy
+
+
+def batches(classes=10, steps=STEPS):
+    images = load_images()
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        chosen = rng.integers(0, len(images.x_train), BATCH)
+        x = (images.x_train[chosen] / 16.0).reshape(BATCH, 64).astype("float32")
+        label = images.y_train[chosen] % classes
+        weight = rng.uniform(0.0, 2.0, BATCH).astype("float32")
+        yield x, np.eye(classes, dtype="float32")[label], weight
+
+
+def differences(twin, genome, loss, data, weighted=False, rate=RATE):
+    """Largest difference of each weight array over its largest weight, after each batch."""
+    model = kb.convert(twin, genome)
+    model.compile(loss=loss)
+
+    @tf.function
+    def descend(x, y, weight):
+        with tf.GradientTape() as tape:
+            value = loss(y, twin(x, training=True), sample_weight=weight if weighted else None)
+        for variable, slope in zip(twin.trainable_variables, tape.gradient(value, twin.trainable_variables), strict=True):
+            variable.assign_sub(rate * slope)
+
+    found = []
+    ours = [layer for layer in model.layers if isinstance(layer, kb.layers.Dense)]
+    theirs = [layer for layer in twin.layers if isinstance(layer, kl.Dense)]
+    for x, y, weight in data:
+        model.train_on_batch(x, y, sample_weight=weight if weighted else None)
+        descend(x, y, weight)
+        worst = 0.0
+        for own, layer in zip(ours, theirs, strict=True):
+            pairs = [(own.synapses["kernel"], layer.kernel)]
+            if layer.use_bias:
+                pairs.append((own.synapses["bias"], layer.bias))
+            for got, wanted in pairs:
+                wanted = np.array(wanted.value)
+                got = np.array(got.value).reshape(got.shape[0], *wanted.shape)[0]
+                worst = max(worst, float(np.max(np.abs(got - wanted)) / np.max(np.abs(wanted))))
+        found.append(worst)
+    return found
+
+
+def chain(*layers):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((64,)), *layers])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu"])
+@pytest.mark.parametrize("loss", [MEAN_SQUARED(), SOFTMAX(from_logits=True)], ids=["mse", "softmax"])
+def test_equals_tape_and_sgd(loss, activation, depth):
+    for weighted in (False, True):
+        hidden = [kl.Dense(units, activation) for units in (40, 32, 24, 16)[:depth]]
+        twin = chain(*hidden, kl.Dense(10))
+        before = [np.array(v.value) for v in twin.trainable_variables]
+        genome = kb.genomes.backprop(RATE, activation, loss=loss)
+        found = differences(twin, genome, loss, batches(), weighted)
+        assert max(found) <= 1e-5
+        moved = [np.abs(np.array(v.value) - old).max() for v, old in zip(twin.trainable_variables, before, strict=True)]
+        assert min(moved) > 1e-4  # something was learned, in every array
+
+
+FOUR = kl.Reshape((4, 4, 3))
+STRUCTURES = {
+    "max pooling": [kl.Dense(48, "tanh"), FOUR, kl.MaxPooling2D(2), kl.Flatten()],
+    "overlapping max pooling": [kl.Dense(48, "tanh"), kl.Reshape((16, 3)), kl.MaxPooling1D(3, 2, "same"), kl.Flatten()],
+    "average pooling": [kl.Dense(48, "relu"), FOUR, kl.AveragePooling2D(3, 1, "same"), kl.Flatten()],
+    "global pooling": [kl.Dense(48, "tanh"), FOUR, kl.GlobalAveragePooling2D()],
+    "rescaling": [kl.Dense(12, "tanh"), kl.Rescaling(0.5, 0.25)],
+    "permutation": [kl.Dense(12, "tanh"), kl.Reshape((3, 4)), kl.Permute((2, 1)), kl.Flatten()],
+    "dropout of nothing": [kl.Dense(20, "tanh"), kl.Dropout(0.0)],
+    "no bias": [kl.Dense(20, "tanh", use_bias=False)],
+    "different nonlinearities": [kl.Dense(20, "sigmoid"), kl.Dense(16, "relu"), kl.Dense(12)],
+    "activation layers": [kl.Dense(20), kl.Activation("tanh")],
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_through_structural_layers(name):
+    layers = [type(layer).from_config(layer.get_config()) for layer in STRUCTURES[name]] + [kl.Dense(10)]
+    loss = SOFTMAX(from_logits=True)
+    assert max(differences(chain(*layers), kb.genomes.backprop(RATE), loss, batches(steps=20))) <= 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_with_sample_weight", "sum_over_batch_size"])
+def test_each_reduction_of_the_loss(reduction):
+    loss = MEAN_SQUARED(reduction=reduction)
+    rate = RATE / BATCH if reduction == "sum" else RATE
+    twin = chain(kl.Dense(12, "tanh"), kl.Dense(10))
+    found = differences(twin, kb.genomes.backprop(rate), loss, batches(steps=10), weighted=True, rate=rate)
+    assert max(found) <= 1e-5
+
+
+def test_binary_cross_entropy_of_one_unit():
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    data = ((x, y[:, :1], weight) for x, y, weight in batches(2, 20))
+    assert max(differences(chain(kl.Dense(12, "tanh"), kl.Dense(1)), kb.genomes.backprop(RATE), loss, data)) <= 1e-5
+
+
+def test_a_nonlinear_output_layer():
+    loss = MEAN_SQUARED()
+    genome = kb.genomes.backprop(RATE, "tanh", last_activation="sigmoid")
+    assert max(differences(chain(kl.Dense(12, "tanh"), kl.Dense(10, "sigmoid")), genome, loss, batches(steps=20))) <= 1e-5
+
+
+@pytest.mark.parametrize("option", [{"directions": "untied"}, {"backward_activation": "tanh"}, {"presynaptic": "forward"}])
+def test_the_check_can_fail(option):
+    genome = kb.genomes.backprop(RATE)
+    genome = genome.with_rule(genome.rule.replace(**option))
+    found = differences(chain(kl.Dense(12, "tanh"), kl.Dense(10)), genome, SOFTMAX(from_logits=True), batches(steps=5))
+    if option == {"presynaptic": "forward"}:
+        assert max(found) <= 1e-5  # the first state is the same after both passes: no difference
+    else:
+        assert max(found) > 1e-3
+
+
+def test_convert_names_what_does_not_fit():
+    genome = kb.genomes.backprop()
+    with pytest.raises(ValueError, match="must be a keras"):
+        kb.convert(keras.Model(), genome)
+    with pytest.raises(ValueError, match="must be built"):
+        kb.convert(keras.Sequential([kl.Dense(3)]), genome)
+    with pytest.raises(ValueError, match="from_logits=True"):
+        kb.convert(chain(kl.Dense(3, "softmax")), genome)
+    with pytest.raises(ValueError, match="Conv1D"):
+        kb.convert(chain(kl.Reshape((8, 8)), kl.Conv1D(3, 2), kl.Flatten(), kl.Dense(3)), genome)
+    with pytest.raises(ValueError, match="no rule knows"):
+        kb.convert(chain(kl.Dense(3, "gelu"), kl.Dense(2)), genome)
+
+
+def test_convert_fills_each_forward_channel():
+    twin = chain(kl.Dense(5, "tanh"), kl.Dense(3))
+    rule = kb.Rule(states=3, directions="tied_updates")
+    model = kb.convert(twin, kb.Genome.random(rule, seed=0))
+    for own, layer in zip(model.layers, twin.layers, strict=True):
+        for channel in range(3):
+            np.testing.assert_array_equal(own.synapses["kernel"][channel], layer.kernel)
+    np.testing.assert_array_equal(model.layers[1].synapses["backward_kernel"][2], twin.layers[1].kernel)
