@@ -21,8 +21,11 @@ BELOW = {
     "models": {"network", "layers", "genome", "feedback"},
     "conformance": {"network", "layers", "genome"},
     "zoo": set(),
-    "tasks": set(),
-    "report": {"genome", "genomes", "network", "models", "tasks"},
+    "random": set(),
+    "tasks": {"random"},
+    "learners": {"network", "layers", "rule", "genome", "random"},
+    "meta": {"learners", "tasks", "genome", "random"},
+    "report": {"learners", "genome", "random", "tasks"},
 }
 TOP = {"__init__", "cli"}  # may import all
 

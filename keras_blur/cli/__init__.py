@@ -14,6 +14,8 @@ from absl import flags
 
 COMMANDS = {
     "fit": "train a network by a genome on images, beside Keras SGD",
+    "meta-train": "find a genome on image tasks, from random numbers",
+    "compare": "a genome beside tuned optimizers on an image set",
     "conformance": "replay published numbers and say how far they are apart",
 }
 

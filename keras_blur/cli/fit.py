@@ -12,6 +12,7 @@ import keras
 from absl import flags
 
 from keras_blur import genomes
+from keras_blur.cli.common import check_folders, values_of, whole_numbers
 from keras_blur.genome import Genome, write_text
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential, copy_kernels
@@ -37,17 +38,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("save", None, "File for the trained model (.keras).", **define)
 
 
-def hidden_units(texts: Sequence[str]) -> list[int]:
-    """The numbers of `--hidden`."""
-    try:
-        units = [int(text) for text in texts]
-    except ValueError:
-        units = [0]
-    if any(number < 1 for number in units):
-        raise ValueError(f"--hidden must be positive whole numbers with commas, as in 256,128. Received: {','.join(texts)}")
-    return units
-
-
 def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[Sequential, keras.Sequential]:
     """A network that learns by the genome, and a Keras network of the same shape and initial weights."""
     activation = genome.rule.forward_activation
@@ -66,16 +56,13 @@ def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[S
 def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     """Trains, prints and writes what was asked for."""
     del positional
-    flag: dict[str, Any] = {name: values[name].value for name in values}
-    for name in ("json", "plot", "save"):
-        folder = os.path.dirname(os.path.abspath(flag[name])) if flag[name] else "."
-        if not os.path.isdir(folder):
-            raise ValueError(f"--{name}: there is no folder {folder!r}")
+    flag = values_of(values)
+    check_folders(flag, "json", "plot", "save")
     if flag["learning_rate"] <= 0:
         raise ValueError(f"--learning_rate must be above 0. Received: {flag['learning_rate']}")
     if flag["save"] and not flag["save"].endswith(".keras"):
         raise ValueError(f"--save must name a .keras file. Received: {flag['save']}")
-    hidden = hidden_units(flag["hidden"])
+    hidden = whole_numbers("hidden", flag["hidden"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if flag["genome"] == "backprop":
         genome = genomes.backprop(flag["learning_rate"], "tanh", loss=loss)
@@ -107,8 +94,7 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     for name, result in results.items():
         print(f"{name:<24} test accuracy {result['history']['val_accuracy'][-1]:.4f}  {result['seconds']:.1f} s")
     if flag["json"]:
-        asked = {name: value for name, value in flag.items() if name != "help"}
-        document = {"flags": asked, "parameters": model.count_params(), "results": results}
+        document = {"flags": flag, "parameters": model.count_params(), "results": results}
         write_text(flag["json"], json.dumps(document, indent=1) + "\n")
     if flag["plot"]:
         from keras_blur.report.learning import plot_fits

@@ -1,0 +1,84 @@
+"""The learner that learns by a genome: the network step of `Sequential.fit`, with plain tensors for synapses.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_blur import network
+from keras_blur.genome import Genome, Rule
+from keras_blur.layers.dense import DenseConnection
+from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+
+_PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
+
+
+class Blur(Learner):
+    """A network of dense layers that learns by a genome, the outer parameters.
+
+    Args:
+        hidden: units of the hidden layers.
+        rule: the rule of the genome.
+
+    Example:
+
+    >>> Blur(hidden=(32,), rule=Rule(states=2)).units(10)
+    (32, 10)
+    """
+
+    def __init__(self, hidden: tuple[int, ...] = (128,), rule: Rule | None = None):
+        self.hidden = tuple(int(units) for units in hidden)
+        self.rule = rule or Rule()
+        if self.rule.keep_neurons:
+            raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
+        if any(units < 1 for units in self.hidden):
+            raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
+
+    def units(self, outputs: int) -> tuple[int, ...]:
+        """Units of each layer."""
+        return (*self.hidden, outputs)
+
+    def stages(self, outputs: int) -> tuple[network.Stage, ...]:
+        """The network."""
+        return tuple(network.Stage(DenseConnection(units)) for units in self.units(outputs))
+
+    def genome(self, outer: Outer) -> Genome:
+        """The genome of outer parameters that are its arrays by name; a layer axis stands after the leading ones."""
+        if self.rule.layers is None:
+            return Genome(self.rule, outer)
+        own = {name: len(shape) for name, shape in self.rule.shapes().items()}
+        return Genome(self.rule, {name: _layers_first(value, own[name]) for name, value in outer.items()})
+
+    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = ()) -> network.NetworkState:
+        synapses = []
+        before = features
+        for index, stage in enumerate(self.stages(outputs)):
+
+            def draw(name: str, channel: int, shape: tuple[int, ...], index: int = index) -> Array:
+                if name == "bias":
+                    return tf.zeros((*leading, *shape))
+                # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
+                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading)
+
+            synapses.append(stage.connection.init(self.rule, before, draw, feeds_back=index > 0))
+            before = stage.connection.units
+        return network.NetworkState(tuple(synapses), tf.zeros((), tf.int32))
+
+    def step(self, outer: Outer, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
+        result = network.step(self.genome(outer), self.stages(y.shape[-1]), state, x, lambda prediction: y)
+        return result.state, result.output
+
+    def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
+        genome = self.genome(outer)
+        stages = self.stages(int(state.synapses[-1]["kernel"].shape[-1]))
+        sweep = network.forward(genome, stages, network.stored(genome, stages, state.synapses), x)
+        return network.output(genome, sweep.neurons)
+
+
+def _layers_first(value: Array, own: int) -> Array:
+    """Moves the layer axis, the last before an array's own `own` axes, to the front."""
+    rank = len(value.shape)
+    axis = rank - own - 1
+    return tf.transpose(value, [axis, *range(axis), *range(axis + 1, rank)])

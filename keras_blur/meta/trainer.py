@@ -1,0 +1,322 @@
+"""Trains a genome on tasks: the outer loop as a Keras model.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and 4.2, Table C.1: Adam on the
+gradient through the unroll, clipped; several genomes at once, the best copied to all when the unroll grows.
+
+Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own. The genomes, the optimizer's state and
+the counters of the task streams are its variables, and every random number follows from the seed and those counters; so a
+run that is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
+
+Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
+step and a task stream of its own, and which family a step takes follows from the seed and the step's number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.genome import Genome
+from keras_blur.learners.blur import Blur
+from keras_blur.meta.unroll import Unroll
+from keras_blur.tasks.base import Tasks
+
+Array = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class MetaTrainer(keras.Model):
+    """Meta-trains genomes on tasks.
+
+    Args:
+        tasks: a `Tasks`, or several, of any shapes.
+        learner: a `learners.Blur`, or several of one rule; each step takes one of the tasks and one of the learners.
+        estimator: how the outer gradient is found: `Unroll(...)`.
+        members: number of genomes that are trained side by side, from different starts, on the same tasks.
+        tasks_per_step: episodes whose gradients are averaged in one step.
+        batch_size: examples of a support batch.
+        query_size: examples of the query.
+        clipnorm: largest norm of a member's gradient; `None` does not clip.
+        genome: where to start, a single genome or a population of `members`; `None` draws at random.
+        std: standard deviation of a random start.
+        seed: of everything.
+
+    Raises:
+        ValueError: if arguments do not fit together.
+
+    Example:
+
+    >>> from keras_blur import Rule, learners, tasks
+    >>> trainer = MetaTrainer(
+    ...     tasks=tasks.images("digits"),
+    ...     learner=learners.Blur((16,), Rule(batch_reduction="mean", last_activation="linear")),
+    ...     estimator=Unroll(steps=3), batch_size=16, query_size=32,
+    ... )
+    >>> trainer.compile(optimizer=keras.optimizers.Adam(1e-3))
+    >>> history = trainer.fit(epochs=1, steps_per_epoch=2, verbose=0)
+    >>> trainer.genome.rule.states
+    2
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks | Sequence[Tasks],
+        learner: Blur | Sequence[Blur],
+        estimator: Unroll | None = None,
+        *,
+        members: int = 1,
+        tasks_per_step: int = 1,
+        batch_size: int = 64,
+        query_size: int = 128,
+        clipnorm: float | None = 10.0,
+        genome: Genome | None = None,
+        std: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__(name="meta_trainer")
+        several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+        learners = [learner] if isinstance(learner, Blur) else list(learner)
+        for name, value in (
+            ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+        if not several or any(one.kind != "classes" for one in several):
+            raise ValueError("`tasks` must be one or more task distributions of classes.")
+        if not learners or any(one.rule != learners[0].rule for one in learners):
+            raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
+        rule = learners[0].rule
+        if rule.layers is not None and any(len(one.hidden) + 1 != rule.layers for one in learners):
+            raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
+        if clipnorm is not None and not clipnorm > 0:
+            raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
+        if genome is not None and (genome.rule != rule or genome.population not in ((), (members,))):
+            raise ValueError(
+                f"`genome` must be of the learner's rule, single or a population of {members}. Received: {genome!r}"
+            )
+        self.families = [(one, other) for one in several for other in learners]
+        self.estimator = estimator or Unroll()
+        self.rule, self.members, self.tasks_per_step = rule, members, tasks_per_step
+        self.batch_size, self.query_size, self.clipnorm, self.seed = batch_size, query_size, clipnorm, seed
+        start = genome or Genome.random(rule, seed, std=std, synapse_update=-0.01, population=(members,))
+        axis = 0 if rule.layers is None else 1
+        self.outer: dict[str, keras.Variable] = {}
+        for name, array in start.arrays.items():
+            single = np.asarray(array)
+            numbers = np.moveaxis(single, axis, 0) if start.population else np.stack([single] * members)
+            setattr(self, f"genome_{name}", self.add_weight(name=name, shape=numbers.shape, initializer="zeros"))
+            self.outer[name] = getattr(self, f"genome_{name}")
+            self.outer[name].assign(numbers)
+        counter: dict[str, Any] = {"initializer": "zeros", "trainable": False, "aggregation": "only_first_replica"}
+        self.meta_step = self.add_weight(name="meta_step", shape=(), dtype="int32", **counter)
+        self.drawn = self.add_weight(name="drawn", shape=(len(self.families),), dtype="int32", **counter)
+        self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
+        names = ("loss", "accuracy", "gradient_norm", "skipped")
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self.built = True
+        self._streams: dict[int, Any] = {}
+        self._compiled_steps: dict[tuple[int, int], Callable[..., Any]] = {}
+
+    # What a person asks of it.
+
+    def compile(self, optimizer: Any = None, *, jit_compile: bool = True, **kwargs: Any) -> None:
+        """Configures meta-training.
+
+        Args:
+            optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1.
+            jit_compile: whether the meta-gradient is compiled by XLA.
+            **kwargs: `run_eagerly` and `steps_per_execution` are not used and refused.
+        """
+        if kwargs:
+            raise ValueError(f"`compile` takes `optimizer` and `jit_compile` only. Received: {', '.join(kwargs)}")
+        optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
+        if optimizer.clipnorm or optimizer.clipvalue or optimizer.global_clipnorm:
+            raise ValueError(
+                "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips each."
+            )
+        self._jit_step = bool(jit_compile)
+        self._compiled_steps = {}
+        super().compile(optimizer=optimizer, jit_compile=False)
+        optimizer.build(list(self.outer.values()))
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Mean over the epoch: loss, query accuracy, gradient norm before clipping, share of members skipped."""
+        return list(self.trackers.values())
+
+    @property
+    def population(self) -> Genome:
+        """All members, on a population axis."""
+        axis = 0 if self.rule.layers is None else 1
+        arrays = {name: np.moveaxis(np.array(v.value), 0, axis) for name, v in self.outer.items()}
+        return Genome(self.rule, arrays)
+
+    @property
+    def best(self) -> int:
+        """The member with the highest running query accuracy in meta-training."""
+        return int(np.argmax(np.array(self.member_score.value)))
+
+    @property
+    def genome(self) -> Genome:
+        """The best member."""
+        return Genome(self.rule, {name: np.array(value.value)[self.best] for name, value in self.outer.items()})
+
+    def synchronize(self) -> None:
+        """Copies the best member, with its optimizer state, over all others."""
+        best = self.best
+        for variable in [*self.outer.values(), *self._slots(), self.member_score]:
+            variable.assign(np.repeat(np.array(variable.value)[best : best + 1], self.members, axis=0))
+
+    def fit(
+        self,
+        epochs: int = 1,
+        steps_per_epoch: int = 100,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Meta-trains; progress bar, callbacks and `verbose` as in Keras.
+
+        Args:
+            epochs: number of epochs, those before an interruption included.
+            steps_per_epoch: meta-steps of each.
+            checkpoint: a `.weights.h5` file that is written after each epoch; where it exists, meta-training goes on from
+                it, to the same result as if it had never stopped.
+            callbacks: Keras callbacks.
+            **kwargs: for `keras.Model.fit`. Data are not among them: they are the tasks.
+
+        Raises:
+            ValueError: if the checkpoint is of another trainer, or was written within other epochs.
+        """
+        if not self.compiled:
+            raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
+        callbacks = list(callbacks)
+        if checkpoint is not None:
+            path = os.fspath(checkpoint)
+            if not path.endswith(".weights.h5"):
+                raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
+            if os.path.exists(path):
+                self._restore(path)
+            callbacks.append(_Checkpoint(path))
+        done, rest = divmod(int(self.meta_step.numpy()), steps_per_epoch)
+        if rest and checkpoint is not None:
+            raise ValueError(
+                f"`steps_per_epoch` must be what it was before: {int(self.meta_step.numpy())} meta-steps are done, no "
+                f"whole number of epochs of {steps_per_epoch}."
+            )
+        self._streams = {}  # they start where the counters stand
+        data = tf.data.Dataset.range(steps_per_epoch).repeat()
+        kwargs = {"initial_epoch": done if checkpoint is not None else 0, **kwargs}
+        return super().fit(
+            data, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, callbacks=callbacks, **kwargs
+        )
+
+    def _restore(self, path: str) -> None:
+        try:
+            self.load_weights(path)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
+
+    # One step.
+
+    def make_train_function(self, force: bool = False) -> Callable[[Any], Any]:
+        """Keras's hook: the function that `fit` calls for each step."""
+        self.train_function = lambda iterator: self.meta_train_step()
+        return self.train_function
+
+    def family_of(self, step: int) -> int:
+        """Which family the step of this number takes."""
+        return int(np.random.default_rng([self.seed, step]).integers(len(self.families)))
+
+    def meta_train_step(self) -> dict[str, Array]:
+        """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
+        step = int(self.meta_step.numpy())
+        family = self.family_of(step)
+        seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
+        gradients, loss, accuracy, norm, sound = self._step_of(family)(self._episodes(family), seed)
+        self._apply(gradients, sound)
+        usable = tf.cast(sound, loss.dtype)
+        self.trackers["loss"].update_state(tf.where(sound, loss, tf.zeros_like(loss)), usable)
+        self.trackers["accuracy"].update_state(tf.where(sound, accuracy, tf.zeros_like(accuracy)), usable)
+        self.trackers["gradient_norm"].update_state(tf.where(sound, norm, tf.zeros_like(norm)), usable)
+        self.trackers["skipped"].update_state(1.0 - usable)
+        scored = tf.where(sound, accuracy, tf.zeros_like(accuracy))  # a member that diverged has the worst score
+        rate = max(0.01, 1.0 / (step + 1.0))
+        self.member_score.assign((1.0 - rate) * self.member_score + rate * scored)
+        self.meta_step.assign(step + 1)
+        self.drawn.assign(self.drawn + tf.one_hot(family, len(self.families), dtype="int32"))
+        return {name: tracker.result() for name, tracker in self.trackers.items()}
+
+    def _episodes(self, family: int) -> Mapping[str, Array]:
+        if family not in self._streams:
+            stream = self.families[family][0].dataset(
+                self.seed + 7919 * family, steps=self.estimator.steps, batch=self.batch_size, query=self.query_size,
+                start=int(self.drawn.numpy()[family]) * self.tasks_per_step,
+            )  # fmt: skip
+            self._streams[family] = iter(stream.batch(self.tasks_per_step, drop_remainder=True))
+        return next(self._streams[family])
+
+    def unroll_for(self, steps: int) -> None:
+        """Changes the number of unrolled steps, for a curriculum."""
+        self.estimator = Unroll(steps, along=self.estimator.along, recompute=self.estimator.recompute)
+        self._streams = {}
+
+    def _step_of(self, family: int) -> Callable[..., Any]:
+        key = (family, self.estimator.steps)
+        if key not in self._compiled_steps:
+            learner, estimator, clipnorm = self.families[family][1], self.estimator, self.clipnorm
+
+            def gradient(outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
+                found = estimator(learner, outer, episodes, seed)
+                squares = [tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for g in found.gradients.values()]
+                norm = tf.sqrt(tf.add_n(squares))
+                sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
+                scale = tf.ones_like(norm) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(norm, 1e-12))
+                gradients = {}
+                for name, g in found.gradients.items():
+                    shape = (self.members,) + (1,) * (g.shape.rank - 1)
+                    gradients[name] = tf.where(tf.reshape(sound, shape), g * tf.reshape(scale, shape), tf.zeros_like(g))
+                return gradients, found.loss, found.accuracy, norm, sound
+
+            compiled = tf.function(gradient, jit_compile=self._jit_step)
+
+            def call(episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
+                return compiled({name: v.value for name, v in self.outer.items()}, episodes, seed)
+
+            self._compiled_steps[key] = call
+        return self._compiled_steps[key]
+
+    def _slots(self) -> list[keras.Variable]:
+        """The optimizer's variables that have a value for each member."""
+        shapes = {tuple(value.shape) for value in self.outer.values()}
+        return [v for v in self.optimizer.variables if tuple(v.shape) in shapes]
+
+    def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
+        """Updates each sound member; the others keep their numbers and their optimizer state."""
+        touched = [*self.outer.values(), *self._slots()]
+        whole = bool(tf.reduce_all(sound))
+        before = [] if whole else [tf.identity(variable.value) for variable in touched]
+        self.optimizer.apply([gradients[name] for name in self.outer], list(self.outer.values()))
+        for variable, old in zip(touched, before, strict=not whole):
+            mask = tf.reshape(sound, (self.members,) + (1,) * (old.shape.rank - 1))
+            variable.assign(tf.where(mask, variable.value, old))
+
+
+class _Checkpoint(keras.callbacks.Callback):
+    """Writes everything that a resumed run needs after each epoch, to a temporary name first."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._path = path
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        temporary = self._path.removesuffix(".weights.h5") + ".tmp.weights.h5"
+        self.model.save_weights(temporary, overwrite=True)
+        os.replace(temporary, self._path)

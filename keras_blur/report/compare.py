@@ -1,0 +1,245 @@
+"""A genome beside tuned optimizers, on the same batches from the same initial networks.
+
+Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that any optimizer at any rate has at
+each step, so it is tuned for every step on its own, which no single run could be: to be above it is to be faster than all.
+Seeds and rates run side by side on leading axes of one compiled program; the seconds are those of the program shared out
+evenly to its networks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.genome import Genome
+from keras_blur.learners import Blur, Learner, Optimizer
+from keras_blur.report import style
+from keras_blur.tasks.datasets import Images
+
+Array = Any
+
+STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+GRIDS: dict[str, tuple[float, ...]] = {
+    "SGD": tuple(10.0 ** (exponent / 2) for exponent in range(-5, 2)),
+    "momentum": tuple(10.0 ** (exponent / 2) for exponent in range(-6, 1)),
+    "Adam": tuple(10.0 ** (exponent / 2) for exponent in range(-7, -1)),
+    "RMSprop": tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2)),
+}
+_CHUNK = 2000  # test images that are predicted at once
+_BLOCK = 25  # steps of one compiled call at most
+
+
+def _optimizer(name: str) -> keras.optimizers.Optimizer:
+    if name == "SGD":
+        return keras.optimizers.SGD()
+    if name == "momentum":
+        return keras.optimizers.SGD(momentum=0.9)
+    return keras.optimizers.Adam() if name == "Adam" else keras.optimizers.RMSprop()
+
+
+def compare(
+    genome: Genome,
+    images: Images,
+    hidden: Sequence[int],
+    *,
+    steps: int = 1000,
+    seeds: int = 5,
+    batch_size: int = 128,
+    seed: int = 0,
+    grids: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """Compares a genome with SGD, momentum, Adam and RMSprop.
+
+    Args:
+        genome: a genome that learns from labels.
+        images: the image set; learners see its training images and are scored on its test images.
+        hidden: units of the hidden layers.
+        steps: learning steps; scores are taken at 0, 1, 2, 5, 10, ... up to it.
+        seeds: number of initial networks and orders of the images.
+        batch_size: images of a batch.
+        seed: the first of the seeds.
+        grids: rates by optimizer; `None` takes half decades around the usual ones.
+
+    Returns:
+        JSON values: `steps`, and `curves`: for the genome and for each optimizer and rate the accuracy and cross-entropy
+        by seed and step and the seconds by step. `envelope` and `best` are made from them. A rule that normalises over
+        the batch is scored with the statistics of up to 2,000 test images at a time. A score that is not finite is the worst
+        there is: accuracy 0, cross-entropy `None`.
+
+    Raises:
+        ValueError: if the genome learns from errors, or a number does not fit the images.
+    """
+    if genome.rule.feedback != "labels":
+        raise ValueError("`genome` must learn from labels (`Rule.feedback='labels'`): this one needs a loss.")
+    if steps < 1 or seeds < 2 or not 1 <= batch_size <= len(images.x_train):
+        raise ValueError(
+            f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {len(images.x_train)}. "
+            f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
+        )
+    data = _Data(images, batch_size, seeds, seed)
+    at = sorted({step for step in STEPS if step <= steps} | {steps})
+    chosen = GRIDS if grids is None else grids
+    activation = genome.rule.forward_activation
+    outer = {name: tf.constant(np.asarray(array)[None, None]) for name, array in genome.arrays.items()}
+    curves = {"genome": _curves(Blur(tuple(hidden), genome.rule), outer, 1, data, at)[0]}
+    for name, rates in chosen.items():
+        learner = Optimizer(_optimizer(name), tuple(hidden), activation)
+        grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
+        for rate, curve in zip(rates, _curves(learner, grid, len(rates), data, at), strict=True):
+            curves[f"{name} {rate:.3g}"] = {"optimizer": name, "rate": float(rate), **curve}
+    return {"data": images.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
+            "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
+
+
+class _Data:
+    """Batches and test images, the same for every learner."""
+
+    def __init__(self, images: Images, batch_size: int, seeds: int, seed: int):
+        flat = images.x_train.reshape(len(images.x_train), -1).astype(np.float32) / images.scale
+        mean, deviation = flat.mean(), flat.std() + 1e-6
+        self.x = (flat - mean) / deviation
+        test = images.x_test.reshape(len(images.x_test), -1).astype(np.float32) / images.scale
+        self.test_x, self.test_y = (test - mean) / deviation, images.y_test
+        self.signs = 2.0 * np.eye(images.classes, dtype=np.float32)[images.y_train] - 1.0
+        self.batch_size, self.seeds, self.seed = batch_size, seeds, seed
+        self.features, self.classes = self.x.shape[1], images.classes
+
+    def orders(self) -> list[Any]:
+        """For each seed, an endless stream of batches of image numbers: passes without repeats."""
+
+        def stream(number: int) -> Any:
+            rng = np.random.default_rng([self.seed, number])
+            while True:
+                order = rng.permutation(len(self.x))
+                for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+                    yield order[start : start + self.batch_size]
+
+        return [stream(number) for number in range(self.seeds)]
+
+    def block(self, streams: list[Any], count: int) -> tuple[Array, Array]:
+        """`count` batches: x `[1, seeds, count, batch, features]`, y alike."""
+        chosen = np.stack([[next(stream) for _ in range(count)] for stream in streams])
+        return tf.constant(self.x[chosen][None]), tf.constant(self.signs[chosen][None])
+
+
+def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _Data, at: Sequence[int]) -> list[Any]:
+    """Accuracy and cross-entropy `[seeds][at]` and seconds `[at]` of each member."""
+    leading = (members, data.seeds)
+    state = learner.init(random.seed_of(data.seed), data.features, data.classes, leading)
+
+    @tf.function(jit_compile=True)
+    def learn(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> Any:
+        count = x.shape[2]
+
+        def body(time: Array, state: Any) -> tuple[Array, Any]:
+            state, _ = learner.step(outer, state, tf.gather(x, time, axis=2), tf.gather(y, time, axis=2))
+            return time + 1, state
+
+        return tf.while_loop(lambda time, _: time < count, body, (tf.constant(0), state), maximum_iterations=count)[1]
+
+    @tf.function(jit_compile=True)
+    def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
+        prediction = learner.predict(outer, state, x[None, None])
+        y = tf.broadcast_to(y, tf.shape(prediction)[:-1])
+        right = tf.cast(tf.equal(tf.argmax(prediction, -1, tf.int32), y), tf.float32)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=prediction)
+        finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
+        return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
+
+    streams, seconds, taken, elapsed = data.orders(), [], [], 0.0
+    compiled: set[int] = set()
+    done = 0
+    for target in at:
+        while done < target:
+            count = min(_BLOCK, target - done)
+            x, y = data.block(streams, count)
+            if count not in compiled:  # compiles outside the clock; the result is thrown away
+                tf.nest.map_structure(lambda leaf: leaf.numpy(), learn(outer, state, x, y))
+                compiled.add(count)
+            start = time.perf_counter()
+            state = learn(outer, state, x, y)
+            tf.nest.flatten(state)[0].numpy()
+            elapsed += time.perf_counter() - start
+            done += count
+        right, loss = np.zeros(leading), np.zeros(leading)
+        for start_row in range(0, len(data.test_x), _CHUNK):
+            rows = slice(start_row, start_row + _CHUNK)
+            label = tf.constant(data.test_y[rows].astype(np.int32))
+            found = score(outer, state, tf.constant(data.test_x[rows]), label)
+            right, loss = right + found[0].numpy(), loss + found[1].numpy()
+        taken.append((right / len(data.test_x), loss / len(data.test_x)))
+        seconds.append(elapsed / (members * data.seeds))
+    results = []
+    for member in range(members):
+        accuracy = [[float(taken[i][0][member, s]) for i in range(len(at))] for s in range(data.seeds)]
+        losses = [[_finite(taken[i][1][member, s]) for i in range(len(at))] for s in range(data.seeds)]
+        results.append({"accuracy": accuracy, "loss": losses, "seconds": seconds})
+    return results
+
+
+def _finite(value: float) -> float | None:
+    """The number for JSON: `None` stands for what is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
+    """The envelope of all optimizers, and each optimizer's curve that is best at the last step."""
+    means = {name: np.mean(curve["accuracy"], axis=0) for name, curve in curves.items() if name != "genome"}
+    envelope, which = [], []
+    for index in range(len(at)):
+        name = max(means, key=lambda name: means[name][index])
+        envelope.append(float(means[name][index]))
+        which.append(name)
+    best = {}
+    for optimizer in dict.fromkeys(curve["optimizer"] for name, curve in curves.items() if name != "genome"):
+        own = [name for name, curve in curves.items() if curve.get("optimizer") == optimizer]
+        best[optimizer] = max(own, key=lambda name: means[name][-1])
+    return {"envelope": {"accuracy": envelope, "which": which}, "best": best}
+
+
+def format_compare(result: Mapping[str, Any]) -> str:
+    """The comparison as a table: mean accuracy and standard deviation over seeds, by step."""
+    at = result["steps"]
+    lines = [
+        f"{result['data']}, hidden {','.join(map(str, result['hidden']))}, batch {result['batch_size']}, "
+        f"{result['seeds']} seeds: test accuracy by learning step, mean (and deviation over seeds)",
+        f"{'':<22}" + "".join(f"{step:>14}" for step in at),
+    ]
+    for label, name in [("genome", "genome"), *((f"best {name}", name) for name in result["best"].values())]:
+        values = np.array(result["curves"][name]["accuracy"])
+        mean, spread = values.mean(0), values.std(0, ddof=1)
+        lines.append(
+            f"{label:<22}" + "".join(f"{m:>7.3f} ({s:.3f})"[-14:].rjust(14) for m, s in zip(mean, spread, strict=True))
+        )
+    envelope = result["envelope"]
+    lines.append(f"{'envelope':<22}" + "".join(f"{value:>7.3f}".ljust(14).rjust(14) for value in envelope["accuracy"]))
+    lines.append(f"{'  reached by':<22}" + "".join(f"{name:>14}" for name in envelope["which"]))
+    return "\n".join(lines)
+
+
+def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy by step and by seconds of the genome, each optimizer's best rate, and the envelope."""
+    made, axes = style.figure(columns=2)
+    at = np.array(result["steps"])
+    for panel, axis in enumerate(axes[0]):
+        for index, (label, name) in enumerate([("genome", "genome"), *((n, n) for n in result["best"].values())]):
+            curve = result["curves"][name]
+            values = np.array(curve["accuracy"])
+            x = at if panel == 0 else np.array(curve["seconds"])
+            style.line(axis, index, x, values.mean(0), label, values.std(0, ddof=1))
+        if panel == 0:
+            axis.plot(at, result["envelope"]["accuracy"], color="0.6", linewidth=4, zorder=0, label="envelope")
+            axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlabel("learning step" if panel == 0 else "seconds of learning, one network")
+        axis.set_ylabel("test accuracy")
+    axes[0][0].legend(fontsize=7)
+    made.suptitle(f"{result['data']}, hidden {','.join(map(str, result['hidden']))}", fontsize=10)
+    style.save(made, path)

@@ -1,0 +1,104 @@
+"""What is learned: distributions of tasks, as functions of a seed.
+
+An episode is one task: support batches, one a learning step, and a query batch that was in none of them. It is a pure
+function of a seed, in TensorFlow operations, so that a stream of episodes can be started anywhere, sharded by number, and is
+the same on every machine; `Tasks.dataset` wraps it as `tf.data`.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import tensorflow as tf
+
+from keras_blur import random
+
+Array = Any
+Episode = dict[str, Array]
+
+SPLITS = ("train", "validation", "test")
+
+
+class Tasks(abc.ABC):
+    """A distribution of tasks of one shape.
+
+    Attributes:
+        name: what the tasks are.
+        features: number of input features.
+        outputs: size of the output: classes, or 1 for a value.
+        kind: `"classes"` or `"values"`: what the output is.
+    """
+
+    name: str
+    features: int
+    outputs: int
+    kind: str = "classes"
+
+    @abc.abstractmethod
+    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
+        """Examples of the task that the seed names, no two the same where examples are finite.
+
+        Args:
+            seed: a seed.
+            count: how many.
+            split: `"train"`, `"validation"` or `"test"`: meta-training, choosing, reporting; they share no example.
+
+        Returns:
+            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for others, or values.
+        """
+
+    def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
+        """One episode.
+
+        Args:
+            seed: a seed.
+            steps: number of support batches.
+            batch: examples in each.
+            query: examples of the query.
+            split: as in `examples`.
+
+        Returns:
+            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        x, y = self.examples(seed, steps * batch + query, split)
+        return {
+            "x": tf.reshape(x[query:], (steps, batch, self.features)),
+            "y": tf.reshape(y[query:], (steps, batch, self.outputs)),
+            "query_x": tf.ensure_shape(x[:query], (query, self.features)),
+            "query_y": tf.ensure_shape(y[:query], (query, self.outputs)),
+        }
+
+    def dataset(
+        self,
+        seed: int,
+        *,
+        steps: int,
+        batch: int,
+        query: int,
+        split: str = "train",
+        start: int | tf.Variable = 0,
+        stride: int = 1,
+    ) -> tf.data.Dataset:
+        """An endless stream of episodes; episode i depends on the seed and i alone.
+
+        Args:
+            seed: a number.
+            steps: support batches of an episode.
+            batch: examples in each.
+            query: examples of the query.
+            split: as in `examples`.
+            start: number of the first episode; of a variable, its value when the stream is started.
+            stride: distance to the next: shard j of n has start j and stride n.
+        """
+        root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
+
+        def draw(number: Array) -> Episode:
+            return self.episode(random.fold_in(root, number), steps=steps, batch=batch, query=query, split=split)
+
+        numbers = tf.data.Dataset.from_tensors(0).flat_map(
+            lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
+        )
+        return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)

@@ -1,0 +1,157 @@
+"""Tasks on images: learn to tell the classes of an image set, resized, cropped, projected, relabelled.
+
+Source of the first task family: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 (full MNIST and halves of its
+classes, cropped and resized). Relabelling and random projections make many tasks of one image set, which is what a rule
+needs to be general rather than to know the set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.tasks.base import Tasks
+from keras_blur.tasks.datasets import Images, load_images
+
+Array = Any
+
+_VALIDATION = 10  # each tenth training image is for meta-validation
+
+
+class ImageTasks(Tasks):
+    """See `images`."""
+
+    def __init__(self, arrays: dict[str, tuple[np.ndarray, np.ndarray]], classes: int, name: str, *, relabel: bool,
+                 permute: bool, project: int | None):  # fmt: skip
+        self.name, self.outputs = name, classes
+        self.pixels = int(arrays["train"][0].shape[1])
+        self.features = project or self.pixels
+        self.relabel, self.permute, self.project = relabel, permute, project
+        self._arrays = arrays
+        self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in arrays.items()}
+
+    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
+        images, labels = self._arrays[split]
+        prime = self._primes[split]
+        if count > prime:
+            raise ValueError(
+                f"An episode needs {count} different images; the split {split!r} of {self.name} has {prime}. "
+                "Use fewer steps, smaller batches or a smaller query."
+            )
+        # An order without repeats for the price of a product: i -> a i + b modulo a prime.
+        factor = tf.cast(random.integers(random.fold_in(seed, 0), (), prime - 1), tf.int64) + 1
+        offset = tf.cast(random.integers(random.fold_in(seed, 1), (), prime), tf.int64)
+        chosen = tf.math.floormod(factor * tf.range(count, dtype=tf.int64) + offset, prime)
+        x = tf.gather(tf.constant(images), chosen)
+        label = tf.gather(tf.constant(labels), chosen)
+        if self.permute:
+            x = tf.gather(x, random.permutation(random.fold_in(seed, 2), self.pixels), axis=1)
+        if self.project:
+            matrix = random.normal(random.fold_in(seed, 3), (self.pixels, self.project))
+            x = tf.matmul(x, matrix) / float(self.pixels) ** 0.5
+        if self.relabel:
+            label = tf.gather(random.permutation(random.fold_in(seed, 4), self.outputs), label)
+        return tf.ensure_shape(x, (count, self.features)), 2.0 * tf.one_hot(label, self.outputs) - 1.0
+
+
+def images(
+    name: str = "digits",
+    *,
+    size: int | None = None,
+    crop: int | None = None,
+    classes: Sequence[int] | None = None,
+    standardize: bool = True,
+    relabel: bool = False,
+    permute: bool = False,
+    project: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> ImageTasks:
+    """Tasks on an image set.
+
+    Meta-training and meta-validation use its training images, nine and one in ten; meta-test its test images.
+
+    Args:
+        name: `"digits"` or a prepared `tensorflow_datasets` image set.
+        size: images are resized to `size` x `size` (area interpolation); `None` leaves them.
+        crop: first, the central `crop` x `crop` pixels are cut out.
+        classes: which classes, in the order of the outputs; `None` takes all.
+        standardize: whether pixels are shifted and scaled to mean 0 and deviation 1 over the training images (one number
+            each for all pixels); otherwise they are from 0 to 1.
+        relabel: whether each episode has its classes in another order.
+        permute: whether each episode has its pixels in another order.
+        project: each episode sees its images through a random matrix with this many rows; `None` for none.
+        data_dir: folder of prepared sets.
+
+    Returns:
+        `ImageTasks`.
+
+    Raises:
+        ValueError: if data are missing or an option does not fit them.
+
+    Example:
+
+    >>> tasks = images("digits", classes=range(5), relabel=True)
+    >>> tasks.features, tasks.outputs
+    (64, 5)
+    """
+    loaded = load_images(name, data_dir)
+    kept = range(loaded.classes) if classes is None else list(classes)
+    wrong = [c for c in kept if not 0 <= c < loaded.classes]
+    if wrong or len(set(kept)) != len(kept) or len(kept) < 2:
+        raise ValueError(
+            f"`classes` must be at least two different classes of {name}, from 0 to {loaded.classes - 1}. "
+            f"Received: classes={list(kept)}"
+        )
+    for option, value in (("size", size), ("crop", crop), ("project", project)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{option}` must be a positive integer. Received: {option}={value!r}")
+    train, test = (
+        _flat(loaded, x, y, kept, size, crop) for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_test, loaded.y_test))
+    )
+    if standardize:
+        mean, deviation = train[0].mean(), train[0].std() + 1e-6
+        train, test = (((x - mean) / deviation, y) for x, y in (train, test))
+    held = np.arange(len(train[1])) % _VALIDATION == _VALIDATION - 1
+    arrays = {
+        "train": (train[0][~held], train[1][~held]),
+        "validation": (train[0][held], train[1][held]),
+        "test": test,
+    }
+    shape = f"{size}x{size}" if size else f"{crop}x{crop}" if crop else "x".join(map(str, loaded.x_train.shape[1:3]))
+    label = f"{name} {shape}, {len(kept)} classes"
+    return ImageTasks(arrays, len(kept), label, relabel=relabel, permute=permute, project=project)
+
+
+def _flat(
+    loaded: Images, x: np.ndarray, y: np.ndarray, kept: Sequence[int], size: int | None, crop: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images of the kept classes as rows from 0 to 1, and their labels from 0."""
+    position = np.full(loaded.classes, -1)
+    position[list(kept)] = np.arange(len(kept))
+    chosen = position[y] >= 0
+    x, y = x[chosen], position[y[chosen]].astype(np.int32)
+    if crop is not None:
+        if crop > min(x.shape[1:3]):
+            raise ValueError(f"`crop` must be at most {min(x.shape[1:3])}, the images' size. Received: crop={crop}")
+        top, left = (x.shape[1] - crop) // 2, (x.shape[2] - crop) // 2
+        x = x[:, top : top + crop, left : left + crop]
+    if size is None:
+        return (x.reshape(len(x), -1) / loaded.scale).astype(np.float32), y
+    parts = [
+        tf.image.resize(part.astype(np.float32) / loaded.scale, (size, size), method="area").numpy()
+        for part in np.array_split(x, max(1, len(x) // 4096))
+    ]
+    return np.concatenate(parts).reshape(len(x), -1), y
+
+
+def _prime_up_to(limit: int) -> int:
+    """The largest prime that is at most `limit`."""
+    for number in range(limit, 1, -1):
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+            return number
+    raise ValueError(f"An image set needs at least 2 images a split. Received {limit}.")

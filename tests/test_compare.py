@@ -1,0 +1,169 @@
+"""The optimizer baseline equals Keras's; a comparison is fair, tuned, and finite."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_blur import Genome, Rule, cli, genomes, random
+from keras_blur.learners import Blur, Optimizer
+from keras_blur.report.compare import compare, format_compare, plot_compare
+from keras_blur.tasks.datasets import Images, load_images
+
+RULE = Rule(last_activation="linear", normalize_activations="both", batch_reduction="mean")
+GRIDS = {"SGD": (0.1, 1.0, 3e38), "Adam": (0.01, 0.1)}
+
+
+def batches(steps=6, leading=()):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((steps, *leading, 9, 5)).astype("float32")
+    y = 2 * np.eye(3, dtype="float32")[rng.integers(0, 3, (steps, *leading, 9))] - 1
+    return tf.constant(x), tf.constant(y)
+
+
+MAKERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.1),
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(0.01),
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.01),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_optimizer_equals_keras_step_by_step(name):
+    learner = Optimizer(MAKERS[name](), (7, 4))
+    state = learner.init(random.seed_of(2), 5, 3)
+    twin = keras.Sequential([keras.Input((5,)), *(keras.layers.Dense(u, "tanh") for u in (7, 4)), keras.layers.Dense(3)])
+    twin.set_weights([np.array(w).reshape(v.shape) for w, v in zip(state.weights, twin.weights, strict=True)])
+    twin.compile(MAKERS[name](), keras.losses.CategoricalCrossentropy(from_logits=True))
+    xs, ys = batches()
+    for x, y in zip(xs, ys, strict=True):
+        state, prediction = learner.step({}, state, x, y)
+        np.testing.assert_allclose(prediction, twin(x), rtol=1e-4, atol=1e-5)
+        twin.train_on_batch(x, (y + 1) / 2)
+    for own, wanted in zip(state.weights, twin.weights, strict=True):
+        np.testing.assert_allclose(np.array(own).reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_leading_axes_are_separate_networks_with_their_own_rates():
+    learner = Optimizer(keras.optimizers.Adam(), (6,))
+    rates = tf.constant([[0.01], [0.1]])
+    xs, ys = batches(leading=(2,))  # two tasks
+    state = learner.init(random.seed_of(2), 5, 3, (2, 2))
+    for x, y in zip(xs, ys, strict=True):
+        state, _ = learner.step({"learning_rate": rates}, state, x[None], y[None])
+    start = learner.init(random.seed_of(2), 5, 3, (2, 2))
+    for member in range(2):
+        for task in range(2):
+
+            def own(leaf, member=member, task=task):
+                return leaf if leaf.shape.rank == 0 else leaf[member, task]
+
+            alone = tf.nest.map_structure(own, start)
+            for x, y in zip(xs, ys, strict=True):
+                alone, _ = learner.step({"learning_rate": rates[member, 0]}, alone, x[task], y[task])
+            for one, other in zip(alone.weights, state.weights, strict=True):
+                np.testing.assert_allclose(one, other[member, task], rtol=1e-4, atol=1e-5)
+
+
+def test_learners_start_from_the_same_network():
+    seed = random.seed_of(4)
+    ours = Blur((7, 4), Rule(states=3)).init(seed, 5, 3)
+    theirs = Optimizer(keras.optimizers.SGD(0.1), (7, 4)).init(seed, 5, 3)
+    for index, layer in enumerate(ours.synapses):
+        np.testing.assert_array_equal(layer["kernel"][0], theirs.weights[2 * index])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [keras.optimizers.Adagrad(), keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), keras.optimizers.Adam(clipnorm=1.0),
+     keras.optimizers.RMSprop(momentum=0.5), keras.optimizers.Adam(weight_decay=0.1)],
+)  # fmt: skip
+def test_other_optimizers_are_refused(optimizer):
+    with pytest.raises(ValueError, match="`optimizer` must be a Keras SGD, Adam or RMSprop"):
+        Optimizer(optimizer)
+
+
+def few() -> Images:
+    whole = load_images()
+    return Images("few", whole.x_train[:300], whole.y_train[:300], whole.x_test[:90], whole.y_test[:90], 10, 16.0)
+
+
+@pytest.fixture(scope="module")
+def result():
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    return compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS)
+
+
+def test_every_curve_is_kept_and_the_envelope_is_the_best_of_them(result):
+    assert result["steps"] == [0, 1, 2, 5, 10]
+    assert list(result["curves"]) == ["genome", "SGD 0.1", "SGD 1", "SGD 3e+38", "Adam 0.01", "Adam 0.1"]
+    means = [np.mean(curve["accuracy"], axis=0) for name, curve in result["curves"].items() if name != "genome"]
+    np.testing.assert_allclose(result["envelope"]["accuracy"], np.max(means, axis=0))
+    assert result["envelope"]["accuracy"][-1] > 0.5
+    assert set(result["best"]) == {"SGD", "Adam"}
+
+
+def test_divergence_is_the_worst_score(result):
+    diverged = result["curves"]["SGD 3e+38"]
+    assert diverged["accuracy"][0][-1] == 0.0
+    assert diverged["loss"][0][-1] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_first_scores_are_those_of_the_initial_networks(result):
+    accuracy = np.array([curve["accuracy"] for name, curve in result["curves"].items() if name != "genome"])[:, :, 0]
+    assert (accuracy == accuracy[0]).all()
+
+
+def test_equal_seeds_give_equal_comparisons(result):
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    again = compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids={"Adam": (0.01,)})
+    assert again["curves"]["genome"]["accuracy"] == result["curves"]["genome"]["accuracy"]
+    np.testing.assert_allclose(again["curves"]["Adam 0.01"]["accuracy"], result["curves"]["Adam 0.01"]["accuracy"])
+
+
+def test_table_and_picture(result, tmp_path):
+    table = format_compare(result)
+    assert "envelope" in table
+    assert f"{result['envelope']['accuracy'][-1]:.3f}" in table
+    plot_compare(result, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_shell(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("keras_blur.report.compare.GRIDS", {"SGD": (0.3,)})
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    genome.save(tmp_path / "g.json")
+    arguments = ["compare", f"--genome={tmp_path / 'g.json'}", "--hidden=8", "--steps=2", "--seeds=2",
+                 f"--json={tmp_path / 'c.json'}", f"--plot={tmp_path / 'c.png'}"]  # fmt: skip
+    assert cli.run(arguments) == 0
+    assert "best SGD 0.3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c.json").read_text())["steps"] == [0, 1, 2]
+    assert (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--genome must be given"),
+        (["--genome=backprop"], "must learn from labels"),
+        (["--genome=nowhere"], "No genome named"),
+        (["--genome=backprop", "--plot=/no/such/folder/c.png"], "there is no folder"),
+    ],
+)
+def test_shell_mistakes(capsys, arguments, said):
+    assert cli.run(["compare", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_numbers_out_of_range():
+    genome = Genome.random(RULE, seed=0)
+    with pytest.raises(ValueError, match="`seeds` at least 2"):
+        compare(genome, few(), (8,), steps=1, seeds=1)
+    with pytest.raises(ValueError, match="batch_size=999"):
+        compare(genome, few(), (8,), steps=1, seeds=2, batch_size=999)
+    with pytest.raises(ValueError, match="must learn from labels"):
+        compare(genomes.backprop(), few(), (8,), steps=1)

@@ -1,0 +1,218 @@
+"""The outer loop: it learns, resumes bit for bit after a kill, and a member that diverges is skipped and counted."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
+
+RULE = Rule(last_activation="linear", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
+
+
+def trainer(learner=None, of=None, *, rate=1e-2, jit_compile=False, steps=3, **options):
+    made = meta.MetaTrainer(
+        of or tasks.images("digits", classes=range(3)),
+        learner or learners.Blur((8,), RULE),
+        meta.Unroll(steps, along=1.0),
+        **{"batch_size": 16, "query_size": 32, "clipnorm": 1.0, **options},
+    )
+    made.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile)
+    return made
+
+
+def state(made):
+    return [np.array(variable.value) for variable in [*made.weights, *made.optimizer.variables]]
+
+
+def assert_equal(first, second):
+    for one, other in zip(state(first), state(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_it_learns_from_random_numbers():
+    made = trainer(members=2, jit_compile=True, rate=3e-2)
+    history = made.fit(4, 60, verbose=0).history
+    assert set(history) == {"loss", "accuracy", "gradient_norm", "skipped"}
+    print(history)
+    assert history["accuracy"][-1] > 0.75 > history["accuracy"][0]
+    assert history["loss"][-1] < 0.7 * history["loss"][0]
+    assert history["skipped"] == [0.0] * 4
+    assert made.genome.population == ()
+    assert made.population.population == (2,)
+    assert int(made.meta_step.value) == 240
+
+
+def test_equal_seeds_give_equal_runs():
+    runs = [trainer(seed=seed) for seed in (1, 1, 2)]
+    for made in runs:
+        made.fit(1, 5, verbose=0)
+    assert_equal(runs[0], runs[1])
+    assert np.abs(runs[0].genome.nu - runs[2].genome.nu).max() > 0.1
+
+
+RUN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import keras
+from keras_blur import meta
+from test_meta_trainer import several
+made = several()
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.meta_step.value) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+made.fit(4, 3, checkpoint={path!r}, callbacks=[meta.UnrollCurriculum([(0, 2), (2, 3)]), Kill()], verbose=0)
+"""
+
+
+def several():
+    digits = [tasks.images("digits", classes=range(3)), tasks.images("digits", size=6, relabel=True)]
+    return trainer(learners.Blur((8,), RULE), digits, members=2, tasks_per_step=2, steps=2)
+
+
+def test_resume_after_kill_is_bit_for_bit(tmp_path):
+    path = str(tmp_path / "run.weights.h5")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), path=path)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    curriculum = [(0, 2), (2, 3)]
+    resumed, unbroken = several(), several()
+    history = resumed.fit(4, 3, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
+    assert history.epoch == [2, 3]  # two whole epochs were saved before the kill in the third
+    unbroken.fit(4, 3, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
+    assert_equal(resumed, unbroken)
+    assert sum(np.array(resumed.drawn.value)) == 12
+    assert sorted(os.listdir(tmp_path)) == ["run.weights.h5"]
+
+
+def test_checkpoint_errors(tmp_path):
+    path = tmp_path / "run.weights.h5"
+    made = trainer()
+    made.fit(1, 2, checkpoint=path, verbose=0)
+    with pytest.raises(ValueError, match="2 meta-steps are done"):
+        trainer().fit(2, 3, checkpoint=path, verbose=0)
+    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
+        trainer(members=3).fit(2, 2, checkpoint=path, verbose=0)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
+        trainer().fit(2, 2, checkpoint=path, verbose=0)
+    with pytest.raises(ValueError, match=r"must end with \.weights\.h5"):
+        trainer().fit(2, 2, checkpoint=tmp_path / "run.h5", verbose=0)
+
+
+def test_a_diverged_member_is_skipped_counted_and_does_not_spread():
+    population = Genome.random(RULE, 0, std=0.5, synapse_update=-0.01, population=(2,))
+    broken = population.replace(nu=population.nu * np.array([1.0, np.finfo("float32").max], "float32")[:, None, None])
+    single = Genome(RULE, {name: array[0] for name, array in population.arrays.items()})
+    both, alone = trainer(genome=broken, members=2), trainer(genome=single)
+    history = both.fit(1, 4, verbose=0).history
+    alone.fit(1, 4, verbose=0)
+    assert history["skipped"] == [0.5]
+    assert np.isfinite(history["loss"][0])
+    for name, array in alone.genome.arrays.items():
+        np.testing.assert_allclose(both.population.arrays[name][0], array, rtol=2e-4, atol=1e-6)
+        np.testing.assert_array_equal(both.population.arrays[name][1], broken.arrays[name][1])
+    assert both.best == 0
+
+
+def test_synchronize_copies_the_best_with_its_optimizer_state():
+    made = trainer(members=3)
+    made.fit(1, 3, verbose=0)
+    best = made.best
+    before = {name: np.array(v.value)[best] for name, v in made.outer.items()}
+    made.synchronize()
+    for name, value in made.outer.items():
+        for member in range(3):
+            np.testing.assert_array_equal(np.array(value.value)[member], before[name])
+    for slot in made._slots():
+        np.testing.assert_array_equal(np.array(slot.value)[0], np.array(slot.value)[2])
+
+
+def test_gradient_of_each_member_is_clipped():
+    free, tight = trainer(members=2, clipnorm=None), trainer(members=2, clipnorm=1e-3)
+    for made in (free, tight):
+        made.compile(keras.optimizers.SGD(1.0), jit_compile=False)
+    start = {name: np.array(value.value) for name, value in free.outer.items()}
+    lengths = []
+    for made in (free, tight):
+        made.fit(1, 1, verbose=0)
+        moved = [np.array(value.value) - start[name] for name, value in made.outer.items()]
+        lengths.append(np.sqrt(sum(np.sum(m.reshape(2, -1) ** 2, axis=1) for m in moved)))
+    np.testing.assert_allclose(lengths[1], 1e-3, rtol=1e-2)
+    assert lengths[0].min() > 2e-3
+
+
+def test_callbacks_write_the_genome_and_lengthen_the_unroll(tmp_path):
+    made = trainer()
+    curriculum = meta.UnrollCurriculum([(0, 2), (1, 4)])
+    callbacks = [curriculum, meta.GenomeCheckpoint(tmp_path / "g.json"), keras.callbacks.CSVLogger(tmp_path / "log.csv")]
+    made.fit(2, 2, callbacks=callbacks, verbose=0)
+    assert made.estimator.steps == 4
+    assert genomes.load(tmp_path / "g.json") == made.genome
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+    assert [curriculum.steps_at(epoch) for epoch in (0, 1, 9)] == [2, 4, 4]
+
+
+@pytest.mark.parametrize("stages", [[], [(1, 5)], [(0, 5), (0, 6)], [(0, 0)]])
+def test_curriculum_errors(stages):
+    with pytest.raises(ValueError, match="`stages` must"):
+        meta.UnrollCurriculum(stages)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"members": 0}, "`members` must be a positive integer"),
+        ({"batch_size": 2.5}, "`batch_size` must be a positive integer"),
+        ({"clipnorm": 0.0}, "`clipnorm` must be positive"),
+        ({"genome": genomes.backprop()}, "`genome` must be of the learner's rule"),
+        ({"learner": [learners.Blur((4,), RULE), learners.Blur((4,))]}, "learners of the same rule"),
+        ({"learner": learners.Blur((4,), Rule(layers=3))}, "must have 3 layers"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**options)
+
+
+def test_compile_errors():
+    made = trainer()
+    with pytest.raises(ValueError, match="must not clip"):
+        made.compile(keras.optimizers.Adam(1e-3, global_clipnorm=1.0))
+    with pytest.raises(ValueError, match="Received: loss"):
+        made.compile(loss="mse")
+
+
+def test_shell(tmp_path, capsys):
+    genome, numbers = tmp_path / "g.json", tmp_path / "n.json"
+    size = ["--hidden=8", "--hidden=6,6", "--members=2", "--unroll=2,3", "--epochs=2", "--steps_per_epoch=2"]
+    rule = "--rule=oja=weights,update_decay=power"
+    arguments = ["meta-train", *size, rule, f"--genome={genome}", f"--json={numbers}"]
+    assert cli.run(arguments) == 0
+    assert "wrote" in capsys.readouterr().out
+    rule = genomes.load(genome).rule
+    assert (rule.oja, rule.update_decay, rule.normalize_activations) == ("weights", "power", "both")
+    assert numbers.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--rule=nonsense=1", "--rule must be option=value pairs"),
+        ("--rule=keep_neurons=maybe", "keep_neurons cannot be 'maybe'"),
+        ("--rule=oja=never", "`oja` must be one of"),
+        ("--unroll=x", "--unroll must be positive whole numbers"),
+        ("--unroll=2,3,4", "--epochs must be at least the number of stages"),
+        ("--genome=/no/such/folder/g.json", "there is no folder"),
+    ],
+)
+def test_shell_mistakes(capsys, argument, said):
+    assert cli.run(["meta-train", "--epochs=2", argument]) == 2
+    assert said in capsys.readouterr().err

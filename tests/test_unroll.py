@@ -1,0 +1,167 @@
+"""The gradient through the unroll: finite differences for every rule option, members apart, one loop of any length."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from rule_table import SINGLE
+
+from keras_blur import Genome, Rule, random
+from keras_blur.learners import Blur
+from keras_blur.meta.unroll import Unroll, accuracy, cross_entropy
+
+TASKS, STEPS, BATCH, FEATURES, CLASSES = 2, 3, 6, 5, 3
+
+
+class Double(Blur):
+    """The learner in float64, for finite differences."""
+
+    def init(self, *arguments, **options):
+        state = super().init(*arguments, **options)
+        return tf.nest.map_structure(lambda leaf: tf.cast(leaf, tf.float64) if leaf.dtype.is_floating else leaf, state)
+
+
+def episodes(dtype="float64", steps=STEPS, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def labels(*shape):
+        return 2 * np.eye(CLASSES)[rng.integers(0, CLASSES, shape)] - 1
+
+    made = {
+        "x": rng.standard_normal((TASKS, steps, BATCH, FEATURES)),
+        "y": labels(TASKS, steps, BATCH),
+        "query_x": rng.standard_normal((TASKS, BATCH, FEATURES)),
+        "query_y": labels(TASKS, BATCH),
+    }
+    return {name: tf.constant(value, dtype) for name, value in made.items()}
+
+
+def outer_of(rule, members=1, dtype="float64", seed=0):
+    """Random outer parameters `[members, ...]`, every number away from its neutral value."""
+    genome = Genome.random(rule, seed, std=0.6, synapse_update=-0.05, population=(members,))
+    rng = np.random.default_rng(seed + 1)
+    axis = 0 if rule.layers is None else 1
+    return {
+        name: tf.constant(np.moveaxis(array, axis, 0) + 0.1 * rng.standard_normal(np.moveaxis(array, axis, 0).shape), dtype)
+        for name, array in genome.arrays.items()
+    }
+
+
+RULES = {name: options for name, options in SINGLE.items() if not Rule(**options).keep_neurons}
+RULES = {name: options for name, options in RULES.items() if options.get("feedback", "labels") == "labels"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_gradient_is_the_difference_quotient(name):
+    rule = Rule(**RULES[name])
+    learner = Double((7, 6), rule)
+    estimator = Unroll(STEPS, along=0.5)
+    outer, data, seed = outer_of(rule), episodes(), random.seed_of(3)
+    found = estimator(learner, outer, data, seed).gradients
+    rng = np.random.default_rng(2)
+    direction = {key: rng.standard_normal(value.shape) for key, value in outer.items()}
+    width = 1e-6
+
+    def loss(sign):
+        moved = {key: value + sign * width * direction[key] for key, value in outer.items()}
+        return float(tf.reduce_mean(estimator.objective(learner, moved, data, seed)[0]))
+
+    quotient = (loss(1.0) - loss(-1.0)) / (2 * width)
+    slope = sum(float(np.sum(np.asarray(found[key]) * direction[key])) for key in outer)
+    assert slope == pytest.approx(quotient, rel=2e-5, abs=1e-8)
+    assert abs(quotient) > 1e-7
+
+
+def test_members_do_not_touch_each_other():
+    rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
+    learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
+    outer = outer_of(rule, members=3, dtype="float32")
+    together = estimator(learner, outer, data, seed)
+    for member in range(3):
+        alone = estimator(learner, {key: value[member : member + 1] for key, value in outer.items()}, data, seed)
+        assert float(alone.loss[0]) == pytest.approx(float(together.loss[member]), rel=1e-5)
+        for key in outer:
+            np.testing.assert_allclose(alone.gradients[key][0], together.gradients[key][member], rtol=2e-4, atol=1e-6)
+
+
+def test_a_diverged_member_does_not_spread():
+    rule = Rule(last_activation="linear", forward_activation="linear", batch_reduction="mean")
+    learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
+    outer = outer_of(rule, members=2, dtype="float32")
+    broken = {key: tf.concat([value[:1], value[1:] * np.float32(1e30)], 0) for key, value in outer.items()}
+    whole, torn = (estimator(learner, one, data, seed) for one in (outer, broken))
+    assert not np.isfinite(float(torn.loss[1]))
+    for key in outer:
+        np.testing.assert_allclose(torn.gradients[key][0], whole.gradients[key][0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_recomputation_changes_nothing(steps):
+    rule = Rule(normalize_activations="both", batch_reduction="mean")
+    data, outer = episodes(steps=steps), outer_of(rule)
+    learner, seed = Double((7,), rule), random.seed_of(1)
+    plain, again = (Unroll(steps, along=0.3, recompute=recompute)(learner, outer, data, seed) for recompute in (False, True))
+    np.testing.assert_allclose(again.loss, plain.loss, rtol=1e-12)
+    for key in outer:
+        np.testing.assert_allclose(again.gradients[key], plain.gradients[key], rtol=1e-9, atol=1e-12)
+
+
+def operations(steps, jit):
+    """Number of operations of the compiled gradient, those in loop bodies counted once."""
+    rule = Rule()
+    outer, data = outer_of(rule, dtype="float32"), episodes("float32", steps)
+    compiled = tf.function(lambda o, d: Unroll(steps)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)
+    concrete = compiled.get_concrete_function(outer, data)
+    definition = concrete.graph.as_graph_def()
+    return len(definition.node) + sum(len(function.node_def) for function in definition.library.function)
+
+
+def test_the_graph_does_not_grow_with_the_unroll():
+    assert operations(50, False) == pytest.approx(operations(5, False), rel=0.01)
+
+
+def test_compiled_equals_uncompiled():
+    rule = Rule(states=3, normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
+    outer, data = outer_of(rule, members=2, dtype="float32"), episodes("float32")
+    results = [
+        tf.function(lambda o, d: Unroll(STEPS)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)(outer, data)
+        for jit in (False, True)
+    ]
+    np.testing.assert_allclose(results[0].loss, results[1].loss, rtol=1e-5)
+    for key in outer:
+        np.testing.assert_allclose(results[0].gradients[key], results[1].gradients[key], rtol=1e-3, atol=1e-5)
+
+
+def test_losses_by_hand():
+    prediction = tf.constant([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]])
+    y = tf.constant([[-1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    logs = prediction.numpy() - np.log(np.exp(prediction.numpy()).sum(-1, keepdims=True))
+    assert float(cross_entropy(prediction, y)) == pytest.approx(-(logs[0, 2] + logs[1, 1]) / 2)
+    assert float(accuracy(prediction, y)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "`steps`.*steps=0"), ({"steps": 2.0}, "`steps`"), ({"along": -1.0}, "`along`.*along=-1.0")],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Unroll(**options)
+
+
+def test_blur_learner_errors():
+    with pytest.raises(ValueError, match="keep_neurons=False"):
+        Blur((3,), Rule(keep_neurons=True))
+    with pytest.raises(ValueError, match="`hidden` must be positive"):
+        Blur((0,))
+
+
+def test_initial_networks_are_equal_for_members_and_differ_for_tasks():
+    learner = Blur((4,), Rule(states=3))
+    state = learner.init(random.seed_of(5), 6, 2, (3, 2))
+    kernel = np.asarray(state.synapses[0]["kernel"])
+    assert kernel.shape == (3, 2, 3, 6, 4)
+    np.testing.assert_array_equal(kernel[0], kernel[2])
+    assert np.abs(kernel[:, 0] - kernel[:, 1]).max() > 0.1
+    assert np.abs(kernel[0, 0, 0] - kernel[0, 0, 1]).max() > 0.1
+    assert "backward_kernel" not in state.synapses[0]
+    assert kernel.std() == pytest.approx(1 / 6**0.5, rel=0.15)
