@@ -29,9 +29,9 @@ import keras as _keras
 if _keras.backend.backend() != "tensorflow":  # from its configuration file
     raise ImportError(_BACKEND.format(_keras.backend.backend()))
 
-from keras_blur import genomes, layers
+from keras_blur import genomes, layers, learners, meta, tasks
 from keras_blur._version import __version__
 from keras_blur.genome import Genome, Rule
 from keras_blur.models import Sequential, convert
 
-__all__ = ["Genome", "Rule", "Sequential", "__version__", "convert", "genomes", "layers"]
+__all__ = ["Genome", "Rule", "Sequential", "__version__", "convert", "genomes", "layers", "learners", "meta", "tasks"]

@@ -143,5 +143,13 @@ def test_errors(options, message):
 def test_episode_errors(digits):
     with pytest.raises(ValueError, match="`split` must be one of"):
         digits.episode(random.seed_of(0), **SHAPE, split="all")
-    with pytest.raises(ValueError, match=r"needs 2128 different images; the split 'train' .* has 1291"):
-        digits.episode(random.seed_of(0), steps=20, batch=100, query=128)
+    with pytest.raises(ValueError, match=r"need 1328 different examples; the split 'train' of digits .* has 1291"):
+        digits.episode(random.seed_of(0), steps=1, batch=1200, query=128)
+
+
+def test_a_long_support_goes_through_the_examples_again(digits):
+    (episode,) = take(digits.dataset(2, steps=30, batch=64, query=128), 1)
+    support, query = episode["x"].reshape(-1, 64), rows(episode["query_x"])
+    assert len(rows(support)) == 1291 - 128
+    np.testing.assert_array_equal(support[: 1920 - 1163], support[1163:])
+    assert not rows(support) & query

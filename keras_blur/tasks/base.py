@@ -36,6 +36,10 @@ class Tasks(abc.ABC):
     kind: str = "classes"
 
     @abc.abstractmethod
+    def available(self, split: str) -> int:
+        """How many different examples one episode can have."""
+
+    @abc.abstractmethod
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         """Examples of the task that the seed names, no two the same where examples are finite.
 
@@ -59,14 +63,26 @@ class Tasks(abc.ABC):
             split: as in `examples`.
 
         Returns:
-            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`.
+            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`. A support that needs more
+            examples than there are goes through them again in the same order; those of the query are never in it.
+
+        Raises:
+            ValueError: if the split is unknown, or has too few examples for one batch and the query.
         """
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
-        x, y = self.examples(seed, steps * batch + query, split)
+        limit = self.available(split)
+        if query + batch > limit:
+            raise ValueError(
+                f"A batch of {batch} and a query of {query} need {query + batch} different examples; the split {split!r} "
+                f"of {self.name} has {limit}."
+            )
+        different = min(steps * batch, limit - query)
+        x, y = self.examples(seed, query + different, split)
+        place = query + tf.range(steps * batch) % different
         return {
-            "x": tf.reshape(x[query:], (steps, batch, self.features)),
-            "y": tf.reshape(y[query:], (steps, batch, self.outputs)),
+            "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
+            "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
             "query_x": tf.ensure_shape(x[:query], (query, self.features)),
             "query_y": tf.ensure_shape(y[:query], (query, self.outputs)),
         }

@@ -35,14 +35,12 @@ class ImageTasks(Tasks):
         self._arrays = arrays
         self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in arrays.items()}
 
+    def available(self, split: str) -> int:
+        return self._primes[split]
+
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         images, labels = self._arrays[split]
         prime = self._primes[split]
-        if count > prime:
-            raise ValueError(
-                f"An episode needs {count} different images; the split {split!r} of {self.name} has {prime}. "
-                "Use fewer steps, smaller batches or a smaller query."
-            )
         # An order without repeats for the price of a product: i -> a i + b modulo a prime.
         factor = tf.cast(random.integers(random.fold_in(seed, 0), (), prime - 1), tf.int64) + 1
         offset = tf.cast(random.integers(random.fold_in(seed, 1), (), prime), tf.int64)
