@@ -76,14 +76,34 @@ def test_learners_start_from_the_same_network():
         np.testing.assert_array_equal(layer["kernel"][0], theirs.weights[2 * index])
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [keras.optimizers.Adagrad(), keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), keras.optimizers.Adam(clipnorm=1.0),
-     keras.optimizers.RMSprop(momentum=0.5), keras.optimizers.Adam(weight_decay=0.1)],
-)  # fmt: skip
+SGD, Adam, RMSprop = keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.RMSprop
+DECAY = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+REFUSED = [keras.optimizers.Adagrad(), SGD(0.1, momentum=0.9, nesterov=True), SGD(DECAY), RMSprop(momentum=0.5)]
+REFUSED += [Adam(clipnorm=1.0), Adam(gradient_accumulation_steps=2), Adam(weight_decay=0.1)]
+
+
+@pytest.mark.parametrize("optimizer", REFUSED)
 def test_other_optimizers_are_refused(optimizer):
     with pytest.raises(ValueError, match="`optimizer` must be a Keras SGD, Adam or RMSprop"):
         Optimizer(optimizer)
+
+
+def test_learner_errors():
+    with pytest.raises(ValueError, match=r"`activation` must be one of.*'swish'"):
+        Optimizer(keras.optimizers.SGD(0.1), activation="swish")
+    with pytest.raises(ValueError, match="`outputs` must be at least 2"):
+        Optimizer(keras.optimizers.SGD(0.1)).init(random.seed_of(0), 5, 1)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compiled_equals_eager(name):
+    learner = Optimizer(MAKERS[name](), (7,))
+    xs, ys = batches(1)
+    state = learner.init(random.seed_of(2), 5, 3)
+    eager, _ = learner.step({}, state, xs[0], ys[0])
+    compiled, _ = tf.function(lambda s, x, y: learner.step({}, s, x, y), jit_compile=True)(state, xs[0], ys[0])
+    for one, other in zip(eager.weights, compiled.weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def few() -> Images:
@@ -165,5 +185,11 @@ def test_numbers_out_of_range():
         compare(genome, few(), (8,), steps=1, seeds=1)
     with pytest.raises(ValueError, match="batch_size=999"):
         compare(genome, few(), (8,), steps=1, seeds=2, batch_size=999)
+    for grids in ({}, {"SGD": (0.1, 0.1)}, {"Adagard": (0.1,)}):
+        with pytest.raises(ValueError, match="`grids` must give different rates"):
+            compare(genome, few(), (8,), steps=1, seeds=2, grids=grids)
+    for odd in (Genome.random(RULE, 0, population=(2,)), Genome.random(RULE.replace(layers=3), 0)):
+        with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
+            compare(odd, few(), (8,), steps=1, seeds=2)
     with pytest.raises(ValueError, match="must learn from labels"):
         compare(genomes.backprop(), few(), (8,), steps=1)

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_blur import rule as equations
+from keras_blur.genome import ACTIVATIONS
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
 
 
@@ -45,19 +46,26 @@ class Optimizer(Learner):
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, hidden: tuple[int, ...] = (128,), activation: str = "tanh"):
         kind = type(optimizer)
-        extras = ("clipnorm", "clipvalue", "global_clipnorm", "weight_decay", "use_ema", "amsgrad", "nesterov", "centered")
+        extras = ("clipnorm", "clipvalue", "global_clipnorm", "weight_decay", "use_ema", "amsgrad", "nesterov", "centered",
+                  "gradient_accumulation_steps", "loss_scale_factor")  # fmt: skip
         used = [name for name in extras if getattr(optimizer, name, None)]
+        if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
+            used.append("a learning-rate schedule")
         plain = not (kind is keras.optimizers.RMSprop and optimizer.momentum)
         if kind not in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.RMSprop) or used or not plain:
             raise ValueError(
                 f"`optimizer` must be a Keras SGD, Adam or RMSprop with none of {', '.join(extras)} (nor momentum for "
                 f"RMSprop). Received: {kind.__name__} with {', '.join(used) or 'other options'}"
             )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}. Received: {activation!r}")
         if any(units < 1 for units in hidden):
             raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
         self.optimizer, self.hidden, self.activation = optimizer, tuple(hidden), activation
 
     def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = ()) -> OptimizerState:
+        if outputs < 2:
+            raise ValueError(f"`outputs` must be at least 2, a class each. Received: outputs={outputs!r}")
         weights: list[Array] = []
         before = features
         for index, units in enumerate((*self.hidden, outputs)):

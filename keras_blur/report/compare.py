@@ -2,8 +2,9 @@
 
 Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that any optimizer at any rate has at
 each step, so it is tuned for every step on its own, which no single run could be: to be above it is to be faster than all.
-Seeds and rates run side by side on leading axes of one compiled program; the seconds are those of the program shared out
-evenly to its networks.
+Seeds and rates run side by side on leading axes of one compiled program. Seconds are measured apart, each learner
+with one rate and all seeds, since a wider program costs less a network: the median of some compiled blocks, shared out to
+the seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -28,21 +29,21 @@ Array = Any
 
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 GRIDS: dict[str, tuple[float, ...]] = {
-    "SGD": tuple(10.0 ** (exponent / 2) for exponent in range(-5, 2)),
-    "momentum": tuple(10.0 ** (exponent / 2) for exponent in range(-6, 1)),
-    "Adam": tuple(10.0 ** (exponent / 2) for exponent in range(-7, -1)),
-    "RMSprop": tuple(10.0 ** (exponent / 2) for exponent in range(-8, -2)),
+    "SGD": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-5, 2)),
+    "momentum": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-6, 1)),
+    "Adam": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-7, -1)),
+    "RMSprop": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-8, -2)),
 }
 _CHUNK = 2000  # test images that are predicted at once
 _BLOCK = 25  # steps of one compiled call at most
 
 
-def _optimizer(name: str) -> keras.optimizers.Optimizer:
-    if name == "SGD":
-        return keras.optimizers.SGD()
-    if name == "momentum":
-        return keras.optimizers.SGD(momentum=0.9)
-    return keras.optimizers.Adam() if name == "Adam" else keras.optimizers.RMSprop()
+_OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+    "SGD": keras.optimizers.SGD,
+    "momentum": lambda: keras.optimizers.SGD(momentum=0.9),
+    "Adam": keras.optimizers.Adam,
+    "RMSprop": keras.optimizers.RMSprop,
+}
 
 
 def compare(
@@ -65,7 +66,7 @@ def compare(
         steps: learning steps; scores are taken at 0, 1, 2, 5, 10, ... up to it.
         seeds: number of initial networks and orders of the images.
         batch_size: images of a batch.
-        seed: the first of the seeds.
+        seed: of everything; another one gives other networks and batches.
         grids: rates by optimizer; `None` takes half decades around the usual ones.
 
     Returns:
@@ -75,8 +76,14 @@ def compare(
         there is: accuracy 0, cross-entropy `None`.
 
     Raises:
-        ValueError: if the genome learns from errors, or a number does not fit the images.
+        ValueError: if the genome learns from errors or does not fit the network, an optimizer is unknown, or a number
+            does not fit the images.
     """
+    if genome.population or genome.rule.layers not in (None, len(hidden) + 1):
+        raise ValueError(
+            f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
+            f"Received: {genome!r} with layers={genome.rule.layers}"
+        )
     if genome.rule.feedback != "labels":
         raise ValueError("`genome` must learn from labels (`Rule.feedback='labels'`): this one needs a loss.")
     if steps < 1 or seeds < 2 or not 1 <= batch_size <= len(images.x_train):
@@ -87,14 +94,19 @@ def compare(
     data = _Data(images, batch_size, seeds, seed)
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     chosen = GRIDS if grids is None else grids
+    labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
+    if not labels or len(set(labels)) != len(labels) or set(chosen) - set(_OPTIMIZERS):
+        raise ValueError(
+            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
+        )
     activation = genome.rule.forward_activation
     outer = {name: tf.constant(np.asarray(array)[None, None]) for name, array in genome.arrays.items()}
     curves = {"genome": _curves(Blur(tuple(hidden), genome.rule), outer, 1, data, at)[0]}
     for name, rates in chosen.items():
-        learner = Optimizer(_optimizer(name), tuple(hidden), activation)
+        learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), activation)
         grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
         for rate, curve in zip(rates, _curves(learner, grid, len(rates), data, at), strict=True):
-            curves[f"{name} {rate:.3g}"] = {"optimizer": name, "rate": float(rate), **curve}
+            curves[f"{name} {rate:g}"] = {"optimizer": name, "rate": float(rate), **curve}
     return {"data": images.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
             "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
 
@@ -154,29 +166,30 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _D
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
         return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
 
-    streams, seconds, taken, elapsed = data.orders(), [], [], 0.0
-    compiled: set[int] = set()
-    done = 0
+    streams, taken, done = data.orders(), [], 0
     for target in at:
         while done < target:
             count = min(_BLOCK, target - done)
             x, y = data.block(streams, count)
-            if count not in compiled:  # compiles outside the clock; the result is thrown away
-                tf.nest.map_structure(lambda leaf: leaf.numpy(), learn(outer, state, x, y))
-                compiled.add(count)
-            start = time.perf_counter()
             state = learn(outer, state, x, y)
-            tf.nest.flatten(state)[0].numpy()
-            elapsed += time.perf_counter() - start
             done += count
         right, loss = np.zeros(leading), np.zeros(leading)
-        for start_row in range(0, len(data.test_x), _CHUNK):
-            rows = slice(start_row, start_row + _CHUNK)
+        for rows in np.array_split(np.arange(len(data.test_x)), -(-len(data.test_x) // _CHUNK)):
             label = tf.constant(data.test_y[rows].astype(np.int32))
             found = score(outer, state, tf.constant(data.test_x[rows]), label)
             right, loss = right + found[0].numpy(), loss + found[1].numpy()
         taken.append((right / len(data.test_x), loss / len(data.test_x)))
-        seconds.append(elapsed / (members * data.seeds))
+    single = {name: value[:1] for name, value in outer.items()}
+    state = learner.init(random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
+    count = min(_BLOCK, at[-1])
+    block = data.block(data.orders(), count)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        tf.nest.flatten(learn(single, state, *block))[0].numpy()
+        times.append(time.perf_counter() - start)
+    one_step = float(np.median(times[1:])) / (count * data.seeds)  # the first compiles
+    seconds = [one_step * step for step in at]
     results = []
     for member in range(members):
         accuracy = [[float(taken[i][0][member, s]) for i in range(len(at))] for s in range(data.seeds)]
@@ -208,20 +221,19 @@ def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
 def format_compare(result: Mapping[str, Any]) -> str:
     """The comparison as a table: mean accuracy and standard deviation over seeds, by step."""
     at = result["steps"]
+    width = 18
     lines = [
         f"{result['data']}, hidden {','.join(map(str, result['hidden']))}, batch {result['batch_size']}, "
         f"{result['seeds']} seeds: test accuracy by learning step, mean (and deviation over seeds)",
-        f"{'':<22}" + "".join(f"{step:>14}" for step in at),
+        f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
     ]
     for label, name in [("genome", "genome"), *((f"best {name}", name) for name in result["best"].values())]:
         values = np.array(result["curves"][name]["accuracy"])
-        mean, spread = values.mean(0), values.std(0, ddof=1)
-        lines.append(
-            f"{label:<22}" + "".join(f"{m:>7.3f} ({s:.3f})"[-14:].rjust(14) for m, s in zip(mean, spread, strict=True))
-        )
+        cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
+        lines.append(f"{label:<22}" + "".join(cell.rjust(width) for cell in cells))
     envelope = result["envelope"]
-    lines.append(f"{'envelope':<22}" + "".join(f"{value:>7.3f}".ljust(14).rjust(14) for value in envelope["accuracy"]))
-    lines.append(f"{'  reached by':<22}" + "".join(f"{name:>14}" for name in envelope["which"]))
+    lines.append(f"{'envelope':<22}" + "".join(f"{value:.3f}".rjust(width) for value in envelope["accuracy"]))
+    lines.append(f"{'  reached by':<22}" + "".join(name.rjust(width) for name in envelope["which"]))
     return "\n".join(lines)
 
 
