@@ -28,7 +28,7 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
     given = loss
     try:
         if isinstance(loss, str) and loss.startswith("{"):
-            loss = keras.losses.deserialize(json.loads(loss))
+            loss = keras.losses.deserialize(_without_identity(json.loads(loss)))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {given!r}") from error
     if isinstance(loss, keras.losses.Loss):
@@ -56,7 +56,16 @@ def loss_text(loss: Any) -> str:
     loss = resolve_loss(loss)
     document = keras.losses.serialize(loss)
     document["config"] = {**_arguments(loss), **document["config"]}  # Keras leaves the delta of a Huber loss out
-    return json.dumps(document, sort_keys=True)
+    return json.dumps(_without_identity(document), sort_keys=True)
+
+
+def _without_identity(document: Any) -> Any:
+    """A config without the memory addresses that Keras adds while a model is being saved."""
+    if isinstance(document, dict):
+        return {key: _without_identity(value) for key, value in document.items() if key != "shared_object_id"}
+    if isinstance(document, list):
+        return [_without_identity(value) for value in document]
+    return document
 
 
 def _arguments(loss: keras.losses.Loss) -> dict[str, Any]:

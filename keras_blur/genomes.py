@@ -22,7 +22,8 @@ def backprop(
     Two states, the value and the derivative (eq. 1): the forward pass leaves (s(z), s'(z)), the backward pass multiplies
     the second by the weighted sum from above (eq. 2, eq. 6), so that it becomes dL/dz, and the Hebbian product of the
     input's state 1 and the output's state 2 (eq. 3, eq. 7) is the gradient. That needs one kernel for both directions and
-    both states; with separate ones the first step is exact and later ones are not.
+    both states, or separate ones that start equal and receive equal terms; where they do not, learning departs from
+    gradient descent after the first step.
 
     Args:
         learning_rate: the rate, a positive number; the synapse update gate is its negative.

@@ -254,6 +254,11 @@ class Sequential(keras.Model):
         for layer in itertools.takewhile(lambda layer: not isinstance(layer, Dense), self._chain):
             takes_training = "training" in inspect.signature(layer.call).parameters
             x = layer(x, training=training) if takes_training else layer(x)
+        if self._neurons and x.shape[0] not in (None, self._neurons[0].shape[1]):
+            raise ValueError(
+                f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
+                f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {x.shape[0]}."
+            )
         return ops.cast(x, self.variable_dtype)
 
     def _kept(self) -> tuple[Array, ...]:
@@ -422,13 +427,13 @@ class Sequential(keras.Model):
         """
         if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
             kwargs.setdefault("shuffle", False)  # Keras warns of its own default there
-        return super().fit(self._checked(x, y), y, *args, **kwargs)
+        return super().fit(self._checked(x, y, kwargs.get("sample_weight")), y, *args, **kwargs)
 
-    def train_on_batch(self, x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in Keras, with the data checked as in `fit`."""
-        return super().train_on_batch(self._checked(x, y), y, *args, **kwargs)
+        return super().train_on_batch(self._checked(x, y, sample_weight), y, sample_weight, *args, **kwargs)
 
-    def _checked(self, x: Any, y: Any) -> Any:
+    def _checked(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if not self.compiled:
             raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
         if isinstance(x, tf.data.Dataset):
@@ -438,12 +443,12 @@ class Sequential(keras.Model):
         if inspect.isgenerator(x):
             return self._checked_batches(x)
         if x is not None:
-            self._check(x, y)
+            self._check(x, y, sample_weight)
         return x
 
     def _checked_batches(self, batches: Iterable[Any]) -> Iterable[Any]:
         for batch in batches:
-            self._check(*keras.utils.unpack_x_y_sample_weight(batch)[:2])
+            self._check(*keras.utils.unpack_x_y_sample_weight(batch))
             yield batch
 
     def _classes(self) -> int | None:
@@ -454,7 +459,7 @@ class Sequential(keras.Model):
             return None
         return max(2, self._synaptic()[-1].units)
 
-    def _check(self, x: Any, y: Any) -> None:
+    def _check(self, x: Any, y: Any, sample_weight: Any = None) -> None:
         values = np.asarray(x) if not isinstance(x, (list, tuple, dict)) else None
         if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError("`x` must be finite. Received an array with NaN or infinite numbers.")
@@ -465,19 +470,24 @@ class Sequential(keras.Model):
             raise ValueError(f"`y` must hold numbers. Received an array of {labels.dtype}.")
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
             raise ValueError("`y` must be finite. Received an array with NaN or infinite numbers.")
-        if classes is not None and labels.size and (labels.min() < 0 or labels.max() >= classes):
+        if sample_weight is not None and not np.isfinite(np.asarray(sample_weight, np.float64)).all():
+            raise ValueError("`sample_weight` must be finite. Received an array with NaN or infinite numbers.")
+        if classes is None or not labels.size:
+            return
+        if labels.min() < 0 or labels.max() >= classes or (labels.dtype.kind == "f" and (labels % 1).any()):
             raise ValueError(
                 f"Labels must be integers from 0 to {classes - 1}, as the output layer has {self._synaptic()[-1].units} "
                 f"unit(s). Received labels from {labels.min()} to {labels.max()}."
             )
 
     def _checked_tensors(self, batch: tuple[Any, ...]) -> Any:
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch if len(batch) > 1 else batch[0])
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch if len(batch) > 1 else batch[0])
         if y is None:
             raise ValueError("A dataset for `fit` must give (x, y) or (x, y, sample_weight). Received batches without y.")
         checks = []
-        if x.dtype.is_floating:
-            checks.append(tf.debugging.assert_all_finite(x, "`x` must be finite"))
+        for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+            if value is not None and value.dtype.is_floating:
+                checks.append(tf.debugging.assert_all_finite(value, f"`{name}` must be finite"))
         classes = self._classes()
         if classes is not None:
             wrong = f"Labels must be integers from 0 to {classes - 1}"
@@ -533,7 +543,7 @@ class Sequential(keras.Model):
 class _CheckedDataset(keras.utils.PyDataset):
     """A `PyDataset` whose batches are checked as they come."""
 
-    def __init__(self, inner: keras.utils.PyDataset, check: Callable[[Any, Any], None]):
+    def __init__(self, inner: keras.utils.PyDataset, check: Callable[..., None]):
         super().__init__(
             workers=inner.workers, use_multiprocessing=inner.use_multiprocessing, max_queue_size=inner.max_queue_size
         )
@@ -541,7 +551,7 @@ class _CheckedDataset(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         batch = self._inner[index]
-        self._check(*keras.utils.unpack_x_y_sample_weight(batch)[:2])
+        self._check(*keras.utils.unpack_x_y_sample_weight(batch))
         return batch
 
     @property

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 Array = Any
 
 
 def seed_of(number: int | Array) -> Array:
-    """A seed, a pair of integers, from one integer."""
+    """A seed, a pair of integers, from one integer of 32 bits."""
+    if isinstance(number, int) and not -(2**31) <= number < 2**31:
+        raise ValueError(f"A seed must fit in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
     return tf.stack([tf.zeros((), tf.int32), tf.cast(number, tf.int32)])
 
 
@@ -32,9 +35,14 @@ def bits(seed: Array, shape: tuple[int, ...]) -> Array:
 
 
 def uniform(seed: Array, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Array:
-    """Uniform float32 numbers in `[low, high)`."""
-    unit = tf.cast(tf.bitwise.right_shift(bits(seed, shape), tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
-    return low + (high - low) * unit
+    """Uniform float32 numbers from `low` to `high`, rounded once, so that each compiler gives the same.
+
+    In float32 one compiler fuses the multiplication and the addition and another does not; in float64 the product of
+    two 24-bit numbers is exact, and fusing changes nothing.
+    """
+    unit = tf.cast(tf.bitwise.right_shift(bits(seed, shape), tf.constant(8, tf.uint32)), tf.float64) * 2.0**-24
+    span = float(np.float32(high - low))
+    return tf.cast(float(np.float32(low)) + span * unit, tf.float32)
 
 
 def normal(seed: Array, shape: tuple[int, ...]) -> Array:

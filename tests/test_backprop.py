@@ -25,9 +25,11 @@ def batches(classes=10, steps=STEPS):
         yield x, np.eye(classes, dtype="float32")[label], weight
 
 
-def differences(twin, genome, loss, data, weighted=False, rate=RATE):
-    """Largest difference of each weight array over its largest weight, after each batch."""
+def differences(twin, genome, loss, data, weighted=False, rate=RATE, start=None):
+    """Largest difference of each weight array over its largest weight, after each batch; `start` may alter the model."""
     model = kb.convert(twin, genome)
+    if start is not None:
+        start(model)
     model.compile(loss=loss)
 
     @tf.function
@@ -128,6 +130,40 @@ def test_the_check_can_fail(option):
         assert max(found) <= 1e-5  # the first state is the same after both passes: no difference
     else:
         assert max(found) > 1e-3
+
+
+def both_ways_equal(model):
+    """The way back starts with the numbers of the way forward."""
+    for layer in model.layers:
+        if "backward_kernel" in layer.synapses:
+            layer.synapses["backward_kernel"].assign(layer.synapses["kernel"])
+
+
+@pytest.mark.parametrize("option", [{"directions": "untied"}, {"channels": "own"}])
+def test_separate_synapses_are_exact_for_one_step_only(option):
+    genome = kb.genomes.backprop(RATE)
+    genome = genome.with_rule(genome.rule.replace(**option))
+    twin = chain(kl.Dense(12, "tanh"), kl.Dense(10, "linear"))
+    found = differences(twin, genome, SOFTMAX(from_logits=True), batches(steps=10), start=both_ways_equal)
+    assert found[0] <= 1e-6
+    assert found[-1] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"directions": "tied_updates", "channels": "tied_updates"},
+        # Channel 1 of the way forward takes (state 1 before) x (state 2 after); so does channel 2 of the way back, the
+        # one that carries the error; the other two channels, which take state 2 x state 1, are not read.
+        {"directions": "untied", "channels": "own"},
+    ],
+)
+def test_separate_synapses_that_receive_the_same_terms_stay_exact(option):
+    genome = kb.genomes.backprop(RATE)
+    genome = genome.with_rule(genome.rule.replace(**option))
+    twin = chain(kl.Dense(12, "tanh"), kl.Dense(10))
+    data = batches(steps=20)
+    assert max(differences(twin, genome, SOFTMAX(from_logits=True), data, start=both_ways_equal)) <= 1e-5
 
 
 def test_convert_names_what_does_not_fit():

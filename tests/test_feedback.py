@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import losses
+from keras.src.saving import serialization_lib
 
 from keras_blur import feedback
 
@@ -281,3 +282,15 @@ def test_no_tape_is_needed_in_a_compiled_graph():
     y, p = draw("classes", "outputs", "float32")
     compiled = tf.function(lambda y, p: feedback.error(loss, y, p), jit_compile=True)
     np.testing.assert_allclose(compiled(tf.constant(y), p), feedback.error(loss, y, p), rtol=1e-5, atol=1e-7)
+
+
+def test_text_of_a_loss_is_the_same_while_a_model_is_saved():
+    """Keras adds a memory address to what it saves twice, and to what happens to lie where another object lay."""
+    loss = losses.MeanSquaredError()
+    expected = feedback.loss_text(loss)
+    with serialization_lib.ObjectSharingScope():  # as inside `save` and `load_model`
+        texts = [feedback.loss_text(loss) for _ in range(3)]
+        serialized = [keras.losses.serialize(loss) for _ in range(2)]
+    assert texts == [expected] * 3
+    assert "shared_object_id" in serialized[-1]  # what Keras itself gives there
+    assert feedback.loss_text(json.dumps(serialized[-1])) == expected
