@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -29,6 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
+from measure import PeakMemory, peak_flops
 
 import keras_blur as kb
 
@@ -88,46 +87,6 @@ def stepper(name: str, sizes: list[int], batch: int) -> Callable[[int], None]:
 
     run(8)
     return run
-
-
-def peak_flops() -> float:
-    """What a large float32 matrix product reaches here, in operations a second."""
-    side = 2048
-    a = tf.random.normal((side, side))
-    product = tf.function(lambda a: tf.matmul(a, a))
-    product(a)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        product(a).numpy()
-        times.append(time.perf_counter() - start)
-    return 2 * side**3 / float(np.median(times))
-
-
-class PeakMemory:
-    """Largest resident memory of this process while it is open, above that before, in MB; sampled each 2 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self._before = self._largest = self._resident()
-        self._open = True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._open = False
-        self._thread.join()
-        self.megabytes = (self._largest - self._before) / 2**20
-
-    def _watch(self) -> None:
-        while self._open:
-            self._largest = max(self._largest, self._resident())
-            time.sleep(0.002)
-
-    @staticmethod
-    def _resident() -> int:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def memory_of(name: str) -> float:

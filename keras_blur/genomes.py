@@ -105,3 +105,17 @@ def load(name: str | os.PathLike[str]) -> Genome:
     if os.path.exists(text):
         return Genome.load(text)
     raise ValueError(f"No genome named {text!r}, and no such file. Known names: {', '.join(['backprop', *names()])}.")
+
+
+def card(name: str) -> str:
+    """What is known of a trained genome: tasks, rule, cost, scores, limits, the command that made it; as Markdown.
+
+    Args:
+        name: one of `names()`.
+
+    Raises:
+        ValueError: if there is no such genome in the package.
+    """
+    if name not in names():
+        raise ValueError(f"No genome named {name!r} in the package. Known names: {', '.join(names())}.")
+    return (resources.files("keras_blur") / "zoo" / f"{name}.md").read_text(encoding="utf-8")

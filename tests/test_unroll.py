@@ -7,7 +7,8 @@ from rule_table import SINGLE
 
 from keras_blur import Genome, Rule, random
 from keras_blur.learners import Blur
-from keras_blur.meta.unroll import Unroll, accuracy, cross_entropy
+from keras_blur.meta import Unroll
+from keras_blur.meta.estimator import accuracy, cross_entropy, start
 
 TASKS, STEPS, BATCH, FEATURES, CLASSES = 2, 3, 6, 5, 3
 
@@ -56,14 +57,14 @@ def test_gradient_is_the_difference_quotient(name):
     learner = Double((7, 6), rule)
     estimator = Unroll(STEPS, along=0.5)
     outer, data, seed = outer_of(rule), episodes(), random.seed_of(3)
-    found = estimator(learner, outer, data, seed).gradients
+    found = estimator(learner, outer, data, seed)[0].gradients
     rng = np.random.default_rng(2)
     direction = {key: rng.standard_normal(value.shape) for key, value in outer.items()}
     width = 1e-6
 
     def loss(sign):
         moved = {key: value + sign * width * direction[key] for key, value in outer.items()}
-        return float(tf.reduce_mean(estimator.objective(learner, moved, data, seed)[0]))
+        return float(tf.reduce_mean(estimator.objective(learner, moved, data, start(learner, moved, data, seed))[0]))
 
     quotient = (loss(1.0) - loss(-1.0)) / (2 * width)
     slope = sum(float(np.sum(np.asarray(found[key]) * direction[key])) for key in outer)
@@ -75,9 +76,9 @@ def test_members_do_not_touch_each_other():
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
     learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
     outer = outer_of(rule, members=3, dtype="float32")
-    together = estimator(learner, outer, data, seed)
+    together, _ = estimator(learner, outer, data, seed)
     for member in range(3):
-        alone = estimator(learner, {key: value[member : member + 1] for key, value in outer.items()}, data, seed)
+        alone = estimator(learner, {key: value[member : member + 1] for key, value in outer.items()}, data, seed)[0]
         assert float(alone.loss[0]) == pytest.approx(float(together.loss[member]), rel=1e-5)
         for key in outer:
             np.testing.assert_allclose(alone.gradients[key][0], together.gradients[key][member], rtol=2e-4, atol=1e-6)
@@ -88,7 +89,7 @@ def test_a_diverged_member_does_not_spread():
     learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
     outer = outer_of(rule, members=2, dtype="float32")
     broken = {key: tf.concat([value[:1], value[1:] * np.float32(1e30)], 0) for key, value in outer.items()}
-    whole, torn = (estimator(learner, one, data, seed) for one in (outer, broken))
+    whole, torn = (estimator(learner, one, data, seed)[0] for one in (outer, broken))
     assert not np.isfinite(float(torn.loss[1]))
     for key in outer:
         np.testing.assert_allclose(torn.gradients[key][0], whole.gradients[key][0], rtol=1e-5, atol=1e-7)
@@ -99,7 +100,9 @@ def test_recomputation_changes_nothing(steps):
     rule = Rule(normalize_activations="both", batch_reduction="mean")
     data, outer = episodes(steps=steps), outer_of(rule)
     learner, seed = Double((7,), rule), random.seed_of(1)
-    plain, again = (Unroll(steps, along=0.3, recompute=recompute)(learner, outer, data, seed) for recompute in (False, True))
+    plain, again = (
+        Unroll(steps, along=0.3, recompute=recompute)(learner, outer, data, seed)[0] for recompute in (False, True)
+    )
     np.testing.assert_allclose(again.loss, plain.loss, rtol=1e-12)
     for key in outer:
         np.testing.assert_allclose(again.gradients[key], plain.gradients[key], rtol=1e-9, atol=1e-12)
@@ -123,7 +126,7 @@ def test_compiled_equals_uncompiled():
     rule = Rule(states=3, normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
     outer, data = outer_of(rule, members=2, dtype="float32"), episodes("float32")
     results = [
-        tf.function(lambda o, d: Unroll(STEPS)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)(outer, data)
+        tf.function(lambda o, d: Unroll(STEPS)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)(outer, data)[0]
         for jit in (False, True)
     ]
     np.testing.assert_allclose(results[0].loss, results[1].loss, rtol=1e-5)

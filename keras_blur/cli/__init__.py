@@ -14,8 +14,10 @@ from absl import flags
 
 COMMANDS = {
     "fit": "train a network by a genome on images, beside Keras SGD",
-    "meta-train": "find a genome on image tasks, from random numbers",
-    "compare": "a genome beside tuned optimizers on an image set",
+    "meta-train": "find a genome on images or toy tasks, from random numbers",
+    "evaluate": "how a genome learns, over seeds and steps",
+    "compare": "a genome beside tuned optimizers, on images or toy tasks",
+    "zoo": "the trained genomes of the package, and their cards",
     "conformance": "replay published numbers and say how far they are apart",
 }
 

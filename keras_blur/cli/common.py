@@ -8,6 +8,10 @@ from typing import Any
 
 from absl import flags
 
+from keras_blur.tasks import functions
+from keras_blur.tasks.base import Tasks
+from keras_blur.tasks.datasets import Images, load_images
+
 
 def values_of(values: flags.FlagValues) -> dict[str, Any]:
     """The flags' values by name."""
@@ -32,3 +36,34 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"--{name} must be positive whole numbers with commas, as in 256,128. Received: {','.join(texts)}")
     return numbers
+
+
+def define_scoring_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the commands that let a genome learn and score it."""
+    define: Any = {"flag_values": values}
+    flags.DEFINE_string("genome", None, "A genome's name, or a file of one.", **define)
+    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
+    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    flags.DEFINE_list("functions", [], "Toy tasks, one by one, in the place of --data.", **define)
+    flags.DEFINE_list("hidden", ["64", "64"], "Units of the hidden layers.", **define)
+    flags.DEFINE_integer("steps", 100, "Learning steps.", lower_bound=1, **define)
+    flags.DEFINE_integer("seeds", 5, "Initial networks and orders of the images, or episodes.", lower_bound=2, **define)
+    flags.DEFINE_integer("batch_size", 64, "Examples in a batch.", lower_bound=1, **define)
+    flags.DEFINE_integer("seed", 0, "The first of the seeds.", lower_bound=0, **define)
+    flags.DEFINE_string("json", None, "File for the numbers, every curve.", **define)
+    flags.DEFINE_string("plot", None, "File for the picture (.png, .pdf, .svg).", **define)
+
+
+def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
+    """What the scoring flags ask to learn.
+
+    Raises:
+        ValueError: if a picture of several is asked for, no genome is given, or data are missing.
+    """
+    if not flag["genome"]:
+        raise ValueError("--genome must be given: the name of a genome or a file of one")
+    if len(flag["functions"]) > 1 and flag["plot"]:
+        raise ValueError("--plot draws one result: give it with --data or with a single one of --functions")
+    if flag["functions"]:
+        return [functions(name) for name in flag["functions"]]
+    return [load_images(flag["data"], flag["data_dir"])]

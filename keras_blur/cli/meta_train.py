@@ -1,8 +1,9 @@
-"""`keras-blur meta-train`: finds a genome on tasks made of an image set, from random numbers."""
+"""`keras-blur meta-train`: finds a genome on tasks made of an image set or of toy functions, from random numbers."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +19,14 @@ from keras_blur.genome import Rule, write_text
 
 USAGE = "[flags]"
 
+ESTIMATORS: dict[str, Any] = {
+    "unroll": meta.Unroll,
+    "truncated": meta.TruncatedUnroll,
+    "es": meta.ES,
+    "pes": meta.PES,
+    "cma": meta.Evolution,
+}
+
 # What learned best in trials: normalised sums on both passes and synapses of unit norm (sections 3.4 and C.6).
 RULE = {
     "last_activation": "linear",
@@ -32,12 +41,25 @@ def define_flags(values: flags.FlagValues) -> None:
     define: Any = {"flag_values": values}
     flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
     flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    flags.DEFINE_list("functions", [], "Toy tasks in the place of --data, one family for each number of outputs.", **define)
     flags.DEFINE_list("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", **define)
     flags.DEFINE_boolean("relabel", True, "Whether each episode has its classes in another order.", **define)
+    flags.DEFINE_boolean("permute", False, "Whether each episode has its pixels in another order.", **define)
+    flags.DEFINE_list("project", [], "Random projections of the images to so many features, one family each.", **define)
     flags.DEFINE_multi_string("hidden", ["64,64"], "Units of the hidden layers; repeat for several networks.", **define)
     flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2, **define)
     flags.DEFINE_list("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", **define)
+    flags.DEFINE_enum("estimator", "unroll", sorted(ESTIMATORS), "How the outer gradient is found; cma has none.", **define)
     flags.DEFINE_list("unroll", ["10"], "Unrolled steps of each stage of the curriculum.", **define)
+    flags.DEFINE_integer(
+        "total", 100, "Steps of an episode (truncated, pes), in pieces of --unroll.", lower_bound=1, **define
+    )
+    flags.DEFINE_integer("pairs", 16, "Antithetic pairs (es, pes).", lower_bound=1, **define)
+    flags.DEFINE_integer("population", 80, "Genomes of a generation (cma).", lower_bound=4, **define)
+    flags.DEFINE_float("sigma", None, "Deviation of the perturbations (es, pes) or the first generation (cma).", **define)
+    flags.DEFINE_enum("fitness", "accuracy", ["accuracy", "loss"], "What cma goes by.", **define)
+    flags.DEFINE_enum("loss", "auto", meta.LOSSES, "Loss of the query; auto: cross-entropy, squared for values.", **define)
+    flags.DEFINE_boolean("recompute", False, "Whether to trade time for memory (unroll, truncated).", **define)
     flags.DEFINE_float("along", 1.0, "Weight of the loss along the way beside the query's.", lower_bound=0.0, **define)
     flags.DEFINE_integer("members", 4, "Genomes trained side by side.", lower_bound=1, **define)
     flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
@@ -47,6 +69,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("clipnorm", 1.0, "Largest norm of a genome's gradient.", lower_bound=0.0, **define)
     flags.DEFINE_integer("epochs", 20, "Epochs, shared out evenly to the stages.", lower_bound=1, **define)
     flags.DEFINE_integer("steps_per_epoch", 100, "Meta-steps of an epoch.", lower_bound=1, **define)
+    flags.DEFINE_integer(
+        "validate", 0, "Validation episodes a task family after each epoch; 0 for none.", lower_bound=0, **define
+    )
+    flags.DEFINE_string("csv", None, "File for each epoch's numbers.", **define)
+    flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.", **define)
     flags.DEFINE_string("start", None, "A genome to start from, by name or file; its rule is used.", **define)
     flags.DEFINE_integer("seed", 0, "Seed of everything.", lower_bound=0, **define)
     flags.DEFINE_string("checkpoint", None, "File (.weights.h5) to write after each epoch and to go on from.", **define)
@@ -78,20 +105,19 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     """Meta-trains, prints how the best genome does on validation images, and writes it."""
     del positional
     flag = values_of(values)
-    check_folders(flag, "genome", "json", "checkpoint")
+    check_folders(flag, "genome", "json", "checkpoint", "csv")
     networks = [whole_numbers("hidden", text.split(",")) for text in flag["hidden"]]
     unrolls, sizes = whole_numbers("unroll", flag["unroll"]), whole_numbers("sizes", flag["sizes"])
     if flag["epochs"] < len(unrolls):
         raise ValueError(f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}")
     start = genomes.load(flag["start"]) if flag["start"] else None
     rule = start.rule if start else parse_rule(flag["rule"], **{**RULE, "states": flag["states"]})
-    sides: list[int | None] = [*sizes] or [None]
-    families = [tasks.images(flag["data"], size=side, relabel=flag["relabel"], data_dir=flag["data_dir"]) for side in sides]
+    families = _families(flag, sizes)
     trainer = meta.MetaTrainer(
         families,
         [learners.Blur(tuple(units), rule) for units in networks],
-        meta.Unroll(unrolls[0], along=flag["along"]),
-        members=flag["members"],
+        _estimator(flag, unrolls[0]),
+        members=1 if flag["estimator"] == "cma" else flag["members"],
         tasks_per_step=flag["tasks_per_step"],
         batch_size=flag["batch_size"],
         query_size=flag["query_size"],
@@ -99,10 +125,17 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         genome=start,
         seed=flag["seed"],
     )
-    trainer.compile(keras.optimizers.Adam(flag["learning_rate"]))
+    trainer.compile(None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"]))
     share = flag["epochs"] // len(unrolls)
     stages = [(index * share, steps) for index, steps in enumerate(unrolls)]
-    callbacks = [meta.UnrollCurriculum(stages), meta.GenomeCheckpoint(flag["genome"])]
+    callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]
+    if flag["validate"]:
+        callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
+    callbacks.append(meta.GenomeCheckpoint(flag["genome"]))
+    if flag["csv"]:
+        callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=bool(flag["checkpoint"])))
+    if flag["tensorboard"]:
+        callbacks.append(tensorboard(flag["tensorboard"]))
     begin = time.perf_counter()
     history = trainer.fit(
         flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
@@ -110,7 +143,8 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     seconds = time.perf_counter() - begin
     trainer.genome.save(flag["genome"])
     scores = np.array(trainer.member_score.value).tolist()
-    print(f"\nmeta-training: {seconds:.0f} s; running query accuracy of the members: "
+    quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
+    print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip
     print(f"wrote {flag['genome']}")
     if flag["json"]:
@@ -122,3 +156,38 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         }
         write_text(flag["json"], json.dumps(document, indent=1) + "\n")
     return 0
+
+
+def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
+    """The task distributions that the flags ask for."""
+    if flag["functions"]:
+        by_outputs: dict[int, list[str]] = {}
+        for name in flag["functions"]:
+            by_outputs.setdefault(tasks.functions(name).outputs, []).append(name)
+        kinds = {tasks.functions(names).kind for names in by_outputs.values()}
+        relabel = flag["relabel"] and kinds == {"classes"}
+        return [tasks.functions(names, relabel=relabel) for names in by_outputs.values()]
+    sides: list[int | None] = [*sizes] or [None]
+    options = {"relabel": flag["relabel"], "permute": flag["permute"], "data_dir": flag["data_dir"]}
+    plain = [tasks.images(flag["data"], size=side, **options) for side in sides]
+    projections = whole_numbers("project", flag["project"])
+    return [*plain, *(tasks.images(flag["data"], size=sides[-1], project=rows, **options) for rows in projections)]
+
+
+def _estimator(flag: dict[str, Any], steps: int) -> meta.Estimator | meta.Evolution:
+    """The estimator that the flags ask for."""
+    kind = ESTIMATORS[flag["estimator"]]
+    known = {field.name for field in dataclasses.fields(kind)} - {"steps", "kind"}
+    options = {name: value for name, value in flag.items() if name in known and value is not None}
+    return kind(steps, **options)
+
+
+def tensorboard(folder: str) -> keras.callbacks.Callback:
+    """Keras's TensorBoard callback.
+
+    Raises:
+        ImportError: if tensorboard is not installed; it names the install command.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard")
+    return keras.callbacks.TensorBoard(folder, write_graph=False)

@@ -1,7 +1,23 @@
 """How the rule itself is learned."""
 
-from keras_blur.meta.callbacks import GenomeCheckpoint, UnrollCurriculum
+from keras_blur.meta.callbacks import GenomeCheckpoint, MetaValidate, UnrollCurriculum
+from keras_blur.meta.es import ES, PES
+from keras_blur.meta.estimator import LOSSES, Estimate, Estimator
+from keras_blur.meta.evolution import Evolution
 from keras_blur.meta.trainer import MetaTrainer
-from keras_blur.meta.unroll import Unroll
+from keras_blur.meta.unroll import TruncatedUnroll, Unroll
 
-__all__ = ["GenomeCheckpoint", "MetaTrainer", "Unroll", "UnrollCurriculum"]
+__all__ = [
+    "ES",
+    "LOSSES",
+    "PES",
+    "Estimate",
+    "Estimator",
+    "Evolution",
+    "GenomeCheckpoint",
+    "MetaTrainer",
+    "MetaValidate",
+    "TruncatedUnroll",
+    "Unroll",
+    "UnrollCurriculum",
+]

@@ -1,4 +1,4 @@
-"""Callbacks of meta-training: a growing unroll, the best genome in a file."""
+"""Callbacks of meta-training: a growing unroll, validation on tasks that are not trained on, the genome in a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.genome import Genome
+from keras_blur.learners.blur import Blur
+from keras_blur.meta.estimator import InnerLoop, check_count, start
+from keras_blur.tasks.base import Tasks
 
 
 class UnrollCurriculum(keras.callbacks.Callback):
@@ -46,6 +54,92 @@ class UnrollCurriculum(keras.callbacks.Callback):
             self.model.synchronize()
         if self.model.estimator.steps != self.steps_at(epoch):
             self.model.unroll_for(self.steps_at(epoch))
+
+
+class MetaValidate(keras.callbacks.Callback):
+    """Scores the trainer's genome on episodes of other examples, or of other tasks and networks, after each epoch.
+
+    It adds `val_loss` and `val_accuracy` (of values, `val_r2`) to the epoch's logs, so that callbacks after it in the list
+    (`CSVLogger`, `EarlyStopping`, `TensorBoard`) and the history see them. The episodes are the same each time.
+
+    Args:
+        tasks: a task distribution, or several, whose scores are averaged.
+        learner: a `learners.Blur` of the trainer's rule; `None` takes the trainer's first.
+        steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
+        episodes: episodes of each task distribution.
+        split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
+        path: file for the genome with the best score so far, or `None`.
+        seed: of the episodes and initial networks.
+
+    Raises:
+        ValueError: if a number is not positive.
+
+    Example:
+
+    >>> from keras_blur import tasks
+    >>> MetaValidate(tasks.images("digits"), steps=20, episodes=4).best is None
+    True
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks | Sequence[Tasks],
+        learner: Blur | None = None,
+        *,
+        steps: int | None = None,
+        episodes: int = 16,
+        split: str = "validation",
+        path: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_count("episodes", episodes)
+        if steps is not None:
+            check_count("steps", steps)
+        self.tasks = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+        self.learner, self.steps, self.episodes = learner, steps, episodes
+        self.split, self.path, self.seed = split, path, seed
+        self.best: float | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        trainer = self.model
+        learner = self.learner or trainer.families[0][1]
+        if learner.rule != trainer.rule:
+            raise ValueError("`learner` of MetaValidate must have the trainer's rule: it gets the trainer's genome.")
+        steps = self.steps or trainer.estimator.steps
+        self._data, self._scores = [], []
+        for tasks in self.tasks:
+            inner = InnerLoop(steps, loss=trainer.estimator.loss, kind=tasks.kind)
+            stream = tasks.dataset(
+                self.seed, steps=steps, batch=trainer.batch_size, query=trainer.query_size, split=self.split
+            )
+            self._data.append(next(iter(stream.batch(self.episodes))))
+
+            def score(outer: Any, episodes: Any, inner: InnerLoop = inner) -> tuple[Any, Any]:
+                state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
+                loss, quality, _ = inner.objective(learner, outer, episodes, state)
+                return tf.reduce_mean(loss), tf.reduce_mean(quality)
+
+            self._scores.append(tf.function(score, jit_compile=trainer.jit_step))
+
+        if self.path is not None and os.path.exists(self.path) and int(trainer.meta_step.numpy()):
+            self.best = self._score(Genome.load(self.path))[1]  # of the run that this one goes on with
+
+    def _score(self, genome: Genome) -> tuple[float, float]:
+        outer = {name: tf.constant(array[None], tf.float32) for name, array in genome.arrays.items()}
+        found = [score(outer, data) for score, data in zip(self._scores, self._data, strict=True)]
+        loss, quality = (float(np.mean([np.array(pair[place]) for pair in found])) for place in (0, 1))
+        return loss, quality
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        genome = self.model.genome
+        loss, quality = self._score(genome)
+        if logs is not None:
+            logs["val_loss"], logs[f"val_{self.model.quality}"] = loss, quality
+        if np.isfinite(quality) and (self.best is None or quality > self.best):
+            self.best = quality
+            if self.path is not None:
+                genome.save(self.path)
 
 
 class GenomeCheckpoint(keras.callbacks.Callback):

@@ -8,11 +8,13 @@ the counters of the task streams are its variables, and every random number foll
 run that is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
 
 Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
-step and a task stream of its own, and which family a step takes follows from the seed and the step's number.
+step and a task stream of its own, and which family a step takes follows from the seed and the step's number. An estimator
+that carries learners from piece to piece of an episode has them in variables too, for each family its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,8 +26,12 @@ import tensorflow as tf
 from keras_blur import random
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur
+from keras_blur.meta.cma import CMAES, CMAState
+from keras_blur.meta.estimator import Estimator
+from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
+from keras_blur.tasks.mixture import Mixture
 
 Array = Any
 
@@ -35,15 +41,18 @@ class MetaTrainer(keras.Model):
     """Meta-trains genomes on tasks.
 
     Args:
-        tasks: a `Tasks`, or several, of any shapes.
+        tasks: a `Tasks`, or several, of any shapes and one kind, or a `tasks.mixture` with weights.
         learner: a `learners.Blur`, or several of one rule; each step takes one of the tasks and one of the learners.
-        estimator: how the outer gradient is found: `Unroll(...)`.
-        members: number of genomes that are trained side by side, from different starts, on the same tasks.
+        estimator: how the outer gradient is found, `Unroll`, `TruncatedUnroll`, `ES`, `PES`; or `Evolution`, CMA-ES in the
+            place of gradient and optimizer.
+        members: number of genomes that are trained side by side, from different starts, on the same tasks. Evolution has
+            its population instead.
         tasks_per_step: episodes whose gradients are averaged in one step.
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: largest norm of a member's gradient; `None` does not clip.
-        genome: where to start, a single genome or a population of `members`; `None` draws at random.
+        genome: where to start, a single genome or a population of `members`; `None` draws at random. Evolution starts
+            around it.
         std: standard deviation of a random start.
         seed: of everything.
 
@@ -66,9 +75,9 @@ class MetaTrainer(keras.Model):
 
     def __init__(
         self,
-        tasks: Tasks | Sequence[Tasks],
+        tasks: Tasks | Sequence[Tasks] | Mixture,
         learner: Blur | Sequence[Blur],
-        estimator: Unroll | None = None,
+        estimator: Estimator | Evolution | None = None,
         *,
         members: int = 1,
         tasks_per_step: int = 1,
@@ -80,6 +89,9 @@ class MetaTrainer(keras.Model):
         seed: int = 0,
     ):
         super().__init__(name="meta_trainer")
+        weights: Sequence[float] | None = None
+        if isinstance(tasks, Mixture):
+            weights, tasks = tasks.weights, tasks.parts
         several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
         learners = [learner] if isinstance(learner, Blur) else list(learner)
         for name, value in (
@@ -87,8 +99,11 @@ class MetaTrainer(keras.Model):
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-        if not several or any(one.kind != "classes" for one in several):
-            raise ValueError("`tasks` must be one or more task distributions of classes.")
+        if not several or any(one.kind != several[0].kind for one in several):
+            raise ValueError(
+                "`tasks` must be one or more task distributions of one kind, classes or values. "
+                f"Received: {', '.join(f'{one.name} ({one.kind})' for one in several)}"
+            )
         if not learners or any(one.rule != learners[0].rule for one in learners):
             raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
         rule = learners[0].rule
@@ -100,28 +115,69 @@ class MetaTrainer(keras.Model):
             raise ValueError(
                 f"`genome` must be of the learner's rule, single or a population of {members}. Received: {genome!r}"
             )
+        estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)
+        if isinstance(estimator, Evolution) and (members != 1 or (genome is not None and genome.population)):
+            raise ValueError(
+                "`members` must be 1 and `genome` a single one under Evolution, whose population is an argument of it. "
+                f"Received: members={members}, genome={genome!r}"
+            )
         self.families = [(one, other) for one in several for other in learners]
-        self.estimator = estimator or Unroll()
+        self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
+        self.estimator = estimator
         self.rule, self.members, self.tasks_per_step = rule, members, tasks_per_step
         self.batch_size, self.query_size, self.clipnorm, self.seed = batch_size, query_size, clipnorm, seed
-        start = genome or Genome.random(rule, seed, std=std, synapse_update=-0.01, population=(members,))
-        axis = 0 if rule.layers is None else 1
+        start = genome or Genome.random(
+            rule, seed, std=std, synapse_update=-0.01, population=() if isinstance(estimator, Evolution) else (members,)
+        )
         self.outer: dict[str, keras.Variable] = {}
-        for name, array in start.arrays.items():
-            single = np.asarray(array)
-            numbers = np.moveaxis(single, axis, 0) if start.population else np.stack([single] * members)
-            setattr(self, f"genome_{name}", self.add_weight(name=name, shape=numbers.shape, initializer="zeros"))
-            self.outer[name] = getattr(self, f"genome_{name}")
-            self.outer[name].assign(numbers)
-        counter: dict[str, Any] = {"initializer": "zeros", "trainable": False, "aggregation": "only_first_replica"}
-        self.meta_step = self.add_weight(name="meta_step", shape=(), dtype="int32", **counter)
-        self.drawn = self.add_weight(name="drawn", shape=(len(self.families),), dtype="int32", **counter)
+        self.evolution: dict[str, keras.Variable] = {}
+        if isinstance(estimator, Evolution):
+            self.strategy = CMAES(to_vector(start).size, estimator.population, estimator.sigma)
+            for name, value in self.strategy.init(to_vector(start))._asdict().items():
+                self.evolution[name] = self._counter(f"evolution_{name}", np.asarray(value))
+        else:
+            axis = 0 if rule.layers is None else 1
+            for name, array in start.arrays.items():
+                single = np.asarray(array)
+                numbers = np.moveaxis(single, axis, 0) if start.population else np.stack([single] * members)
+                setattr(self, f"genome_{name}", self.add_weight(name=name, shape=numbers.shape, initializer="zeros"))
+                self.outer[name] = getattr(self, f"genome_{name}")
+                self.outer[name].assign(numbers)
+        self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
+        self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
-        names = ("loss", "accuracy", "gradient_norm", "skipped")
-        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
+        quality = "accuracy" if estimator.kind == "classes" else "r2"
+        last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in ("loss", quality, *last, "skipped")}
+        self.quality = quality
         self.built = True
         self._streams: dict[int, Any] = {}
         self._compiled_steps: dict[tuple[int, int], Callable[..., Any]] = {}
+
+    def _counter(self, name: str, value: np.ndarray) -> keras.Variable:
+        """A variable that is saved and not trained."""
+        made = self.add_weight(
+            name=name, shape=value.shape, dtype=value.dtype.name, initializer="zeros", trainable=False,
+            aggregation="only_first_replica",
+        )  # fmt: skip
+        made.assign(value)
+        return made
+
+    def _room_to_carry(self, number: int) -> Any:
+        """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
+        if isinstance(self.estimator, Evolution) or self.estimator.horizon == self.estimator.steps:
+            return ()
+        of, learner = self.families[number]
+        shape = (self.tasks_per_step, self.estimator.steps, self.batch_size)
+        episodes = {"x": tf.zeros((*shape, of.features)), "y": tf.zeros((*shape, of.outputs))}
+        outer = {name: tf.convert_to_tensor(value.value) for name, value in self.outer.items()}
+        empty = self.estimator.nothing_carried(learner, outer, episodes)
+        rooms = [
+            self._counter(f"carried_{number}_{place}", leaf.numpy()) for place, leaf in enumerate(tf.nest.flatten(empty))
+        ]
+        setattr(self, f"carried_{number}", rooms)  # where Keras finds what to save
+        return tf.nest.pack_sequence_as(empty, rooms)
 
     # What a person asks of it.
 
@@ -129,30 +185,39 @@ class MetaTrainer(keras.Model):
         """Configures meta-training.
 
         Args:
-            optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1.
+            optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1. Evolution
+                has none.
             jit_compile: whether the meta-gradient is compiled by XLA.
             **kwargs: `run_eagerly` and `steps_per_execution` are not used and refused.
         """
         if kwargs:
             raise ValueError(f"`compile` takes `optimizer` and `jit_compile` only. Received: {', '.join(kwargs)}")
+        self.jit_step = bool(jit_compile)
+        self._compiled_steps = {}
+        if isinstance(self.estimator, Evolution):
+            if optimizer is not None:
+                raise ValueError(f"`optimizer` must be None under Evolution. Received: optimizer={optimizer!r}")
+            super().compile(jit_compile=False)
+            return
         optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
         if optimizer.clipnorm or optimizer.clipvalue or optimizer.global_clipnorm:
             raise ValueError(
                 "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips each."
             )
-        self._jit_step = bool(jit_compile)
-        self._compiled_steps = {}
         super().compile(optimizer=optimizer, jit_compile=False)
         optimizer.build(list(self.outer.values()))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """Mean over the epoch: loss, query accuracy, gradient norm before clipping, share of members skipped."""
+        """Mean over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of members
+        skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma."""
         return list(self.trackers.values())
 
     @property
     def population(self) -> Genome:
-        """All members, on a population axis."""
+        """All members, on a population axis; of evolution, the one genome at the centre."""
+        if self.evolution:
+            return self.genome
         axis = 0 if self.rule.layers is None else 1
         arrays = {name: np.moveaxis(np.array(v.value), 0, axis) for name, v in self.outer.items()}
         return Genome(self.rule, arrays)
@@ -164,11 +229,16 @@ class MetaTrainer(keras.Model):
 
     @property
     def genome(self) -> Genome:
-        """The best member."""
+        """The best member; of evolution, the mean of the distribution, its best guess."""
+        if self.evolution:
+            centre = from_vectors(self.rule, np.array(self.evolution["mean"].value)[None])
+            return Genome(self.rule, {name: np.array(value)[0] for name, value in centre.items()})
         return Genome(self.rule, {name: np.array(value.value)[self.best] for name, value in self.outer.items()})
 
     def synchronize(self) -> None:
-        """Copies the best member, with its optimizer state, over all others."""
+        """Copies the best member, with its optimizer state, over all others; of evolution, does nothing."""
+        if self.evolution:
+            return
         best = self.best
         for variable in [*self.outer.values(), *self._slots(), self.member_score]:
             variable.assign(np.repeat(np.array(variable.value)[best : best + 1], self.members, axis=0))
@@ -233,65 +303,147 @@ class MetaTrainer(keras.Model):
 
     def family_of(self, step: int) -> int:
         """Which family the step of this number takes."""
-        return int(np.random.default_rng([self.seed, step]).integers(len(self.families)))
+        rng = np.random.default_rng([self.seed, step])
+        if self.weights_of_families is None:
+            return int(rng.integers(len(self.families)))
+        return int(rng.choice(len(self.families), p=self.weights_of_families))
 
     def meta_train_step(self) -> dict[str, Array]:
         """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
         seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
-        gradients, loss, accuracy, norm, sound = self._step_of(family)(self._episodes(family), seed)
-        self._apply(gradients, sound)
-        usable = tf.cast(sound, loss.dtype)
-        self.trackers["loss"].update_state(tf.where(sound, loss, tf.zeros_like(loss)), usable)
-        self.trackers["accuracy"].update_state(tf.where(sound, accuracy, tf.zeros_like(accuracy)), usable)
-        self.trackers["gradient_norm"].update_state(tf.where(sound, norm, tf.zeros_like(norm)), usable)
-        self.trackers["skipped"].update_state(1.0 - usable)
-        scored = tf.where(sound, accuracy, tf.zeros_like(accuracy))  # a member that diverged has the worst score
-        rate = max(0.01, 1.0 / (step + 1.0))
-        self.member_score.assign((1.0 - rate) * self.member_score + rate * scored)
+        piece = int(self.drawn.numpy()[family]) % self._pieces
+        episodes = self._episodes(family, piece)
+        values = self._evolve(family, episodes, seed) if self.evolution else self._descend(family, episodes, seed, piece)
+        for name, (value, weight) in values.items():
+            self.trackers[name].update_state(value, weight)
         self.meta_step.assign(step + 1)
         self.drawn.assign(self.drawn + tf.one_hot(family, len(self.families), dtype="int32"))
         return {name: tracker.result() for name, tracker in self.trackers.items()}
 
-    def _episodes(self, family: int) -> Mapping[str, Array]:
-        if family not in self._streams:
-            stream = self.families[family][0].dataset(
-                self.seed + 7919 * family, steps=self.estimator.steps, batch=self.batch_size, query=self.query_size,
-                start=int(self.drawn.numpy()[family]) * self.tasks_per_step,
-            )  # fmt: skip
-            self._streams[family] = iter(stream.batch(self.tasks_per_step, drop_remainder=True))
-        return next(self._streams[family])
+    @property
+    def _pieces(self) -> int:
+        """Estimates that an episode is cut into."""
+        return self.estimator.horizon // self.estimator.steps
+
+    def _episodes(self, family: int, piece: int) -> Mapping[str, Array]:
+        steps = self.estimator.steps
+        if family not in self._streams or piece == 0:
+            if family not in self._streams:
+                stream = self.families[family][0].dataset(
+                    self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
+                    start=int(self.drawn.numpy()[family]) // self._pieces * self.tasks_per_step,
+                )  # fmt: skip
+                self._streams[family] = [iter(stream.batch(self.tasks_per_step, drop_remainder=True)), None]
+            self._streams[family][1] = next(self._streams[family][0])
+        episodes = self._streams[family][1]
+        if self._pieces == 1:
+            return episodes
+        cut = {name: episodes[name][:, piece * steps : (piece + 1) * steps] for name in ("x", "y")}
+        return {**episodes, **cut}
+
+    def _descend(
+        self, family: int, episodes: Mapping[str, Array], seed: Array, piece: int
+    ) -> dict[str, tuple[Array, Array]]:
+        """A step of each member against its gradient."""
+        gradients, loss, accuracy, norm, sound = self._step_of(family)(episodes, seed, tf.constant(piece == 0))
+        self._apply(gradients, sound)
+        usable = tf.cast(sound, loss.dtype)
+        scored = tf.where(sound, accuracy, tf.zeros_like(accuracy))  # a member that diverged has the worst score
+        rate = max(0.01, 1.0 / (int(self.meta_step.numpy()) + 1.0))
+        self.member_score.assign((1.0 - rate) * self.member_score + rate * scored)
+        means = {"loss": loss, self.quality: accuracy, "gradient_norm": norm}
+        values = {name: (tf.where(sound, value, tf.zeros_like(value)), usable) for name, value in means.items()}
+        return {**values, "skipped": (1.0 - usable, tf.ones_like(usable))}
+
+    def _evolve(self, family: int, episodes: Mapping[str, Array], seed: Array) -> dict[str, tuple[Array, Array]]:
+        """A generation."""
+        state = CMAState(**{name: variable.value for name, variable in self.evolution.items()})
+        new, fitness, loss, accuracy = self._step_of(family)(state, episodes, seed)
+        for name, value in new._asdict().items():
+            self.evolution[name].assign(value)
+        usable = tf.cast(tf.math.is_finite(fitness), loss.dtype)
+        rate = max(0.01, 1.0 / (int(self.meta_step.numpy()) + 1.0))
+        means = {"loss": loss, self.quality: accuracy}
+        sound = {name: (tf.where(usable > 0, value, tf.zeros_like(value)), usable) for name, value in means.items()}
+        average = tf.math.divide_no_nan(tf.reduce_sum(sound[self.quality][0]), tf.reduce_sum(usable))
+        self.member_score.assign((1.0 - rate) * self.member_score + rate * average)
+        best = tf.reduce_max(tf.where(usable > 0, accuracy, tf.constant(-np.inf, accuracy.dtype)))
+        some = tf.reduce_max(usable)
+        sigma = tf.cast(new.sigma, loss.dtype)
+        return {
+            **sound,
+            "best": (tf.where(some > 0, best, tf.zeros_like(best)), some),
+            "sigma": (sigma, tf.ones_like(sigma)),
+            "skipped": (1.0 - usable, tf.ones_like(usable)),
+        }
 
     def unroll_for(self, steps: int) -> None:
-        """Changes the number of unrolled steps, for a curriculum."""
-        self.estimator = Unroll(steps, along=self.estimator.along, recompute=self.estimator.recompute)
+        """Changes the number of unrolled steps, for a curriculum.
+
+        Raises:
+            ValueError: if the estimator cuts episodes into pieces.
+        """
+        if self._pieces > 1:
+            raise ValueError(
+                f"The unroll of {type(self.estimator).__name__} cannot change in meta-training: its learners are inside an "
+                "episode."
+            )
+        self.estimator = dataclasses.replace(self.estimator, steps=steps)
         self._streams = {}
 
     def _step_of(self, family: int) -> Callable[..., Any]:
         key = (family, self.estimator.steps)
         if key not in self._compiled_steps:
-            learner, estimator, clipnorm = self.families[family][1], self.estimator, self.clipnorm
-
-            def gradient(outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
-                found = estimator(learner, outer, episodes, seed)
-                squares = [tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for g in found.gradients.values()]
-                norm = tf.sqrt(tf.add_n(squares))
-                sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
-                scale = tf.ones_like(norm) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(norm, 1e-12))
-                gradients = {}
-                for name, g in found.gradients.items():
-                    shape = (self.members,) + (1,) * (g.shape.rank - 1)
-                    gradients[name] = tf.where(tf.reshape(sound, shape), g * tf.reshape(scale, shape), tf.zeros_like(g))
-                return gradients, found.loss, found.accuracy, norm, sound
-
-            compiled = tf.function(gradient, jit_compile=self._jit_step)
-
-            def call(episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
-                return compiled({name: v.value for name, v in self.outer.items()}, episodes, seed)
-
-            self._compiled_steps[key] = call
+            estimator = self.estimator
+            if isinstance(estimator, Evolution):
+                self._compiled_steps[key] = self._generation(family, estimator)
+            else:
+                self._compiled_steps[key] = self._gradient(family, estimator)
         return self._compiled_steps[key]
+
+    def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
+        """The compiled generation of a family: candidates, their scores, the new distribution."""
+        learner, strategy, rule = self.families[family][1], self.strategy, self.rule
+
+        def generation(state: CMAState, episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
+            candidates = strategy.ask(state, random.fold_in(seed, 2))
+            fitness, loss, accuracy = estimator.score(learner, from_vectors(rule, candidates), episodes, seed)
+            return strategy.tell(state, candidates, fitness), fitness, loss, accuracy
+
+        return tf.function(generation, jit_compile=self.jit_step)
+
+    def _gradient(self, family: int, estimator: Estimator) -> Callable[..., Any]:
+        """The compiled gradient of a family, each member's clipped on its own; writes what is carried."""
+        learner, clipnorm = self.families[family][1], self.clipnorm
+        rooms = self._carried[family]
+
+        def gradient(
+            outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array
+        ) -> tuple[Any, ...]:
+            found, carried = estimator(learner, outer, episodes, seed, carried, first)
+            squares = [tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for g in found.gradients.values()]
+            norm = tf.sqrt(tf.add_n(squares))
+            sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
+            scale = tf.ones_like(norm) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(norm, 1e-12))
+            gradients = {}
+            for name, g in found.gradients.items():
+                shape = (self.members,) + (1,) * (g.shape.rank - 1)
+                gradients[name] = tf.where(tf.reshape(sound, shape), g * tf.reshape(scale, shape), tf.zeros_like(g))
+            return (gradients, found.loss, found.accuracy, norm, sound), tf.nest.flatten(carried)
+
+        compiled = tf.function(gradient, jit_compile=self.jit_step)
+
+        def call(episodes: Mapping[str, Array], seed: Array, first: Array) -> tuple[Any, ...]:
+            outer = {name: v.value for name, v in self.outer.items()}
+            carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
+            found, kept = compiled(outer, episodes, seed, carried, first)
+            for room, value in zip(tf.nest.flatten(rooms), kept, strict=True):
+                room.assign(value)
+            return found
+
+        return call
 
     def _slots(self) -> list[keras.Variable]:
         """The optimizer's variables that have a value for each member."""

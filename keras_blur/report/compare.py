@@ -9,6 +9,7 @@ the seeds.
 
 from __future__ import annotations
 
+import abc
 import math
 import os
 import time
@@ -23,6 +24,7 @@ from keras_blur import random
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner, Optimizer
 from keras_blur.report import style
+from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
 
 Array = Any
@@ -34,7 +36,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "Adam": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-7, -1)),
     "RMSprop": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-8, -2)),
 }
-_CHUNK = 2000  # test images that are predicted at once
+_CHUNK = 2000  # test examples that are predicted at once, and those of an episode
 _BLOCK = 25  # steps of one compiled call at most
 
 
@@ -48,7 +50,7 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 
 def compare(
     genome: Genome,
-    images: Images,
+    data: Images | Tasks,
     hidden: Sequence[int],
     *,
     steps: int = 1000,
@@ -61,11 +63,13 @@ def compare(
 
     Args:
         genome: a genome that learns from labels.
-        images: the image set; learners see its training images and are scored on its test images.
+        data: an image set, whose training images learners see and on whose test images they are scored; or a task
+            distribution of classes, of which each seed is one episode of the split `"test"`, scored on 2,000 examples that
+            are not among its batches (or as many as there are).
         hidden: units of the hidden layers.
         steps: learning steps; scores are taken at 0, 1, 2, 5, 10, ... up to it.
-        seeds: number of initial networks and orders of the images.
-        batch_size: images of a batch.
+        seeds: number of initial networks and orders of the images, or of episodes.
+        batch_size: examples of a batch.
         seed: of everything; another one gives other networks and batches.
         grids: rates by optimizer; `None` takes half decades around the usual ones.
 
@@ -77,8 +81,54 @@ def compare(
 
     Raises:
         ValueError: if the genome learns from errors or does not fit the network, an optimizer is unknown, or a number
-            does not fit the images.
+            does not fit the data.
     """
+    chosen = GRIDS if grids is None else grids
+    labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
+    if not labels or len(set(labels)) != len(labels) or set(chosen) - set(_OPTIMIZERS):
+        raise ValueError(
+            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
+        )
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed)
+    curves = {"genome": _of_genome(genome, hidden, source, at)}
+    for name, rates in chosen.items():
+        learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
+        grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
+        for rate, curve in zip(rates, _curves(learner, grid, len(rates), source, at), strict=True):
+            curves[f"{name} {rate:g}"] = {"optimizer": name, "rate": float(rate), **curve}
+    return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
+            "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
+
+
+def evaluate(
+    genome: Genome,
+    data: Images | Tasks,
+    hidden: Sequence[int],
+    *,
+    steps: int = 1000,
+    seeds: int = 5,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The genome alone: arguments, errors and values as `compare`, without optimizers, envelope and best.
+
+    Example:
+
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> result = evaluate(genome, tasks.functions("xor"), (8,), steps=5, seeds=2, batch_size=16)
+    >>> result["steps"]
+    [0, 1, 2, 5]
+    """
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed)
+    return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
+            "steps": at, "curves": {"genome": _of_genome(genome, hidden, source, at)}}  # fmt: skip
+
+
+def _prepared(
+    genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int
+) -> tuple[_Source, list[int]]:
+    """Batches and the steps to score at, after a look at what was given."""
     if genome.population or genome.rule.layers not in (None, len(hidden) + 1):
         raise ValueError(
             f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
@@ -86,63 +136,102 @@ def compare(
         )
     if genome.rule.feedback != "labels":
         raise ValueError("`genome` must learn from labels (`Rule.feedback='labels'`): this one needs a loss.")
-    if steps < 1 or seeds < 2 or not 1 <= batch_size <= len(images.x_train):
+    if isinstance(data, Tasks) and data.kind != "classes":
+        raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
+    limit = data.available("test") - 1 if isinstance(data, Tasks) else len(data.x_train)
+    if steps < 1 or seeds < 2 or not 1 <= batch_size <= limit:
         raise ValueError(
-            f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {len(images.x_train)}. "
+            f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
             f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
         )
-    data = _Data(images, batch_size, seeds, seed)
     at = sorted({step for step in STEPS if step <= steps} | {steps})
-    chosen = GRIDS if grids is None else grids
-    labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
-    if not labels or len(set(labels)) != len(labels) or set(chosen) - set(_OPTIMIZERS):
-        raise ValueError(
-            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
-        )
-    activation = genome.rule.forward_activation
+    if isinstance(data, Tasks):
+        return _Episodes(data, batch_size, seeds, seed, steps), at
+    return _Passes(data, batch_size, seeds, seed), at
+
+
+def _of_genome(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> dict[str, Any]:
     outer = {name: tf.constant(np.asarray(array)[None, None]) for name, array in genome.arrays.items()}
-    curves = {"genome": _curves(Blur(tuple(hidden), genome.rule), outer, 1, data, at)[0]}
-    for name, rates in chosen.items():
-        learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), activation)
-        grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
-        for rate, curve in zip(rates, _curves(learner, grid, len(rates), data, at), strict=True):
-            curves[f"{name} {rate:g}"] = {"optimizer": name, "rate": float(rate), **curve}
-    return {"data": images.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
+    return _curves(Blur(tuple(hidden), genome.rule), outer, 1, source, at)[0]
 
 
-class _Data:
-    """Batches and test images, the same for every learner."""
+class _Source(abc.ABC):
+    """Batches and test examples, the same for every learner.
+
+    Attributes:
+        features, classes: sizes of an input and of the output.
+        test_x, test_y: `[1 or seeds, examples, features]` and labels `[1 or seeds, examples]`.
+    """
+
+    features: int
+    classes: int
+    test_x: np.ndarray
+    test_y: np.ndarray
+
+    def __init__(self, batch_size: int, seeds: int, seed: int):
+        self.batch_size, self.seeds, self.seed = batch_size, seeds, seed
+
+    @abc.abstractmethod
+    def reader(self) -> Callable[[int], tuple[Array, Array]]:
+        """A function that gives the next `count` batches: x `[1, seeds, count, batch, features]`, y alike."""
+
+
+class _Passes(_Source):
+    """An image set: passes over its training images in another order for each seed."""
 
     def __init__(self, images: Images, batch_size: int, seeds: int, seed: int):
+        super().__init__(batch_size, seeds, seed)
         flat = images.x_train.reshape(len(images.x_train), -1).astype(np.float32) / images.scale
         mean, deviation = flat.mean(), flat.std() + 1e-6
         self.x = (flat - mean) / deviation
         test = images.x_test.reshape(len(images.x_test), -1).astype(np.float32) / images.scale
-        self.test_x, self.test_y = (test - mean) / deviation, images.y_test
+        self.test_x, self.test_y = ((test - mean) / deviation)[None], images.y_test[None]
         self.signs = 2.0 * np.eye(images.classes, dtype=np.float32)[images.y_train] - 1.0
-        self.batch_size, self.seeds, self.seed = batch_size, seeds, seed
         self.features, self.classes = self.x.shape[1], images.classes
 
-    def orders(self) -> list[Any]:
-        """For each seed, an endless stream of batches of image numbers: passes without repeats."""
+    def _orders(self, number: int) -> Any:
+        """An endless stream of batches of image numbers: passes without repeats."""
+        rng = np.random.default_rng([self.seed, number])
+        while True:
+            order = rng.permutation(len(self.x))
+            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+                yield order[start : start + self.batch_size]
 
-        def stream(number: int) -> Any:
-            rng = np.random.default_rng([self.seed, number])
-            while True:
-                order = rng.permutation(len(self.x))
-                for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-                    yield order[start : start + self.batch_size]
+    def reader(self) -> Callable[[int], tuple[Array, Array]]:
+        streams = [self._orders(number) for number in range(self.seeds)]
 
-        return [stream(number) for number in range(self.seeds)]
+        def read(count: int) -> tuple[Array, Array]:
+            chosen = np.stack([[next(stream) for _ in range(count)] for stream in streams])
+            return tf.constant(self.x[chosen][None]), tf.constant(self.signs[chosen][None])
 
-    def block(self, streams: list[Any], count: int) -> tuple[Array, Array]:
-        """`count` batches: x `[1, seeds, count, batch, features]`, y alike."""
-        chosen = np.stack([[next(stream) for _ in range(count)] for stream in streams])
-        return tf.constant(self.x[chosen][None]), tf.constant(self.signs[chosen][None])
+        return read
 
 
-def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _Data, at: Sequence[int]) -> list[Any]:
+class _Episodes(_Source):
+    """Tasks: each seed has an episode of its own."""
+
+    def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int):
+        super().__init__(batch_size, seeds, seed)
+        query = min(_CHUNK, tasks.available("test") - batch_size)
+        stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split="test")
+        drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
+        self.x, self.signs = drawn["x"], drawn["y"]
+        self.test_x, self.test_y = drawn["query_x"], drawn["query_y"].argmax(-1)
+        self.features, self.classes = tasks.features, tasks.outputs
+
+    def reader(self) -> Callable[[int], tuple[Array, Array]]:
+        place = 0
+
+        def read(count: int) -> tuple[Array, Array]:
+            nonlocal place
+            cut = slice(place, place + count)
+            place += count
+            return tf.constant(self.x[None, :, cut]), tf.constant(self.signs[None, :, cut])
+
+        return read
+
+
+def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]) -> list[Any]:
     """Accuracy and cross-entropy `[seeds][at]` and seconds `[at]` of each member."""
     leading = (members, data.seeds)
     state = learner.init(random.seed_of(data.seed), data.features, data.classes, leading)
@@ -159,30 +248,31 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _D
 
     @tf.function(jit_compile=True)
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
-        prediction = learner.predict(outer, state, x[None, None])
-        y = tf.broadcast_to(y, tf.shape(prediction)[:-1])
+        prediction = learner.predict(outer, state, x[None])
+        y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
         right = tf.cast(tf.equal(tf.argmax(prediction, -1, tf.int32), y), tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=prediction)
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
         return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
 
-    streams, taken, done = data.orders(), [], 0
+    examples = data.test_x.shape[1]
+    read, taken, done = data.reader(), [], 0
     for target in at:
         while done < target:
             count = min(_BLOCK, target - done)
-            x, y = data.block(streams, count)
+            x, y = read(count)
             state = learn(outer, state, x, y)
             done += count
         right, loss = np.zeros(leading), np.zeros(leading)
-        for rows in np.array_split(np.arange(len(data.test_x)), -(-len(data.test_x) // _CHUNK)):
-            label = tf.constant(data.test_y[rows].astype(np.int32))
-            found = score(outer, state, tf.constant(data.test_x[rows]), label)
+        for rows in np.array_split(np.arange(examples), -(-examples // _CHUNK)):
+            label = tf.constant(data.test_y[:, rows].astype(np.int32))
+            found = score(outer, state, tf.constant(data.test_x[:, rows]), label)
             right, loss = right + found[0].numpy(), loss + found[1].numpy()
-        taken.append((right / len(data.test_x), loss / len(data.test_x)))
+        taken.append((right / examples, loss / examples))
     single = {name: value[:1] for name, value in outer.items()}
     state = learner.init(random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
     count = min(_BLOCK, at[-1])
-    block = data.block(data.orders(), count)
+    block = data.reader()(count)
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -219,7 +309,7 @@ def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
 
 
 def format_compare(result: Mapping[str, Any]) -> str:
-    """The comparison as a table: mean accuracy and standard deviation over seeds, by step."""
+    """A comparison or evaluation as a table: mean accuracy and standard deviation over seeds, by step."""
     at = result["steps"]
     width = 18
     lines = [
@@ -227,13 +317,49 @@ def format_compare(result: Mapping[str, Any]) -> str:
         f"{result['seeds']} seeds: test accuracy by learning step, mean (and deviation over seeds)",
         f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
     ]
-    for label, name in [("genome", "genome"), *((f"best {name}", name) for name in result["best"].values())]:
+    for label, name in [("genome", "genome"), *((f"best {name}", name) for name in result.get("best", {}).values())]:
         values = np.array(result["curves"][name]["accuracy"])
         cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
         lines.append(f"{label:<22}" + "".join(cell.rjust(width) for cell in cells))
+    if "envelope" not in result:
+        return "\n".join(lines)
     envelope = result["envelope"]
     lines.append(f"{'envelope':<22}" + "".join(f"{value:.3f}".rjust(width) for value in envelope["accuracy"]))
     lines.append(f"{'  reached by':<22}" + "".join(name.rjust(width) for name in envelope["which"]))
+    return "\n".join(lines)
+
+
+def steps_to(result: Mapping[str, Any], target: float) -> dict[str, int | None]:
+    """The first of the scored steps at which mean accuracy is at least `target`, of the genome and of the envelope."""
+    rows = {
+        "genome": np.mean(result["curves"]["genome"]["accuracy"], axis=0),
+        "envelope": result["envelope"]["accuracy"],
+    }
+    return {
+        name: next((step for step, value in zip(result["steps"], row, strict=True) if value >= target), None)
+        for name, row in rows.items()
+    }
+
+
+def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target: float = 0.9) -> str:
+    """Several comparisons as a table: accuracy after `step` steps, and scored steps to `target`, `-` if not reached."""
+    share = f"{100 * target:g} %"
+    lines = [
+        f"{'task':<24}{f'genome at {step}':>20}{f'envelope at {step}':>20}{f'genome to {share}':>20}"
+        f"{f'envelope to {share}':>20}"
+    ]
+    means = []
+    for result in results:
+        nearest = max(index for index, at in enumerate(result["steps"]) if at <= step)
+        values = np.array(result["curves"]["genome"]["accuracy"])[:, nearest]
+        envelope = result["envelope"]["accuracy"][nearest]
+        means.append((float(values.mean()), envelope))
+        reached = steps_to(result, target)
+        ends = ["-" if reached[name] is None else str(reached[name]) for name in ("genome", "envelope")]
+        own = f"{values.mean():.3f} ({values.std(ddof=1):.3f})"
+        lines.append(f"{result['data']:<24}{own:>20}{envelope:>20.3f}{ends[0]:>20}{ends[1]:>20}")
+    genome, envelope = np.mean(means, axis=0)
+    lines.append(f"{'mean':<24}{genome:>20.3f}{envelope:>20.3f}")
     return "\n".join(lines)
 
 

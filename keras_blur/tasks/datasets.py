@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 _DIGITS_TEST = 360
+_READ = 512  # images that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,12 @@ class Images:
     scale: float
 
 
-def load_images(name: str = "digits", data_dir: str | os.PathLike[str] | None = None) -> Images:
+def load_images(
+    name: str = "digits",
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    convert: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Images:
     """Loads an image set.
 
     Args:
@@ -48,6 +55,8 @@ def load_images(name: str = "digits", data_dir: str | os.PathLike[str] | None = 
             the features `image` and `label`, prepared on disk.
         data_dir: folder of prepared sets; `None` takes the environment variable `TFDS_DATA_DIR`, then the default of
             `tensorflow_datasets`.
+        convert: of images `[n, height, width, channels]`, some at a time as they are read, to what is kept of them: a set
+            may be larger than memory before it is made smaller. `None` keeps them as they are.
 
     Returns:
         `Images`.
@@ -63,18 +72,22 @@ def load_images(name: str = "digits", data_dir: str | os.PathLike[str] | None = 
     ((1437, 8, 8, 1), 10)
     """
     if name == "digits":
-        return _digits()
-    return _prepared(name, data_dir)
+        return _digits(convert or _as_they_are)
+    return _prepared(name, data_dir, convert or _as_they_are)
 
 
-def _digits() -> Images:
+def _as_they_are(images: np.ndarray) -> np.ndarray:
+    return images
+
+
+def _digits(convert: Callable[[np.ndarray], np.ndarray]) -> Images:
     data = _needs("sklearn.datasets", "scikit-learn").load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))  # neighbours in the file share a writer
-    x, y = data.images.astype(np.uint8)[order][..., None], data.target.astype(np.int64)[order]
+    x, y = convert(data.images.astype(np.uint8)[order][..., None]), data.target.astype(np.int64)[order]
     return Images("digits", x[:-_DIGITS_TEST], y[:-_DIGITS_TEST], x[-_DIGITS_TEST:], y[-_DIGITS_TEST:], 10, 16.0)
 
 
-def _prepared(name: str, data_dir: str | os.PathLike[str] | None) -> Images:
+def _prepared(name: str, data_dir: str | os.PathLike[str] | None, convert: Callable[[np.ndarray], np.ndarray]) -> Images:
     tfds = _needs("tensorflow_datasets", "tensorflow-datasets")
     folder = os.path.expanduser(
         os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
@@ -103,17 +116,27 @@ def _prepared(name: str, data_dir: str | os.PathLike[str] | None) -> Images:
         raise ValueError(
             f"The set {name!r} must have the features `image`, all of one size, and `label`, a class. It has: {features}"
         )
-    train_x, train_y = _arrays(tfds, builder, "train")
-    test_x, test_y = _arrays(tfds, builder, test)
+    train_x, train_y = _arrays(tfds, builder, "train", convert)
+    test_x, test_y = _arrays(tfds, builder, test, convert)
     return Images(name, train_x, train_y, test_x, test_y, int(features["label"].num_classes), 255.0)
 
 
-def _arrays(tfds: ModuleType, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(
+    tfds: ModuleType, builder: Any, split: str, convert: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    parts = [(convert(batch["image"]), batch["label"]) for batch in _batches(tfds, builder, split)]
+    if not parts:
+        raise ValueError(f"The split {split!r} in {os.fspath(builder.data_path)!r} has no images.")
+    x, y = zip(*parts, strict=True)
+    return np.concatenate(x), np.concatenate(y).astype(np.int64)
+
+
+def _batches(tfds: ModuleType, builder: Any, split: str) -> Iterator[dict[str, np.ndarray]]:
+    once = tfds.ReadConfig(try_autocache=False)  # otherwise the decoded images would be held a second time
     try:
-        columns = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1, shuffle_files=False))
+        yield from tfds.as_numpy(builder.as_dataset(split=split, batch_size=_READ, shuffle_files=False, read_config=once))
     except Exception as error:  # what a damaged record raises depends on where it is damaged
         raise ValueError(f"The split {split!r} in {os.fspath(builder.data_path)!r} could not be read: {error}") from error
-    return columns["image"], columns["label"].astype(np.int64)
 
 
 def _needs(module: str, distribution: str) -> ModuleType:

@@ -140,11 +140,16 @@ def _flat(
         x = x[:, top : top + crop, left : left + crop]
     if size is None:
         return (x.reshape(len(x), -1) / loaded.scale).astype(np.float32), y
+    return resized(x, size, loaded.scale).reshape(len(x), -1), y
+
+
+def resized(x: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:
+    """Images `[n, height, width, channels]` over `scale`, resized to `size` x `size` by area interpolation."""
     parts = [
-        tf.image.resize(part.astype(np.float32) / loaded.scale, (size, size), method="area").numpy()
+        tf.image.resize(part.astype(np.float32) / scale, (size, size), method="area").numpy()
         for part in np.array_split(x, max(1, len(x) // 4096))
     ]
-    return np.concatenate(parts).reshape(len(x), -1), y
+    return np.concatenate(parts)
 
 
 def _prime_up_to(limit: int) -> int:

@@ -1,0 +1,168 @@
+"""The gradient of the outer parameters from the loss alone, by evolution strategies.
+
+Sources: "Evolution Strategies as a Scalable Alternative to Reinforcement Learning" (Salimans et al., 2017, arXiv 1703.03864;
+mirrored sampling) for `ES`; "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
+Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021, algorithm 2) for `PES`.
+
+Both estimate the gradient of the loss smoothed by a normal distribution, E[L(theta + sigma e)]. That needs no memory for the
+unroll, and stays sensible where a long unroll makes the true gradient explode. Each perturbation is used with both signs,
+which removes the loss's even part from the noise. `ES` sees a whole episode at once. `PES` sees a piece of a long one and
+carries each perturbed learner on; because what a piece shows is due to all perturbations so far, it multiplies by their
+sum, and so has no bias from the truncation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.learners.base import Learner
+from keras_blur.meta.estimator import (
+    Array,
+    Episodes,
+    Estimate,
+    Estimator,
+    Outer,
+    check_count,
+    check_total,
+    choose,
+    start,
+)
+
+_NOISE = 1  # folded into the seed of an estimate for its perturbations
+
+
+@dataclasses.dataclass(frozen=True)
+class ES(Estimator):
+    """Antithetic evolution strategies over whole episodes.
+
+    Args:
+        steps, along, loss, kind: as in `Estimator`.
+        pairs: number of perturbations, each used with both signs, of each member.
+        sigma: their standard deviation.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> ES(steps=20, pairs=8, sigma=0.05).horizon
+    20
+    """
+
+    pairs: int = 16
+    sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("pairs", self.pairs)
+        if not (self.sigma > 0.0 and math.isfinite(self.sigma)):
+            raise ValueError(f"`sigma` must be a positive number. Received: sigma={self.sigma!r}")
+        if self.recompute:
+            raise ValueError("`recompute` must be False: evolution strategies keep nothing of the unroll.")
+
+    def __call__(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
+    ) -> tuple[Estimate, Any]:
+        noise = perturbations(outer, self.pairs, seed)
+        particles = perturbed(outer, noise, self.sigma)
+        state = start(learner, particles, episodes, seed)
+        losses, accuracies, _ = self.objective(learner, particles, episodes, state)
+        return self.estimate(outer, noise, losses, accuracies), ()
+
+    def estimate(self, outer: Outer, directions: Outer, losses: Array, accuracies: Array) -> Estimate:
+        """The gradient from the losses of the particles.
+
+        Args:
+            outer: outer parameters `[members, ...]`.
+            directions: standard normal directions `[members, pairs, ...]`, or their sums.
+            losses: `[members * 2 * pairs, tasks]`, as `perturbed` orders them.
+            accuracies: alike.
+
+        Returns:
+            The estimate; its loss is the smoothed one. A pair of which one has no finite loss is left out.
+        """
+        members = next(iter(outer.values())).shape[0]
+        shape = (members, 2, self.pairs)
+        loss = tf.reshape(tf.reduce_mean(losses, axis=1), shape)
+        right = tf.reshape(tf.reduce_mean(accuracies, axis=1), shape)
+        sound = tf.reduce_all(tf.math.is_finite(loss), axis=1)
+        weight = tf.cast(sound, loss.dtype)
+        count = tf.reduce_sum(weight, axis=1)
+
+        def over_pairs(value: Array) -> Array:  # not a number if no pair is sound, so that the member is skipped
+            return tf.reduce_sum(tf.where(sound, value, tf.zeros_like(value)), axis=1) / count
+
+        difference = tf.where(sound, loss[:, 0] - loss[:, 1], tf.zeros_like(weight)) / (2.0 * self.sigma)
+        gradients = {}
+        for name, direction in directions.items():
+            factor = tf.reshape(difference, (members, self.pairs) + (1,) * (direction.shape.rank - 2))
+            total = tf.reduce_sum(tf.cast(direction, loss.dtype) * factor, axis=1)
+            gradients[name] = total / tf.reshape(count, (members,) + (1,) * (total.shape.rank - 1))
+        return Estimate(gradients, over_pairs(tf.reduce_mean(loss, axis=1)), over_pairs(tf.reduce_mean(right, axis=1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PES(ES):
+    """Persistent evolution strategies: pieces of long episodes, unbiased.
+
+    Args:
+        steps: learning steps of a piece; each ends with the query.
+        along, loss, kind, pairs, sigma: as in `ES`.
+        total: learning steps of an episode, a multiple of `steps`.
+
+    Example:
+
+    >>> PES(steps=10, total=200, pairs=8).horizon
+    200
+    """
+
+    total: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_total(self.steps, self.total)
+
+    @property
+    def horizon(self) -> int:
+        return self.total
+
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
+        zero = tf.zeros(2, tf.int32)
+        noise = perturbations(outer, self.pairs, zero)
+        state = start(learner, perturbed(outer, noise, self.sigma), episodes, zero)
+        return tf.nest.map_structure(tf.zeros_like, (state, noise))
+
+    def __call__(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
+    ) -> tuple[Estimate, Any]:
+        noise = perturbations(outer, self.pairs, seed)
+        particles = perturbed(outer, noise, self.sigma)
+        fresh = start(learner, particles, episodes, seed), {name: tf.zeros_like(value) for name, value in noise.items()}
+        state, before = choose(first, fresh, carried)
+        directions = {name: before[name] + noise[name] for name in noise}
+        losses, accuracies, state = self.objective(learner, particles, episodes, state)
+        return self.estimate(outer, directions, losses, accuracies), (state, directions)
+
+
+def perturbations(outer: Outer, pairs: int, seed: Array) -> Outer:
+    """Standard normal directions `[members, pairs, ...]` for each outer parameter."""
+    return {
+        name: tf.cast(
+            random.normal(random.fold_in(seed, _NOISE, index), (value.shape[0], pairs, *value.shape[1:])), value.dtype
+        )
+        for index, (name, value) in enumerate(sorted(outer.items()))
+    }
+
+
+def perturbed(outer: Outer, noise: Outer, sigma: float) -> Outer:
+    """The particles `[members * 2 * pairs, ...]`: for each member all pairs with a plus, then all with a minus."""
+    moved = {}
+    for name, value in outer.items():
+        both = tf.stack([value[:, None] + sigma * noise[name], value[:, None] - sigma * noise[name]], axis=1)
+        moved[name] = tf.reshape(both, (-1, *value.shape[1:]))
+    return moved

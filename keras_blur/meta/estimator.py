@@ -1,0 +1,244 @@
+"""What estimators of the outer gradient share: the objective of the inner loop, and the loop.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3: unroll the inner loop, then
+take the softmax cross-entropy of the output's first state on inputs not seen before (the printed formula lacks its minus
+sign). An optional second term is the loss along the way: each step's prediction of its own batch, before it learns from it,
+which costs nothing and gives early steps a gradient of their own. The paper's published code scores by the squared error to
+labels of +1 and -1; that is `loss="squared"`.
+
+The loop is one `tf.while_loop` with a static bound, so that it compiles in a time that does not grow with its length,
+under XLA too.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_blur.learners.base import Learner
+
+Array = Any
+Outer = Mapping[str, Array]
+Episodes = Mapping[str, Array]
+
+LOSSES = ("auto", "cross_entropy", "binary", "squared")
+
+
+class Estimate(NamedTuple):
+    """An estimate of the outer gradient of each member.
+
+    Attributes:
+        gradients: by name, as the outer parameters, `[members, ...]`.
+        loss: the objective of each member, the mean over tasks, `[members]`.
+        accuracy: query accuracy of each member, `[members]`; of values, the share of their variance that is predicted.
+    """
+
+    gradients: Outer
+    loss: Array
+    accuracy: Array
+
+
+def cross_entropy(prediction: Array, y: Array) -> Array:
+    """Mean softmax cross-entropy of logits against +1/-1 labels: `[..., batch, classes]` to `[...]`."""
+    labels = tf.broadcast_to(tf.cast(0.5 * (y + 1.0), prediction.dtype), tf.shape(prediction))
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=prediction), axis=-1)
+
+
+def binary_cross_entropy(prediction: Array, y: Array) -> Array:
+    """Mean over outputs and examples of the cross-entropy of each logit against its +1/-1 label."""
+    return tf.reduce_mean(tf.math.softplus(-prediction * tf.cast(y, prediction.dtype)), axis=(-2, -1))
+
+
+def squared_error(prediction: Array, y: Array) -> Array:
+    """Mean over outputs and examples of the squared difference."""
+    return tf.reduce_mean(tf.square(prediction - tf.cast(y, prediction.dtype)), axis=(-2, -1))
+
+
+def accuracy(prediction: Array, y: Array) -> Array:
+    """Share of examples whose largest output is the true class: `[..., batch, classes]` to `[...]`.
+
+    Of a single output, the share whose sign is that of the label.
+    """
+    if y.shape[-1] == 1:
+        right = tf.reduce_all(tf.equal(prediction > 0, tf.cast(y, prediction.dtype) > 0), axis=-1)
+    else:
+        right = tf.equal(tf.argmax(prediction, axis=-1), tf.argmax(y, axis=-1))
+    return tf.reduce_mean(tf.cast(right, prediction.dtype), axis=-1)
+
+
+def explained(prediction: Array, y: Array) -> Array:
+    """Share of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`."""
+    y = tf.cast(y, prediction.dtype)
+    spread = tf.reduce_mean(tf.square(y - tf.reduce_mean(y, axis=-2, keepdims=True)), axis=(-2, -1))
+    return 1.0 - squared_error(prediction, y) / tf.maximum(spread, 1e-12)
+
+
+_FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "squared": squared_error}
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+    """What is asked of a learner: how long it learns, and how that is scored.
+
+    Args:
+        steps: number of learning steps of one estimate.
+        along: weight of the mean loss along the way beside that of the query, 0 for the query alone.
+        loss: `"cross_entropy"` (softmax), `"binary"` (each output on its own), `"squared"`, or `"auto"`: the
+            cross-entropy for classes, binary where there is one output, squared for values.
+        kind: `"classes"` or `"values"`: what the tasks' outputs are.
+        recompute: whether to trade time for memory: only the state at the start of each segment of about the square root
+            of `steps` is kept, and a segment is computed again when its gradient is wanted.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    steps: int = 10
+    along: float = 0.0
+    loss: str = "auto"
+    kind: str = "classes"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        if not self.along >= 0.0 or not math.isfinite(self.along):
+            raise ValueError(f"`along` must be a finite number of at least 0. Received: along={self.along!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={self.loss!r}")
+        if self.kind not in ("classes", "values"):
+            raise ValueError(f"`kind` must be 'classes' or 'values'. Received: kind={self.kind!r}")
+        if self.kind == "values" and self.loss not in ("auto", "squared"):
+            raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
+
+    @property
+    def horizon(self) -> int:
+        """Support batches of an episode: more than `steps` where a learner is carried from piece to piece."""
+        return self.steps
+
+    def objective(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array, Any]:
+        """Loss and query accuracy of each member on each task, and the learner's state afterwards.
+
+        Args:
+            learner: the learner.
+            outer: outer parameters `[members, ...]`.
+            episodes: as in a call.
+            state: of the learner, with leading axes `[members, tasks]`.
+
+        Returns:
+            Two arrays `[members, tasks]`, and the state.
+        """
+        x, y = episodes["x"][None], episodes["y"][None]
+        loss_of = self._loss(int(y.shape[-1]))
+        outer = {name: value[:, None] for name, value in outer.items()}
+        leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
+
+        def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
+            batch_y = tf.gather(y, time, axis=2)
+            state, prediction = learner.step(outer, state, tf.gather(x, time, axis=2), batch_y)
+            if self.along:
+                total = total + loss_of(prediction, batch_y) * (self.along / self.steps)
+            return time + 1, state, total
+
+        state, total = self._loop(body, outer, state, tf.zeros(leading, state_dtype(state)))
+        prediction = learner.predict(outer, state, episodes["query_x"][None])
+        query_y = episodes["query_y"][None]
+        right = accuracy if self.kind == "classes" else explained
+        return total + loss_of(prediction, query_y), right(prediction, query_y), state
+
+    def _loss(self, outputs: int) -> Any:
+        if self.loss != "auto":
+            return _FUNCTIONS[self.loss]
+        if self.kind == "values":
+            return squared_error
+        return cross_entropy if outputs > 1 else binary_cross_entropy
+
+    def _loop(self, body: Any, outer: Outer, state: Any, total: Array) -> tuple[Any, Array]:
+        def run(outer: Outer, start: Array, count: int, state: Any, total: Array) -> tuple[Any, Array]:
+            _, state, total = tf.while_loop(
+                lambda time, *_: time < start + count,
+                lambda *carried: body(outer, *carried),
+                (start, state, total),
+                maximum_iterations=count,
+            )
+            return state, total
+
+        if not self.recompute:
+            return run(outer, tf.constant(0), self.steps, state, total)
+        width = max(1, math.isqrt(self.steps))
+        whole, rest = divmod(self.steps, width)
+        # Everything with a gradient is an argument: what a recomputed function only captures would get none.
+        segment = tf.recompute_grad(lambda outer, start, state, total: run(outer, start, width, state, total))
+
+        def outer_body(index: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
+            state, total = segment(outer, index * width, state, total)
+            return index + 1, state, total
+
+        _, state, total = tf.while_loop(
+            lambda index, *_: index < whole, outer_body, (tf.constant(0), state, total), maximum_iterations=whole
+        )
+        if rest:
+            state, total = run(outer, tf.constant(whole * width), rest, state, total)
+        return state, total
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(InnerLoop, abc.ABC):
+    """An inner loop, and the way to the gradient of its score; arguments as `InnerLoop`."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
+    ) -> tuple[Estimate, Any]:
+        """The gradient of each member's mean loss over the tasks.
+
+        Args:
+            learner: the learner.
+            outer: outer parameters `[members, ...]`.
+            episodes: `x` `[tasks, steps, batch, features]`, `y`, `query_x` `[tasks, batch, features]`, `query_y`.
+            seed: of the initial networks (equal for members, different for tasks) and of noise.
+            carried: what the estimate before returned; not read where `first`.
+            first: whether the episodes begin here.
+
+        Returns:
+            The estimate, and what to carry to the next one.
+        """
+
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
+        """What stands for `carried` before the first estimate: zeros of the right shapes."""
+        del learner, outer, episodes
+        return ()
+
+
+def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> Any:
+    """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`."""
+    members = next(iter(outer.values())).shape[0]
+    x, y = episodes["x"], episodes["y"]
+    return learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])))
+
+
+def choose(first: Any, fresh: Any, old: Any) -> Any:
+    """`fresh` where `first`, else `old`: nests of tensors."""
+    return tf.nest.map_structure(lambda one, other: tf.where(first, one, other), fresh, old)
+
+
+def state_dtype(state: Any) -> tf.DType:
+    """The floating-point type of a learner's state."""
+    return next(leaf.dtype for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises a `ValueError` if an argument is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+
+
+def check_total(steps: int, total: Any) -> None:
+    """Raises a `ValueError` if the steps of an episode are no whole number of pieces."""
+    check_count("total", total)
+    if total % steps:
+        raise ValueError(f"`total` must be a multiple of steps={steps}. Received: total={total!r}")

@@ -1,0 +1,84 @@
+"""A genome by evolution: the score of whole learners, and CMA-ES on the vector of all its numbers.
+
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.4: accuracy after an unroll as
+fitness, a population of 80, no curriculum. Nothing is differentiated, so a rule may be scored by what is wanted (accuracy)
+and over any number of steps; the price is that each generation learns with every genome of the population.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur.genome import Genome, Rule
+from keras_blur.learners.base import Learner
+from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, check_count, start
+
+FITNESSES = ("accuracy", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evolution(InnerLoop):
+    """CMA-ES on the genome.
+
+    Args:
+        steps, along, loss, kind: as in `InnerLoop`.
+        population: genomes of a generation.
+        sigma: standard deviation of the first generation.
+        fitness: `"accuracy"` of the query or `"loss"`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> Evolution(steps=15, population=80).fitness
+    'accuracy'
+    """
+
+    population: int = 80
+    sigma: float = 0.3
+    fitness: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("population", self.population)
+        if self.population < 4:
+            raise ValueError(f"`population` must be at least 4. Received: population={self.population}")
+        if not (self.sigma > 0.0 and math.isfinite(self.sigma)):
+            raise ValueError(f"`sigma` must be a positive number. Received: sigma={self.sigma!r}")
+        if self.fitness not in FITNESSES:
+            raise ValueError(
+                f"`fitness` must be one of {', '.join(map(repr, FITNESSES))}. Received: fitness={self.fitness!r}"
+            )
+        if self.recompute:
+            raise ValueError("`recompute` must be False: evolution keeps nothing of the unroll.")
+
+    def score(self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> tuple[Array, Array, Array]:
+        """Fitness (less is better), loss and accuracy of each genome, means over the tasks, `[population]` each."""
+        losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
+        loss, accuracy = tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)
+        fitness = loss if self.fitness == "loss" else -accuracy
+        # A genome whose loss is not finite is the worst, whatever its argmax happens to hit.
+        return tf.where(tf.math.is_finite(loss), fitness, tf.constant(math.nan, fitness.dtype)), loss, accuracy
+
+
+def to_vector(genome: Genome) -> np.ndarray:
+    """All numbers of a single genome as one float64 vector, arrays in the order of their names."""
+    return np.concatenate([np.asarray(genome.arrays[name], np.float64).ravel() for name in sorted(genome.arrays)])
+
+
+def from_vectors(rule: Rule, vectors: Array) -> Outer:
+    """The outer parameters `[population, ...]` of vectors `[population, size]`."""
+    shapes = layered_shapes(rule)
+    parts = tf.split(tf.cast(vectors, tf.float32), [math.prod(shapes[name]) for name in sorted(shapes)], axis=1)
+    return {name: tf.reshape(part, (-1, *shapes[name])) for name, part in zip(sorted(shapes), parts, strict=True)}
+
+
+def layered_shapes(rule: Rule) -> dict[str, tuple[int, ...]]:
+    """Shapes of a single genome's arrays, with the layer axis if each layer has its own."""
+    layers = () if rule.layers is None else (rule.layers,)
+    return {name: (*layers, *shape) for name, shape in rule.shapes().items()}

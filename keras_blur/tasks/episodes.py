@@ -1,0 +1,223 @@
+"""Few-shot episodes: learn classes that were never seen before from a few examples of each.
+
+Source: "Matching Networks for One Shot Learning" (2016), section 4: an episode draws some classes, a support of a few
+examples of each, and a query of other examples of the same classes. Meta-training, meta-validation and meta-test have
+different classes, not only different images: a rule cannot do well on new ones by knowing the old ones, so what is
+measured is how it learns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.tasks.base import SPLITS, Episode, Tasks
+from keras_blur.tasks.datasets import Images, load_images
+from keras_blur.tasks.images import resized
+
+Array = Any
+
+_SIZE = 28  # the side to which the literature shrinks omniglot
+_BEYOND = 2**32  # more than any of the random integers by which images are ordered
+
+
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """The images of some classes, those of a class one after the other."""
+
+    images: Array  # [n, features]
+    labels: np.ndarray  # the classes' labels in the set, ascending
+    starts: np.ndarray  # where each class begins
+    counts: np.ndarray  # how many images it has
+
+
+class EpisodeTasks(Tasks):
+    """See `episodes`."""
+
+    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], ways: int, shots: int, name: str):
+        self.name, self.outputs, self.shots = name, ways, shots
+        self.features = int(splits["train"][0].shape[1])
+        self._splits = {split: _by_class(*splits[split]) for split in SPLITS}
+
+    def classes(self, split: str) -> tuple[int, ...]:
+        """The labels, in the image set, of the classes of a split.
+
+        Args:
+            split: `"train"`, `"validation"` or `"test"`; they share no class.
+        """
+        return tuple(int(label) for label in self._classes(split).labels)
+
+    def available(self, split: str) -> int:
+        return self.outputs * int(self._drawable(split).counts.min())
+
+    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
+        """As in `Tasks`; the classes take turns, so that any stretch of examples is balanced."""
+        known = self._drawable(split)
+        each = -(-count // self.outputs)
+        if each > known.counts.min():
+            raise ValueError(
+                f"`count` must be at most {self.available(split)} in the split {split!r} of {self.name}, as its smallest "
+                f"class has {known.counts.min()} images. Received: count={count}"
+            )
+        chosen = random.permutation(random.fold_in(seed, 0), len(known.labels))[: self.outputs]
+        # The images of a class in random order: the first of a sort by random keys, behind which the places are that
+        # only larger classes fill.
+        most = int(known.counts.max())
+        keys = tf.cast(random.bits(random.fold_in(seed, 1), (self.outputs, most)), tf.int64)
+        missing = tf.range(most) >= tf.gather(tf.constant(known.counts, tf.int32), chosen)[:, None]
+        order = tf.math.top_k(-(keys + _BEYOND * tf.cast(missing, tf.int64)), each).indices
+        place = tf.gather(tf.constant(known.starts, tf.int32), chosen)[:, None] + order
+        place = tf.reshape(tf.transpose(place), (-1,))[:count]
+        label = tf.range(count) % self.outputs
+        x = tf.ensure_shape(tf.gather(known.images, place), (count, self.features))
+        return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
+
+    def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
+        """One episode.
+
+        Args:
+            seed: a seed.
+            steps: number of support batches.
+            batch: examples in each.
+            query: examples of the query, other than the support's, as many of each class, or one more of some.
+            split: as in `examples`.
+
+        Returns:
+            As `Tasks.episode`. The support is `shots` examples of each class, class by class in turn; batches go through
+            it again and again, also within a batch that is larger than it; fewer batches see only its beginning.
+
+        Raises:
+            ValueError: if the split is unknown, has fewer classes than an episode, or a class with too few examples.
+        """
+        least = int(self._drawable(split).counts.min())
+        each = -(-query // self.outputs)
+        if self.shots + each > least:
+            raise ValueError(
+                f"`shots` must be at most {least - each} where `query` is {query}: that is {each} of each of the "
+                f"{self.outputs} classes, and the smallest class of the split {split!r} of {self.name} has {least} images. "
+                f"Received: shots={self.shots}, query={query}"
+            )
+        support = self.outputs * self.shots
+        x, y = self.examples(seed, support + query, split)
+        place = tf.range(steps * batch) % support
+        return {
+            "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
+            "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
+            "query_x": tf.ensure_shape(x[support:], (query, self.features)),
+            "query_y": tf.ensure_shape(y[support:], (query, self.outputs)),
+        }
+
+    def _classes(self, split: str) -> _Classes:
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        return self._splits[split]
+
+    def _drawable(self, split: str) -> _Classes:
+        known = self._classes(split)
+        if self.outputs > len(known.labels):
+            raise ValueError(
+                f"`ways` must be at most {len(known.labels)}, the number of classes in the split {split!r} of {self.name}. "
+                f"Received: ways={self.outputs}"
+            )
+        return known
+
+
+def episodes(
+    name: str = "omniglot",
+    ways: int = 5,
+    shots: int = 1,
+    *,
+    size: int | None = None,
+    standardize: bool = True,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> EpisodeTasks:
+    """Few-shot episodes on an image set: each has `ways` classes of the split, drawn at random, as its outputs.
+
+    The splits have different classes. Where the set's own training and test images share none, as in omniglot, meta-test
+    has the test classes; of the others one in four is for meta-validation. Where they share classes, the images are
+    pooled and meta-training gets 60 % of the classes, meta-validation and meta-test 20 % each. Which ones depends on the
+    set alone, not on `ways` or `shots`: what was trained on one is tested on unseen classes by any other.
+
+    Args:
+        name: `"digits"` or a prepared `tensorflow_datasets` image set.
+        ways: classes of an episode.
+        shots: different support examples of each class.
+        size: images are resized to `size` x `size` (area interpolation); `None` is 28, or the images' own shorter side
+            where that is less. Colours are averaged.
+        standardize: whether pixels are shifted and scaled to mean 0 and deviation 1 over the images of meta-training (one
+            number each for all pixels); otherwise they are from 0 to 1.
+        data_dir: folder of prepared sets.
+
+    Returns:
+        `EpisodeTasks`.
+
+    Raises:
+        ValueError: if data are missing or an argument does not fit them. That another split than `"train"` has too few
+            classes is said when it is drawn from.
+
+    Example:
+
+    >>> tasks = episodes("digits", ways=3, shots=5)
+    >>> tasks.features, tasks.outputs
+    (64, 3)
+    >>> len(tasks.classes("train")), len(tasks.classes("test"))
+    (6, 2)
+    """
+    for option, value, least in (("ways", ways, 2), ("shots", shots, 1), ("size", size, 1)):
+        if value is None and option == "size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{option}` must be an integer from {least}. Received: {option}={value!r}")
+
+    def shrink(x: np.ndarray) -> np.ndarray:
+        return resized(x, size or min(_SIZE, *x.shape[1:3])).mean(-1)
+
+    loaded = load_images(name, data_dir, convert=shrink)
+    side, scale = loaded.x_train.shape[1], loaded.scale
+    splits = _split_by_class(loaded)
+    del loaded  # a large set is here once, and changed in place from now on
+    most = len(np.unique(splits["train"][1]))
+    if ways > most:
+        raise ValueError(
+            f"`ways` must be at most {most}, the number of classes that {name} has for meta-training. Received: ways={ways}"
+        )
+    for x, _ in splits.values():
+        x /= scale
+    if standardize:
+        mean, deviation = splits["train"][0].mean(), splits["train"][0].std() + 1e-6
+        for x, _ in splits.values():
+            x -= mean
+            x /= deviation
+    return EpisodeTasks(splits, ways, shots, f"{name} {side}x{side}, {ways} ways, {shots} shots")
+
+
+def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows of pixels and labels of meta-training, meta-validation and meta-test, which share no class."""
+    own = not np.intersect1d(loaded.y_train, loaded.y_test).size
+    pooled = loaded.y_train if own else np.concatenate([loaded.y_train, loaded.y_test])
+    labels = np.random.default_rng(0).permutation(np.unique(pooled))
+    held = round(len(labels) * (0.25 if own else 0.2))
+    chosen = {
+        "train": labels[held:] if own else labels[2 * held :],
+        "validation": labels[:held],
+        "test": np.unique(loaded.y_test) if own else labels[held : 2 * held],
+    }
+
+    def taken(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first, second = np.isin(loaded.y_train, some), np.isin(loaded.y_test, some)
+        x = np.concatenate([loaded.x_train[first], loaded.x_test[second]])
+        return x.reshape(len(x), -1), np.concatenate([loaded.y_train[first], loaded.y_test[second]])
+
+    return {split: taken(some) for split, some in chosen.items()}
+
+
+def _by_class(x: np.ndarray, y: np.ndarray) -> _Classes:
+    order = np.argsort(y, kind="stable")
+    labels, starts, counts = np.unique(y[order], return_index=True, return_counts=True)
+    with tf.device("CPU"):  # where streams are made. An array would be written into the graph of each of them
+        return _Classes(tf.constant(x[order]), labels, starts, counts)

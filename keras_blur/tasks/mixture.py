@@ -1,0 +1,136 @@
+"""Several task distributions with a weight each: how often meta-training takes each of them.
+
+Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2, meta-trains on three tasks made of one image set. A
+rule that is to hold elsewhere wants more variety than that, and not all of it in equal shares.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.tasks.base import SPLITS, Episode, Tasks
+
+Array = Any
+
+
+class Mixture:
+    """See `mixture`.
+
+    Attributes:
+        parts: the task distributions.
+        weights: their shares, which add up to 1.
+    """
+
+    def __init__(self, parts: Sequence[Tasks], weights: Sequence[float]):
+        self.parts, self.weights = tuple(parts), tuple(weights)
+
+    def part_of(self, seed: int, number: int) -> int:
+        """Which part draw `number` takes: of the seed and the number alone.
+
+        Args:
+            seed: a number of 32 bits.
+            number: from 0.
+        """
+        rng = np.random.default_rng([seed % 2**32, number])  # numpy takes no negative seed
+        return int(rng.choice(len(self.parts), p=self.weights))
+
+    def dataset(
+        self,
+        seed: int,
+        *,
+        steps: int,
+        batch: int,
+        query: int,
+        split: str = "train",
+        start: int | tf.Variable = 0,
+        stride: int = 1,
+    ) -> tf.data.Dataset:
+        """An endless stream of episodes of all parts, which must have one shape and kind.
+
+        Episode i is episode i of the stream of part `part_of(seed, i)` with this seed. The part is drawn by numpy, so the
+        stream runs in the process that made it: it cannot be handed to a `tf.data` service.
+
+        Args:
+            seed: a number.
+            steps: support batches of an episode.
+            batch: examples in each.
+            query: examples of the query.
+            split: `"train"`, `"validation"` or `"test"`.
+            start: number of the first episode; of a variable, its value when the stream is started.
+            stride: distance to the next: shard j of n has start j and stride n.
+
+        Returns:
+            A dataset of episodes, as of `Tasks.dataset`.
+
+        Raises:
+            ValueError: if the parts differ in features, outputs or kind, the split is unknown, or a part has too few
+                examples.
+        """
+        if len({(part.features, part.outputs, part.kind) for part in self.parts}) > 1:
+            shapes = "; ".join(f"{one.name}: {one.features} features, {one.outputs} {one.kind}" for one in self.parts)
+            raise ValueError(
+                "The parts of a mixture must have one shape and kind to be one stream; take `parts` and `part_of` "
+                f"otherwise. Received: {shapes}"
+            )
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
+
+        def part_of(number: np.ndarray) -> np.int32:
+            return np.int32(self.part_of(seed, int(number)))
+
+        def draw(number: Array) -> Episode:
+            def branch(part: Tasks) -> Callable[[], Episode]:
+                own = random.fold_in(root, number)
+                return lambda: part.episode(own, steps=steps, batch=batch, query=query, split=split)
+
+            chosen = tf.ensure_shape(tf.numpy_function(part_of, [number], tf.int32), ())
+            return tf.switch_case(chosen, [branch(part) for part in self.parts])
+
+        counted = tf.data.Dataset.from_tensors(0).flat_map(
+            lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
+        )
+        return counted.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+
+
+def mixture(weights: Mapping[Tasks, float] | Sequence[tuple[Tasks, float]]) -> Mixture:
+    """Task distributions with weights, for `meta.MetaTrainer`; their shapes may differ, their kind may not.
+
+    A stream has one shape. Where those of the parts differ, `MetaTrainer` keeps a stream for each; where they do not,
+    `Mixture.dataset` mixes them in one.
+
+    Args:
+        weights: a positive number for each task distribution; only their ratios matter.
+
+    Returns:
+        A `Mixture`.
+
+    Raises:
+        ValueError: if there is none, a weight is not positive and finite, something is no task distribution, or their
+            kinds differ.
+
+    Example:
+
+    >>> from keras_blur.tasks import functions
+    >>> mixture({functions("xor"): 3, functions("blobs5"): 1}).weights
+    (0.75, 0.25)
+    """
+    given = weights.items() if isinstance(weights, Mapping) else weights
+    pairs: list[Any] = [tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in given]
+    if not pairs or any(len(pair) != 2 or not isinstance(pair[0], Tasks) for pair in pairs):
+        raise ValueError(f"`weights` must give a weight for each of one or more task distributions. Received: {weights!r}")
+    for tasks, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0.0 < float(weight) < math.inf:
+            raise ValueError(f"`weights` must be positive, finite numbers. Received: {weight!r} for {tasks.name}")
+    if len({tasks.kind for tasks, _ in pairs}) > 1:
+        found = ", ".join(f"{tasks.name} has {tasks.kind}" for tasks, _ in pairs)
+        raise ValueError(f"`weights` must be for tasks of one kind, classes or values. Received: {found}")
+    total = sum(weight for _, weight in pairs)
+    return Mixture([tasks for tasks, _ in pairs], [float(weight / total) for _, weight in pairs])

@@ -1,0 +1,235 @@
+"""Truncated unrolls, evolution strategies and the score of evolution, against exact numbers."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_unroll import BATCH, Double, episodes, outer_of
+
+from keras_blur import Genome, Rule, random
+from keras_blur.learners import Blur, Learner
+from keras_blur.meta import ES, PES, Evolution, TruncatedUnroll, Unroll
+from keras_blur.meta.es import perturbations, perturbed
+from keras_blur.meta.estimator import binary_cross_entropy, explained, squared_error, start
+from keras_blur.meta.evolution import from_vectors, to_vector
+
+STEPS, SIGMA, THETA = 3, 0.4, 0.25
+
+
+class Drift(Learner):
+    """Adds theta to a number at each step and predicts its square: all expectations are polynomials."""
+
+    def init(self, seed, features, outputs, leading=()):
+        return {"s": tf.ones(leading)}
+
+    def step(self, outer, state, x, y):
+        return {"s": state["s"] + outer["theta"]}, self.predict(outer, state, x)
+
+    def predict(self, outer, state, x):
+        return tf.square(state["s"])[..., None, None]
+
+
+def nothing(steps=STEPS):
+    return {"x": tf.zeros((1, steps, 1, 1)), "y": tf.zeros((1, steps, 1, 1)),
+            "query_x": tf.zeros((1, 1, 1)), "query_y": tf.zeros((1, 1, 1))}  # fmt: skip
+
+
+def true_gradient(piece):
+    """d/dtheta E[s^4] after `piece` pieces, s normal with mean m and deviation steps sigma sqrt(piece)."""
+    mean, variance = 1.0 + STEPS * piece * THETA, piece * (STEPS * SIGMA) ** 2
+    return 4 * STEPS * piece * (mean**3 + 3 * mean * variance)
+
+
+def within_errors(found, wanted):
+    """Asserts that the mean is the wanted number within its standard error, which must be small enough to tell."""
+    mean, error = np.mean(found), np.std(found, ddof=1) / len(found) ** 0.5
+    assert abs(mean - wanted) < 4 * error
+    assert error < 0.02 * wanted
+
+
+def test_es_is_the_gradient_of_the_smoothed_loss():
+    estimator = ES(STEPS, pairs=500, sigma=SIGMA, kind="values")
+    outer = {"theta": tf.constant([THETA])}
+    run = tf.function(lambda seed: estimator(Drift(), outer, nothing(), seed)[0])
+    found = [run(random.seed_of(number)) for number in range(60)]
+    within_errors([float(one.gradients["theta"][0]) for one in found], true_gradient(1))
+    assert true_gradient(1) > 1.3 * 4 * STEPS * (1 + STEPS * THETA) ** 3  # the plain gradient would be told from it
+    mean, variance = 1 + STEPS * THETA, (STEPS * SIGMA) ** 2
+    within_errors([float(one.loss[0]) for one in found], mean**4 + 6 * mean**2 * variance + 3 * variance**2)
+
+
+def test_pes_is_the_gradient_of_the_smoothed_loss_over_all_pieces():
+    estimator = PES(STEPS, pairs=500, sigma=SIGMA, kind="values", total=3 * STEPS)
+    outer = {"theta": tf.constant([THETA])}
+    run = tf.function(lambda seed, carried, first: estimator(Drift(), outer, nothing(), seed, carried, first))
+    found = np.zeros((3, 60))
+    for number in range(60):
+        carried = estimator.nothing_carried(Drift(), outer, nothing())
+        for piece in range(3):
+            seed = random.fold_in(random.seed_of(number), piece)
+            estimate, carried = run(seed, carried, tf.constant(piece == 0))
+            found[piece, number] = float(estimate.gradients["theta"][0])
+    for piece in range(3):
+        within_errors(found[piece], true_gradient(piece + 1))
+
+
+def test_pes_starts_anew_where_an_episode_begins():
+    estimator = PES(STEPS, pairs=4, kind="values", total=2 * STEPS)
+    outer, seed = {"theta": tf.constant([THETA, -0.5])}, random.seed_of(5)
+    empty = estimator.nothing_carried(Drift(), outer, nothing())
+    garbage = tf.nest.map_structure(lambda leaf: leaf + 7.0, empty)
+    for one, other in zip(
+        tf.nest.flatten(estimator(Drift(), outer, nothing(), seed, empty, True)),
+        tf.nest.flatten(estimator(Drift(), outer, nothing(), seed, garbage, True)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
+    rule = Rule(states=2, normalize_activations="both", batch_reduction="mean")
+    learner, outer, data, seed = Double((5,), rule), outer_of(rule), episodes(), random.seed_of(3)
+    exact = Unroll(STEPS)(learner, outer, data, seed)[0].gradients
+    estimator, pairs = ES(STEPS, pairs=100, sigma=1e-4), 100
+    state = start(learner, outer, data, seed)
+    copies = tf.nest.map_structure(lambda leaf: tf.repeat(leaf, 2 * pairs, 0) if leaf.shape.rank else leaf, state)
+
+    @tf.function
+    def gradient(number):  # other noise, the same initial network
+        noise = perturbations(outer, pairs, number)
+        losses, right, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
+        return estimator.estimate(outer, noise, losses, right).gradients
+
+    def along(gradients):
+        return sum(float(np.sum(np.asarray(gradients[name]) * np.asarray(exact[name]))) for name in outer)
+
+    found = [along(gradient(random.seed_of(number))) for number in range(40)]
+    error = np.std(found, ddof=1) / len(found) ** 0.5
+    assert abs(np.mean(found) - along(exact)) < 4 * error
+    assert error < 0.05 * along(exact)
+
+
+def test_a_pair_without_a_finite_loss_is_left_out():
+    estimator = ES(1, pairs=3, sigma=0.5)
+    outer = {"theta": tf.zeros((1,))}
+    directions = {"theta": tf.constant([[1.0, 2.0, -1.0]])}
+    losses = tf.constant([[3.0], [np.nan], [1.0], [1.0], [9.0], [2.0]])  # three pluses, three minuses
+    found = estimator.estimate(outer, directions, losses, tf.zeros((6, 1)))
+    assert float(found.gradients["theta"][0]) == pytest.approx(((3 - 1) * 1.0 + (1 - 2) * -1.0) / (2 * 0.5) / 2)
+    assert float(found.loss[0]) == pytest.approx((3 + 1 + 1 + 2) / 4)
+    nothing_left = estimator.estimate(outer, directions, losses * np.nan, tf.zeros((6, 1)))
+    assert np.isnan(float(nothing_left.loss[0]))
+
+
+def test_perturbations_are_antithetic_and_differ():
+    outer = {"a": tf.zeros((2, 3)), "b": tf.zeros((2,))}
+    noise = perturbations(outer, 4, random.seed_of(1))
+    moved = perturbed(outer, noise, 0.5)
+    a = np.asarray(moved["a"]).reshape(2, 2, 4, 3)
+    np.testing.assert_array_equal(a[:, 0], -a[:, 1])
+    np.testing.assert_allclose(a[:, 0], 0.5 * np.asarray(noise["a"]))
+    assert len(np.unique(np.concatenate([np.ravel(noise["a"]), np.ravel(noise["b"])]))) == 32
+
+
+def cut(data, piece, steps):
+    return {name: value[:, piece * steps : (piece + 1) * steps] if name in "xy" else value for name, value in data.items()}
+
+
+def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_difference_quotient():
+    rule = Rule(states=3, normalize_activations="both", batch_reduction="mean", update_decay="power")
+    learner, outer, seed = Double((5,), rule), outer_of(rule), random.seed_of(3)
+    data = episodes(steps=6)
+    estimator = TruncatedUnroll(3, along=0.5, total=6)
+    empty = estimator.nothing_carried(learner, outer, cut(data, 0, 3))
+    first, carried = estimator(learner, outer, cut(data, 0, 3), seed, empty, tf.constant(True))
+    second, final = estimator(learner, outer, cut(data, 1, 3), random.seed_of(9), carried, tf.constant(False))
+    same = Unroll(3, along=0.5)(learner, outer, cut(data, 0, 3), seed)[0]
+    for name in outer:
+        np.testing.assert_array_equal(first.gradients[name], same.gradients[name])
+    _, _, whole = Unroll(6).objective(learner, outer, data, start(learner, outer, data, seed))
+    for one, other in zip(tf.nest.flatten(final), tf.nest.flatten(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    rng = np.random.default_rng(2)
+    direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
+
+    def loss(sign):
+        moved = {name: value + sign * 1e-6 * direction[name] for name, value in outer.items()}
+        return float(tf.reduce_mean(estimator.objective(learner, moved, cut(data, 1, 3), carried)[0]))
+
+    slope = sum(float(np.sum(np.asarray(second.gradients[name]) * direction[name])) for name in outer)
+    assert slope == pytest.approx((loss(1) - loss(-1)) / 2e-6, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TruncatedUnroll(3, total=6), lambda: ES(3, pairs=2), lambda: PES(3, pairs=2, total=6)]
+)
+def test_compiled_equals_uncompiled(make):
+    rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
+    learner, outer, data = Blur((5,), rule), outer_of(rule, members=2, dtype="float32"), episodes("float32")
+    estimator = make()
+    empty = estimator.nothing_carried(learner, outer, data)
+    results = [
+        tf.function(lambda o, d, c: estimator(learner, o, d, random.seed_of(1), c, True), jit_compile=jit)(
+            outer, data, empty
+        )
+        for jit in (False, True)
+    ]
+    for one, other in zip(tf.nest.flatten(results[0]), tf.nest.flatten(results[1]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=5e-3, atol=2e-3 * (1 + np.abs(one).max()))
+
+
+def test_evolution_scores_each_genome_and_marks_what_is_not_finite():
+    rule = Rule(batch_reduction="mean", last_activation="linear", forward_activation="linear")
+    learner, data, seed = Blur((5,), rule), episodes("float32"), random.seed_of(3)
+    outer = outer_of(rule, members=3, dtype="float32")
+    outer = {name: tf.concat([value[:2], value[2:] * 1e30], 0) for name, value in outer.items()}
+    right, loss, accuracy = Evolution(3, population=4).score(learner, outer, data, seed)
+    wanted = Unroll(3)(learner, outer, data, seed)[0]
+    np.testing.assert_allclose(loss[:2], wanted.loss[:2], rtol=1e-5)
+    np.testing.assert_allclose(right[:2], -np.asarray(wanted.accuracy[:2]))
+    assert np.isnan(float(right[2]))
+    by_loss, _, _ = Evolution(3, population=4, fitness="loss").score(learner, outer, data, seed)
+    np.testing.assert_allclose(by_loss[:2], wanted.loss[:2], rtol=1e-5)
+    assert float(accuracy[0]) * BATCH * 2 == pytest.approx(round(float(accuracy[0]) * BATCH * 2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": 2, "states": 3}, {"normalize_activations": "both", "update_decay": "power"}]
+)
+def test_vectors_of_genomes_go_there_and_back(options):
+    genome = Genome.random(Rule(**options), 3)
+    back = from_vectors(genome.rule, np.stack([to_vector(genome), 2 * to_vector(genome)]))
+    assert to_vector(genome).shape == (genome.size,)
+    for name, array in genome.arrays.items():
+        np.testing.assert_array_equal(back[name][0], array)
+        np.testing.assert_allclose(back[name][1], 2 * np.asarray(array), rtol=1e-6)
+
+
+def test_losses_of_values_and_single_outputs():
+    y = tf.constant([[1.0], [-1.0], [1.0]])
+    p = tf.constant([[2.0], [0.5], [-1.0]])
+    assert float(squared_error(p, y)) == pytest.approx((1 + 2.25 + 4) / 3)
+    assert float(binary_cross_entropy(p, y)) == pytest.approx(np.log1p(np.exp([-2.0, 0.5, 1.0])).mean())
+    assert float(explained(y, y)) == 1.0
+    assert float(explained(tf.zeros_like(y) + 1 / 3, y)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ES(3, pairs=0), "`pairs` must be a positive integer"),
+        (lambda: ES(3, sigma=0.0), "`sigma` must be a positive number"),
+        (lambda: ES(3, recompute=True), "`recompute` must be False"),
+        (lambda: PES(3, total=10), "`total` must be a multiple of steps=3. Received: total=10"),
+        (lambda: TruncatedUnroll(4, total=6), "`total` must be a multiple of steps=4"),
+        (lambda: Unroll(3, loss="hinge"), "`loss` must be one of"),
+        (lambda: Unroll(3, loss="binary", kind="values"), "`loss` of values"),
+        (lambda: Unroll(3, kind="words"), "`kind` must be"),
+        (lambda: Evolution(population=3), "`population` must be at least 4"),
+        (lambda: Evolution(sigma=-1.0), "`sigma` must be a positive number"),
+        (lambda: Evolution(fitness="beauty"), "`fitness` must be one of"),
+        (lambda: Evolution(recompute=True), "`recompute` must be False"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
