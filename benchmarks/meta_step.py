@@ -35,6 +35,7 @@ _STEPS = flags.DEFINE_integer("steps", 10, "Unrolled steps.", lower_bound=1)
 _STATES = flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2)
 _POPULATION = flags.DEFINE_integer("population", 80, "Genomes of the population.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Times that each is run.", lower_bound=3)
+_MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in some more processes.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: steps,recompute of a candidate whose memory to print.")
 
@@ -151,9 +152,10 @@ def main(argv: list[str]) -> None:
         ("  arithmetic, GFLOP", work / 1e9, ""),
         (f"population of {_POPULATION.value} over one genome", seconds["population"] / seconds["single"], "at most 60"),
         ("trace and compile, 50 steps over 5", fifty.compile_seconds / five.compile_seconds, "at most 1.5"),
-        (f"peak memory, {steps} steps, GB", memory_of(steps, recompute=False) / 1e3, "at most 0.15"),
     ]
-    for count in (25, 100, 400):
+    if _MEMORY.value:
+        rows.append((f"peak memory, {steps} steps, GB", memory_of(steps, recompute=False) / 1e3, "at most 0.15"))
+    for count in (25, 100, 400) if _MEMORY.value else ():
         rows.append((f"peak memory, {count} steps, GB", memory_of(count, recompute=False) / 1e3, ""))
         rows.append(("  with recomputation", memory_of(count, recompute=True) / 1e3, "as the root of the steps"))
     print(f"{'-'.join(_SIZES.value)}, batch {_BATCH.value}, {steps} steps, k={_STATES.value}, float32; matmul peak "

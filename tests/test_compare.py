@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import Genome, Rule, cli, genomes, random
+from keras_blur import Genome, Rule, cli, genomes, random, tasks
 from keras_blur.learners import Blur, Optimizer
-from keras_blur.report.compare import compare, format_compare, plot_compare
+from keras_blur.report.compare import compare, evaluate, format_compare, format_several, plot_compare, steps_to
 from keras_blur.tasks.datasets import Images, load_images
 
 RULE = Rule(last_activation="linear", normalize_activations="both", batch_reduction="mean")
@@ -193,3 +193,52 @@ def test_numbers_out_of_range():
             compare(odd, few(), (8,), steps=1, seeds=2)
     with pytest.raises(ValueError, match="must learn from labels"):
         compare(genomes.backprop(), few(), (8,), steps=1)
+
+
+def test_toy_tasks_are_compared_on_an_episode_a_seed():
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    of = tasks.functions("blobs3")
+    result = compare(genome, of, (12,), steps=20, seeds=3, batch_size=32, grids={"Adam": (0.03, 0.1)})
+    assert result["data"] == "blobs3"
+    assert np.array(result["curves"]["genome"]["accuracy"]).shape == (3, len(result["steps"]))
+    assert result["envelope"]["accuracy"][-1] > 0.9  # Adam learns clouds of points in twenty steps
+    again = compare(genome, of, (12,), steps=20, seeds=3, batch_size=32, grids={"Adam": (0.03, 0.1)})
+    assert again["curves"]["Adam 0.1"]["accuracy"] == result["curves"]["Adam 0.1"]["accuracy"]
+    reached = steps_to(result, 0.9)["envelope"]
+    place = result["steps"].index(reached)
+    assert result["envelope"]["accuracy"][place] >= 0.9 > result["envelope"]["accuracy"][place - 1]
+    table = format_several([result, result], step=5).splitlines()
+    assert len(table) == 4
+    assert table[1].split()[-2:] == table[2].split()[-2:]
+    assert f"{result['envelope']['accuracy'][result['steps'].index(5)]:.3f}" in table[3]
+
+
+def test_evaluation_is_the_genome_s_part_of_a_comparison(result):
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    alone = evaluate(genome, few(), (12,), steps=10, seeds=2, batch_size=32)
+    assert alone["curves"]["genome"]["accuracy"] == result["curves"]["genome"]["accuracy"]
+    assert "envelope" not in alone
+    assert len(format_compare(alone).splitlines()) == 3
+
+
+def test_values_cannot_be_compared():
+    genome = Genome.random(RULE, seed=0)
+    with pytest.raises(ValueError, match=r"`data` must be tasks of classes\. Received: sine"):
+        evaluate(genome, tasks.functions("sine"), (4,), steps=2, seeds=2, batch_size=8)
+
+
+def test_shell_on_toy_tasks(tmp_path, capsys):
+    path, numbers = tmp_path / "g.json", tmp_path / "n.json"
+    Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
+    size = [f"--genome={path}", "--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", f"--json={numbers}"]
+    assert cli.run(["evaluate", *size, "--functions=xor,circle"]) == 0
+    assert "scores that are not finite: 0 of 6" in capsys.readouterr().out
+    assert [one["data"] for one in json.loads(numbers.read_text())["results"]] == ["xor", "circle"]
+    assert cli.run(["evaluate", *size, "--functions=xor,circle", "--plot=x.png"]) == 2
+    assert "--plot draws one result" in capsys.readouterr().err
+    assert cli.run(["evaluate", *size, "--size=6"]) == 0
+    assert "digits 6x6" in capsys.readouterr().out
+    assert cli.run(["evaluate", *size, "--functions=ring"]) == 2
+    assert "`names` must be" in capsys.readouterr().err
+    assert cli.run(["evaluate", "--functions=xor"]) == 2
+    assert "--genome must be given" in capsys.readouterr().err

@@ -22,10 +22,11 @@ BELOW = {
     "conformance": {"network", "layers", "genome"},
     "zoo": set(),
     "random": set(),
+    "compiling": set(),
     "tasks": {"random"},
     "learners": {"network", "layers", "rule", "genome", "random"},
-    "meta": {"learners", "tasks", "genome", "random"},
-    "report": {"learners", "genome", "random", "tasks"},
+    "meta": {"learners", "tasks", "genome", "random", "compiling"},
+    "report": {"learners", "network", "genome", "feedback", "random", "tasks", "compiling"},
 }
 TOP = {"__init__", "cli"}  # may import all
 

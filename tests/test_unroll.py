@@ -95,14 +95,18 @@ def test_a_diverged_member_does_not_spread():
         np.testing.assert_allclose(torn.gradients[key][0], whole.gradients[key][0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7])
-def test_recomputation_changes_nothing(steps):
+@pytest.mark.parametrize(("steps", "along", "jit"), [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)])
+def test_recomputation_changes_nothing(steps, along, jit):
     rule = Rule(normalize_activations="both", batch_reduction="mean")
     data, outer = episodes(steps=steps), outer_of(rule)
     learner, seed = Double((7,), rule), random.seed_of(1)
-    plain, again = (
-        Unroll(steps, along=0.3, recompute=recompute)(learner, outer, data, seed)[0] for recompute in (False, True)
-    )
+
+    def gradient(recompute):
+        estimator = Unroll(steps, along=along, recompute=recompute)
+        run = lambda outer, data: estimator(learner, outer, data, seed)[0]  # noqa: E731
+        return (run if jit is None else tf.function(run, jit_compile=jit))(outer, data)
+
+    plain, again = gradient(False), gradient(True)
     np.testing.assert_allclose(again.loss, plain.loss, rtol=1e-12)
     for key in outer:
         np.testing.assert_allclose(again.gradients[key], plain.gradients[key], rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from keras_blur.tasks import functions
+from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
 
@@ -44,6 +44,7 @@ def define_scoring_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("genome", None, "A genome's name, or a file of one.", **define)
     flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
     flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    flags.DEFINE_integer("size", None, "Side to resize images to; each seed is then an episode.", lower_bound=2, **define)
     flags.DEFINE_list("functions", [], "Toy tasks, one by one, in the place of --data.", **define)
     flags.DEFINE_list("hidden", ["64", "64"], "Units of the hidden layers.", **define)
     flags.DEFINE_integer("steps", 100, "Learning steps.", lower_bound=1, **define)
@@ -66,4 +67,6 @@ def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
         raise ValueError("--plot draws one result: give it with --data or with a single one of --functions")
     if flag["functions"]:
         return [functions(name) for name in flag["functions"]]
+    if flag["size"]:
+        return [images(flag["data"], size=flag["size"], data_dir=flag["data_dir"])]
     return [load_images(flag["data"], flag["data_dir"])]

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur
 from keras_blur.meta.estimator import InnerLoop, check_count, start
@@ -120,7 +121,7 @@ class MetaValidate(keras.callbacks.Callback):
                 loss, quality, _ = inner.objective(learner, outer, episodes, state)
                 return tf.reduce_mean(loss), tf.reduce_mean(quality)
 
-            self._scores.append(tf.function(score, jit_compile=trainer.jit_step))
+            self._scores.append(compiled(score, jit_compile=trainer.jit_step))
 
         if self.path is not None and os.path.exists(self.path) and int(trainer.meta_step.numpy()):
             self.best = self._score(Genome.load(self.path))[1]  # of the run that this one goes on with

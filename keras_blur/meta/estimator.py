@@ -171,12 +171,36 @@ class InnerLoop:
             return run(outer, tf.constant(0), self.steps, state, total)
         width = max(1, math.isqrt(self.steps))
         whole, rest = divmod(self.steps, width)
-        # Everything with a gradient is an argument: what a recomputed function only captures would get none.
-        segment = tf.recompute_grad(lambda outer, start, state, total: run(outer, start, width, state, total))
+
+        dtype = total.dtype
+
+        # Only floating-point tensors cross the border of a segment, as its arguments and results: others have no gradient,
+        # and what it merely captured would get none.
+        def run_flat(start: Array, flat: list[Array]) -> list[Array]:
+            given, state, total = tf.nest.pack_sequence_as((outer, state_before, total_before), flat)
+            state = tf.nest.map_structure(lambda leaf, like: tf.cast(leaf, like.dtype), state, state_before)
+            state, total = run(given, tf.cast(start, tf.int32), width, state, total)
+            return [_as_float(leaf, dtype) for leaf in tf.nest.flatten((state, total))]
+
+        state_before, total_before = state, total
+
+        @tf.custom_gradient
+        def segment(start: Array, *flat: Array) -> Any:
+            def backward(*upstream: Array) -> list[Array]:
+                with tf.GradientTape() as tape:
+                    tape.watch(flat)
+                    results = run_flat(start, list(flat))
+                found = tape.gradient(results, flat, output_gradients=upstream, unconnected_gradients="zero")
+                return [tf.zeros_like(start), *found]
+
+            return run_flat(start, list(flat)), backward
 
         def outer_body(index: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
-            state, total = segment(outer, index * width, state, total)
-            return index + 1, state, total
+            flat = [_as_float(leaf, dtype) for leaf in tf.nest.flatten((outer, state, total))]
+            results = segment(tf.cast(index * width, dtype), *flat)
+            like = (state, total)
+            results = tf.nest.pack_sequence_as(like, results)
+            return index + 1, *tf.nest.map_structure(lambda leaf, old: tf.cast(leaf, old.dtype), results, like)
 
         _, state, total = tf.while_loop(
             lambda index, *_: index < whole, outer_body, (tf.constant(0), state, total), maximum_iterations=whole
@@ -229,6 +253,11 @@ def choose(first: Any, fresh: Any, old: Any) -> Any:
 def state_dtype(state: Any) -> tf.DType:
     """The floating-point type of a learner's state."""
     return next(leaf.dtype for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating)
+
+
+def _as_float(leaf: Array, dtype: tf.DType) -> Array:
+    """A tensor that can have a gradient: integers as numbers of the given type."""
+    return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
 
 
 def check_count(name: str, value: Any) -> None:

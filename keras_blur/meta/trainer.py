@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur
 from keras_blur.meta.cma import CMAES, CMAState
@@ -412,7 +413,7 @@ class MetaTrainer(keras.Model):
             fitness, loss, accuracy = estimator.score(learner, from_vectors(rule, candidates), episodes, seed)
             return strategy.tell(state, candidates, fitness), fitness, loss, accuracy
 
-        return tf.function(generation, jit_compile=self.jit_step)
+        return compiled(generation, jit_compile=self.jit_step)
 
     def _gradient(self, family: int, estimator: Estimator) -> Callable[..., Any]:
         """The compiled gradient of a family, each member's clipped on its own; writes what is carried."""
@@ -433,12 +434,12 @@ class MetaTrainer(keras.Model):
                 gradients[name] = tf.where(tf.reshape(sound, shape), g * tf.reshape(scale, shape), tf.zeros_like(g))
             return (gradients, found.loss, found.accuracy, norm, sound), tf.nest.flatten(carried)
 
-        compiled = tf.function(gradient, jit_compile=self.jit_step)
+        step = compiled(gradient, jit_compile=self.jit_step)
 
         def call(episodes: Mapping[str, Array], seed: Array, first: Array) -> tuple[Any, ...]:
             outer = {name: v.value for name, v in self.outer.items()}
             carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
-            found, kept = compiled(outer, episodes, seed, carried, first)
+            found, kept = step(outer, episodes, seed, carried, first)
             for room, value in zip(tf.nest.flatten(rooms), kept, strict=True):
                 room.assign(value)
             return found

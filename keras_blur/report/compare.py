@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner, Optimizer
 from keras_blur.report import style
@@ -236,7 +237,7 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _S
     leading = (members, data.seeds)
     state = learner.init(random.seed_of(data.seed), data.features, data.classes, leading)
 
-    @tf.function(jit_compile=True)
+    @compiled
     def learn(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> Any:
         count = x.shape[2]
 
@@ -246,7 +247,7 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _S
 
         return tf.while_loop(lambda time, _: time < count, body, (tf.constant(0), state), maximum_iterations=count)[1]
 
-    @tf.function(jit_compile=True)
+    @compiled
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
         prediction = learner.predict(outer, state, x[None])
         y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])

@@ -1,0 +1,283 @@
+"""Where a learner draws the line, step after step: decision regions of tasks on the plane.
+
+A curve of the accuracy says how much of a task was learned; the regions say what: a half-plane where a corner is asked for,
+a hole that is filled, a map that a step turns over. Several learners stand below each other on the same batches, from the
+same initial networks, as in `keras_blur.report.compare`.
+
+Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import network, random
+from keras_blur.compiling import compiled
+from keras_blur.genome import Genome
+from keras_blur.learners import Blur, Learner
+from keras_blur.report import style
+from keras_blur.report.synapses import learner_of
+from keras_blur.tasks.base import Tasks
+from keras_blur.tasks.functions import FunctionTasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = Any
+
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">")
+_SHOWN = 90  # points that are drawn at most
+
+
+def trace_decisions(
+    learners: Genome | Learner | Mapping[str, Genome | Learner],
+    tasks: FunctionTasks | Sequence[FunctionTasks],
+    hidden: Sequence[int] = (20,),
+    steps: Sequence[int] = (0, 1, 2, 5, 10, 20),
+    seed: int = 0,
+    resolution: int = 101,
+    *,
+    batch_size: int = 64,
+    query: int = 500,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Lets each learner learn one episode of each task and records what it decides everywhere on a square.
+
+    A rule that normalises over the batch decides about the points of the square with the statistics of the query, with
+    which its accuracy is measured too.
+
+    Args:
+        learners: a genome, or a `learners.Optimizer`, or several by name. A genome that learns from errors descends its
+            loss; without one, the softmax cross-entropy.
+        tasks: tasks of classes on the plane; of several functions, each is a task of its own.
+        hidden: units of the hidden layers of a genome's network; an `Optimizer` has its own.
+        steps: learning steps after which to look, increasing, from 0 on.
+        seed: of the initial networks and the episodes.
+        resolution: points on a side of the square.
+        batch_size: examples of a batch.
+        query: examples on which the accuracy is measured.
+        split: of the tasks.
+
+    Returns:
+        `steps`; `axis` `[resolution]`, the coordinates of the square on either side; and `rows`, for each task and each
+        learner:
+
+        - `task`, `learner`: names; `classes`: their number.
+        - `regions` `[steps, resolution, resolution]`: the class at `[y, x]`, or -1 where the output is not finite.
+        - `accuracy` `[steps]`: share of the query that is told right.
+        - `query_x` `[query, 2]`, `query_y` `[query]`: the points and their classes.
+
+    Raises:
+        ValueError: if `steps` do not increase, a number is too small, a task is not one of classes on the plane, two
+            tasks have one name, or a genome does not fit the network.
+
+    Example:
+
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> trace = trace_decisions(genome, tasks.functions(["xor", "circle"]), (8,), steps=(0, 2), resolution=11)
+    >>> [(row["task"], row["learner"], row["regions"].shape) for row in trace["rows"]]
+    [('xor', 'genome', (2, 11, 11)), ('circle', 'genome', (2, 11, 11))]
+    """
+    at = [int(step) for step in steps]
+    if not at or at[0] < 0 or any(later <= step for step, later in itertools.pairwise(at)):
+        raise ValueError(f"`steps` must be one or more increasing numbers, from 0 on. Received: steps={tuple(steps)!r}")
+    for name, value, least in (("resolution", resolution, 2), ("batch_size", batch_size, 1), ("query", query, 1)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
+    apart = _taken_apart(tasks)
+    programs = {name: _programs(*pair) for name, pair in _named(learners, hidden).items()}
+    episodes = []
+    for task in apart:
+        stream = task.dataset(seed, steps=max(1, at[-1]), batch=batch_size, query=query, split=split)
+        episodes.append(next(iter(stream)))
+    reach = 1.05 * max(1.0, *(float(tf.reduce_max(tf.abs(episode["query_x"]))) for episode in episodes))
+    axis = np.linspace(-reach, reach, resolution).astype(np.float32)
+    square = tf.constant(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
+    rows = []
+    for task, episode in zip(apart, episodes, strict=True):
+        classes = tf.argmax(episode["query_y"], -1).numpy()
+        for name, (learner, learn, decide) in programs.items():
+            state = learner.init(random.seed_of(seed), task.features, task.outputs)
+            regions, accuracy, done = [], [], 0
+            for step in at:
+                state = learn(state, episode["x"], episode["y"], tf.constant(done), tf.constant(step))
+                done = step
+                told, region = decide(state, episode["query_x"], square)
+                regions.append(region.numpy().reshape(resolution, resolution))
+                accuracy.append(float(np.mean(told.numpy() == classes)))
+            rows.append(
+                {
+                    "task": task.name, "learner": name, "classes": task.outputs, "regions": np.stack(regions),
+                    "accuracy": np.array(accuracy), "query_x": episode["query_x"].numpy(), "query_y": classes,
+                }
+            )  # fmt: skip
+    return {"steps": np.array(at), "axis": axis, "rows": rows}
+
+
+def _taken_apart(tasks: FunctionTasks | Sequence[FunctionTasks]) -> list[FunctionTasks]:
+    """Tasks of one function each."""
+    several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+    for task in several:
+        if not isinstance(task, FunctionTasks) or task.features != 2 or task.kind != "classes":
+            raise ValueError(
+                f"`tasks` must be tasks of classes on the plane, as `tasks.functions` gives them. Received: "
+                f"{getattr(task, 'name', task)!r}"
+            )
+    apart = [FunctionTasks([name], noise=task.noise, relabel=task.relabel) for task in several for name in task.names]
+    names = [task.name for task in apart]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`tasks` must be one or more different functions. Received: {', '.join(names) or 'none'}")
+    return apart
+
+
+def _named(learners: Any, hidden: Sequence[int]) -> dict[str, tuple[Learner, dict[str, Array]]]:
+    """Learners and their outer parameters by name."""
+    if isinstance(learners, Genome):
+        learners = {"genome": learners}
+    elif isinstance(learners, Learner):
+        learners = {type(getattr(learners, "optimizer", learners)).__name__: learners}
+    if not isinstance(learners, Mapping) or not learners:
+        raise ValueError(f"`learners` must be a genome, an Optimizer, or several by name. Received: {learners!r}")
+    found: dict[str, tuple[Learner, dict[str, Array]]] = {}
+    for name, learner in learners.items():
+        if isinstance(learner, Genome):
+            found[name] = learner_of(learner, hidden)
+        elif isinstance(learner, Learner) and not isinstance(learner, Blur):
+            found[name] = (learner, {})
+        else:
+            raise ValueError(
+                f"`learners` must be genomes and Optimizers; a Blur has no numbers: give its genome. Received: "
+                f"{name!r}: {learner!r}"
+            )
+    return found
+
+
+def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Learner, Callable[..., Any], Callable[..., Any]]:
+    """The learner, how it learns some steps, and what it decides about a query and about the points of a square."""
+
+    def learn(state: Any, x: Array, y: Array, start: Array, stop: Array) -> Any:
+        def body(time: Array, state: Any) -> tuple[Array, Any]:
+            return time + 1, learner.step(outer, state, x[time], y[time])[0]
+
+        return tf.while_loop(lambda time, _: time < stop, body, (start, state))[1]
+
+    def decide(state: Any, query: Array, square: Array) -> tuple[Array, Array]:
+        if isinstance(learner, Blur) and learner.rule.normalization_axis == "batch":
+            genome, stages = learner.genome(outer), learner.stages(int(state.synapses[-1]["kernel"].shape[-1]))
+            synapses = network.stored(genome, stages, state.synapses)
+            known = network.forward(genome, stages, synapses, query)
+            there = network.forward(genome, stages, synapses, square, statistics=known.statistics)
+            return _class(network.output(genome, known.neurons)), _class(network.output(genome, there.neurons))
+        return _class(learner.predict(outer, state, query)), _class(learner.predict(outer, state, square))
+
+    # Without XLA: the networks are small, and it takes longer to compile than they take to learn.
+    return learner, compiled(learn, jit_compile=False), compiled(decide, jit_compile=False)
+
+
+def _class(output: Array) -> Array:
+    """The class that is told, or -1."""
+    finite = tf.reduce_all(tf.math.is_finite(output), axis=-1)
+    return tf.where(finite, tf.argmax(output, -1, tf.int32), -1)
+
+
+def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
+    """Draws a row for each task and learner and a column for each step: regions, query points and accuracy.
+
+    Each class has a light fill, darker from class to class, and a marker; where the two disagree, the learner errs.
+    What is not decided, since the output is not finite, is hatched.
+
+    Args:
+        trace: from `trace_decisions`.
+        path: file of the picture; its ending names the format.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    >>> import tempfile
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> trace = trace_decisions(genome, tasks.functions("xor"), (8,), steps=(0, 2), resolution=11)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     figure = draw_decisions(trace, f"{folder}/decisions.png")
+    >>> [axis.get_title().splitlines()[0] for axis in figure.axes]
+    ['step 0', 'step 2']
+    """
+    rows, steps, coordinates = trace["rows"], trace["steps"], trace["axis"]
+    made, axes = style.figure(columns=len(steps), rows=len(rows), width=1.5, height=1.62)
+    width, height = made.get_size_inches()
+    made.set_size_inches(width + 0.5, height + 0.95 + 0.18 * (max(row["classes"] for row in rows) > 5))
+    engine: Any = made.get_layout_engine()
+    engine.set(h_pad=0.06)
+    several = len({row["learner"] for row in rows}) > 1
+    handles: dict[str, Any] = {}
+    for number, (row, panels) in enumerate(zip(rows, axes, strict=True)):
+        for place, axis in enumerate(panels):
+            _panel(axis, row, place, coordinates, handles)
+            title = f"{row['accuracy'][place]:.2f}"
+            axis.set_title(f"step {steps[place]}\n{title}" if number == 0 else title, fontsize=8.5)
+            axis.set_xticks([-1, 0, 1])
+            axis.set_yticks([-1, 0, 1])
+            axis.tick_params(labelsize=6.5, length=2, labelbottom=number == len(rows) - 1, labelleft=place == 0)
+        panels[0].set_ylabel(f"{row['task']}\n{row['learner']}" if several else row["task"], fontsize=8.5)
+    made.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False,
+        title="points of the query; above each panel the share that is told right", title_fontsize=8,
+    )  # fmt: skip
+    style.save(made, path)
+    return made
+
+
+def _panel(axis: Any, row: Mapping[str, Any], place: int, coordinates: np.ndarray, handles: dict[str, Any]) -> None:
+    """The regions of one row at one step, and its points."""
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    region, classes = row["regions"][place], row["classes"]
+    reach = float(coordinates[-1])
+    half = reach / (len(coordinates) - 1)  # half a pixel, whose middle is the point that was asked
+    fills = ListedColormap(["white", *(_tint(number, classes) for number in range(classes))])
+    axis.imshow(
+        region, origin="lower", extent=(-reach - half, reach + half) * 2, cmap=fills,
+        norm=BoundaryNorm(np.arange(-1.5, classes), classes + 1), interpolation="nearest",
+    )  # fmt: skip
+    for number in range(-1, classes):
+        inside = (region == number).astype(float)
+        if 0 < inside.mean() < 1:
+            axis.contour(coordinates, coordinates, inside, levels=[0.5], colors="0.25", linewidths=0.6)
+        if number < 0 and inside.any():
+            axis.contourf(coordinates, coordinates, inside, levels=[0.5, 1.5], colors="none", hatches=["////"])
+    for number in range(classes):
+        chosen = np.flatnonzero(row["query_y"][:_SHOWN] == number)
+        points = row["query_x"][chosen]
+        drawn = axis.scatter(
+            points[:, 0], points[:, 1], s=9, marker=_MARKERS[number], color=style.COLOURS[number % len(style.COLOURS)],
+            edgecolors="k", linewidths=0.3, zorder=3,
+        )  # fmt: skip
+        handles.setdefault(f"class {number + 1}", drawn)
+    axis.set_xlim(-reach, reach)
+    axis.set_ylim(-reach, reach)
+    axis.set_aspect("equal")
+    axis.spines[:].set_visible(True)
+    axis.spines[:].set_linewidth(0.5)
+    axis.grid(visible=False)
+
+
+def _tint(number: int, classes: int) -> tuple[float, ...]:
+    """A light shade of the colour of a class, whose grey is darker from class to class."""
+    from matplotlib.colors import to_rgb
+
+    colour = np.array(to_rgb(style.COLOURS[number % len(style.COLOURS)]))
+    grey = float(colour @ (0.299, 0.587, 0.114))
+    wanted = 0.95 - 0.15 * number / max(1, classes - 1)
+    return tuple(1.0 - min(1.0, (1.0 - wanted) / (1.0 - grey)) * (1.0 - colour))

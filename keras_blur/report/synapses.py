@@ -1,0 +1,272 @@
+"""What becomes of the synapses while a network learns by a genome: their norm and their spectrum.
+
+A Hebbian rule has nothing that holds its synapses by itself. A norm that grows without bound and a spectrum that one
+direction takes over are the two ways in which such a rule loses what it had learned; Oja's term, normalised synapses and the
+decay of the update gate are there against them ("Meta-Learning Bidirectional Update Rules", Sandler et al., ICML 2021,
+sections 3.4 and C.6). Here one can see whether they do their work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import feedback, network, random
+from keras_blur.compiling import compiled
+from keras_blur.genome import Genome
+from keras_blur.learners import Blur
+from keras_blur.report import style
+from keras_blur.tasks.base import Tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = Any
+
+_ROUNDING = 1e-7  # singular values below this share of the largest are rounding of float32
+
+
+class _Descending(Blur):
+    """The learner of a genome that learns from errors: its labels become the derivative of its loss."""
+
+    def step(self, outer: Any, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
+        loss = self.rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
+        kind = feedback.target_kind(loss)
+        labels = {"classes": tf.argmax(y, -1, tf.int32), "indicators": 0.5 * (y + 1.0)}.get(kind, y)
+        result = network.step(
+            self.genome(outer),
+            self.stages(y.shape[-1]),
+            state,
+            x,
+            lambda prediction: feedback.error(loss, labels, prediction),
+        )
+        return result.state, result.output
+
+
+def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, Array]]:
+    """A learner of one network without leading axes, and its outer parameters.
+
+    Args:
+        genome: a single one. One that learns from errors descends its loss; without one, the softmax cross-entropy.
+        hidden: units of the hidden layers.
+
+    Returns:
+        The learner, and the genome's arrays as tensors.
+
+    Raises:
+        ValueError: if the genome is a population, or has another number of layers than the network.
+
+    Example:
+
+    >>> from keras_blur import genomes
+    >>> learner, outer = learner_of(genomes.backprop(), (8,))
+    >>> learner.units(2), sorted(outer)[0]
+    ((8, 2), 'mu')
+    """
+    if genome.population or genome.rule.layers not in (None, len(hidden) + 1):
+        raise ValueError(
+            f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
+            f"Received: {genome!r} with layers={genome.rule.layers}"
+        )
+    kind = _Descending if genome.rule.feedback == "error" else Blur
+    outer = {name: tf.constant(np.asarray(array), tf.float32) for name, array in genome.arrays.items()}
+    return kind(tuple(hidden), genome.rule), outer
+
+
+def trace_synapses(
+    genome: Genome,
+    tasks: Tasks,
+    hidden: Sequence[int],
+    steps: int = 100,
+    seed: int = 0,
+    *,
+    batch_size: int = 64,
+    split: str = "test",
+) -> dict[str, np.ndarray]:
+    """Lets a network learn one episode and records its synapses before the first step and after each.
+
+    Looked at are the forward kernels without their biases, as a step leaves them: with `Rule.normalize_synapses` what acts
+    is normalised after that.
+
+    Args:
+        genome: a single one. One that learns from errors descends its loss; without one, the softmax cross-entropy.
+        tasks: what is learned, of which one episode is drawn.
+        hidden: units of the hidden layers.
+        steps: learning steps.
+        seed: of the initial network and the episode.
+        batch_size: examples of a batch.
+        split: of the tasks.
+
+    Returns:
+        Arrays by name, with the axes `[layer, channel, step]`; a kernel that is not finite has NaN:
+
+        - `steps`: 0 to `steps`.
+        - `norm`: the Frobenius norm.
+        - `largest`, `smallest`: singular values.
+        - `stable_rank`: the squared norm over the squared largest singular value.
+        - `singular_values`: all of them, largest first, on one more axis; NaN where a smaller kernel has no more.
+
+    Raises:
+        ValueError: if the genome is a population or does not fit the network, if `steps` is below 1, or if the split has
+            too few examples.
+
+    Example:
+
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> trace = trace_synapses(genome, tasks.functions("xor"), (8,), steps=3, batch_size=16)
+    >>> trace["norm"].shape, trace["singular_values"].shape
+    ((2, 2, 4), (2, 2, 4, 2))
+    """
+    learner, outer = learner_of(genome, hidden)
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}")
+    episode = next(iter(tasks.dataset(seed, steps=steps, batch=batch_size, query=1, split=split)))
+    state = learner.init(random.seed_of(seed), tasks.features, tasks.outputs)
+
+    def spectra(state: network.NetworkState) -> list[Array]:
+        """Singular values of each layer, `[channel, rank]`."""
+        found = []
+        for own in state.synapses:
+            kernel = own["kernel"]
+            finite = tf.reduce_all(tf.math.is_finite(kernel), axis=(-2, -1), keepdims=True)
+            values = tf.linalg.svd(tf.where(finite, kernel, tf.zeros_like(kernel)), compute_uv=False)
+            found.append(tf.where(finite[..., 0], values, float("nan")))
+        return found
+
+    def run(outer: Mapping[str, Array], state: network.NetworkState, x: Array, y: Array) -> list[Array]:
+        first = spectra(state)
+        kept = [tf.TensorArray(tf.float32, steps + 1, element_shape=one.shape).write(0, one) for one in first]
+
+        def body(time: Array, state: network.NetworkState, kept: list[Any]) -> tuple[Array, Any, list[Any]]:
+            state, _ = learner.step(outer, state, x[time], y[time])
+            new = [own.write(time + 1, one) for own, one in zip(kept, spectra(state), strict=True)]
+            return time + 1, state, new
+
+        loop = tf.while_loop(lambda time, *_: time < steps, body, (tf.constant(0), state, kept), maximum_iterations=steps)
+        return [own.stack() for own in loop[2]]
+
+    # Without XLA, whose singular values are slow and less exact.
+    found = compiled(run, jit_compile=False)(outer, state, episode["x"], episode["y"])
+    layers = [np.moveaxis(one.numpy().astype(np.float64), 0, 1) for one in found]
+    most = max(one.shape[-1] for one in layers)
+    values = np.stack([np.pad(one, [(0, 0), (0, 0), (0, most - one.shape[-1])], constant_values=np.nan) for one in layers])
+    norm = np.stack([np.sqrt(np.sum(one * one, axis=-1)) for one in layers])
+    largest = values[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rank = (norm / largest) ** 2
+    smallest = np.stack([one[..., -1] for one in layers])
+    return {"steps": np.arange(steps + 1), "norm": norm, "largest": largest, "smallest": smallest, "stable_rank": rank,
+            "singular_values": values}  # fmt: skip
+
+
+def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str], title: str = "") -> Figure:
+    """Draws a row for each layer: the norm over steps, and the spectrum at the first, the middle and the last step.
+
+    Args:
+        trace: from `trace_synapses`.
+        path: file of the picture; its ending names the format.
+        title: what was learned.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    >>> import tempfile
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> trace = trace_synapses(genome, tasks.functions("xor"), (8,), steps=4, batch_size=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     figure = draw_synapses(trace, f"{folder}/synapses.png")
+    >>> [axis.get_title() for axis in figure.axes[:4]]
+    ['Frobenius norm', 'spectrum, step 0', 'spectrum, step 2', 'spectrum, step 4']
+    """
+    steps, norm, values = trace["steps"], trace["norm"], trace["singular_values"]
+    layers, channels = norm.shape[:2]
+    places = [0, len(steps) // 2, len(steps) - 1]
+    made, axes = style.figure(columns=1 + len(places), rows=layers, width=2.3, height=2.0)
+    width, height = made.get_size_inches()
+    made.set_size_inches(width, height + 0.6)
+    for layer, row in enumerate(axes):
+        for channel in range(channels):
+            style.line(row[0], channel, steps, _positive(norm[layer, channel]), f"channel {channel + 1}")
+            for axis, place in zip(row[1:], places, strict=True):
+                spectrum = values[layer, channel, place]
+                spectrum = spectrum[: np.count_nonzero(np.isfinite(values[layer]).any(axis=(0, 1)))]
+                floor = _ROUNDING * spectrum[0]
+                spectrum = np.where(spectrum > floor, _positive(spectrum), np.nan)
+                style.line(axis, channel, np.arange(1, len(spectrum) + 1), spectrum, f"channel {channel + 1}")
+                axis.lines[-1].set(marker="o", markersize=2.5)
+        row[0].set_xscale("symlog", linthresh=1)
+        row[0].set_xlim(0, steps[-1])
+        row[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        said = f"layer {layer + 1}" + (" (output)" if layer == layers - 1 else "")
+        row[0].set_ylabel(said, fontsize=9)
+        _decades(row[:1])
+        _decades(row[1:])
+        for axis, place in zip(row[1:], places, strict=True):
+            _numbers_of_values(axis)
+            if not np.isfinite(norm[layer, :, place]).all():
+                axis.text(0.5, 0.5, "not finite", transform=axis.transAxes, ha="center", fontsize=8)
+        for axis in row[2:]:
+            axis.tick_params(labelleft=False)
+        for axis in row:
+            axis.tick_params(labelsize=7)
+    axes[0][0].set_title("Frobenius norm", fontsize=9)
+    for axis, place in zip(axes[0][1:], places, strict=True):
+        axis.set_title(f"spectrum, step {steps[place]}", fontsize=9)
+    axes[-1][0].set_xlabel("learning step", fontsize=8)
+    for axis in axes[-1][1:]:
+        axis.set_xlabel("number of the singular value", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(
+        handles, labels, loc="outside lower center", ncols=min(channels, 8), fontsize=8, frameon=False, handlelength=3
+    )
+    made.suptitle("Forward synapses" + (f": {title}" if title else ""), fontsize=10)
+    style.save(made, path)
+    return made
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """What a logarithm can show; the rest is NaN."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _decades(axes: Sequence[Any]) -> None:
+    """One logarithmic scale for some axes, of a factor of four at least, with ticks that can be read."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    seen = np.concatenate([np.asarray(line.get_ydata(), float) for axis in axes for line in axis.lines])
+    seen = seen[np.isfinite(seen)]
+    low, high = (seen.min(), seen.max()) if len(seen) else (1.0, 1.0)
+    grow = max(1.15, np.sqrt(max(1.0, 4.0 * low / high)))
+    low, high = low / grow, high * grow
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.set_ylim(low, high)
+        if high / low < 300:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _numbers_of_values(axis: Any) -> None:
+    """A logarithmic axis of the numbers of the singular values, which may be few."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    most = max((len(line.get_xdata()) for line in axis.lines), default=1)
+    axis.set_xscale("log")
+    axis.set_xlim(0.9, max(2.0, most) * 1.1)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most > 3 else (1.0, 2.0, 3.0)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
