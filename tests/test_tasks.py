@@ -522,3 +522,8 @@ def test_function_episode_errors():
         tasks.functions("xor").episode(random.seed_of(0), **SHAPE, split="all")
     with pytest.raises(ValueError, match="the split 'test' of xor has 16777216"):
         tasks.functions("xor").episode(random.seed_of(0), steps=1, batch=2**24, query=1, split="test")
+
+
+def test_a_split_that_is_none_is_named_at_once(digits):
+    with pytest.raises(ValueError, match=r"`split` must be one of.*split='tests'"):
+        digits.dataset(0, steps=1, batch=2, query=2, split="tests")

@@ -108,6 +108,8 @@ class MetaTrainer(keras.Model):
         if not learners or any(one.rule != learners[0].rule for one in learners):
             raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
         rule = learners[0].rule
+        if rule.feedback != "labels":
+            raise ValueError(f"`learner` must have a rule that learns from labels. Received: feedback={rule.feedback!r}")
         if rule.layers is not None and any(len(one.hidden) + 1 != rule.layers for one in learners):
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
         if clipnorm is not None and not clipnorm > 0:

@@ -20,6 +20,12 @@ Episode = dict[str, Array]
 SPLITS = ("train", "validation", "test")
 
 
+def check_split(split: str) -> None:
+    """Raises a `ValueError` if there is no such split."""
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+
+
 class Tasks(abc.ABC):
     """A distribution of tasks of one shape.
 
@@ -69,8 +75,7 @@ class Tasks(abc.ABC):
         Raises:
             ValueError: if the split is unknown, or has too few examples for one batch and the query.
         """
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        check_split(split)
         limit = self.available(split)
         if query + batch > limit:
             raise ValueError(
@@ -109,6 +114,7 @@ class Tasks(abc.ABC):
             start: number of the first episode; of a variable, its value when the stream is started.
             stride: distance to the next: shard j of n has start j and stride n.
         """
+        check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
 
         def draw(number: Array) -> Episode:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.tasks.base import SPLITS, Episode, Tasks
+from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
 from keras_blur.tasks.datasets import Images, load_images
 from keras_blur.tasks.images import resized
 
@@ -113,8 +113,7 @@ class EpisodeTasks(Tasks):
         }
 
     def _classes(self, split: str) -> _Classes:
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        check_split(split)
         return self._splits[split]
 
     def _drawable(self, split: str) -> _Classes:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.tasks.base import SPLITS, Episode, Tasks
+from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
 
 Array = Any
 
@@ -79,8 +79,7 @@ class Mixture:
                 "The parts of a mixture must have one shape and kind to be one stream; take `parts` and `part_of` "
                 f"otherwise. Received: {shapes}"
             )
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+        check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
 
         def part_of(number: np.ndarray) -> np.int32:
