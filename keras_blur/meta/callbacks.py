@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -115,16 +115,18 @@ class MetaValidate(keras.callbacks.Callback):
                 self.seed, steps=steps, batch=trainer.batch_size, query=trainer.query_size, split=self.split
             )
             self._data.append(next(iter(stream.batch(self.episodes))))
-
-            def score(outer: Any, episodes: Any, inner: InnerLoop = inner) -> tuple[Any, Any]:
-                state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
-                loss, quality, _ = inner.objective(learner, outer, episodes, state)
-                return tf.reduce_mean(loss), tf.reduce_mean(quality)
-
-            self._scores.append(compiled(score, jit_compile=trainer.jit_step))
+            self._scores.append(compiled(self._scorer(learner, inner), jit_compile=trainer.jit_step))
 
         if self.path is not None and os.path.exists(self.path) and int(trainer.meta_step.numpy()):
             self.best = self._score(Genome.load(self.path))[1]  # of the run that this one goes on with
+
+    def _scorer(self, learner: Blur, inner: InnerLoop) -> Callable[..., Any]:
+        def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
+            state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
+            loss, quality, _ = inner.objective(learner, outer, episodes, state)
+            return tf.reduce_mean(loss), tf.reduce_mean(quality)
+
+        return score
 
     def _score(self, genome: Genome) -> tuple[float, float]:
         outer = {name: tf.constant(array[None], tf.float32) for name, array in genome.arrays.items()}
