@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
+from keras_blur import genomes
+from keras_blur.genome import write_text
+from keras_blur.report.compare import plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
@@ -38,12 +42,18 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     return numbers
 
 
+def define_data_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that name an image set."""
+    define: Any = {"flag_values": values}
+    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
+    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+
+
 def define_scoring_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the commands that let a genome learn and score it."""
     define: Any = {"flag_values": values}
     flags.DEFINE_string("genome", None, "A genome's name, or a file of one.", **define)
-    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
-    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    define_data_flags(values)
     flags.DEFINE_integer("size", None, "Side to resize images to; each seed is then an episode.", lower_bound=2, **define)
     flags.DEFINE_list("functions", [], "Toy tasks, one by one, in the place of --data.", **define)
     flags.DEFINE_list("hidden", ["64", "64"], "Units of the hidden layers.", **define)
@@ -70,3 +80,32 @@ def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
     if flag["size"]:
         return [images(flag["data"], size=flag["size"], data_dir=flag["data_dir"])]
     return [load_images(flag["data"], flag["data_dir"])]
+
+
+def score_all(
+    flag: Mapping[str, Any], score: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], str]
+) -> list[dict[str, Any]]:
+    """Lets the genome learn what the scoring flags ask for, prints and writes it.
+
+    Args:
+        flag: the scoring flags.
+        score: `report.compare.compare` or `evaluate`.
+        show: a result as text.
+
+    Returns:
+        The results.
+    """
+    check_folders(flag, "json", "plot")
+    sources, hidden = sources_of(flag), whole_numbers("hidden", flag["hidden"])
+    genome = genomes.load(flag["genome"])
+    options = {name: flag[name] for name in ("steps", "seeds", "batch_size", "seed")}
+    results = []
+    for source in sources:
+        results.append(score(genome, source, hidden, **options))
+        print(show(results[-1]), end="\n\n" if len(sources) > 1 else "\n", flush=True)
+    if flag["json"]:
+        document = results[0] if len(results) == 1 else {"results": results}
+        write_text(flag["json"], json.dumps({"genome": flag["genome"], **document}, indent=1) + "\n")
+    if flag["plot"]:
+        plot_compare(results[0], flag["plot"])
+    return results

@@ -12,7 +12,7 @@ import keras
 from absl import flags
 
 from keras_blur import genomes
-from keras_blur.cli.common import check_folders, values_of, whole_numbers
+from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
 from keras_blur.genome import Genome, write_text
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential, copy_kernels
@@ -24,8 +24,7 @@ USAGE = "[flags]"
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags."""
     define: Any = {"flag_values": values}
-    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
-    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    define_data_flags(values)
     flags.DEFINE_string("genome", "backprop", "A genome's name, or a file of one.", **define)
     flags.DEFINE_list("hidden", ["256", "128"], "Units of the hidden layers.", **define)
     flags.DEFINE_integer("epochs", 5, "Passes over the training images.", lower_bound=1, **define)

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
-from keras_blur.cli.common import check_folders, values_of, whole_numbers
+from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
 from keras_blur.genome import Rule, write_text
 
 USAGE = "[flags]"
@@ -39,8 +39,7 @@ RULE = {
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags."""
     define: Any = {"flag_values": values}
-    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
-    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
+    define_data_flags(values)
     flags.DEFINE_list("functions", [], "Toy tasks in the place of --data, one family for each number of outputs.", **define)
     flags.DEFINE_list("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", **define)
     flags.DEFINE_boolean("relabel", True, "Whether each episode has its classes in another order.", **define)

@@ -27,8 +27,8 @@ from keras_blur.meta.estimator import (
     Estimate,
     Estimator,
     Outer,
+    Pieces,
     check_count,
-    check_total,
     choose,
     start,
 )
@@ -107,7 +107,7 @@ class ES(Estimator):
 
 
 @dataclasses.dataclass(frozen=True)
-class PES(ES):
+class PES(Pieces, ES):
     """Persistent evolution strategies: pieces of long episodes, unbiased.
 
     Args:
@@ -120,16 +120,6 @@ class PES(ES):
     >>> PES(steps=10, total=200, pairs=8).horizon
     200
     """
-
-    total: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_total(self.steps, self.total)
-
-    @property
-    def horizon(self) -> int:
-        return self.total
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
         zero = tf.zeros(2, tf.int32)

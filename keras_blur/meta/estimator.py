@@ -238,6 +238,23 @@ class Estimator(InnerLoop, abc.ABC):
         return ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces(Estimator):
+    """An estimator that cuts episodes of `total` steps, a multiple of `steps`, and carries learners from piece to piece."""
+
+    total: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("total", self.total)
+        if self.total % self.steps:
+            raise ValueError(f"`total` must be a multiple of steps={self.steps}. Received: total={self.total!r}")
+
+    @property
+    def horizon(self) -> int:
+        return self.total
+
+
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> Any:
     """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`."""
     members = next(iter(outer.values())).shape[0]
@@ -264,10 +281,3 @@ def check_count(name: str, value: Any) -> None:
     """Raises a `ValueError` if an argument is not a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-
-
-def check_total(steps: int, total: Any) -> None:
-    """Raises a `ValueError` if the steps of an episode are no whole number of pieces."""
-    check_count("total", total)
-    if total % steps:
-        raise ValueError(f"`total` must be a multiple of steps={steps}. Received: total={total!r}")

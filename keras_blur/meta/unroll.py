@@ -21,7 +21,7 @@ from keras_blur.meta.estimator import (
     Estimate,
     Estimator,
     Outer,
-    check_total,
+    Pieces,
     choose,
     start,
 )
@@ -45,7 +45,7 @@ class Unroll(Estimator):
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedUnroll(Estimator):
+class TruncatedUnroll(Pieces):
     """The gradient through pieces of a long unroll, the learner carried from piece to piece.
 
     Args:
@@ -58,16 +58,6 @@ class TruncatedUnroll(Estimator):
     >>> TruncatedUnroll(steps=10, total=100).horizon
     100
     """
-
-    total: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_total(self.steps, self.total)
-
-    @property
-    def horizon(self) -> int:
-        return self.total
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
         return tf.nest.map_structure(tf.zeros_like, start(learner, outer, episodes, tf.zeros(2, tf.int32)))

@@ -8,6 +8,7 @@ the same on every machine; `Tasks.dataset` wraps it as `tf.data`.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +25,14 @@ def check_split(split: str) -> None:
     """Raises a `ValueError` if there is no such split."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
+
+
+def stream(draw: Callable[[Array], Episode], start: int | tf.Variable, stride: int) -> tf.data.Dataset:
+    """`draw` of the numbers start, start + stride, ...: endless, in order; of a variable, from its value when started."""
+    numbers = tf.data.Dataset.from_tensors(0).flat_map(
+        lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
+    )
+    return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
 
 
 class Tasks(abc.ABC):
@@ -120,7 +129,4 @@ class Tasks(abc.ABC):
         def draw(number: Array) -> Episode:
             return self.episode(random.fold_in(root, number), steps=steps, batch=batch, query=query, split=split)
 
-        numbers = tf.data.Dataset.from_tensors(0).flat_map(
-            lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
-        )
-        return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+        return stream(draw, start, stride)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
+from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split, stream
 
 Array = Any
 
@@ -93,10 +93,7 @@ class Mixture:
             chosen = tf.ensure_shape(tf.numpy_function(part_of, [number], tf.int32), ())
             return tf.switch_case(chosen, [branch(part) for part in self.parts])
 
-        counted = tf.data.Dataset.from_tensors(0).flat_map(
-            lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
-        )
-        return counted.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+        return stream(draw, start, stride)
 
 
 def mixture(weights: Mapping[Tasks, float] | Sequence[tuple[Tasks, float]]) -> Mixture:
