@@ -131,11 +131,11 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
     Args:
         loss: one of the losses of `differentiable()`.
         y: labels as that loss takes them.
-        prediction: `[batch, units]`.
+        prediction: `[batch, units]`; without weights, leading axes stand for networks with a batch each.
         sample_weight: `[batch]` or `[batch, 1]`, or `None`.
 
     Returns:
-        `[batch, units]`.
+        An array like the prediction.
 
     Raises:
         ValueError: if the derivative of the loss is not known, or it works on probabilities of many classes.
@@ -152,7 +152,7 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
         )
     y = ops.convert_to_tensor(y)
     if name.startswith("Sparse"):
-        if len(y.shape) != 1 and tuple(y.shape[1:]) != (1,):
+        if len(y.shape) != len(prediction.shape) - 1 and tuple(y.shape[1:]) != (1,):
             raise ValueError(f"Integer labels must have shape (batch,) or (batch, 1). Received shape {tuple(y.shape)}.")
     else:
         y = ops.cast(y, prediction.dtype)
@@ -169,9 +169,9 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
         slope = slope * sample_weight
     reduction = loss.reduction
     if reduction in ("sum_over_batch_size", "mean"):
-        return slope / ops.cast(ops.shape(prediction)[0], prediction.dtype)
+        return slope / ops.cast(ops.shape(prediction)[-2], prediction.dtype)
     if reduction == "mean_with_sample_weight":
-        total = ops.shape(prediction)[0] if sample_weight is None else ops.sum(sample_weight)
+        total = ops.shape(prediction)[-2] if sample_weight is None else ops.sum(sample_weight)
         return slope / ops.cast(total, prediction.dtype)
     if reduction == "sum":
         return slope
@@ -228,7 +228,8 @@ def _sparse(config: dict[str, Any], y: Array, p: Array) -> Array:
     _need_logits(config)
     if config.get("ignore_class") is not None:
         raise ValueError("feedback='error' does not support `ignore_class`; give those examples a sample weight of 0.")
-    return ops.softmax(p) - ops.one_hot(ops.cast(ops.reshape(y, (-1,)), "int32"), p.shape[-1], dtype=p.dtype)
+    labels = ops.reshape(ops.cast(y, "int32"), ops.shape(p)[:-1])
+    return ops.softmax(p) - ops.one_hot(labels, p.shape[-1], dtype=p.dtype)
 
 
 def _binary(config: dict[str, Any], y: Array, p: Array) -> Array:

@@ -98,6 +98,10 @@ class Rule:
         update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / decay_steps) ** -p` at learning
             step t, with p learned; `"none"`: constant.
         decay_steps: time scale of the decay, in learning steps.
+        momentum: whether a synapse keeps a trace of its Hebbian terms, `m <- beta m + H`, and changes by `H + beta m` in
+            the place of `H`, with beta learned. A trace is one more array beside each kernel and bias.
+        orthogonalize: if not 0, the number of Newton-Schulz iterations that bring the singular values of each layer's
+            Hebbian term, the bias as a row of it, near to 1: then only its directions count, and the gate is their size.
         batch_reduction: whether the Hebbian term is the `"sum"` over the batch (as published) or its `"mean"`.
         feedback: what state 2 of the output receives: `"labels"` (+1 and -1, section 3.3) or the `"error"`, the
             derivative of a Keras loss by the output, which a rule with `derivative_state` multiplies by s'.
@@ -141,6 +145,8 @@ class Rule:
     layers: int | None = None
     update_decay: str = "none"
     decay_steps: float = 10.0
+    momentum: bool = False
+    orthogonalize: int = 0
     batch_reduction: str = "sum"
     feedback: str = "labels"
     loss: Any = None
@@ -152,6 +158,7 @@ class Rule:
             _choice("backward_activation", self.backward_activation, ACTIVATIONS)
         _integer("states", self.states, 2)
         _integer("supervised_every", self.supervised_every, 1)
+        _integer("orthogonalize", self.orthogonalize, 0)
         if self.layers is not None:
             _integer("layers", self.layers, 1)
         for name in (
@@ -161,6 +168,7 @@ class Rule:
             "forward_synapse_update",
             "separate_forward_synapse",
             "keep_neurons",
+            "momentum",
         ):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise ValueError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
@@ -185,6 +193,8 @@ class Rule:
                 "`rescale_synapses=True` needs `normalize_synapses` to be 'stored', 'effective' or 'both'. "
                 "Received: normalize_synapses='none'"
             )
+        if self.momentum and self.forward_synapse_update:
+            raise ValueError("`momentum=True` needs `forward_synapse_update=False`: a trace is that of one Hebbian term.")
         if self.loss is not None:
             if self.feedback != "error":
                 raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")
@@ -211,6 +221,11 @@ class Rule:
         return self.directions != "tied"
 
     @property
+    def gates_last(self) -> bool:
+        """Whether the synapse update gate acts on the finished Hebbian term rather than on its factors."""
+        return self.momentum or self.orthogonalize > 0
+
+    @property
     def keras_loss(self) -> keras.losses.Loss | None:
         """The Keras loss of `feedback="error"`, or `None`."""
         return None if self.loss is None else resolve_loss(self.loss)
@@ -234,6 +249,8 @@ class Rule:
             shapes["rescale"] = ()
         if self.update_decay == "power":
             shapes["decay_power"] = ()
+        if self.momentum:
+            shapes["momentum"] = ()
         if self.separate_forward_synapse:
             shapes |= _synapse_shapes(self, "forward_")
         return shapes
@@ -286,6 +303,7 @@ _START = {
     "rescale": 1.0,
     "temperature": 1.0,
     "decay_power": 0.0,
+    "momentum": 0.0,
     "forward_scale": 1.0,
     "forward_shift": 0.0,
     "backward_scale": 1.0,
@@ -395,8 +413,18 @@ class Genome:
         return Genome(self.rule, {**self.arrays, **arrays})
 
     def with_rule(self, rule: Rule) -> Genome:
-        """The same numbers under a rule that differs only in options that leave the set of arrays as it is."""
-        return Genome(rule, self.arrays)
+        """The same numbers under another rule of as many states; numbers that only the new rule has start as in `random`.
+
+        Raises:
+            ValueError: if the new rule lacks one of the arrays, or has a matrix more.
+        """
+        leading = tuple(np.shape(self.arrays["neuron_keep"]))
+        new = {
+            name: np.full(leading + shape, _START[name], np.float32)
+            for name, shape in rule.shapes().items()
+            if name in _START and name not in self.arrays
+        }
+        return Genome(rule, {**self.arrays, **new})
 
     def layer(self, index: int) -> Genome:
         """The genome of one layer: itself unless `Rule.layers` gives each layer its own."""
@@ -571,7 +599,9 @@ class Genome:
             f"feedback           output state 2 <- {'labels +1/-1' if rule.feedback == 'labels' else 'output error'}",
             f"backward  (eq. 6)  z_i = sum_j w_ji (a_j mu);  a_i = {rule.backward}({body})",
             f"synapses  (eq. 7)  H_ij = {rule.batch_reduction}_batch (a_i nu~) (mu~ a_j);  "
-            f"w = {self._number('synapse_keep')} w + {self._number('synapse_update')} H",
+            + (f"m = {self._number('momentum')} m + H;  H = H + {self._number('momentum')} m;  " if rule.momentum else "")
+            + ("H = orthogonal(H);  " if rule.orthogonalize else "")
+            + f"w = {self._number('synapse_keep')} w + {self._number('synapse_update')} H",
         ]
         default = Rule(states=rule.states)
         shown = {

@@ -22,7 +22,7 @@ from keras import ops
 from keras_blur import feedback as feedbacks
 from keras_blur import network
 from keras_blur.genome import ACTIVATIONS, Genome, Rule
-from keras_blur.layers.connection import Connection
+from keras_blur.layers.connection import TRACE, Connection
 from keras_blur.layers.dense import Dense
 from keras_blur.layers.structural import StructuralMap, structural_map
 
@@ -623,6 +623,8 @@ def copy_kernels(source: keras.Sequential, target: Sequential) -> None:
     own = [layer for layer in target.layers if isinstance(layer, Dense)]
     for layer, copy in zip(dense, own, strict=True):
         for name, variable in copy.synapses.items():
+            if name.endswith(TRACE):
+                continue
             if name == "backward_kernel" and target.rule.directions != "tied_updates":
                 continue
             value = layer.bias if name == "bias" else layer.kernel

@@ -51,7 +51,8 @@ def step(genome, synapses, inputs, labels, *, time=0, neurons=None, weights=None
     a[0][:, :, 0] = inputs
 
     # 2. Synapses, normalised where they are stored.
-    ways = [unpack(rule, own) for own in synapses]
+    ways = [unpack(rule, untraced(own)) for own in synapses]
+    traces = [unpack(rule, traced(own)) if rule.momentum else None for own in synapses]
     if rule.normalize_synapses in ("stored", "both"):
         ways = [unit_norm(rule, gene, *way) for gene, way in zip(genes, ways, strict=True)]
 
@@ -71,7 +72,8 @@ def step(genome, synapses, inputs, labels, *, time=0, neurons=None, weights=None
         prefix = "forward_" if rule.separate_forward_synapse else ""
         for layer, gene in enumerate(genes):
             pre = with_bias(a[layer], has_bias[layer])
-            ways[layer] = learn(rule, gene, prefix, *ways[layer], pre, a[layer + 1], has_bias[layer], time, weights)
+            way, _ = learn(rule, gene, prefix, ways[layer], None, pre, a[layer + 1], synapses[layer], time, weights)
+            ways[layer] = way
 
     if time % rule.supervised_every == 0:
         # 5. Feedback into state 2 of the output.
@@ -92,9 +94,14 @@ def step(genome, synapses, inputs, labels, *, time=0, neurons=None, weights=None
         for layer, gene in enumerate(genes):
             pre = left_by_forward[layer] if rule.presynaptic == "forward" else a[layer]
             pre = with_bias(pre, has_bias[layer])
-            ways[layer] = learn(rule, gene, "", *ways[layer], pre, a[layer + 1], has_bias[layer], time, weights)
+            own = synapses[layer]
+            way, trace = learn(rule, gene, "", ways[layer], traces[layer], pre, a[layer + 1], own, time, weights)
+            ways[layer], traces[layer] = way, trace
 
-    new = [pack(rule, own, *way) for own, way in zip(synapses, ways, strict=True)]
+    new = [pack(rule, untraced(own), *way) for own, way in zip(synapses, ways, strict=True)]
+    if rule.momentum:
+        for own, trace in zip(new, traces, strict=True):
+            own |= {name + "_trace": value for name, value in pack(rule, own, *trace).items()}
     return new, [np.moveaxis(states, -1, 0) for states in a], prediction
 
 
@@ -111,6 +118,16 @@ def with_bias(states, wanted):
     if not wanted:
         return states
     return np.concatenate([states, np.ones_like(states[:, :1])], axis=1)
+
+
+def untraced(own):
+    """The synapses themselves."""
+    return {name: value for name, value in own.items() if not name.endswith("_trace")}
+
+
+def traced(own):
+    """Their traces, by the names of the synapses."""
+    return {name.removesuffix("_trace"): value for name, value in own.items() if name.endswith("_trace")}
 
 
 def unpack(rule, own):
@@ -217,8 +234,22 @@ def hebb(nu_tilde, mu_tilde, pre, post, share):
     return result
 
 
-def learn(rule, gene, prefix, there, back, pre, post, has_bias, time, weights):
-    """Equation 7 for both kernels between two layers, with its stabilisers."""
+def orthogonal(rule, change):
+    """Each channel's matrix with its singular values put through the iteration, by the singular values themselves."""
+    result = np.zeros_like(change)
+    for c in range(rule.states):
+        left, values, right = np.linalg.svd(change[:, :, c], full_matrices=False)
+        values = values / np.sqrt(np.sum(values**2))
+        for _ in range(rule.orthogonalize):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        rows, columns = change.shape[:2]
+        result[:, :, c] = (left * values) @ right * max(1.0, np.sqrt(columns / rows))
+    return result
+
+
+def learn(rule, gene, prefix, kernels, traces, pre, post, own, time, weights):
+    """Equation 7 for both kernels between two layers, with its stabilisers; and the traces of both."""
+    has_bias = "bias" in own
     numbers = {name: getattr(gene, prefix + name, None) for name in (
         "nu_tilde", "mu_tilde", "synapse_keep", "synapse_update", "oja_multiplier", "saturation",
     )}  # fmt: skip
@@ -238,8 +269,21 @@ def learn(rule, gene, prefix, there, back, pre, post, has_bias, time, weights):
     if rule.channels != "own":
         changes = [np.repeat(change[:, :, :1], rule.states, axis=-1) for change in changes]
 
+    if rule.momentum:
+        traces = [gene.momentum * trace + change for trace, change in zip(traces, changes, strict=True)]
+        changes = [change + gene.momentum * trace for trace, change in zip(traces, changes, strict=True)]
+    if rule.orthogonalize:
+        forward = orthogonal(rule, changes[0])
+        if rule.directions != "untied":
+            changes = [forward, np.swapaxes(forward, 0, 1)]
+        else:  # as the way back is stored, [in, out]: with the bias only if it has one
+            rows = None if "backward_bias" in own or not has_bias else -1
+            way_back = np.swapaxes(changes[1], 0, 1).copy()
+            way_back[:rows] = orthogonal(rule, way_back[:rows])
+            changes = [forward, np.swapaxes(way_back, 0, 1)]
+
     result = []
-    for direction, (kernel, change, target) in enumerate(zip((there, back), changes, (post, pre), strict=True)):
+    for direction, (kernel, change, target) in enumerate(zip(kernels, changes, (post, pre), strict=True)):
         if rule.oja != "none":  # equation 8, first term
             if rule.oja == "weights":
                 size = np.sum(kernel**2, axis=0, keepdims=True)
@@ -260,4 +304,4 @@ def learn(rule, gene, prefix, there, back, pre, post, has_bias, time, weights):
         result.append(np.repeat(new[:, :, :1], rule.states, axis=-1) if rule.channels == "tied" else new)
     if rule.directions == "tied":
         result[1] = np.swapaxes(result[0], 0, 1)
-    return tuple(result)
+    return tuple(result), traces

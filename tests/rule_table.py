@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_blur import Genome, Rule
 from keras_blur.genome import _CHOICES, ACTIVATIONS
+from keras_blur.layers.connection import TRACE
 from keras_blur.layers.dense import DenseConnection
 from keras_blur.network import Stage
 
@@ -17,7 +18,7 @@ SIZES = (5, 7, 6, 3)
 BATCH = 4
 SWITCHES = (
     "derivative_state", "oja_learned", "rescale_synapses", "forward_synapse_update", "separate_forward_synapse",
-    "keep_neurons",
+    "keep_neurons", "momentum",
 )  # fmt: skip
 BOTH_WAYS = {"normalize_activations": "both"}
 
@@ -81,6 +82,21 @@ SINGLE = {
     "layers": {"layers": len(SIZES) - 1},
     "decay": {"update_decay": "power", "decay_steps": 2.5},
     "decay_oja": {"update_decay": "power", "oja": "weights", "saturation": "exp_update"},
+    "momentum": {"momentum": True},
+    "momentum_stable": {
+        "momentum": True,
+        "update_decay": "power",
+        "oja": "activations",
+        "saturation": "exp_update",
+        "supervised_every": 2,
+        "normalize_synapses": "stored",
+    },
+    **{
+        f"orthogonal_{directions}_{channels}": {"orthogonalize": 3, "directions": directions, "channels": channels}
+        for directions in ("untied", "tied", "tied_updates")
+        for channels in ("own", "tied", "tied_updates")
+    },
+    "orthogonal_momentum": {"orthogonalize": 5, "momentum": True, "oja": "weights", "update_decay": "power"},
     "mean": {"batch_reduction": "mean"},
     "error": {"feedback": "error", "loss": "mean_squared_error"},
     "error_pair": {"feedback": "error", "derivative_state": True},
@@ -115,6 +131,7 @@ COVER = {
         "saturation": "tanh",
     },
     "layers": {"layers": len(SIZES) - 1, "normalize_synapses": "both", "backward_update": "multiplicative"},
+    "orthogonal": {"orthogonalize": 5, "momentum": True, "update_decay": "power"},
 }  # fmt: skip
 
 _DRAWN = {
@@ -124,6 +141,7 @@ _DRAWN = {
     **dict.fromkeys(SWITCHES, (False, True)),
     "oja_factor": (1.0, 0.4),
     "supervised_every": (1, 2),
+    "orthogonalize": (0, 2),
     "layers": (None, len(SIZES) - 1),
 }
 
@@ -137,6 +155,7 @@ def combinations(count, seed=0):
         drawn["oja_learned"] &= drawn["oja"] != "none"
         drawn["rescale_synapses"] &= drawn["normalize_synapses"] != "none"
         drawn["separate_forward_synapse"] &= drawn["forward_synapse_update"]
+        drawn["momentum"] &= not drawn["forward_synapse_update"]
         rules[f"random_{index}"] = drawn
     return rules
 
@@ -187,6 +206,8 @@ def draw_synapses(rule, seed=0, sizes=SIZES, leading=(), *, whole=False, use_bia
         shapes = DenseConnection(units, use_bias).shapes(rule, inputs, feeds_back=whole or index > 0)
         if whole and "backward_kernel" in shapes and use_bias:
             shapes["backward_bias"] = shapes["bias"]
+        if rule.momentum:
+            shapes |= {name + TRACE: shape for name, shape in shapes.items()}
         result.append({name: rng.normal(0, 0.5, leading + shape).astype(dtype) for name, shape in shapes.items()})
     return tuple(result)
 

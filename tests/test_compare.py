@@ -169,7 +169,6 @@ def test_shell(tmp_path, capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], "--genome must be given"),
-        (["--genome=backprop"], "must learn from labels"),
         (["--genome=nowhere"], "No genome named"),
         (["--genome=backprop", "--plot=/no/such/folder/c.png"], "there is no folder"),
     ],
@@ -191,8 +190,26 @@ def test_numbers_out_of_range():
     for odd in (Genome.random(RULE, 0, population=(2,)), Genome.random(RULE.replace(layers=3), 0)):
         with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
             compare(odd, few(), (8,), steps=1, seeds=2)
-    with pytest.raises(ValueError, match="must learn from labels"):
-        compare(genomes.backprop(), few(), (8,), steps=1)
+
+
+def test_backprop_is_sgd():
+    """A genome that learns from errors stands beside the optimizers as any other, and this one is one of them."""
+    found = compare(genomes.backprop(0.3, "tanh"), few(), (12,), steps=20, seeds=2, batch_size=16, grids={"SGD": (0.3,)})
+    genome, sgd = (np.array(found["curves"][name]["loss"]) for name in ("genome", "SGD 0.3"))
+    assert (genome[:, -1] < 0.8 * genome[:, 0]).all()
+    np.testing.assert_allclose(genome, sgd, rtol=1e-4)
+
+
+def test_a_population_learns_side_by_side():
+    members = [Genome.random(RULE, seed=number, std=0.5, synapse_update=-0.01) for number in (1, 2, 3)]
+    arrays = {name: np.stack([one.arrays[name] for one in members]) for name in members[0].arrays}
+    options = {"steps": 3, "seeds": 2, "batch_size": 16}
+    found = evaluate(Genome(RULE, arrays), few(), (8,), **options)
+    assert list(found["curves"]) == ["genome 0", "genome 1", "genome 2"]
+    for number, one in enumerate(members):
+        alone = evaluate(one, few(), (8,), **options)["curves"]["genome"]
+        np.testing.assert_allclose(found["curves"][f"genome {number}"]["loss"], alone["loss"], rtol=1e-4)
+    assert "genome 2" in format_compare(found)
 
 
 def test_toy_tasks_are_compared_on_an_episode_a_seed():

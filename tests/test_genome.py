@@ -41,6 +41,8 @@ WRONG_OPTIONS = {
     "layers": [0, -1, 1.5, True],
     "update_decay": ["exponential", 0.5],
     "decay_steps": [0.0, -1.0, float("inf")],
+    "momentum": ["yes", 0.9],
+    "orthogonalize": [-1, 2.5, True],
     "batch_reduction": ["none", "average"],
     "feedback": ["targets", None],
     "loss": ["no_such_loss", 3],
@@ -219,6 +221,23 @@ def test_array_cannot_be_assigned(name):
         setattr(genome, name, 0.0)
 
 
+@pytest.mark.parametrize(("layers", "population"), [(None, ()), (None, (4,)), (3, ()), (3, (2,))])
+def test_with_rule_starts_what_is_new_as_random_does(layers, population):
+    """And a rule whose new numbers are neutral learns as before."""
+    genome = Genome.random(Rule(layers=layers), 0, population=population)
+    richer = genome.with_rule(Rule(layers=layers, update_decay="power", momentum=True))
+    assert richer.population == population
+    for name in ("decay_power", "momentum"):
+        np.testing.assert_array_equal(richer.arrays[name], np.zeros(np.shape(genome.synapse_keep)))
+    for name, array in genome.arrays.items():
+        np.testing.assert_array_equal(richer.arrays[name], array)
+
+
+def test_momentum_excludes_a_second_hebbian_term():
+    with pytest.raises(ValueError, match="`momentum=True` needs `forward_synapse_update=False`"):
+        Rule(momentum=True, forward_synapse_update=True)
+
+
 def test_equality():
     genome = Genome.random(Rule(), 0)
     assert genome.replace(temperature=2.0) != genome
@@ -227,7 +246,7 @@ def test_equality():
     assert genome != "genome"
     assert Genome.random(Rule(), 0, population=(1,)) != genome
     with pytest.raises(ValueError, match="`arrays` must hold exactly"):
-        genome.with_rule(Rule(update_decay="power"))
+        genome.with_rule(Rule(forward_synapse_update=True, separate_forward_synapse=True))
     with pytest.raises(TypeError):
         hash(genome)
 

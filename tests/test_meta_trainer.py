@@ -175,7 +175,6 @@ def test_curriculum_errors(stages):
         ({"genome": genomes.backprop()}, "`genome` must be of the learner's rule"),
         ({"learner": [learners.Blur((4,), RULE), learners.Blur((4,))]}, "learners of the same rule"),
         ({"learner": learners.Blur((4,), Rule(layers=3))}, "must have 3 layers"),
-        ({"learner": learners.Blur((4,), Rule(feedback="error"))}, "learns from labels. Received: feedback='error'"),
     ],
 )
 def test_errors(options, message):

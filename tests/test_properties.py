@@ -12,6 +12,8 @@ import tensorflow as tf
 from rule_table import COVER, SIZES, draw_batch, draw_genome, draw_synapses, stages
 
 from keras_blur import Genome, Rule, network
+from keras_blur import rule as equations
+from keras_blur.layers.connection import TRACE
 
 STEPS = 2
 # Rules whose batch is a plain sum over examples, so that a weight is a count.
@@ -146,7 +148,7 @@ def test_smaller_genome_embeds_in_a_larger_one(name):
     same([{key: value[:channels] for key, value in own.items()} for own in new_wide], new)
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", [name for name in COVER if name != "orthogonal"])  # where scale is taken out
 def test_sum_is_mean_with_a_gate_times_the_batch(name):
     rule = Rule(**COVER[name]).replace(batch_reduction="sum")
     if rule.oja == "weights":  # Oja's term on weights is no sum over a batch
@@ -186,7 +188,10 @@ def test_zero_update_gate_and_full_keep_leave_synapses(name):
         if key.endswith(("synapse_update", "synapse_keep")):
             still[key] = np.full_like(value, key.endswith("keep"))
     new, _, _ = learn(genome.replace(**still), synapses, batches)
-    same(new, list(synapses), rtol=0, atol=0)
+    for old, own in zip(synapses, new, strict=True):  # a trace goes on
+        for key in old:
+            if not key.endswith(TRACE):
+                np.testing.assert_array_equal(own[key], old[key])
 
 
 @hypothesis.given(step=st.integers(0, 50), every=st.integers(1, 5))
@@ -285,3 +290,21 @@ def test_normalised_sums_have_the_mean_and_deviation_of_the_genome(axis):
         means, deviations = hidden[state].mean(axis=over), hidden[state].std(axis=over)
         np.testing.assert_allclose(means, genome.forward_shift[state], atol=1e-12)
         np.testing.assert_allclose(deviations, genome.forward_scale[state], rtol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 12), (2, 12, 40), (1, 9, 9)])
+def test_orthogonal_leaves_directions_and_levels_their_sizes(shape):
+    """Singular vectors stay, singular values come near 1 (times the width's factor), whatever the scale was."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal(shape)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    factor = max(1.0, (shape[2] / shape[1]) ** 0.5)
+    for scale in (1e-20, 1.0, 1e30):
+        found = np.asarray(equations.orthogonal(tf.constant(scale * matrix), 5))
+        core = np.einsum("cai,cab,cjb->cij", left, found, right)
+        off = core - np.einsum("cii->ci", core)[:, :, None] * np.eye(core.shape[-1])
+        assert np.abs(off).max() < 1e-9 * factor
+        sizes = np.einsum("cii->ci", core) / factor
+        assert sizes[values > 0.02 * values[:, :1]].min() > 0.6
+        assert sizes.max() < 1.25
+    assert not np.asarray(equations.orthogonal(tf.zeros(shape), 5)).any()

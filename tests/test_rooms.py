@@ -24,7 +24,7 @@ BELOW = {
     "random": set(),
     "compiling": set(),
     "tasks": {"random"},
-    "learners": {"network", "layers", "rule", "genome", "random"},
+    "learners": {"network", "layers", "rule", "genome", "feedback", "random"},
     "meta": {"learners", "tasks", "genome", "random", "compiling"},
     "report": {"learners", "network", "genome", "feedback", "random", "tasks", "compiling"},
 }

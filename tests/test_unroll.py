@@ -48,7 +48,6 @@ def outer_of(rule, members=1, dtype="float64", seed=0):
 
 
 RULES = {name: options for name, options in SINGLE.items() if not Rule(**options).keep_neurons}
-RULES = {name: options for name, options in RULES.items() if options.get("feedback", "labels") == "labels"}
 
 
 @pytest.mark.parametrize("name", RULES)

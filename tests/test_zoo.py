@@ -14,7 +14,7 @@ CARD = ("Tasks", "Rule", "Outer steps", "Seed", "Seconds", "Scores", "Horizon", 
 
 
 def test_there_are_some():
-    assert {"functions", "mnist-4state"} <= set(NAMES)
+    assert {"functions", "mnist-4state", "mnist-orthogonal"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

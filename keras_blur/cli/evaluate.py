@@ -24,13 +24,14 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
 
 
 def _show(result: dict[str, Any]) -> str:
-    """The table, and what is lost after the best score."""
-    curve = result["curves"]["genome"]
-    means = np.mean(curve["accuracy"], axis=0)
-    bad = sum(loss is None for losses in curve["loss"] for loss in losses)
-    return (
-        f"{format_compare(result)}\n"
-        f"best mean {means.max():.3f} at step {result['steps'][int(means.argmax())]}; after it, at most "
-        f"{100 * (means.max() - means[means.argmax() :].min()):.1f} points lower; "
-        f"scores that are not finite: {bad} of {np.size(curve['accuracy'])}"
-    )
+    """The table, and what each genome loses after its best score."""
+    lines = [format_compare(result)]
+    for name, curve in result["curves"].items():
+        means = np.mean(curve["accuracy"], axis=0)
+        bad = sum(loss is None for losses in curve["loss"] for loss in losses)
+        lines.append(
+            f"{name}: best mean {means.max():.3f} at step {result['steps'][int(means.argmax())]}; after it, at most "
+            f"{100 * (means.max() - means[means.argmax() :].min()):.1f} points lower; "
+            f"scores that are not finite: {bad} of {np.size(curve['accuracy'])}"
+        )
+    return "\n".join(lines)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
@@ -73,7 +72,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("csv", None, "File for each epoch's numbers.", **define)
     flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.", **define)
-    flags.DEFINE_string("start", None, "A genome to start from, by name or file; its rule is used.", **define)
+    flags.DEFINE_string("start", None, "A genome to start from, by name or file; --rule changes its rule.", **define)
     flags.DEFINE_integer("seed", 0, "Seed of everything.", lower_bound=0, **define)
     flags.DEFINE_string("checkpoint", None, "File (.weights.h5) to write after each epoch and to go on from.", **define)
     flags.DEFINE_string("genome", "genome.json", "File for the best genome, written after each epoch.", **define)
@@ -110,7 +109,9 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     if flag["epochs"] < len(unrolls):
         raise ValueError(f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}")
     start = genomes.load(flag["start"]) if flag["start"] else None
-    rule = start.rule if start else parse_rule(flag["rule"], **{**RULE, "states": flag["states"]})
+    options = start.rule.get_config() if start else {**RULE, "states": flag["states"]}
+    rule = parse_rule(flag["rule"], **options)
+    start = start.with_rule(rule) if start else None
     families = _families(flag, sizes)
     trainer = meta.MetaTrainer(
         families,
@@ -141,7 +142,7 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     ).history
     seconds = time.perf_counter() - begin
     trainer.genome.save(flag["genome"])
-    scores = np.array(trainer.member_score.value).tolist()
+    scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip

@@ -25,6 +25,8 @@ Array = Any
 Synapses = Mapping[str, Array]
 Draw = Callable[[str, int, tuple[int, ...]], Array]
 
+TRACE = "_trace"  # behind the name of a synapse array: that of its trace, if the rule has momentum
+
 
 @dataclasses.dataclass(frozen=True)
 class Connection(abc.ABC):
@@ -74,15 +76,19 @@ class Connection(abc.ABC):
         Returns:
             The synapses.
         """
-        return {
+        made = {
             name: ops.stack([draw(name, channel, shape[1:]) for channel in range(shape[0])], axis=-3)
             for name, shape in self.shapes(rule, inputs, feeds_back=feeds_back).items()
         }
+        return {**made, **{name + TRACE: ops.zeros_like(made[name]) for name in made if rule.momentum}}
 
     def normalized(self, genome: Genome, synapses: Synapses) -> dict[str, Array]:
         """The stored synapses at unit norm over their input axis (section C.6)."""
         energies = self._energies(synapses)
-        return {name: value * equations.inverse_norm(genome, energies[name]) for name, value in synapses.items()}
+        return {
+            name: value * equations.inverse_norm(genome, energies[name]) if name in energies else value
+            for name, value in synapses.items()
+        }
 
     def forward(
         self,
@@ -167,7 +173,7 @@ class Connection(abc.ABC):
         step: Array,
         sample_weight: Array | None,
     ) -> dict[str, Array]:
-        """The sums over the batch in equation 7, times the update gate; and those of Oja's term.
+        """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`; and those of Oja's term.
 
         They are all that has to be added up over devices that share a batch.
 
@@ -186,12 +192,13 @@ class Connection(abc.ABC):
         rule = genome.rule
         nu_tilde = ops.convert_to_tensor(genome.arrays[prefix + "nu_tilde"])
         mu_tilde = ops.swapaxes(ops.convert_to_tensor(genome.arrays[prefix + "mu_tilde"]), -1, -2)  # [source, channel]
-        gate = equations.update_gate(rule, genome, ops.convert_to_tensor(genome.arrays[prefix + "synapse_update"]), step)
         weight = None if sample_weight is None else sample_weight[..., None, :, None]
         share = 1.0
         if rule.batch_reduction == "mean":
             share = 1.0 / ops.cast(ops.shape(post)[-2], post.dtype)
-        factor = equations.scalar(gate, post) * share
+        factor = share
+        if not rule.gates_last:  # on the smaller arrays
+            factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
         if weight is not None:
             factor = factor * weight
         few = slice(0, rule.update_channels)
@@ -234,14 +241,26 @@ class Connection(abc.ABC):
         """Equation 7 with the stabilising options: the new synapses from the sums of `hebbian`."""
         rule = genome.rule
         arrays = genome.arrays
-        gate = equations.update_gate(rule, genome, ops.convert_to_tensor(arrays[prefix + "synapse_update"]), step)
+        gate = self._gate(genome, prefix, step)
+        traces = {name: value for name, value in synapses.items() if name.endswith(TRACE)}
+        synapses = {name: value for name, value in synapses.items() if name not in traces}
+        sums = dict(sums)
+        for name in traces:  # Nesterov's form: the term itself counts at once
+            own = name.removesuffix(TRACE)
+            beta = equations.scalar(arrays["momentum"], sums[own])
+            traces[name] = beta * traces[name] + sums[own]
+            sums[own] = beta * traces[name] + sums[own]
+        if rule.orthogonalize:
+            sums |= self._orthogonal(rule, {name: sums[name] for name in synapses})
+        if rule.gates_last:
+            sums |= {name: equations.scalar(gate, sums[name]) * sums[name] for name in synapses}
         shrinks: dict[str, Array | None] = dict.fromkeys(synapses)
         if rule.oja != "none":
             multiplier = arrays.get(prefix + "oja_multiplier")
             energies = self._energies(synapses) if rule.oja == "weights" else self._squares(synapses, sums)
             for name, energy in energies.items():
                 shrinks[name] = energy * equations.oja_strength(rule, multiplier, energy)
-        return {
+        new = {
             name: equations.new_synapse(
                 rule,
                 value,
@@ -253,6 +272,29 @@ class Connection(abc.ABC):
             )
             for name, value in synapses.items()
         }
+        return {**new, **traces}
+
+    @staticmethod
+    def _gate(genome: Genome, prefix: str, step: Array) -> Array:
+        """The synapse update gate at a learning step."""
+        number = ops.convert_to_tensor(genome.arrays[prefix + "synapse_update"])
+        return equations.update_gate(genome.rule, genome, number, step)
+
+    @staticmethod
+    def _orthogonal(rule: Rule, sums: Mapping[str, Array]) -> dict[str, Array]:
+        """Each kernel's Hebbian term, with the bias's as its last row if there is one, at singular values near 1."""
+        found: dict[str, Array] = {}
+        for kernel, bias in (("kernel", "bias"), ("backward_kernel", "backward_bias")):
+            if kernel in sums:
+                whole = ops.concatenate([sums[kernel], sums[bias]], axis=-2) if bias in sums else sums[kernel]
+                whole = equations.orthogonal(whole, rule.orthogonalize)
+                rows = sums[kernel].shape[-2]
+                found[kernel] = whole[..., :rows, :]
+                if bias in sums:
+                    found[bias] = whole[..., rows:, :]
+        if rule.directions == "tied_updates" and "backward_kernel" in sums:  # the same to the last bit, bias or not
+            found["backward_kernel"] = found["kernel"]
+        return found
 
     def _energies(self, synapses: Synapses) -> dict[str, Array]:
         """Sum of squares over the input axis of each array: that of a forward kernel runs over its inputs and bias, that
@@ -264,7 +306,7 @@ class Connection(abc.ABC):
         for name in ("backward_kernel", "backward_bias"):
             if name in synapses:
                 energies[name] = ops.sum(ops.square(synapses[name]), axis=-1, keepdims=True)
-        return {name: energies[name] for name in synapses}
+        return {name: energy for name, energy in energies.items() if name in synapses}
 
     def _squares(self, synapses: Synapses, sums: Mapping[str, Array]) -> dict[str, Array]:
         """The same for Oja's term on activations; the bias unit has none, so its backward synapses do not shrink."""

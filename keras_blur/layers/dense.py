@@ -15,7 +15,7 @@ from keras import initializers, ops
 
 from keras_blur import rule as equations
 from keras_blur.genome import ACTIVATIONS, Rule
-from keras_blur.layers.connection import Connection
+from keras_blur.layers.connection import TRACE, Connection
 
 Array = Any
 
@@ -152,7 +152,8 @@ class Dense(keras.layers.Layer):
     def synapses(self) -> Mapping[str, keras.Variable]:
         """The weights by the names that `connection` knows them by."""
         names = ("kernel", "bias", "backward_kernel")
-        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        known = (*names, *(name + TRACE for name in names))
+        return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         rule = self._rule or Rule(channels="tied", directions="tied")
@@ -169,6 +170,9 @@ class Dense(keras.layers.Layer):
         for place, (name, shape) in enumerate(self.connection.shapes(rule, inputs, feeds_back=self._feeds_back).items()):
             stacked = _Channels(chosen[name], place)
             setattr(self, name, self.add_weight(name=name, shape=shape, initializer=stacked))  # so checkpoints see it
+            if rule.momentum:
+                trace = self.add_weight(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
+                setattr(self, name + TRACE, trace)
         if rule.normalize_activations in ("forward", "both") and rule.normalization_axis == "batch" and self._rule:
             states = rule.states - 1 if rule.derivative_state else rule.states
             shape = (states, 1, self.units)

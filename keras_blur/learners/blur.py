@@ -5,9 +5,10 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 
 from __future__ import annotations
 
+import keras
 import tensorflow as tf
 
-from keras_blur import network
+from keras_blur import feedback, network
 from keras_blur.genome import Genome, Rule
 from keras_blur.layers.dense import DenseConnection
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
@@ -20,7 +21,8 @@ class Blur(Learner):
 
     Args:
         hidden: units of the hidden layers.
-        rule: the rule of the genome.
+        rule: the rule of the genome. One that learns from errors descends its loss; without one, the softmax
+            cross-entropy.
 
     Example:
 
@@ -67,8 +69,20 @@ class Blur(Learner):
         return network.NetworkState(tuple(synapses), tf.zeros((), tf.int32))
 
     def step(self, outer: Outer, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
-        result = network.step(self.genome(outer), self.stages(y.shape[-1]), state, x, lambda prediction: y)
+        result = network.step(
+            self.genome(outer), self.stages(y.shape[-1]), state, x, lambda prediction: self._feedback(y, prediction)
+        )
         return result.state, result.output
+
+    def _feedback(self, y: Array, prediction: Array) -> Array:
+        """What the output receives: the labels, or the derivative of the loss by the prediction."""
+        if self.rule.feedback == "labels":
+            return y
+        loss = self.rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
+        y = tf.broadcast_to(y, tf.shape(prediction))
+        kind = feedback.target_kind(loss)
+        targets = {"classes": lambda: tf.argmax(y, -1, tf.int32), "indicators": lambda: 0.5 * (y + 1.0)}
+        return feedback.error(loss, targets.get(kind, lambda: y)(), prediction)
 
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
         genome = self.genome(outer)

@@ -108,8 +108,6 @@ class MetaTrainer(keras.Model):
         if not learners or any(one.rule != learners[0].rule for one in learners):
             raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
         rule = learners[0].rule
-        if rule.feedback != "labels":
-            raise ValueError(f"`learner` must have a rule that learns from labels. Received: feedback={rule.feedback!r}")
         if rule.layers is not None and any(len(one.hidden) + 1 != rule.layers for one in learners):
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
         if clipnorm is not None and not clipnorm > 0:
@@ -222,21 +220,21 @@ class MetaTrainer(keras.Model):
         if self.evolution:
             return self.genome
         axis = 0 if self.rule.layers is None else 1
-        arrays = {name: np.moveaxis(np.array(v.value), 0, axis) for name, v in self.outer.items()}
+        arrays = {name: np.moveaxis(v.numpy(), 0, axis) for name, v in self.outer.items()}
         return Genome(self.rule, arrays)
 
     @property
     def best(self) -> int:
         """The member with the highest running query accuracy in meta-training."""
-        return int(np.argmax(np.array(self.member_score.value)))
+        return int(np.argmax(self.member_score.numpy()))
 
     @property
     def genome(self) -> Genome:
         """The best member; of evolution, the mean of the distribution, its best guess."""
         if self.evolution:
-            centre = from_vectors(self.rule, np.array(self.evolution["mean"].value)[None])
+            centre = from_vectors(self.rule, self.evolution["mean"].numpy()[None])
             return Genome(self.rule, {name: np.array(value)[0] for name, value in centre.items()})
-        return Genome(self.rule, {name: np.array(value.value)[self.best] for name, value in self.outer.items()})
+        return Genome(self.rule, {name: value.numpy()[self.best] for name, value in self.outer.items()})
 
     def synchronize(self) -> None:
         """Copies the best member, with its optimizer state, over all others; of evolution, does nothing."""
@@ -244,7 +242,7 @@ class MetaTrainer(keras.Model):
             return
         best = self.best
         for variable in [*self.outer.values(), *self._slots(), self.member_score]:
-            variable.assign(np.repeat(np.array(variable.value)[best : best + 1], self.members, axis=0))
+            variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
 
     def fit(
         self,

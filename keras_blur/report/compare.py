@@ -63,7 +63,7 @@ def compare(
     """Compares a genome with SGD, momentum, Adam and RMSprop.
 
     Args:
-        genome: a genome that learns from labels.
+        genome: a genome.
         data: an image set, whose training images learners see and on whose test images they are scored; or a task
             distribution of classes, of which each seed is one episode of the split `"test"`, scored on 2,000 examples that
             are not among its batches (or as many as there are).
@@ -81,7 +81,7 @@ def compare(
         there is: accuracy 0, cross-entropy `None`.
 
     Raises:
-        ValueError: if the genome learns from errors or does not fit the network, an optimizer is unknown, or a number
+        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number
             does not fit the data.
     """
     chosen = GRIDS if grids is None else grids
@@ -91,7 +91,7 @@ def compare(
             f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
         )
     source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed)
-    curves = {"genome": _of_genome(genome, hidden, source, at)}
+    curves = {"genome": _of_genomes(genome, hidden, source, at)[0]}
     for name, rates in chosen.items():
         learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
         grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
@@ -113,6 +113,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The genome alone: arguments, errors and values as `compare`, without optimizers, envelope and best.
 
+    A population of genomes (one axis) learns side by side, on the same batches from the same networks: `curves` then has
+    `"genome 0"`, `"genome 1"`, ... in the place of `"genome"`.
+
     Example:
 
     >>> from keras_blur import Rule, tasks
@@ -121,22 +124,25 @@ def evaluate(
     >>> result["steps"]
     [0, 1, 2, 5]
     """
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed)
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, populations=True)
+    found = _of_genomes(genome, hidden, source, at)
+    names = [f"genome {number}" for number in range(len(found))] if genome.population else ["genome"]
     return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "steps": at, "curves": {"genome": _of_genome(genome, hidden, source, at)}}  # fmt: skip
+            "steps": at, "curves": dict(zip(names, found, strict=True))}  # fmt: skip
 
 
 def _prepared(
-    genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int
-) -> tuple[_Source, list[int]]:
+    genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int,
+    populations: bool = False,
+) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
-    if genome.population or genome.rule.layers not in (None, len(hidden) + 1):
+    axes = len(genome.population)
+    if axes > populations or genome.rule.layers not in (None, len(hidden) + 1):
         raise ValueError(
-            f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
+            f"`genome` must be a single one{' or on one population axis' * populations}, for {len(hidden) + 1} layers of "
+            "synapses if each has its own. "
             f"Received: {genome!r} with layers={genome.rule.layers}"
         )
-    if genome.rule.feedback != "labels":
-        raise ValueError("`genome` must learn from labels (`Rule.feedback='labels'`): this one needs a loss.")
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     limit = data.available("test") - 1 if isinstance(data, Tasks) else len(data.x_train)
@@ -151,9 +157,18 @@ def _prepared(
     return _Passes(data, batch_size, seeds, seed), at
 
 
-def _of_genome(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> dict[str, Any]:
-    outer = {name: tf.constant(np.asarray(array)[None, None]) for name, array in genome.arrays.items()}
-    return _curves(Blur(tuple(hidden), genome.rule), outer, 1, source, at)[0]
+def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> list[dict[str, Any]]:
+    """The curves of a genome, or of each of a population; members first, then an axis for tasks, then layers."""
+    outer = {}
+    for name, array in genome.arrays.items():
+        numbers = np.asarray(array)
+        if genome.population:
+            numbers = np.moveaxis(numbers, 0 if genome.rule.layers is None else 1, 0)
+        else:
+            numbers = numbers[None]
+        outer[name] = tf.constant(numbers[:, None])
+    members = genome.population[0] if genome.population else 1
+    return _curves(Blur(tuple(hidden), genome.rule), outer, members, source, at)
 
 
 class _Source(abc.ABC):
@@ -318,7 +333,8 @@ def format_compare(result: Mapping[str, Any]) -> str:
         f"{result['seeds']} seeds: test accuracy by learning step, mean (and deviation over seeds)",
         f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
     ]
-    for label, name in [("genome", "genome"), *((f"best {name}", name) for name in result.get("best", {}).values())]:
+    genomes = [name for name in result["curves"] if name.startswith("genome")]
+    for label, name in [*((n, n) for n in genomes), *((f"best {name}", name) for name in result.get("best", {}).values())]:
         values = np.array(result["curves"][name]["accuracy"])
         cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
         lines.append(f"{label:<22}" + "".join(cell.rjust(width) for cell in cells))

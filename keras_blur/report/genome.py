@@ -35,6 +35,7 @@ _SHARED = {
     "synapse_keep": (r"$\tilde{f}$", "eq. 7"),
     "synapse_update": (r"$\tilde{\eta}$", "eq. 7"),
     "decay_power": (r"of $\tilde{\eta}$", "eq. 7"),
+    "momentum": (r"$\beta$", "eq. 7"),
     "oja_multiplier": ("", "eq. 8"),
     "saturation": ("", "sec. 3.4"),
     "rescale": ("", "app. C.6"),

@@ -12,11 +12,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import feedback, network, random
+from keras_blur import network, random
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur
@@ -31,28 +30,11 @@ Array = Any
 _ROUNDING = 1e-7  # singular values below this share of the largest are rounding of float32
 
 
-class _Descending(Blur):
-    """The learner of a genome that learns from errors: its labels become the derivative of its loss."""
-
-    def step(self, outer: Any, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
-        loss = self.rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
-        kind = feedback.target_kind(loss)
-        labels = {"classes": tf.argmax(y, -1, tf.int32), "indicators": 0.5 * (y + 1.0)}.get(kind, y)
-        result = network.step(
-            self.genome(outer),
-            self.stages(y.shape[-1]),
-            state,
-            x,
-            lambda prediction: feedback.error(loss, labels, prediction),
-        )
-        return result.state, result.output
-
-
 def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, Array]]:
     """A learner of one network without leading axes, and its outer parameters.
 
     Args:
-        genome: a single one. One that learns from errors descends its loss; without one, the softmax cross-entropy.
+        genome: a single one.
         hidden: units of the hidden layers.
 
     Returns:
@@ -73,9 +55,8 @@ def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, A
             f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
             f"Received: {genome!r} with layers={genome.rule.layers}"
         )
-    kind = _Descending if genome.rule.feedback == "error" else Blur
     outer = {name: tf.constant(np.asarray(array), tf.float32) for name, array in genome.arrays.items()}
-    return kind(tuple(hidden), genome.rule), outer
+    return Blur(tuple(hidden), genome.rule), outer
 
 
 def trace_synapses(
@@ -94,7 +75,7 @@ def trace_synapses(
     is normalised after that.
 
     Args:
-        genome: a single one. One that learns from errors descends its loss; without one, the softmax cross-entropy.
+        genome: a single one.
         tasks: what is learned, of which one episode is drawn.
         hidden: units of the hidden layers.
         steps: learning steps.
