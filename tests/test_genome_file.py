@@ -11,7 +11,7 @@ import rule_table
 
 from keras_blur import Genome, Rule
 
-EVERY = {**rule_table.SINGLE, **rule_table.COVER, "momentum": {"normalization_momentum": 0.25}}
+EVERY = {**rule_table.SINGLE, **rule_table.COVER, "running": {"normalization_momentum": 0.25}}
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -318,3 +318,19 @@ def test_a_kept_batch_takes_no_other_size():
         model.train_on_batch(X[:3], Y[:3])
     for new, old in zip(weights(model), before, strict=True):
         np.testing.assert_array_equal(new, old)
+
+
+def test_traces_are_saved_and_learning_goes_on_from_them(tmp_path):
+    """A rule with momentum keeps a trace beside each array; without it a loaded model would learn otherwise."""
+    rule = kb.Rule(momentum=True, orthogonalize=5)
+    model = make(kb.Genome.random(rule, seed=1, std=0.5, synapse_update=-0.05).replace(momentum=np.float32(0.8)))
+    traces = [name for name in model.layers[0].synapses if name.endswith("_trace")]
+    assert traces == ["kernel_trace", "bias_trace"]
+    model.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    assert np.abs(model.layers[0].synapses["kernel_trace"].numpy()).max() > 0
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert_same(loaded, model)
+    for one in (model, loaded):
+        one.fit(X, Y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+    assert_same(loaded, model)
