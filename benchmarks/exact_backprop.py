@@ -24,7 +24,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import keras_blur as kb
-from keras_blur.genome import write_text
+from keras_blur.files import write_text
 from keras_blur.tasks.datasets import load_images
 
 _DATA = flags.DEFINE_string("data", "digits", "Image set.")

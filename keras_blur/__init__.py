@@ -31,7 +31,9 @@ if _keras.backend.backend() != "tensorflow":  # from its configuration file
 
 from keras_blur import genomes, layers, learners, meta, tasks
 from keras_blur._version import __version__
-from keras_blur.genome import Genome, Rule
-from keras_blur.models import Sequential, convert
+from keras_blur.conversion import convert
+from keras_blur.genome import Genome
+from keras_blur.models import Sequential
+from keras_blur.options import Rule
 
 __all__ = ["Genome", "Rule", "Sequential", "__version__", "convert", "genomes", "layers", "learners", "meta", "tasks"]

@@ -22,8 +22,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import network
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
+from keras_blur.options import Rule
 
 RTOL, ATOL = 1e-4, 1e-5
 GROUPS = ("neurons", "synapses", "prediction", "meta-gradients")

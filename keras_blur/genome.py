@@ -1,6 +1,6 @@
 """What evolves: a rule and its numbers.
 
-A `Rule` is every discrete choice of how a network learns; a `Genome` is a rule plus its arrays, the
+A `Genome` is a `Rule`, every discrete choice of how a network learns, plus its arrays, the
 "genome" G = {f, eta, f~, eta~, nu, mu, nu~, mu~} of "Meta-Learning Bidirectional Update Rules"
 (Sandler et al., ICML 2021, section 3.2, Table 1), with the learned numbers of the stabilising options
 of sections 3.4, B and C.6. It is shared by all neurons and, unless `Rule.layers` says otherwise, by
@@ -18,275 +18,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_blur.feedback import loss_text, resolve_loss
+from keras_blur.files import write_text
+from keras_blur.options import Rule, integer, real
 
 FORMAT = "keras_blur.genome"
 VERSION = 1
-
-ACTIVATIONS = ("tanh", "relu", "relu_tanh", "sigmoid", "linear")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "forward_activation": ACTIVATIONS,
-    "last_activation": ACTIVATIONS,
-    "backward_update": ("additive", "multiplicative", "multiplicative_after_first"),
-    "directions": ("untied", "tied", "tied_updates"),
-    "channels": ("own", "tied", "tied_updates"),
-    "normalize_activations": ("none", "forward", "backward", "both"),
-    "normalization_axis": ("batch", "units"),
-    "oja": ("none", "weights", "activations"),
-    "saturation": ("none", "exp_update", "tanh"),
-    "normalize_synapses": ("none", "stored", "effective", "both"),
-    "presynaptic": ("backward", "forward"),
-    "update_decay": ("none", "power"),
-    "batch_reduction": ("sum", "mean"),
-    "feedback": ("labels", "error"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Every discrete choice of how a network learns. Immutable, hashable, validated.
-
-    Equation numbers are those of "Meta-Learning Bidirectional Update Rules" (ICML 2021).
-
-    Args:
-        states: k, the number of states of a neuron and of channels of a synapse; at least 2.
-        forward_activation: nonlinearity of hidden neurons in the forward pass (eq. 5): `"tanh"`, `"relu"`,
-            `"relu_tanh"` (relu of tanh), `"sigmoid"` or `"linear"`.
-        backward_activation: nonlinearity of the backward pass (eq. 6); `None` takes `forward_activation`.
-        last_activation: nonlinearity of the output layer, used in the forward pass only.
-        derivative_state: the value-and-derivative pair of eq. 1: after the forward pass state 1 is
-            `s(z)` and state 2 is `s'(z)` of the same argument, the argument of state 1.
-        backward_update: how the backward pass changes a state (eq. 6): `"additive"`; `"multiplicative"`
-            (old * new); `"multiplicative_after_first"` (state 1 is left as it is; eq. 2 and 4).
-        directions: `"untied"`: forward and backward synapses are separate parameters; `"tied"`: one kernel is
-            read both ways; `"tied_updates"`: two kernels that receive the same Hebbian term.
-        channels: `"own"`: each state has a synapse channel of its own; `"tied"`: one channel serves all states;
-            `"tied_updates"`: separate channels that all receive the Hebbian term of channel 1.
-        normalize_activations: the pass or passes (`"none"`, `"forward"`, `"backward"`, `"both"`) in which the summed
-            input of a neuron is normalised before the nonlinearity, to a learned scale and shift (section 3.4).
-        normalization_axis: what the statistics run over: the `"batch"` (each unit has its own) or the `"units"` of
-            a layer (each example has its own).
-        normalization_epsilon: added to the variance.
-        normalization_momentum: share of the old value in the running statistics that `predict` uses with
-            `normalization_axis="batch"`; 0 keeps those of the last training batch.
-        oja: Oja's term that bounds the synapses: `"weights"` (eq. 8, first term), `"activations"` (the textbook
-            form on transformed states) or `"none"`.
-        oja_factor: constant factor of Oja's term.
-        oja_learned: whether the genome has a learned multiplier of Oja's term too.
-        saturation: `"exp_update"`: the change of a synapse is damped by `exp(-|w| (epsilon + |saturation|))`;
-            `"tanh"`: `w <- alpha tanh(w / alpha)` (section 3.4); `"none"`.
-        saturation_epsilon: the epsilon of `"exp_update"`.
-        normalize_synapses: synapses brought to unit norm over their input axis (section C.6): the `"stored"` ones at
-            the start of a step, only the `"effective"` ones where they are used, `"both"`, or `"none"`.
-        rescale_synapses: whether normalised synapses are multiplied by a learned number.
-        forward_synapse_update: whether synapses also change after the forward pass, before feedback.
-        separate_forward_synapse: whether that forward change has genome arrays of its own.
-        supervised_every: the backward pass and its synapse update run on each step that is a multiple of this.
-        presynaptic: whether a layer's input side of the Hebbian term (eq. 7) is taken after the `"backward"` pass or
-            as the `"forward"` pass left it.
-        keep_neurons: whether neuron states are kept from one step to the next; by default they start at zero.
-        layers: number of layers with genome arrays of their own; `None`: one genome for all layers.
-        update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / decay_steps) ** -p` at learning
-            step t, with p learned; `"none"`: constant.
-        decay_steps: time scale of the decay, in learning steps.
-        momentum: whether a synapse keeps a trace of its Hebbian terms, `m <- beta m + H`, and changes by `H + beta m` in
-            the place of `H`, with beta learned. A trace is one more array beside each kernel and bias.
-        orthogonalize: if not 0, the number of Newton-Schulz iterations that bring the singular values of each layer's
-            Hebbian term, the bias as a row of it, near to 1: then only its directions count, and the gate is their size.
-        batch_reduction: whether the Hebbian term is the `"sum"` over the batch (as published) or its `"mean"`.
-        feedback: what state 2 of the output receives: `"labels"` (+1 and -1, section 3.3) or the `"error"`, the
-            derivative of a Keras loss by the output, which a rule with `derivative_state` multiplies by s'.
-        loss: the Keras loss of `feedback="error"` (a `keras.losses.Loss` or its name; kept as JSON text); `None` takes
-            the one given to `compile`.
-
-    Raises:
-        ValueError: if an option has a value that it does not know, or two options exclude each other.
-
-    Example:
-
-    >>> rule = Rule(states=4, normalize_activations="both", batch_reduction="mean")
-    >>> rule.states
-    4
-    """
-
-    states: int = 2
-    forward_activation: str = "tanh"
-    backward_activation: str | None = None
-    last_activation: str = "tanh"
-    derivative_state: bool = False
-    backward_update: str = "additive"
-    directions: str = "untied"
-    channels: str = "own"
-    normalize_activations: str = "none"
-    normalization_axis: str = "batch"
-    normalization_epsilon: float = 1e-5
-    normalization_momentum: float = 0.9
-    oja: str = "none"
-    oja_factor: float = 1.0
-    oja_learned: bool = False
-    saturation: str = "none"
-    saturation_epsilon: float = 1e-3
-    normalize_synapses: str = "none"
-    rescale_synapses: bool = False
-    forward_synapse_update: bool = False
-    separate_forward_synapse: bool = False
-    supervised_every: int = 1
-    presynaptic: str = "backward"
-    keep_neurons: bool = False
-    layers: int | None = None
-    update_decay: str = "none"
-    decay_steps: float = 10.0
-    momentum: bool = False
-    orthogonalize: int = 0
-    batch_reduction: str = "sum"
-    feedback: str = "labels"
-    loss: Any = None
-
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            _choice(name, getattr(self, name), known)
-        if self.backward_activation is not None:
-            _choice("backward_activation", self.backward_activation, ACTIVATIONS)
-        _integer("states", self.states, 2)
-        _integer("supervised_every", self.supervised_every, 1)
-        _integer("orthogonalize", self.orthogonalize, 0)
-        if self.layers is not None:
-            _integer("layers", self.layers, 1)
-        for name in (
-            "derivative_state",
-            "oja_learned",
-            "rescale_synapses",
-            "forward_synapse_update",
-            "separate_forward_synapse",
-            "keep_neurons",
-            "momentum",
-        ):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ValueError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
-        _real("normalization_epsilon", self.normalization_epsilon, low=0.0, open_low=True)
-        _real("normalization_momentum", self.normalization_momentum, low=0.0, high=1.0)
-        _real("saturation_epsilon", self.saturation_epsilon, low=0.0)
-        _real("decay_steps", self.decay_steps, low=0.0, open_low=True)
-        _real("oja_factor", self.oja_factor)
-        for field in dataclasses.fields(self):  # numpy's numbers are not JSON
-            value = getattr(self, field.name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, field.name, value.item())
-        if self.separate_forward_synapse and not self.forward_synapse_update:
-            raise ValueError(
-                "`separate_forward_synapse=True` needs `forward_synapse_update=True`: "
-                "without it nothing would read the separate arrays."
-            )
-        if self.oja_learned and self.oja == "none":
-            raise ValueError("`oja_learned=True` needs `oja` to be 'weights' or 'activations'. Received: oja='none'")
-        if self.rescale_synapses and self.normalize_synapses == "none":
-            raise ValueError(
-                "`rescale_synapses=True` needs `normalize_synapses` to be 'stored', 'effective' or 'both'. "
-                "Received: normalize_synapses='none'"
-            )
-        if self.momentum and self.forward_synapse_update:
-            raise ValueError("`momentum=True` needs `forward_synapse_update=False`: a trace is that of one Hebbian term.")
-        if self.loss is not None:
-            if self.feedback != "error":
-                raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")
-            object.__setattr__(self, "loss", loss_text(self.loss))
-
-    @property
-    def backward(self) -> str:
-        """Name of the activation of the backward pass."""
-        return self.backward_activation or self.forward_activation
-
-    @property
-    def synapse_channels(self) -> int:
-        """Number of channels that a synapse stores: 1 if they are tied, else k."""
-        return 1 if self.channels == "tied" else self.states
-
-    @property
-    def update_channels(self) -> int:
-        """Number of channels of the Hebbian term that are computed."""
-        return self.states if self.channels == "own" else 1
-
-    @property
-    def stores_backward(self) -> bool:
-        """Whether the way back has a kernel of its own."""
-        return self.directions != "tied"
-
-    @property
-    def gates_last(self) -> bool:
-        """Whether the synapse update gate acts on the finished Hebbian term rather than on its factors."""
-        return self.momentum or self.orthogonalize > 0
-
-    @property
-    def keras_loss(self) -> keras.losses.Loss | None:
-        """The Keras loss of `feedback="error"`, or `None`."""
-        return None if self.loss is None else resolve_loss(self.loss)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each genome array, without layer and population axes."""
-        k = self.states
-        shapes: dict[str, tuple[int, ...]] = {
-            "nu": (k, k),
-            "mu": (k, k),
-            "neuron_keep": (),
-            "neuron_update": (),
-            **_synapse_shapes(self, ""),
-            "temperature": (),
-        }
-        if self.normalize_activations in ("forward", "both"):
-            shapes |= {"forward_scale": (k,), "forward_shift": (k,)}
-        if self.normalize_activations in ("backward", "both"):
-            shapes |= {"backward_scale": (k,), "backward_shift": (k,)}
-        if self.rescale_synapses:
-            shapes["rescale"] = ()
-        if self.update_decay == "power":
-            shapes["decay_power"] = ()
-        if self.momentum:
-            shapes["momentum"] = ()
-        if self.separate_forward_synapse:
-            shapes |= _synapse_shapes(self, "forward_")
-        return shapes
-
-    def replace(self, **options: Any) -> Rule:
-        """A copy with some options changed, validated anew."""
-        return dataclasses.replace(self, **options)
-
-    def get_config(self) -> dict[str, Any]:
-        """The options as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Rule:
-        """The rule of a `get_config`; an unknown option raises a `ValueError`."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(config) - known)
-        if unknown:
-            raise ValueError(f"Unknown option(s) of a Rule: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
-        return cls(**config)
-
-
-def _synapse_shapes(rule: Rule, prefix: str) -> dict[str, tuple[int, ...]]:
-    k = rule.states
-    shapes: dict[str, tuple[int, ...]] = {
-        "nu_tilde": (k, k),
-        "mu_tilde": (k, k),
-        "synapse_keep": (),
-        "synapse_update": (),
-    }
-    if rule.oja_learned:
-        shapes["oja_multiplier"] = ()
-    if rule.saturation != "none":
-        shapes["saturation"] = ()
-    return {prefix + name: shape for name, shape in shapes.items()}
-
 
 # Where a random genome starts. Matrices are drawn; these numbers are not. The published code starts so.
 _START = {
@@ -426,6 +169,46 @@ class Genome:
         }
         return Genome(rule, {**self.arrays, **new})
 
+    def by_member(self) -> dict[str, Any]:
+        """The arrays by name with members first, `[members, (layers,) ...]`; a single genome is one member.
+
+        Raises:
+            ValueError: if there is more than one population axis.
+        """
+        if len(self.population) > 1:
+            raise ValueError(f"A genome must be single or have one population axis. Received: {self!r}")
+        arrays = {name: np.asarray(array) for name, array in self.arrays.items()}
+        if not self.population:
+            return {name: array[None] for name, array in arrays.items()}
+        return {name: np.moveaxis(array, len(self._leading) - 1, 0) for name, array in arrays.items()}
+
+    @classmethod
+    def from_members(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
+        """A population of the arrays that `by_member` gives."""
+        place = 0 if rule.layers is None else 1
+        return cls(rule, {name: np.moveaxis(np.asarray(array), 0, place) for name, array in arrays.items()})
+
+    @classmethod
+    def stack(cls, genomes: Sequence[Genome]) -> Genome:
+        """Genomes and populations of one rule as one population, in their order.
+
+        Raises:
+            ValueError: if there are none, or their rules differ.
+
+        Example:
+
+        >>> Genome.stack([Genome.random(Rule(), seed) for seed in (1, 2)]).member(1) == Genome.random(Rule(), 2)
+        True
+        """
+        if not genomes or any(genome.rule != genomes[0].rule for genome in genomes):
+            raise ValueError(f"`genomes` must be one or more of one rule. Received: {list(genomes)!r}")
+        rows = [genome.by_member() for genome in genomes]
+        return cls.from_members(genomes[0].rule, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+
+    def member(self, number: int) -> Genome:
+        """One genome of a population."""
+        return Genome(self.rule, {name: array[number] for name, array in self.by_member().items()})
+
     def layer(self, index: int) -> Genome:
         """The genome of one layer: itself unless `Rule.layers` gives each layer its own."""
         if self.rule.layers is None:
@@ -459,13 +242,13 @@ class Genome:
         >>> Genome.random(Rule(states=3), seed=1, population=(5,)).mu.shape
         (5, 3, 3)
         """
-        _integer("seed", seed, 0)
-        _real("std", std, low=0.0)
-        _real("synapse_update", synapse_update)
+        integer("seed", seed, 0)
+        real("std", std, low=0.0)
+        real("synapse_update", synapse_update)
         try:
             population = tuple(population)
             for size in population:
-                _integer("population", size, 1)
+                integer("population", size, 1)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"`population` must be a tuple of positive sizes. Received: population={population!r}"
@@ -624,28 +407,6 @@ class Genome:
         return f"{float(value):.4g}" if value.ndim == 0 else name
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes text to a temporary file beside `path` and renames it, so that no reader sees half a file."""
-    target = os.path.abspath(os.fspath(path))
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _checksum(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -676,21 +437,3 @@ def _array(name: str, value: Any) -> Any:
     array = np.array(array)
     array.flags.writeable = False
     return array
-
-
-def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}. Received: {name}={value!r}")
-
-
-def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}")
-
-
-def _real(name: str, value: Any, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not np.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < np.inf else "")
-        wanted = "a finite number" + (f" {bounds}" if low > -np.inf else "")
-        raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")

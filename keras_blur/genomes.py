@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
+from keras_blur.options import Rule
 
 
 def backprop(

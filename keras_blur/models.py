@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from keras_blur import feedback as feedbacks
 from keras_blur import network
-from keras_blur.genome import ACTIVATIONS, Genome, Rule
-from keras_blur.layers.connection import TRACE, Connection
+from keras_blur.checks import checked
+from keras_blur.genome import Genome
+from keras_blur.layers.connection import Connection
 from keras_blur.layers.dense import Dense
 from keras_blur.layers.structural import StructuralMap, structural_map
+from keras_blur.options import Rule
 
 Array = Any
 
@@ -436,20 +437,7 @@ class Sequential(keras.Model):
     def _checked(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if not self.compiled:
             raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
-        if isinstance(x, tf.data.Dataset):
-            return x.map(lambda *batch: self._checked_tensors(batch))
-        if isinstance(x, keras.utils.PyDataset):
-            return _CheckedDataset(x, self._check)
-        if inspect.isgenerator(x):
-            return self._checked_batches(x)
-        if x is not None:
-            self._check(x, y, sample_weight)
-        return x
-
-    def _checked_batches(self, batches: Iterable[Any]) -> Iterable[Any]:
-        for batch in batches:
-            self._check(*keras.utils.unpack_x_y_sample_weight(batch))
-            yield batch
+        return checked(x, y, sample_weight, self._classes)
 
     def _classes(self) -> int | None:
         """Number of classes if labels are integers, else `None`."""
@@ -458,43 +446,6 @@ class Sequential(keras.Model):
         if kind != "classes" or not self._synaptic():
             return None
         return max(2, self._synaptic()[-1].units)
-
-    def _check(self, x: Any, y: Any, sample_weight: Any = None) -> None:
-        values = np.asarray(x) if not isinstance(x, (list, tuple, dict)) else None
-        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError("`x` must be finite. Received an array with NaN or infinite numbers.")
-        if y is None:
-            raise ValueError("`y` must be given: a network learns from labels or targets. Received: y=None")
-        labels, classes = np.asarray(y), self._classes()
-        if labels.dtype.kind not in "biuf":
-            raise ValueError(f"`y` must hold numbers. Received an array of {labels.dtype}.")
-        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError("`y` must be finite. Received an array with NaN or infinite numbers.")
-        if sample_weight is not None and not np.isfinite(np.asarray(sample_weight, np.float64)).all():
-            raise ValueError("`sample_weight` must be finite. Received an array with NaN or infinite numbers.")
-        if classes is None or not labels.size:
-            return
-        if labels.min() < 0 or labels.max() >= classes or (labels.dtype.kind == "f" and (labels % 1).any()):
-            raise ValueError(
-                f"Labels must be integers from 0 to {classes - 1}, as the output layer has {self._synaptic()[-1].units} "
-                f"unit(s). Received labels from {labels.min()} to {labels.max()}."
-            )
-
-    def _checked_tensors(self, batch: tuple[Any, ...]) -> Any:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch if len(batch) > 1 else batch[0])
-        if y is None:
-            raise ValueError("A dataset for `fit` must give (x, y) or (x, y, sample_weight). Received batches without y.")
-        checks = []
-        for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-            if value is not None and value.dtype.is_floating:
-                checks.append(tf.debugging.assert_all_finite(value, f"`{name}` must be finite"))
-        classes = self._classes()
-        if classes is not None:
-            wrong = f"Labels must be integers from 0 to {classes - 1}"
-            limit = tf.cast(classes, y.dtype)
-            checks += [tf.debugging.assert_non_negative(y, wrong), tf.debugging.assert_less(y, limit, wrong)]
-        with tf.control_dependencies(checks):
-            return tuple(tf.nest.map_structure(tf.identity, batch))
 
     # What a person sees and what is saved.
 
@@ -538,104 +489,3 @@ class Sequential(keras.Model):
         model = cls(layers, genome=genome, dtype=dtype, **config)
         model.trainable = trainable
         return model
-
-
-class _CheckedDataset(keras.utils.PyDataset):
-    """A `PyDataset` whose batches are checked as they come."""
-
-    def __init__(self, inner: keras.utils.PyDataset, check: Callable[..., None]):
-        super().__init__(
-            workers=inner.workers, use_multiprocessing=inner.use_multiprocessing, max_queue_size=inner.max_queue_size
-        )
-        self._inner, self._check = inner, check
-
-    def __getitem__(self, index: int) -> Any:
-        batch = self._inner[index]
-        self._check(*keras.utils.unpack_x_y_sample_weight(batch))
-        return batch
-
-    @property
-    def num_batches(self) -> int | None:
-        return self._inner.num_batches
-
-    def on_epoch_begin(self) -> None:
-        self._inner.on_epoch_begin()
-
-    def on_epoch_end(self) -> None:
-        self._inner.on_epoch_end()
-
-
-def convert(model: keras.Sequential, genome: Genome) -> Sequential:
-    """A Keras Sequential of Dense and structural layers as a network that learns by a genome.
-
-    Args:
-        model: a built `keras.Sequential` of `keras.layers.Dense`, `keras.layers.Activation` right after a linear one, and
-            layers without weights.
-        genome: the genome of the new model.
-
-    Returns:
-        A `Sequential` with the same weights in each forward channel; backward synapses that the rule updates with the same
-        terms as the forward ones (`directions="tied_updates"`) start equal to them, independent ones at random.
-
-    Raises:
-        ValueError: if the model is not built, holds another layer with weights, or a nonlinearity that no rule knows.
-
-    Example:
-
-    >>> from keras_blur import genomes
-    >>> twin = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> model = convert(twin, genomes.backprop(loss="mean_squared_error"))
-    >>> bool(np.allclose(model(np.ones((1, 4))), twin(np.ones((1, 4)))))
-    True
-    """
-    if not isinstance(model, keras.Sequential):
-        raise ValueError(f"`model` must be a keras.Sequential. Received: {model!r}")
-    if not model.built:
-        raise ValueError("`model` must be built: start it with a keras.Input, or call it on data.")
-    chain: list[keras.Layer] = [keras.layers.InputLayer(batch_shape=model.input_shape)]
-    for layer in model.layers:
-        if type(layer) is keras.layers.Dense:
-            copy = Dense(
-                layer.units, _activation_name(layer), layer.use_bias, layer.kernel_initializer, layer.bias_initializer,
-                name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable,
-            )  # fmt: skip
-            chain.append(copy)
-        elif type(layer) is keras.layers.Activation and isinstance(chain[-1], Dense) and chain[-1].activation == "linear":
-            chain[-1].activation = _activation_name(layer)
-        elif layer.weights:
-            raise ValueError(
-                f"Layer {layer.name!r} ({type(layer).__name__}) has weights and no keras_blur twin; only Dense has one."
-            )
-        else:
-            chain.append(type(layer).from_config(layer.get_config()))
-    blur = Sequential(chain, genome=genome, name=model.name)
-    blur.build(tuple(model.input_shape))
-    copy_kernels(model, blur)
-    return blur
-
-
-def copy_kernels(source: keras.Sequential, target: Sequential) -> None:
-    """Copies the weights of a Keras network's Dense layers into each forward channel of a network of the same shape.
-
-    Backward kernels that receive the same updates as the forward ones start equal to them; independent ones are left.
-    """
-    dense = [layer for layer in source.layers if isinstance(layer, keras.layers.Dense)]
-    own = [layer for layer in target.layers if isinstance(layer, Dense)]
-    for layer, copy in zip(dense, own, strict=True):
-        for name, variable in copy.synapses.items():
-            if name.endswith(TRACE):
-                continue
-            if name == "backward_kernel" and target.rule.directions != "tied_updates":
-                continue
-            value = layer.bias if name == "bias" else layer.kernel
-            variable.assign(ops.broadcast_to(value, variable.shape))
-
-
-def _activation_name(layer: keras.Layer) -> str:
-    name = getattr(layer.activation, "__name__", str(layer.activation))
-    if name not in ACTIVATIONS:
-        hint = " For a softmax output, use a linear layer and a loss with from_logits=True." if name == "softmax" else ""
-        raise ValueError(
-            f"Layer {layer.name!r} has the activation {name!r}, which no rule knows; known: {', '.join(ACTIVATIONS)}.{hint}"
-        )
-    return name

@@ -17,7 +17,8 @@ from typing import Any
 
 from keras import ops
 
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
+from keras_blur.options import Rule
 
 Array = Any
 
@@ -172,8 +173,8 @@ def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
     return gate * ops.exp(-power * ops.log1p(time))
 
 
-# Coefficients of the iteration x <- a x + b x^3 + c x^5 on singular values: steep at zero, and all values from some 0.001
-# to 1 end between 0.68 and 1.14 after five ("Muon", Jordan et al., 2024; after Bernstein and Newhouse, "Old optimizer, new
+# Coefficients of the iteration x <- a x + b x^3 + c x^5 on singular values: steep at zero, so that all values from 0.002 to
+# 1 end between 0.68 and 1.21 after five ("Muon", Jordan et al., 2024; after Bernstein and Newhouse, "Old optimizer, new
 # norm", 2024).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _TINY = 1e-30  # stands for zero in a divisor

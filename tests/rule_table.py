@@ -9,10 +9,10 @@ import itertools
 import numpy as np
 
 from keras_blur import Genome, Rule
-from keras_blur.genome import _CHOICES, ACTIVATIONS
 from keras_blur.layers.connection import TRACE
 from keras_blur.layers.dense import DenseConnection
 from keras_blur.network import Stage
+from keras_blur.options import ACTIVATIONS, CHOICES
 
 SIZES = (5, 7, 6, 3)
 BATCH = 4
@@ -135,7 +135,7 @@ COVER = {
 }  # fmt: skip
 
 _DRAWN = {
-    **_CHOICES,
+    **CHOICES,
     "states": (2, 3, 4),
     "backward_activation": (None, *ACTIVATIONS),
     **dict.fromkeys(SWITCHES, (False, True)),
@@ -171,7 +171,7 @@ def never_chosen(table):
     rules = [Rule(**options) for options in table.values()]
     return [
         (name, value)
-        for name, values in {**_CHOICES, **dict.fromkeys(SWITCHES, (False, True))}.items()
+        for name, values in {**CHOICES, **dict.fromkeys(SWITCHES, (False, True))}.items()
         for value in values
         if all(getattr(rule, name) != value for rule in rules)
     ]

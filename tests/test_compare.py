@@ -202,9 +202,8 @@ def test_backprop_is_sgd():
 
 def test_a_population_learns_side_by_side():
     members = [Genome.random(RULE, seed=number, std=0.5, synapse_update=-0.01) for number in (1, 2, 3)]
-    arrays = {name: np.stack([one.arrays[name] for one in members]) for name in members[0].arrays}
     options = {"steps": 3, "seeds": 2, "batch_size": 16}
-    found = evaluate(Genome(RULE, arrays), few(), (8,), **options)
+    found = evaluate(Genome.stack(members), few(), (8,), **options)
     assert list(found["curves"]) == ["genome 0", "genome 1", "genome 2"]
     for number, one in enumerate(members):
         alone = evaluate(one, few(), (8,), **options)["curves"]["genome"]

@@ -233,6 +233,27 @@ def test_with_rule_starts_what_is_new_as_random_does(layers, population):
         np.testing.assert_array_equal(richer.arrays[name], array)
 
 
+@pytest.mark.parametrize("layers", [None, 3])
+def test_members_and_populations(layers):
+    """Stacking singles and populations keeps each genome; members come first in `by_member`, whatever the layers do."""
+    rule = Rule(layers=layers)
+    singles = [Genome.random(rule, seed) for seed in range(3)]
+    pair = Genome.stack(singles[:2])
+    assert pair.population == (2,)
+    assert Genome.stack([pair, singles[2]]) == Genome.stack(singles)
+    for number, single in enumerate(singles):
+        assert Genome.stack(singles).member(number) == single
+    for name, array in pair.by_member().items():
+        np.testing.assert_array_equal(array, np.stack([one.arrays[name] for one in singles[:2]]))
+    assert Genome.from_members(rule, pair.by_member()) == pair
+    assert singles[0].by_member()["nu"].shape[0] == 1
+    with pytest.raises(ValueError, match="one population axis"):
+        Genome.random(rule, 0, population=(2, 2)).by_member()
+    for wrong in ([], [singles[0], Genome.random(rule.replace(states=3), 0)]):
+        with pytest.raises(ValueError, match="`genomes` must be one or more of one rule"):
+            Genome.stack(wrong)
+
+
 def test_momentum_excludes_a_second_hebbian_term():
     with pytest.raises(ValueError, match="`momentum=True` needs `forward_synapse_update=False`"):
         Rule(momentum=True, forward_synapse_update=True)

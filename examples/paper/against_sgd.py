@@ -12,7 +12,7 @@ does more work than one of SGD, so the time of a step stands beside the accuraci
 """
 
 import numpy as np
-from experiment import Outcome, Setting, cell, main
+from experiment import Outcome, Setting, cell, main, save, step_axis
 
 from keras_blur import genomes
 from keras_blur.report import style
@@ -66,15 +66,10 @@ def run(setting: Setting) -> Outcome:
                 style.line(axis, index, places[best[optimizer][-1]], values, f"{label}: best rate at each step")
             axis.set_ylabel("test accuracy")
             axis.set_ylim(0.0, 1.0)
-        axes[0][0].set_xlabel("learning step")
-        axes[0][0].set_xscale("symlog", linthresh=1)
-        axes[0][0].set_xticks([step for step in at if step], [str(step) for step in at if step])
-        axes[0][0].set_xlim(0, at[-1])
+        step_axis(axes[0][0], at)
         axes[0][1].set_xscale("log", nonpositive="mask")
         axes[0][1].set_xlabel("seconds of learning, one network")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
-        style.save(figure, path)
+        save(figure, axes[0][0], path)
 
     note = (
         f"Test accuracy on {setting.data}, hidden layers {hidden}, batches of 128: mean and deviation over "

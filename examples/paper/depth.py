@@ -12,9 +12,9 @@ equally wide, and meta-training unrolls 10 steps, so step 50 also asks a genome 
 """
 
 import numpy as np
-from experiment import RULE, Outcome, Setting, accuracies, cell, join, main, meta_train
+from experiment import RULE, Outcome, Setting, accuracies, cell, main, meta_train
 
-from keras_blur import tasks
+from keras_blur import Genome, tasks
 from keras_blur.report import style
 
 
@@ -31,7 +31,7 @@ def run(setting: Setting) -> Outcome:
         for depth in trained_on
     }
     # All genomes have one rule, so that those of every depth learn side by side in one program.
-    together = join([one.population for one in trained.values()])
+    together = Genome.stack([one.population for one in trained.values()])
     images = tasks.images(setting.data, size=size, data_dir=setting.data_dir)
     found = {}
     for depth in scored_on:

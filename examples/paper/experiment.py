@@ -24,7 +24,8 @@ from absl import app, flags
 
 import keras_blur as kb
 from keras_blur import learners, meta
-from keras_blur.genome import write_text
+from keras_blur.files import write_text
+from keras_blur.report import style
 from keras_blur.report.compare import evaluate
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
@@ -83,7 +84,6 @@ class Trained:
         scores: each member's running query accuracy in meta-training.
         best: the member with the highest.
         skipped: share of meta-steps in which a member's gradient was not finite.
-        history: of `fit`.
         seconds: how long it took.
     """
 
@@ -91,7 +91,6 @@ class Trained:
     scores: list[float]
     best: int
     skipped: float
-    history: Mapping[str, list[float]]
     seconds: float
 
 
@@ -142,21 +141,8 @@ def meta_train(
     scores = [float(score) for score in trainer.member_score.numpy()]
     return Trained(
         trainer.population, scores, trainer.best, float(np.mean(history["skipped"])),
-        {name: [float(v) for v in column] for name, column in history.items()}, time.perf_counter() - begin,
+        time.perf_counter() - begin,
     )  # fmt: skip
-
-
-def member(population: kb.Genome, number: int) -> kb.Genome:
-    """One genome of a population."""
-    axis = 0 if population.rule.layers is None else 1
-    return kb.Genome(population.rule, {n: np.take(np.asarray(a), number, axis) for n, a in population.arrays.items()})
-
-
-def join(genomes: Sequence[kb.Genome]) -> kb.Genome:
-    """Genomes and populations of one rule as one population, in their order."""
-    rows = [[np.asarray(g.arrays[name]) if g.population else np.asarray(g.arrays[name])[None] for g in genomes]
-            for name in genomes[0].arrays]  # fmt: skip
-    return kb.Genome(genomes[0].rule, {n: np.concatenate(r) for n, r in zip(genomes[0].arrays, rows, strict=True)})
 
 
 def accuracies(
@@ -181,6 +167,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)
+
+
+def step_axis(axis: Any, at: Sequence[int]) -> None:
+    """Learning steps on a logarithmic axis that begins at 0."""
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xticks([step for step in at if step], [str(step) for step in at if step])
+    axis.set_xlim(0, at[-1])
+    axis.set_xlabel("learning step")
+
+
+def save(figure: Any, legend: Any, path: str) -> None:
+    """Writes a picture, with the lines of the axis `legend` named above all of it."""
+    handles, labels = legend.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
+    style.save(figure, path)
 
 
 def main(run: Callable[[Setting], Outcome]) -> None:

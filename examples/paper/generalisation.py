@@ -13,7 +13,7 @@ episode, four sizes, several networks. Of the paper's sets, MNIST, Fashion-MNIST
 """
 
 import numpy as np
-from experiment import RULE, Outcome, Setting, accuracies, cell, main, member, meta_train
+from experiment import RULE, Outcome, Setting, accuracies, cell, main, meta_train, save, step_axis
 
 from keras_blur import genomes, tasks
 from keras_blur.report import style
@@ -33,7 +33,7 @@ def run(setting: Setting) -> Outcome:
     trained = meta_train(
         families, [(64, 32)], RULE.replace(states=4), steps=meta_steps, unroll=unroll, members=members, seed=setting.seed
     )
-    own = member(trained.population, trained.best)
+    own = trained.population.member(trained.best)
     wide, deep = setting.pick(((16,), (16,)), ((256,), (256, 128)))
     images = load_images(setting.data, data_dir)
     places = [(tasks.functions("xor"), (20,))]
@@ -64,15 +64,10 @@ def run(setting: Setting) -> Outcome:
         for axis, (title, lines) in zip(axes.ravel(), curves.items(), strict=False):
             for index, (label, values) in enumerate(lines.items()):
                 style.line(axis, index, at, values.mean(0), label, values.std(0, ddof=1))
-            axis.set_xscale("symlog", linthresh=1)
-            axis.set_xticks([step for step in at if step], [str(step) for step in at if step])
-            axis.set_xlim(0, at[-1])
+            step_axis(axis, at)
             axis.set_title(title, fontsize=9)
-            axis.set_xlabel("learning step")
             axis.set_ylabel("test accuracy")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
-        style.save(figure, path)
+        save(figure, axes[0][0], path)
 
     note = (
         f"Test accuracy with batches of 128: mean and deviation over {seeds} initial networks and orders (of tasks: "

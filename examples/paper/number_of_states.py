@@ -11,7 +11,7 @@ that is wider than those of meta-training.
 """
 
 import numpy as np
-from experiment import RULE, Outcome, Setting, accuracies, cell, main, meta_train
+from experiment import RULE, Outcome, Setting, accuracies, cell, main, meta_train, step_axis
 
 from keras_blur import tasks
 from keras_blur.report import style
@@ -50,7 +50,7 @@ def run(setting: Setting) -> Outcome:
         figure, axes = style.figure()
         for index, (states, (at, values)) in enumerate(curves.items()):
             style.line(axes[0][0], index, at, values.mean(0), f"{states} states", values.std(0, ddof=1))
-        axes[0][0].set_xlabel("learning step")
+        step_axis(axes[0][0], at)
         axes[0][0].set_ylabel("test accuracy")
         axes[0][0].legend(fontsize=8)
         style.save(figure, path)

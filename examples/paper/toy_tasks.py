@@ -12,7 +12,7 @@ all come from evolution, as in its section 4.4. Every network has one hidden lay
 """
 
 import numpy as np
-from experiment import RULE, Outcome, Setting, accuracies, cell, join, main
+from experiment import RULE, Outcome, Setting, accuracies, cell, main
 
 import keras_blur as kb
 from keras_blur import learners, meta, tasks
@@ -43,7 +43,9 @@ def run(setting: Setting) -> Outcome:
     scores: dict[int, dict[str, np.ndarray]] = {}
     for states in setting.pick((2,), (2, 4)):
         rule = RULE.replace(states=states)
-        population = join([found_by_evolution(rule, setting.seed + n, generations, episodes) for n in range(genomes)])
+        population = kb.Genome.stack(
+            [found_by_evolution(rule, setting.seed + n, generations, episodes) for n in range(genomes)]
+        )
         scores[states] = {}
         for name in functions:
             _, accuracy = accuracies(

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from keras_blur import genomes
-from keras_blur.genome import write_text
+from keras_blur.files import write_text
 from keras_blur.report.compare import plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks

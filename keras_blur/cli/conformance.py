@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from keras_blur import conformance
-from keras_blur.genome import write_text
+from keras_blur.files import write_text
 
 USAGE = "FILE_OR_DIR ... [flags]"
 

@@ -13,9 +13,11 @@ from absl import flags
 
 from keras_blur import genomes
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.genome import Genome, write_text
+from keras_blur.conversion import copy_kernels
+from keras_blur.files import write_text
+from keras_blur.genome import Genome
 from keras_blur.layers import Dense
-from keras_blur.models import Sequential, copy_kernels
+from keras_blur.models import Sequential
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"

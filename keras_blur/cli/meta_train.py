@@ -14,7 +14,8 @@ from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.genome import Rule, write_text
+from keras_blur.files import write_text
+from keras_blur.options import Rule
 
 USAGE = "[flags]"
 

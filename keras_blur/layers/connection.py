@@ -19,7 +19,8 @@ from typing import Any
 from keras import ops
 
 from keras_blur import rule as equations
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
+from keras_blur.options import Rule
 
 Array = Any
 Synapses = Mapping[str, Array]

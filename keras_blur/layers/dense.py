@@ -14,8 +14,8 @@ import numpy as np
 from keras import initializers, ops
 
 from keras_blur import rule as equations
-from keras_blur.genome import ACTIVATIONS, Rule
 from keras_blur.layers.connection import TRACE, Connection
+from keras_blur.options import ACTIVATIONS, Rule
 
 Array = Any
 

@@ -5,13 +5,16 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 
 from keras_blur import feedback, network
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+from keras_blur.options import Rule
 
 _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
 
@@ -78,7 +81,7 @@ class Blur(Learner):
         """What the output receives: the labels, or the derivative of the loss by the prediction."""
         if self.rule.feedback == "labels":
             return y
-        loss = self.rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
+        loss = loss_of(self.rule)
         y = tf.broadcast_to(y, tf.shape(prediction))
         kind = feedback.target_kind(loss)
         targets = {"classes": lambda: tf.argmax(y, -1, tf.int32), "indicators": lambda: 0.5 * (y + 1.0)}
@@ -89,6 +92,26 @@ class Blur(Learner):
         stages = self.stages(int(state.synapses[-1]["kernel"].shape[-1]))
         sweep = network.forward(genome, stages, network.stored(genome, stages, state.synapses), x)
         return network.output(genome, sweep.neurons)
+
+
+def loss_of(rule: Rule) -> keras.losses.Loss:
+    """The loss that a rule which learns from errors descends in a learner."""
+    return rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
+
+
+def check_genome(genome: Genome, hidden: Sequence[int], axes: int = 0) -> None:
+    """Raises a `ValueError` if a genome has more than `axes` population axes, or not the layers of a network.
+
+    Args:
+        genome: a genome.
+        hidden: units of the hidden layers.
+        axes: 0 or 1.
+    """
+    if len(genome.population) > axes or genome.rule.layers not in (None, len(hidden) + 1):
+        raise ValueError(
+            f"`genome` must be a single one{' or on one population axis' * axes}, for {len(hidden) + 1} layers of synapses "
+            f"if each has its own. Received: {genome!r} with layers={genome.rule.layers}"
+        )
 
 
 def _layers_first(value: Array, own: int) -> Array:

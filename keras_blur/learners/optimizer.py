@@ -14,8 +14,8 @@ import keras
 import tensorflow as tf
 
 from keras_blur import rule as equations
-from keras_blur.genome import ACTIVATIONS
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+from keras_blur.options import ACTIVATIONS
 
 
 class OptimizerState(NamedTuple):

@@ -13,9 +13,10 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from keras_blur.genome import Genome, Rule
+from keras_blur.genome import Genome
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, check_count, start
+from keras_blur.options import Rule
 
 FITNESSES = ("accuracy", "loss")
 

@@ -25,8 +25,9 @@ import tensorflow as tf
 
 from keras_blur import random
 from keras_blur.compiling import compiled
+from keras_blur.feedback import target_kind
 from keras_blur.genome import Genome
-from keras_blur.learners.blur import Blur
+from keras_blur.learners.blur import Blur, loss_of
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
@@ -108,6 +109,11 @@ class MetaTrainer(keras.Model):
         if not learners or any(one.rule != learners[0].rule for one in learners):
             raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
         rule = learners[0].rule
+        if rule.feedback == "error" and several[0].kind == "values" and target_kind(loss_of(rule)) != "values":
+            raise ValueError(
+                "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
+                f"values. Received: loss={rule.loss!r}"
+            )
         if rule.layers is not None and any(len(one.hidden) + 1 != rule.layers for one in learners):
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
         if clipnorm is not None and not clipnorm > 0:
@@ -137,10 +143,8 @@ class MetaTrainer(keras.Model):
             for name, value in self.strategy.init(to_vector(start))._asdict().items():
                 self.evolution[name] = self._counter(f"evolution_{name}", np.asarray(value))
         else:
-            axis = 0 if rule.layers is None else 1
-            for name, array in start.arrays.items():
-                single = np.asarray(array)
-                numbers = np.moveaxis(single, axis, 0) if start.population else np.stack([single] * members)
+            for name, own in start.by_member().items():
+                numbers = np.broadcast_to(own, (members, *own.shape[1:]))
                 setattr(self, f"genome_{name}", self.add_weight(name=name, shape=numbers.shape, initializer="zeros"))
                 self.outer[name] = getattr(self, f"genome_{name}")
                 self.outer[name].assign(numbers)
@@ -219,9 +223,7 @@ class MetaTrainer(keras.Model):
         """All members, on a population axis; of evolution, the one genome at the centre."""
         if self.evolution:
             return self.genome
-        axis = 0 if self.rule.layers is None else 1
-        arrays = {name: np.moveaxis(v.numpy(), 0, axis) for name, v in self.outer.items()}
-        return Genome(self.rule, arrays)
+        return Genome.from_members(self.rule, {name: variable.numpy() for name, variable in self.outer.items()})
 
     @property
     def best(self) -> int:
@@ -234,7 +236,7 @@ class MetaTrainer(keras.Model):
         if self.evolution:
             centre = from_vectors(self.rule, self.evolution["mean"].numpy()[None])
             return Genome(self.rule, {name: np.array(value)[0] for name, value in centre.items()})
-        return Genome(self.rule, {name: value.numpy()[self.best] for name, value in self.outer.items()})
+        return self.population.member(self.best)
 
     def synchronize(self) -> None:
         """Copies the best member, with its optimizer state, over all others; of evolution, does nothing."""

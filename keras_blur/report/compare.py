@@ -24,6 +24,7 @@ from keras_blur import random
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner, Optimizer
+from keras_blur.learners.blur import check_genome
 from keras_blur.report import style
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
@@ -63,7 +64,7 @@ def compare(
     """Compares a genome with SGD, momentum, Adam and RMSprop.
 
     Args:
-        genome: a genome.
+        genome: a single genome.
         data: an image set, whose training images learners see and on whose test images they are scored; or a task
             distribution of classes, of which each seed is one episode of the split `"test"`, scored on 2,000 examples that
             are not among its batches (or as many as there are).
@@ -81,8 +82,7 @@ def compare(
         there is: accuracy 0, cross-entropy `None`.
 
     Raises:
-        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number
-            does not fit the data.
+        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number does not fit the data.
     """
     chosen = GRIDS if grids is None else grids
     labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
@@ -124,7 +124,7 @@ def evaluate(
     >>> result["steps"]
     [0, 1, 2, 5]
     """
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, populations=True)
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, axes=1)
     found = _of_genomes(genome, hidden, source, at)
     names = [f"genome {number}" for number in range(len(found))] if genome.population else ["genome"]
     return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
@@ -133,16 +133,10 @@ def evaluate(
 
 def _prepared(
     genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int,
-    populations: bool = False,
+    axes: int = 0,
 ) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
-    axes = len(genome.population)
-    if axes > populations or genome.rule.layers not in (None, len(hidden) + 1):
-        raise ValueError(
-            f"`genome` must be a single one{' or on one population axis' * populations}, for {len(hidden) + 1} layers of "
-            "synapses if each has its own. "
-            f"Received: {genome!r} with layers={genome.rule.layers}"
-        )
+    check_genome(genome, hidden, axes)
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     limit = data.available("test") - 1 if isinstance(data, Tasks) else len(data.x_train)
@@ -158,16 +152,9 @@ def _prepared(
 
 
 def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> list[dict[str, Any]]:
-    """The curves of a genome, or of each of a population; members first, then an axis for tasks, then layers."""
-    outer = {}
-    for name, array in genome.arrays.items():
-        numbers = np.asarray(array)
-        if genome.population:
-            numbers = np.moveaxis(numbers, 0 if genome.rule.layers is None else 1, 0)
-        else:
-            numbers = numbers[None]
-        outer[name] = tf.constant(numbers[:, None])
-    members = genome.population[0] if genome.population else 1
+    """The curves of a genome, or of each of a population."""
+    outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
+    members = outer["nu"].shape[0]
     return _curves(Blur(tuple(hidden), genome.rule), outer, members, source, at)
 
 

@@ -19,6 +19,7 @@ from keras_blur import network, random
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur
+from keras_blur.learners.blur import check_genome
 from keras_blur.report import style
 from keras_blur.tasks.base import Tasks
 
@@ -50,11 +51,7 @@ def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, A
     >>> learner.units(2), sorted(outer)[0]
     ((8, 2), 'mu')
     """
-    if genome.population or genome.rule.layers not in (None, len(hidden) + 1):
-        raise ValueError(
-            f"`genome` must be a single one, for {len(hidden) + 1} layers of synapses if each has its own. "
-            f"Received: {genome!r} with layers={genome.rule.layers}"
-        )
+    check_genome(genome, hidden)
     outer = {name: tf.constant(np.asarray(array), tf.float32) for name, array in genome.arrays.items()}
     return Blur(tuple(hidden), genome.rule), outer
 
