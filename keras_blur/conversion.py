@@ -29,6 +29,7 @@ def convert(model: keras.Sequential, genome: Genome) -> Sequential:
 
     Example:
 
+    >>> import numpy as np
     >>> from keras_blur import genomes
     >>> twin = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> model = convert(twin, genomes.backprop(loss="mean_squared_error"))

@@ -48,6 +48,7 @@ class Sequential(keras.Model):
 
     Example:
 
+    >>> import numpy as np
     >>> from keras_blur import Genome, Rule, layers
     >>> model = Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(3)], genome=Genome.random(Rule(), seed=0))
     >>> model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
