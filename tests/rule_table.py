@@ -92,9 +92,8 @@ SINGLE = {
         "normalize_synapses": "stored",
     },
     **{
-        f"orthogonal_{directions}_{channels}": {"orthogonalize": 3, "directions": directions, "channels": channels}
-        for directions in ("untied", "tied", "tied_updates")
-        for channels in ("own", "tied", "tied_updates")
+        f"orthogonal_{directions}": {"orthogonalize": 3, "directions": directions, "channels": channels}
+        for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
     },
     "orthogonal_momentum": {"orthogonalize": 5, "momentum": True, "oja": "weights", "update_decay": "power"},
     "mean": {"batch_reduction": "mean"},
