@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
             f"{row['arithmetic_ratio']:8.2f} {row['share_of_peak']:8.1%} {row['memory_mb']:8.0f}"
         )
     if _JSON.value:
-        kb.genome.write_text(_JSON.value, json.dumps({"peak_flops": peak, "rows": rows}, indent=1) + "\n")
+        kb.files.write_text(_JSON.value, json.dumps({"peak_flops": peak, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
         print(f"{name:44} {value:10.3f}  {wanted}")
     if _JSON.value:
         document: dict[str, Any] = {name.strip(): value for name, value, _ in rows}
-        kb.genome.write_text(_JSON.value, json.dumps({"peak_flops": peak, **document}, indent=1) + "\n")
+        kb.files.write_text(_JSON.value, json.dumps({"peak_flops": peak, **document}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

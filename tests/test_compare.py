@@ -3,6 +3,7 @@
 import json
 
 import keras
+import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -254,7 +255,36 @@ def test_shell_on_toy_tasks(tmp_path, capsys):
     assert "--plot draws one result" in capsys.readouterr().err
     assert cli.run(["evaluate", *size, "--size=6"]) == 0
     assert "digits 6x6" in capsys.readouterr().out
+    reported = json.loads(numbers.read_text())
+    assert cli.run(["evaluate", *size, "--size=6", "--split=validation"]) == 0
+    assert "validation accuracy by learning step" in capsys.readouterr().out
+    chosen_by = json.loads(numbers.read_text())
+    assert (reported["split"], chosen_by["split"]) == ("test", "validation")
+    assert reported["curves"]["genome"]["loss"] != chosen_by["curves"]["genome"]["loss"]
+    assert cli.run(["evaluate", *size, "--split=validation"]) == 2
+    assert "`split` must be 'test' or, of tasks, 'validation'" in capsys.readouterr().err
     assert cli.run(["evaluate", *size, "--functions=ring"]) == 2
     assert "`names` must be" in capsys.readouterr().err
     assert cli.run(["evaluate", "--functions=xor"]) == 2
     assert "--genome must be given" in capsys.readouterr().err
+
+
+def test_shell_draws_one_genome(tmp_path, capsys):
+    path = tmp_path / "g.json"
+    Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
+    pictures = {name: tmp_path / f"{name}.png" for name in ("plot", "decisions", "synapses")}
+    flags = {name: f"--{name}={file}" for name, file in pictures.items()}
+    size = [f"--genome={path}", "--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8"]
+    assert cli.run(["evaluate", *size, "--functions=xor", *flags.values()]) == 0
+    sizes = {name: matplotlib.image.imread(file).shape for name, file in pictures.items()}
+    assert sizes["decisions"][0] < sizes["synapses"][0]  # one row of panels, and two
+    assert f"wrote {pictures['decisions']}" in capsys.readouterr().out
+    pictures["synapses"].unlink()
+    assert cli.run(["evaluate", *size, flags["synapses"]]) == 0  # of the digits
+    assert pictures["synapses"].exists()
+    assert cli.run(["evaluate", *size, flags["decisions"]]) == 2
+    assert "--decisions draws the plane: give it with --functions" in capsys.readouterr().err
+    assert cli.run(["evaluate", *size, "--functions=xor,circle", flags["synapses"]]) == 2
+    assert "--synapses draws one network" in capsys.readouterr().err
+    assert cli.run(["evaluate", *size, "--functions=xor", "--decisions=nowhere/x.png"]) == 2
+    assert "--decisions: there is no folder" in capsys.readouterr().err

@@ -61,6 +61,9 @@ def define_scoring_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seeds", 5, "Initial networks and orders of the images, or episodes.", lower_bound=2, **define)
     flags.DEFINE_integer("batch_size", 64, "Examples in a batch.", lower_bound=1, **define)
     flags.DEFINE_integer("seed", 0, "The first of the seeds.", lower_bound=0, **define)
+    flags.DEFINE_enum(
+        "split", "test", ["validation", "test"], "Episodes (--size, --functions) to report, or to choose by.", **define
+    )
     flags.DEFINE_string("json", None, "File for the numbers, every curve.", **define)
     flags.DEFINE_string("plot", None, "File for the picture (.png, .pdf, .svg).", **define)
 
@@ -98,7 +101,7 @@ def score_all(
     check_folders(flag, "json", "plot")
     sources, hidden = sources_of(flag), whole_numbers("hidden", flag["hidden"])
     genome = genomes.load(flag["genome"])
-    options = {name: flag[name] for name in ("steps", "seeds", "batch_size", "seed")}
+    options = {name: flag[name] for name in ("steps", "seeds", "batch_size", "seed", "split")}
     results = []
     for source in sources:
         results.append(score(genome, source, hidden, **options))

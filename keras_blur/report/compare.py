@@ -59,6 +59,7 @@ def compare(
     seeds: int = 5,
     batch_size: int = 128,
     seed: int = 0,
+    split: str = "test",
     grids: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Compares a genome with SGD, momentum, Adam and RMSprop.
@@ -66,13 +67,14 @@ def compare(
     Args:
         genome: a single genome.
         data: an image set, whose training images learners see and on whose test images they are scored; or a task
-            distribution of classes, of which each seed is one episode of the split `"test"`, scored on 2,000 examples that
-            are not among its batches (or as many as there are).
+            distribution of classes, of which each seed is one episode of a split, scored on 2,000 examples that are not
+            among its batches (or as many as there are).
         hidden: units of the hidden layers.
         steps: learning steps; scores are taken at 0, 1, 2, 5, 10, ... up to it.
         seeds: number of initial networks and orders of the images, or of episodes.
         batch_size: examples of a batch.
         seed: of everything; another one gives other networks and batches.
+        split: of tasks: `"test"` to report, `"validation"` to choose by. An image set has no validation images of its own.
         grids: rates by optimizer; `None` takes half decades around the usual ones.
 
     Returns:
@@ -90,7 +92,7 @@ def compare(
         raise ValueError(
             f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
         )
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed)
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split)
     curves = {"genome": _of_genomes(genome, hidden, source, at)[0]}
     for name, rates in chosen.items():
         learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
@@ -98,7 +100,7 @@ def compare(
         for rate, curve in zip(rates, _curves(learner, grid, len(rates), source, at), strict=True):
             curves[f"{name} {rate:g}"] = {"optimizer": name, "rate": float(rate), **curve}
     return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
+            "split": split, "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
 
 
 def evaluate(
@@ -110,6 +112,7 @@ def evaluate(
     seeds: int = 5,
     batch_size: int = 128,
     seed: int = 0,
+    split: str = "test",
 ) -> dict[str, Any]:
     """The genome alone: arguments, errors and values as `compare`, without optimizers, envelope and best.
 
@@ -124,22 +127,24 @@ def evaluate(
     >>> result["steps"]
     [0, 1, 2, 5]
     """
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, axes=1)
+    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split, axes=1)
     found = _of_genomes(genome, hidden, source, at)
     names = [f"genome {number}" for number in range(len(found))] if genome.population else ["genome"]
     return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "steps": at, "curves": dict(zip(names, found, strict=True))}  # fmt: skip
+            "split": split, "steps": at, "curves": dict(zip(names, found, strict=True))}  # fmt: skip
 
 
 def _prepared(
     genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int,
-    axes: int = 0,
+    split: str, axes: int = 0,
 ) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
     check_genome(genome, hidden, axes)
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
-    limit = data.available("test") - 1 if isinstance(data, Tasks) else len(data.x_train)
+    if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):
+        raise ValueError(f"`split` must be 'test' or, of tasks, 'validation'. Received: split={split!r} of {data.name}")
+    limit = data.available(split) - 1 if isinstance(data, Tasks) else len(data.x_train)
     if steps < 1 or seeds < 2 or not 1 <= batch_size <= limit:
         raise ValueError(
             f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
@@ -147,7 +152,7 @@ def _prepared(
         )
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     if isinstance(data, Tasks):
-        return _Episodes(data, batch_size, seeds, seed, steps), at
+        return _Episodes(data, batch_size, seeds, seed, steps, split), at
     return _Passes(data, batch_size, seeds, seed), at
 
 
@@ -213,10 +218,10 @@ class _Passes(_Source):
 class _Episodes(_Source):
     """Tasks: each seed has an episode of its own."""
 
-    def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int):
+    def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int, split: str):
         super().__init__(batch_size, seeds, seed)
-        query = min(_CHUNK, tasks.available("test") - batch_size)
-        stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split="test")
+        query = min(_CHUNK, tasks.available(split) - batch_size)
+        stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
         self.x, self.signs = drawn["x"], drawn["y"]
         self.test_x, self.test_y = drawn["query_x"], drawn["query_y"].argmax(-1)
@@ -317,7 +322,7 @@ def format_compare(result: Mapping[str, Any]) -> str:
     width = 18
     lines = [
         f"{result['data']}, hidden {','.join(map(str, result['hidden']))}, batch {result['batch_size']}, "
-        f"{result['seeds']} seeds: test accuracy by learning step, mean (and deviation over seeds)",
+        f"{result['seeds']} seeds: {result['split']} accuracy by learning step, mean (and deviation over seeds)",
         f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
     ]
     genomes = [name for name in result["curves"] if name.startswith("genome")]
@@ -368,20 +373,22 @@ def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target:
 
 
 def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws accuracy by step and by seconds of the genome, each optimizer's best rate, and the envelope."""
+    """Draws accuracy by step and by seconds: genomes and, of a comparison, each optimizer's best rate and the envelope."""
     made, axes = style.figure(columns=2)
     at = np.array(result["steps"])
+    shown = [name for name in result["curves"] if name.startswith("genome")] + list(result.get("best", {}).values())
     for panel, axis in enumerate(axes[0]):
-        for index, (label, name) in enumerate([("genome", "genome"), *((n, n) for n in result["best"].values())]):
+        for index, name in enumerate(shown):
             curve = result["curves"][name]
             values = np.array(curve["accuracy"])
             x = at if panel == 0 else np.array(curve["seconds"])
-            style.line(axis, index, x, values.mean(0), label, values.std(0, ddof=1))
+            style.line(axis, index, x, values.mean(0), name, values.std(0, ddof=1))
         if panel == 0:
-            axis.plot(at, result["envelope"]["accuracy"], color="0.6", linewidth=4, zorder=0, label="envelope")
+            if "envelope" in result:
+                axis.plot(at, result["envelope"]["accuracy"], color="0.6", linewidth=4, zorder=0, label="envelope")
             axis.set_xscale("symlog", linthresh=1)
         axis.set_xlabel("learning step" if panel == 0 else "seconds of learning, one network")
-        axis.set_ylabel("test accuracy")
+        axis.set_ylabel(f"{result['split']} accuracy")
     axes[0][0].legend(fontsize=7)
     made.suptitle(f"{result['data']}, hidden {','.join(map(str, result['hidden']))}", fontsize=10)
     style.save(made, path)
