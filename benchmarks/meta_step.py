@@ -2,8 +2,9 @@
 
     python benchmarks/meta_step.py [--sizes 784,128,10] [--batch_size 128] [--steps 10] [--states 2] [--json FILE]
 
-One episode: the gradient of the query's cross-entropy through an unroll, compiled, data in memory. Meta-gradient and a Keras
-SGD step of the same network take turns. "arithmetic" counts the multiplications and additions of the matrix products that
+One episode: the gradient of the query's cross-entropy through an unroll, data in memory, as a graph that TensorFlow runs
+operation by operation (`jit_compile=False`) and as one program of XLA (`jit_compile=True`). Both and a Keras SGD step of the
+same network take turns. The share of the matmul peak counts the multiplications and additions of the matrix products that
 the equations and their derivatives need and nothing else (a product has two derivatives, one where an operand is data).
 Memory is the peak above the process before the first call, compilation included, each in a process of its own.
 """
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -37,13 +39,15 @@ _POPULATION = flags.DEFINE_integer("population", 80, "Genomes of the population.
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Times that each is run.", lower_bound=3)
 _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in some more processes.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
-_MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: steps,recompute of a candidate whose memory to print.")
+_MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: steps,recompute,jit of a candidate whose memory to print.")
+
+PROGRAMS = {"graph": False, "XLA": True}
 
 
 class Case:
-    """A compiled meta-gradient and its arguments."""
+    """A meta-gradient and its arguments."""
 
-    def __init__(self, steps: int, members: int = 1, *, recompute: bool = False):
+    def __init__(self, steps: int, members: int = 1, *, jit: bool, recompute: bool = False):
         sizes, batch = [int(size) for size in _SIZES.value], _BATCH.value
         rng = np.random.default_rng(0)
         rule = kb.Rule(states=_STATES.value, batch_reduction="mean")
@@ -65,7 +69,7 @@ class Case:
             {name: tf.constant(array) for name, array in episodes.items()},
         )
         seed = random.seed_of(0)
-        self._gradient = tf.function(lambda outer, episodes: estimator(learner, outer, episodes, seed)[0], jit_compile=True)
+        self._gradient = tf.function(lambda outer, episodes: estimator(learner, outer, episodes, seed)[0], jit_compile=jit)
         start = time.perf_counter()
         self()
         self.compile_seconds = time.perf_counter() - start
@@ -112,59 +116,70 @@ def operations(sizes: list[int], batch: int, steps: int, states: int) -> int:
     return steps * step + 2 * first + 3 * rest
 
 
-def memory_of(steps: int, *, recompute: bool) -> float:
+def memory_of(steps: int, *, jit: bool, recompute: bool) -> float:
     """Peak memory in MB, from a process of its own."""
     forwarded = [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in (
         ("sizes", _SIZES.value), ("batch_size", _BATCH.value), ("states", _STATES.value),
     )]  # fmt: skip
-    asked = [sys.executable, __file__, *forwarded, f"--memory_of={steps},{int(recompute)}"]
+    asked = [sys.executable, __file__, *forwarded, f"--memory_of={steps},{int(recompute)},{int(jit)}"]
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def main(argv: list[str]) -> None:
     del argv
     if _MEMORY_OF.value:
-        steps, recompute = map(int, _MEMORY_OF.value.split(","))
+        count, recompute, jit = map(int, _MEMORY_OF.value.split(","))
         with PeakMemory() as memory:
-            case = Case(steps, recompute=bool(recompute))
+            case = Case(count, jit=bool(jit), recompute=bool(recompute))
             case()
         print(memory.megabytes)
         return
     sizes, steps = [int(size) for size in _SIZES.value], _STEPS.value
-    sgd, single, five, fifty = Sgd(), Case(steps), Case(5), Case(50)
-    population = Case(steps, _POPULATION.value)
-    times: dict[str, list[float]] = {name: [] for name in ("sgd", "single", "population")}
+    timed: dict[str, Callable[[], float]] = {"sgd": Sgd()}
+    compiling = {}
+    for name, jit in PROGRAMS.items():
+        timed[name], timed["population, " + name] = Case(steps, jit=jit), Case(steps, _POPULATION.value, jit=jit)
+        compiling[name] = Case(50, jit=jit).compile_seconds / Case(5, jit=jit).compile_seconds
+    times: dict[str, list[float]] = {name: [] for name in timed}
     flops = []
     for _ in range(_REPEATS.value):
-        times["sgd"].append(sgd())
-        times["single"].append(single())
-        times["population"].append(population())
+        for name, run in timed.items():
+            times[name].append(run())
         flops.append(peak_flops())
     seconds = {name: float(np.median(values)) for name, values in times.items()}
     work = operations(sizes, _BATCH.value, steps, _STATES.value)
     peak = float(np.median(flops))
-    ratios = np.array(times["single"]) / np.array(times["sgd"])
-    rows: list[tuple[str, float, str]] = [
-        ("meta-gradient over a Keras SGD step", seconds["single"] / seconds["sgd"], "at most 60"),
-        ("  the same, lowest tenth of the runs", float(np.quantile(ratios, 0.1)), ""),
-        ("  the same, highest tenth", float(np.quantile(ratios, 0.9)), ""),
-        ("share of the matmul peak", work / seconds["single"] / peak, "at least 0.60"),
-        ("  arithmetic, GFLOP", work / 1e9, ""),
-        (f"population of {_POPULATION.value} over one genome", seconds["population"] / seconds["single"], "at most 60"),
-        ("trace and compile, 50 steps over 5", fifty.compile_seconds / five.compile_seconds, "at most 1.5"),
-    ]
-    if _MEMORY.value:
-        rows.append((f"peak memory, {steps} steps, GB", memory_of(steps, recompute=False) / 1e3, "at most 0.15"))
-    for count in (25, 100, 400) if _MEMORY.value else ():
-        rows.append((f"peak memory, {count} steps, GB", memory_of(count, recompute=False) / 1e3, ""))
-        rows.append(("  with recomputation", memory_of(count, recompute=True) / 1e3, "as the root of the steps"))
-    print(f"{'-'.join(_SIZES.value)}, batch {_BATCH.value}, {steps} steps, k={_STATES.value}, float32; matmul peak "
-          f"{peak / 1e9:.0f} GFLOP/s; median of {_REPEATS.value}")  # fmt: skip
-    for name, value, wanted in rows:
-        print(f"{name:44} {value:10.3f}  {wanted}")
+    columns = {}
+    for name, jit in PROGRAMS.items():
+        ratios = np.array(times[name]) / np.array(times["sgd"])
+        columns[name] = {
+            "meta-gradient over a Keras SGD step": (seconds[name] / seconds["sgd"], "at most 60"),
+            "  the same, lowest tenth of the runs": (float(np.quantile(ratios, 0.1)), ""),
+            "  the same, highest tenth": (float(np.quantile(ratios, 0.9)), ""),
+            "share of the matmul peak": (work / seconds[name] / peak, "at least 0.60"),
+            f"population of {_POPULATION.value} over one genome": (
+                seconds["population, " + name] / seconds[name], "at most 60"
+            ),
+            "  its share of the matmul peak": (_POPULATION.value * work / seconds["population, " + name] / peak, ""),
+            "trace and compile, 50 steps over 5": (compiling[name], "at most 1.5"),
+        }  # fmt: skip
+        if _MEMORY.value:
+            found = memory_of(steps, jit=jit, recompute=False) / 1e3
+            columns[name][f"peak memory, {steps} steps, GB"] = (found, "at most 0.15")
+        for count in (25, 100, 400) if _MEMORY.value else ():
+            found = memory_of(count, jit=jit, recompute=False) / 1e3
+            columns[name][f"peak memory, {count} steps, GB"] = (found, "")
+            found = memory_of(count, jit=jit, recompute=True) / 1e3
+            columns[name][f"  with recomputation, {count} steps"] = (found, "as the root of the steps")
+    print(f"{'-'.join(_SIZES.value)}, batch {_BATCH.value}, {steps} steps, k={_STATES.value}, float32; "
+          f"{work / 1e9:.2f} GFLOP, matmul peak {peak / 1e9:.0f} GFLOP/s; median of {_REPEATS.value}")  # fmt: skip
+    print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))
+    for name, (_, wanted) in columns["graph"].items():
+        print(f"{name:40}" + "".join(f"{column[name][0]:10.3f}" for column in columns.values()) + f"  {wanted}")
     if _JSON.value:
-        document: dict[str, Any] = {name.strip(): value for name, value, _ in rows}
-        kb.files.write_text(_JSON.value, json.dumps({"peak_flops": peak, **document}, indent=1) + "\n")
+        values = {name: {row.strip(): value for row, (value, _) in column.items()} for name, column in columns.items()}
+        document: dict[str, Any] = {"peak_flops": peak, "arithmetic": work, **values}
+        kb.files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -199,6 +199,7 @@ def test_a_rule_that_learns_from_errors_is_meta_trained(tmp_path):
     path = tmp_path / "g.json"
     arguments = ["--start=backprop", "--rule=momentum=true,update_decay=power", "--unroll=5", "--members=1", "--hidden=16"]
     sizes = ["--epochs=1", "--steps_per_epoch=30", "--batch_size=32", "--query_size=64", "--learning_rate=1e-3"]
+    sizes.append("--nojit_compile")
     assert cli.run(["meta-train", *arguments, *sizes, f"--genome={path}"]) == 0
     found, start = Genome.load(path), genomes.backprop()
     assert found.rule == start.rule.replace(momentum=True, update_decay="power")

@@ -20,11 +20,14 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 import keras_blur as kb
-from keras_blur import learners, meta
+from keras_blur import learners, meta, random
+from keras_blur.compiling import compiled
 from keras_blur.files import write_text
+from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.report import style
 from keras_blur.report.compare import evaluate
 from keras_blur.tasks.base import Tasks
@@ -106,11 +109,12 @@ def meta_train(
     steps: int,
     unroll: int | Sequence[int] = 10,
     members: int = 3,
-    start: kb.Genome | None = None,
+    genome: kb.Genome | None = None,
     batch_size: int = 64,
     query_size: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 0,
+    jit_compile: bool = True,
 ) -> Trained:
     """Meta-trains `members` genomes by the gradient through the unroll.
 
@@ -121,10 +125,11 @@ def meta_train(
         steps: meta-steps in all, shared out evenly to the stages of `unroll`.
         unroll: unrolled steps, or those of each stage of a curriculum (section 4.2).
         members: genomes side by side, from different random numbers.
-        start: genome or population to start from in place of random numbers.
+        genome: genome or population to start from in place of random numbers.
         batch_size, query_size: examples of a support batch and of the query.
         learning_rate: of Adam.
         seed: of everything.
+        jit_compile: whether XLA compiles the meta-gradient; for a small network that takes longer than it saves.
 
     Returns:
         A `Trained`.
@@ -132,9 +137,9 @@ def meta_train(
     stages = [unroll] if isinstance(unroll, int) else list(unroll)
     trainer = meta.MetaTrainer(
         tasks, [learners.Blur(units, rule) for units in hidden], meta.Unroll(stages[0], along=1.0), members=members,
-        batch_size=batch_size, query_size=query_size, clipnorm=1.0, genome=start, seed=seed,
+        batch_size=batch_size, query_size=query_size, clipnorm=1.0, genome=genome, seed=seed,
     )  # fmt: skip
-    trainer.compile(keras.optimizers.Adam(learning_rate))
+    trainer.compile(keras.optimizers.Adam(learning_rate), jit_compile=jit_compile)
     begin = time.perf_counter()
     curriculum = meta.UnrollCurriculum(list(enumerate(stages)))
     history = trainer.fit(len(stages), max(1, steps // len(stages)), callbacks=[curriculum], verbose=0).history
@@ -155,6 +160,38 @@ def accuracies(
     """
     found = evaluate(genome, data, hidden, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed)
     return found["steps"], np.array([curve["accuracy"] for curve in found["curves"].values()])
+
+
+def accuracy_after(
+    genome: kb.Genome,
+    data: Tasks,
+    hidden: Sequence[int],
+    *,
+    steps: int,
+    seeds: int,
+    batch_size: int,
+    query_size: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Test accuracy of each of a population after some steps alone, where many networks or tasks are scored.
+
+    `accuracies` follows the whole curve, which takes a program for each stretch between two scores; this takes one. Each
+    seed is an episode of the tasks' test split.
+
+    Returns:
+        Accuracies `[members, seeds]`; 0 where the loss is not finite.
+    """
+    learner, inner = learners.Blur(tuple(hidden), genome.rule), InnerLoop(steps)
+    stream = data.dataset(seed, steps=steps, batch=batch_size, query=query_size, split="test")
+    episodes = next(iter(stream.batch(seeds)))
+    outer = {name: tf.constant(array) for name, array in genome.by_member().items()}
+
+    def score(outer: Mapping[str, Any], episodes: Mapping[str, Any]) -> tuple[Any, Any]:
+        state = start(learner, outer, episodes, random.seed_of(seed))
+        return inner.objective(learner, outer, episodes, state)[:2]
+
+    loss, accuracy = (value.numpy() for value in compiled(score, jit_compile=False)(outer, episodes))
+    return np.where(np.isfinite(loss), accuracy, 0.0)
 
 
 def cell(values: Any) -> str:

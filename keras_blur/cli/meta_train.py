@@ -59,6 +59,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("fitness", "accuracy", ["accuracy", "loss"], "What cma goes by.", **define)
     flags.DEFINE_enum("loss", "auto", meta.LOSSES, "Loss of the query; auto: cross-entropy, squared for values.", **define)
     flags.DEFINE_boolean("recompute", False, "Whether to trade time for memory (unroll, truncated).", **define)
+    flags.DEFINE_boolean(
+        "jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.", **define
+    )
     flags.DEFINE_float("along", 1.0, "Weight of the loss along the way beside the query's.", lower_bound=0.0, **define)
     flags.DEFINE_integer("members", 4, "Genomes trained side by side.", lower_bound=1, **define)
     flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
@@ -126,7 +129,8 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         genome=start,
         seed=flag["seed"],
     )
-    trainer.compile(None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"]))
+    optimizer = None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"])
+    trainer.compile(optimizer, jit_compile=flag["jit_compile"])
     share = flag["epochs"] // len(unrolls)
     stages = [(index * share, steps) for index, steps in enumerate(unrolls)]
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]

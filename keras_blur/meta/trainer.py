@@ -192,7 +192,8 @@ class MetaTrainer(keras.Model):
         Args:
             optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1. Evolution
                 has none.
-            jit_compile: whether the meta-gradient is compiled by XLA.
+            jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
+                orthogonalised terms are several times as fast with it, wide ones on a CPU are not.
             **kwargs: `run_eagerly` and `steps_per_execution` are not used and refused.
         """
         if kwargs:
