@@ -125,7 +125,13 @@ def encode(y: Array, units: int, kind: str) -> Array:
     return y
 
 
-def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: Array | None = None) -> Array:
+def error(
+    loss: keras.losses.Loss,
+    y: Array,
+    prediction: Array,
+    sample_weight: Array | None = None,
+    total: Callable[[Array], Array] | None = None,
+) -> Array:
     """The derivative of a Keras loss by the prediction, weights and reduction included.
 
     Args:
@@ -133,6 +139,7 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
         y: labels as that loss takes them.
         prediction: `[batch, units]`; without weights, leading axes stand for networks with a batch each.
         sample_weight: `[batch]` or `[batch, 1]`, or `None`.
+        total: gives the sum of a number over the devices that share the batch, if several do.
 
     Returns:
         An array like the prediction.
@@ -168,13 +175,12 @@ def error(loss: keras.losses.Loss, y: Array, prediction: Array, sample_weight: A
         sample_weight = ops.reshape(ops.cast(sample_weight, prediction.dtype), (-1, 1))
         slope = slope * sample_weight
     reduction = loss.reduction
-    if reduction in ("sum_over_batch_size", "mean"):
-        return slope / ops.cast(ops.shape(prediction)[-2], prediction.dtype)
-    if reduction == "mean_with_sample_weight":
-        total = ops.shape(prediction)[-2] if sample_weight is None else ops.sum(sample_weight)
-        return slope / ops.cast(total, prediction.dtype)
     if reduction == "sum":
         return slope
+    if reduction in ("sum_over_batch_size", "mean", "mean_with_sample_weight"):
+        weighs = reduction == "mean_with_sample_weight" and sample_weight is not None
+        divisor = ops.cast(ops.sum(sample_weight) if weighs else ops.shape(prediction)[-2], prediction.dtype)
+        return slope / (divisor if total is None else total(divisor))
     raise ValueError(f"The loss must have a reduction for feedback='error'. Received: reduction={reduction!r}")
 
 

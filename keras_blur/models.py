@@ -18,14 +18,15 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_blur import distribution, network
 from keras_blur import feedback as feedbacks
-from keras_blur import network
 from keras_blur.checks import checked
 from keras_blur.genome import Genome
 from keras_blur.layers.connection import Connection
 from keras_blur.layers.dense import Dense
 from keras_blur.layers.structural import StructuralMap, structural_map
 from keras_blur.options import Rule
+from keras_blur.rule import Shared
 
 Array = Any
 
@@ -207,9 +208,8 @@ class Sequential(keras.Model):
         for index, layer in enumerate(self._chain):
             setattr(self, f"_layer_{index}", layer)  # tf.train.Checkpoint sees attributes, not lists
         self.learning_step = self.add_weight(
-            name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False,
-            aggregation="only_first_replica",
-        )  # fmt: skip
+            name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False
+        )
         self.built = True
 
     def _keep_neurons(self, batch: int | None, layer: Dense) -> None:
@@ -378,13 +378,14 @@ class Sequential(keras.Model):
             with tf.init_scope():
                 self.build((None, *x.shape[1:]))
         rule, layers = self.rule, self._synaptic()
+        shared = self._shared(x)
         weight = None if sample_weight is None else ops.reshape(ops.cast(sample_weight, self.variable_dtype), (-1,))
         respond: Callable[[Array], Array]
         if rule.feedback == "error":
             loss = rule.keras_loss or self._shown_loss
 
             def respond(prediction: Array) -> Array:
-                return feedbacks.error(loss, y, prediction, weight)
+                return feedbacks.error(loss, y, prediction, weight, shared and (lambda number: shared.total([number])[0]))
         else:
             labels = feedbacks.encode(y, layers[-1].units, self.target_kind())
 
@@ -399,6 +400,7 @@ class Sequential(keras.Model):
             self._prepared(x, True),
             respond,
             sample_weight=weight if rule.feedback == "labels" else None,
+            batch=shared,
         )
         for layer, new, statistics in zip(layers, result.state.synapses, result.statistics, strict=True):
             if layer.trainable and self.trainable:
@@ -409,11 +411,29 @@ class Sequential(keras.Model):
         for variable, value in zip(self._neurons, result.state.neurons[1:], strict=True):
             variable.assign(value)
         self.learning_step.assign(step + 1)
+        loss_value = self.compute_loss(x=x, y=y, y_pred=result.output, sample_weight=sample_weight, training=True)
         self._loss_tracker.update_state(
-            self.compute_loss(x=x, y=y, y_pred=result.output, sample_weight=sample_weight, training=True),
+            loss_value * distribution.replicas(),  # Keras divides losses by it
             sample_weight=ops.shape(result.output)[0],
         )
-        return self.compute_metrics(x, y, result.output, sample_weight=sample_weight)
+        return distribution.reducible(self.compute_metrics(x, y, result.output, sample_weight=sample_weight))
+
+    def test_step(self, data: Any) -> dict[str, Array]:
+        """As in Keras."""
+        return distribution.reducible(super().test_step(data))
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras's, which metrics are made in, looks at a batch; of a batch over several workers it cannot."""
+        with self.distribute_strategy.scope():
+            if iterator is not None and distribution.several_workers():
+                iterator, data_batch = None, distribution.local_batch(next(iter(next(iter(iterator))[2])))
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+    def _shared(self, x: Array) -> Shared | None:
+        """The batch, if several replicas share it."""
+        if distribution.replicas() == 1:
+            return None
+        return Shared(distribution.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], distribution.total)
 
     def _follow(self, layer: Dense, statistics: network.Statistics, step: Array) -> None:
         """Running statistics for `predict`: a plain mean of the batches at first, then one that forgets."""

@@ -90,6 +90,7 @@ def forward(
     neurons: Sequence[Array] = (),
     statistics: Sequence[Statistics] = (),
     training: bool = False,
+    batch: equations.Shared | None = None,
 ) -> Sweep:
     """The forward pass.
 
@@ -101,6 +102,7 @@ def forward(
         neurons: states of the layers before the pass; `()` for zeros.
         statistics: with which to normalise each stage; `()` takes those of this batch.
         training: whether dropout drops.
+        batch: the batch, if x is the part of it that one of several devices holds.
 
     Returns:
         A `Sweep`.
@@ -117,6 +119,7 @@ def forward(
             neurons[index + 1] if neurons else None,
             last=index == len(stages) - 1,
             statistics=statistics[index] if statistics else None,
+            batch=batch,
         )
         layers.append(states)
         used.append(moments)
@@ -143,7 +146,7 @@ def step(
     feedback: Callable[[Array], Array],
     *,
     sample_weight: Array | None = None,
-    reduce: Callable[[Any], Any] | None = None,
+    batch: equations.Shared | None = None,
     training: bool = True,
 ) -> StepResult:
     """One learning step on one batch.
@@ -155,8 +158,8 @@ def step(
         x: inputs `[..., batch, *features]`.
         feedback: maps the output `[..., batch, units]` to what state 2 of the last layer receives, of the same shape.
         sample_weight: weight of each example in the Hebbian term, `[..., batch]`, or `None`.
-        reduce: applied to the Hebbian sums before gates and saturation: where a batch is shared between devices, their
-            sum over devices.
+        batch: the batch, if x is the part of it that one of several devices holds: statistics and Hebbian sums are added
+            up over devices, before saturation and the other stabilisers, and every device comes to the same synapses.
         training: whether dropout drops.
 
     Returns:
@@ -164,7 +167,7 @@ def step(
     """
     rule = genome.rule
     synapses = stored(genome, stages, state.synapses)
-    sweep = forward(genome, stages, synapses, x, neurons=state.neurons, training=training)
+    sweep = forward(genome, stages, synapses, x, neurons=state.neurons, training=training, batch=batch)
     prediction = output(genome, sweep.neurons)
 
     def learn(synapses: tuple[Synapses, ...], neurons: Sequence[Array], prefix: str) -> tuple[Synapses, ...]:
@@ -177,10 +180,8 @@ def step(
             gene = genome.layer(index)
             pre, _ = _enter(stage, before[index], sweep.contexts[index], training)
             sums = stage.connection.hebbian(
-                gene, own, pre, neurons[index + 1], prefix=prefix, step=state.step, sample_weight=sample_weight
+                gene, own, pre, neurons[index + 1], prefix=prefix, step=state.step, sample_weight=sample_weight, batch=batch
             )
-            if reduce is not None:
-                sums = reduce(sums)
             new.append(stage.connection.update(gene, own, sums, prefix=prefix, step=state.step))
         return tuple(new)
 
@@ -195,7 +196,7 @@ def step(
             z = stage.connection.backward(genome.layer(index), synapses[index], neurons[index + 1])
             for structural, context in zip(reversed(stage.maps), reversed(sweep.contexts[index]), strict=True):
                 z = structural.transpose(z, context)
-            neurons[index] = equations.backward_neurons(rule, genome.layer(index), z, neurons[index])
+            neurons[index] = equations.backward_neurons(rule, genome.layer(index), z, neurons[index], batch)
         return learn(synapses, neurons, ""), tuple(neurons)
 
     if rule.supervised_every == 1:

@@ -13,7 +13,8 @@ The paper writes a transform with the source state as its second index and backp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -21,6 +22,19 @@ from keras_blur.genome import Genome
 from keras_blur.options import Rule
 
 Array = Any
+
+
+class Shared(NamedTuple):
+    """A batch of which each of several devices holds a part.
+
+    Attributes:
+        examples: number of examples of the whole batch.
+        total: gives the sums over the devices of a list of arrays.
+    """
+
+    examples: Array
+    total: Callable[[list[Array]], list[Array]]
+
 
 # Inside the square root of synapse normalisation; the published constant.
 SYNAPSE_EPSILON = 1e-9
@@ -76,9 +90,13 @@ def mix(states: Array, transform: Array) -> Array:
     return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
 
 
-def moments(rule: Rule, z: Array) -> tuple[Array, Array]:
-    """Mean and variance of the summed input over the normalisation axis."""
+def moments(rule: Rule, z: Array, batch: Shared | None = None) -> tuple[Array, Array]:
+    """Mean and variance of the summed input over the normalisation axis: of all the batch, where devices share it."""
     axis = -2 if rule.normalization_axis == "batch" else -1
+    if axis == -2 and batch is not None:
+        count = ops.cast(batch.examples, z.dtype)
+        mean = batch.total([ops.sum(z, axis=axis, keepdims=True)])[0] / count
+        return mean, batch.total([ops.sum(ops.square(z - mean), axis=axis, keepdims=True)])[0] / count
     mean = ops.mean(z, axis=axis, keepdims=True)
     return mean, ops.mean(ops.square(z - mean), axis=axis, keepdims=True)
 
@@ -98,7 +116,13 @@ def select(rule: Rule, values: Array, axis: int) -> Array:
 
 
 def forward_neurons(
-    rule: Rule, genome: Genome, activation: str, z: Array, old: Array | None, statistics: tuple[Array, Array] | None
+    rule: Rule,
+    genome: Genome,
+    activation: str,
+    z: Array,
+    old: Array | None,
+    statistics: tuple[Array, Array] | None,
+    batch: Shared | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """Equation 5: new neuron states of a layer from their summed input.
 
@@ -109,12 +133,13 @@ def forward_neurons(
         z: summed input `[..., k, batch, units]`; without state 2 if `rule.derivative_state`.
         old: the states before, or `None` for zeros.
         statistics: mean and variance to normalise with; `None` takes those of z.
+        batch: the batch, if z is of a part of it.
 
     Returns:
         The states, and the statistics that were used (`None` if this pass does not normalise).
     """
     if rule.normalize_activations in ("forward", "both"):
-        statistics = moments(rule, z) if statistics is None else statistics
+        statistics = moments(rule, z, batch) if statistics is None else statistics
         scale, shift = genome.forward_scale, genome.forward_shift
         if rule.derivative_state:
             scale, shift = (select(rule, ops.convert_to_tensor(value), -1) for value in (scale, shift))
@@ -132,7 +157,7 @@ def forward_neurons(
     return states, statistics
 
 
-def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array) -> Array:
+def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: Shared | None = None) -> Array:
     """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
 
     z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read it.
@@ -142,7 +167,7 @@ def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array) -> Array:
         scale, shift = (ops.convert_to_tensor(v) for v in (genome.backward_scale, genome.backward_shift))
         if skip_first:
             scale, shift = scale[..., 1:], shift[..., 1:]
-        z = normalize(rule, z, scale, shift, moments(rule, z))
+        z = normalize(rule, z, scale, shift, moments(rule, z, batch))
     keep = scalar(genome.neuron_keep, old)
     if rule.backward_update == "additive":
         new = keep * old + scalar(genome.neuron_update, old) * z

@@ -97,7 +97,7 @@ def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
     def gradient(number):  # other noise, the same initial network
         noise = perturbations(outer, pairs, number)
         losses, right, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
-        return estimator.estimate(outer, noise, losses, right).gradients
+        return estimator.estimate(outer, noise, tf.reduce_mean(losses, 1), tf.reduce_mean(right, 1)).gradients
 
     def along(gradients):
         return sum(float(np.sum(np.asarray(gradients[name]) * np.asarray(exact[name]))) for name in outer)
@@ -112,11 +112,11 @@ def test_a_pair_without_a_finite_loss_is_left_out():
     estimator = ES(1, pairs=3, sigma=0.5)
     outer = {"theta": tf.zeros((1,))}
     directions = {"theta": tf.constant([[1.0, 2.0, -1.0]])}
-    losses = tf.constant([[3.0], [np.nan], [1.0], [1.0], [9.0], [2.0]])  # three pluses, three minuses
-    found = estimator.estimate(outer, directions, losses, tf.zeros((6, 1)))
+    losses = tf.constant([3.0, np.nan, 1.0, 1.0, 9.0, 2.0])  # three pluses, three minuses
+    found = estimator.estimate(outer, directions, losses, tf.zeros(6))
     assert float(found.gradients["theta"][0]) == pytest.approx(((3 - 1) * 1.0 + (1 - 2) * -1.0) / (2 * 0.5) / 2)
     assert float(found.loss[0]) == pytest.approx((3 + 1 + 1 + 2) / 4)
-    nothing_left = estimator.estimate(outer, directions, losses * np.nan, tf.zeros((6, 1)))
+    nothing_left = estimator.estimate(outer, directions, losses * np.nan, tf.zeros(6))
     assert np.isnan(float(nothing_left.loss[0]))
 
 
@@ -153,7 +153,7 @@ def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_differen
 
     def loss(sign):
         moved = {name: value + sign * 1e-6 * direction[name] for name, value in outer.items()}
-        return float(tf.reduce_mean(estimator.objective(learner, moved, cut(data, 1, 3), carried)[0]))
+        return float(tf.reduce_mean(estimator.objective(learner, moved, cut(data, 1, 3), carried.learners)[0]))
 
     slope = sum(float(np.sum(np.asarray(second.gradients[name]) * direction[name])) for name in outer)
     assert slope == pytest.approx((loss(1) - loss(-1)) / 2e-6, rel=2e-5)

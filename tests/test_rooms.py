@@ -18,18 +18,19 @@ BELOW = {
     "genome": {"options", "files"},
     "genomes": {"genome", "options"},
     "rule": {"genome", "options"},
-    "layers": {"rule", "genome", "options"},
+    "layers": {"rule", "genome", "options", "distribution"},
     "network": {"layers", "rule", "genome"},
     "checks": set(),
-    "models": {"network", "layers", "genome", "options", "feedback", "checks"},
+    "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution"},
     "conversion": {"models", "layers", "genome", "options"},
     "conformance": {"network", "layers", "genome", "options"},
     "zoo": set(),
     "random": set(),
     "compiling": set(),
+    "distribution": set(),
     "tasks": {"random"},
     "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random"},
-    "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling"},
+    "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution"},
     "report": {"learners", "network", "genome", "random", "tasks", "compiling"},
 }
 TOP = {"__init__", "cli"}  # may import all
@@ -73,3 +74,13 @@ def test_the_map_has_no_cycle():
         free = {room for room, below in BELOW.items() if room not in done and below <= done}
         assert free, f"cycle among {sorted(set(BELOW) - done)}"
         done |= free
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_file_names_tf_distribute(path):
+    uses = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "distribute" and isinstance(node.value, ast.Name)
+    ]
+    assert bool(uses) == (path.name == "distribution.py")

@@ -100,6 +100,7 @@ class Connection(abc.ABC):
         *,
         last: bool,
         statistics: tuple[Array, Array] | None = None,
+        batch: equations.Shared | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Equation 5: this layer's neurons from those before it.
 
@@ -110,6 +111,7 @@ class Connection(abc.ABC):
             old: this layer's states before the step, or `None` for zeros.
             last: whether this is the output layer.
             statistics: mean and variance to normalise with; `None` takes those of the batch.
+            batch: the batch, if devices share it.
 
         Returns:
             States `[..., k, batch, out]`, and the statistics that normalised them (or `None`).
@@ -135,7 +137,7 @@ class Connection(abc.ABC):
         if energy is not None:
             z = z * equations.inverse_norm(genome, energy)
         activation = self.activation or (rule.last_activation if last else rule.forward_activation)
-        return equations.forward_neurons(rule, genome, activation, z, old, statistics)
+        return equations.forward_neurons(rule, genome, activation, z, old, statistics, batch)
 
     def backward(self, genome: Genome, synapses: Synapses, post: Array) -> Array:
         """The sums of equation 6: what the neurons before the connection receive from this layer's states.
@@ -173,10 +175,9 @@ class Connection(abc.ABC):
         prefix: str,
         step: Array,
         sample_weight: Array | None,
+        batch: equations.Shared | None = None,
     ) -> dict[str, Array]:
         """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`; and those of Oja's term.
-
-        They are all that has to be added up over devices that share a batch.
 
         Args:
             genome: the layer's genome.
@@ -186,6 +187,7 @@ class Connection(abc.ABC):
             prefix: `""` or `"forward_"`: which synapse arrays of the genome act.
             step: the learning step, from 0.
             sample_weight: `[..., batch]` or `None`.
+            batch: the batch, if devices share it; the sums are then over all of it.
 
         Returns:
             A mapping with the names of the synapses, and `oja` and `backward_oja` if the rule needs them.
@@ -196,7 +198,7 @@ class Connection(abc.ABC):
         weight = None if sample_weight is None else sample_weight[..., None, :, None]
         share = 1.0
         if rule.batch_reduction == "mean":
-            share = 1.0 / ops.cast(ops.shape(post)[-2], post.dtype)
+            share = 1.0 / ops.cast(ops.shape(post)[-2] if batch is None else batch.examples, post.dtype)
         factor = share
         if not rule.gates_last:  # on the smaller arrays
             factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
@@ -234,6 +236,8 @@ class Connection(abc.ABC):
                 if name == "oja" or "backward_kernel" in synapses:
                     squares = weigh * ops.square(equations.mix(states, mu_tilde[..., :, channels]))
                     sums[name] = ops.sum(squares, axis=-2, keepdims=True)
+        if batch is not None:
+            sums = dict(zip(sums, batch.total(list(sums.values())), strict=True))
         return sums
 
     def update(

@@ -20,6 +20,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_blur import distribution
+
 Array = Any
 Shape = tuple[Any, ...]
 
@@ -99,7 +101,14 @@ class _Dropout(StructuralMap):
     def context(self, states: Array, training: bool) -> Any:
         axis = -2 - len(self.source)
         ones = ops.ones_like(ops.take(states, [0], axis=axis))
-        mask = self.layer(ops.reshape(ones, (-1, *self.source)), training=training)
+        rows = ops.reshape(ones, (-1, *self.source))
+        mine = distribution.share()
+        if not training or mine.count == 1:
+            mask = self.layer(rows, training=training)
+        else:  # every replica draws the mask of the whole batch, from one seed, and takes its own rows
+            count = ops.shape(rows)[0]
+            mask = self.layer(ops.tile(rows, (mine.count, *(1 for _ in self.source))), training=True)
+            mask = ops.take(mask, mine.index * count + ops.arange(count), axis=0)
         return ops.reshape(ops.cast(mask, states.dtype), ops.shape(ones))
 
     def forward(self, states: Array, context: Any) -> Array:

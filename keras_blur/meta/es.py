@@ -20,9 +20,11 @@ from typing import Any
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import (
     Array,
+    Carried,
     Episodes,
     Estimate,
     Estimator,
@@ -65,14 +67,20 @@ class ES(Estimator):
         if self.recompute:
             raise ValueError("`recompute` must be False: evolution strategies keep nothing of the unroll.")
 
-    def __call__(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
-    ) -> tuple[Estimate, Any]:
-        noise = perturbations(outer, self.pairs, seed)
-        particles = perturbed(outer, noise, self.sigma)
-        state = start(learner, particles, episodes, seed)
-        losses, accuracies, _ = self.objective(learner, particles, episodes, state)
-        return self.estimate(outer, noise, losses, accuracies), ()
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        particles = perturbed(outer, perturbations(outer, self.pairs, seed), self.sigma)
+        state = start(learner, particles, episodes, seed, share)
+        return self._scores(learner, particles, episodes, state)[0], ()
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        return self.estimate(outer, perturbations(outer, self.pairs, seed), *measured), ()
+
+    def _scores(self, learner: Learner, particles: Outer, episodes: Episodes, state: Any) -> tuple[tuple[Array, Array], Any]:
+        """Loss and accuracy of each particle, means over the tasks, and the learners' states."""
+        losses, accuracies, state = self.objective(learner, particles, episodes, state)
+        return (tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)), state
 
     def estimate(self, outer: Outer, directions: Outer, losses: Array, accuracies: Array) -> Estimate:
         """The gradient from the losses of the particles.
@@ -80,7 +88,7 @@ class ES(Estimator):
         Args:
             outer: outer parameters `[members, ...]`.
             directions: standard normal directions `[members, pairs, ...]`, or their sums.
-            losses: `[members * 2 * pairs, tasks]`, as `perturbed` orders them.
+            losses: means over the tasks `[members * 2 * pairs]`, as `perturbed` orders them.
             accuracies: alike.
 
         Returns:
@@ -88,8 +96,7 @@ class ES(Estimator):
         """
         members = next(iter(outer.values())).shape[0]
         shape = (members, 2, self.pairs)
-        loss = tf.reshape(tf.reduce_mean(losses, axis=1), shape)
-        right = tf.reshape(tf.reduce_mean(accuracies, axis=1), shape)
+        loss, right = tf.reshape(losses, shape), tf.reshape(accuracies, shape)
         sound = tf.reduce_all(tf.math.is_finite(loss), axis=1)
         weight = tf.cast(sound, loss.dtype)
         count = tf.reduce_sum(weight, axis=1)
@@ -121,22 +128,24 @@ class PES(Pieces, ES):
     200
     """
 
-    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         zero = tf.zeros(2, tf.int32)
         noise = perturbations(outer, self.pairs, zero)
         state = start(learner, perturbed(outer, noise, self.sigma), episodes, zero)
-        return tf.nest.map_structure(tf.zeros_like, (state, noise))
+        return tf.nest.map_structure(tf.zeros_like, Carried(state, noise))
 
-    def __call__(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
-    ) -> tuple[Estimate, Any]:
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        particles = perturbed(outer, perturbations(outer, self.pairs, seed), self.sigma)
+        state = choose(first, start(learner, particles, episodes, seed, share), carried.learners)
+        return self._scores(learner, particles, episodes, state)
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         noise = perturbations(outer, self.pairs, seed)
-        particles = perturbed(outer, noise, self.sigma)
-        fresh = start(learner, particles, episodes, seed), {name: tf.zeros_like(value) for name, value in noise.items()}
-        state, before = choose(first, fresh, carried)
+        before = choose(first, tf.nest.map_structure(tf.zeros_like, noise), carried.directions)
         directions = {name: before[name] + noise[name] for name in noise}
-        losses, accuracies, state = self.objective(learner, particles, episodes, state)
-        return self.estimate(outer, directions, losses, accuracies), (state, directions)
+        return self.estimate(outer, directions, *measured), directions
 
 
 def perturbations(outer: Outer, pairs: int, seed: Array) -> Outer:

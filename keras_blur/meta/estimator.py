@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_blur.distribution import ALL, Share
 from keras_blur.learners.base import Learner
 
 Array = Any
@@ -210,14 +211,51 @@ class InnerLoop:
         return state, total
 
 
+class Carried(NamedTuple):
+    """What an estimate leaves to the next one of the same episodes.
+
+    Attributes:
+        learners: their states, `[members or particles, tasks, ...]` but for what all share.
+        directions: what belongs to the members and not to a task.
+    """
+
+    learners: Any = ()
+    directions: Any = ()
+
+
+NOTHING = Carried()
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimator(InnerLoop, abc.ABC):
-    """An inner loop, and the way to the gradient of its score; arguments as `InnerLoop`."""
+    """An inner loop, and the way to the gradient of its score; arguments as `InnerLoop`.
+
+    An estimate has two halves, so that tasks can be dealt out to several devices: `measure`, which looks at a share of the
+    tasks, and `conclude`, which takes the mean of what the shares measured.
+    """
 
     @abc.abstractmethod
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        """What some tasks say of the outer parameters.
+
+        Args:
+            learner, outer, seed, carried, first: as in a call.
+            episodes: those of the share.
+            share: which of the tasks they are.
+
+        Returns:
+            A nest whose mean over shares goes to `conclude`, and the learners' states to carry on.
+        """
+
+    @abc.abstractmethod
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        """The estimate from the means of what was measured, and the directions to carry on."""
+
     def __call__(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
-    ) -> tuple[Estimate, Any]:
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried = NOTHING, first: Any = True
+    ) -> tuple[Estimate, Carried]:
         """The gradient of each member's mean loss over the tasks.
 
         Args:
@@ -231,11 +269,14 @@ class Estimator(InnerLoop, abc.ABC):
         Returns:
             The estimate, and what to carry to the next one.
         """
+        measured, learners = self.measure(learner, outer, episodes, seed, carried, first, ALL)
+        estimate, directions = self.conclude(outer, measured, seed, carried, first)
+        return estimate, Carried(learners, directions)
 
-    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         """What stands for `carried` before the first estimate: zeros of the right shapes."""
         del learner, outer, episodes
-        return ()
+        return NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,11 +296,15 @@ class Pieces(Estimator):
         return self.total
 
 
-def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> Any:
-    """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`."""
+def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, share: Share = ALL) -> Any:
+    """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`.
+
+    A share of the tasks starts as it does among all of them.
+    """
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
-    return learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])))
+    tasks = int(x.shape[0]) * share.count
+    return share.part(learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, tasks)), axis=1)
 
 
 def choose(first: Any, fresh: Any, old: Any) -> Any:

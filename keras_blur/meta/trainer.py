@@ -10,6 +10,10 @@ run that is killed and started again from a checkpoint gives, bit for bit, what 
 Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
 step and a task stream of its own, and which family a step takes follows from the seed and the step's number. An estimator
 that carries learners from piece to piece of an episode has them in variables too, for each family its own.
+
+Several devices (`tf.distribute`): tasks, or the candidates of evolution, are dealt out to the replicas. Each learns with its
+share alone; what was measured is added up once a step, after the inner loop, and every replica then updates its own copy of
+the variables with the same numbers. What a step does depends on the number of replicas by rounding only.
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ import tensorflow as tf
 
 from keras_blur import random
 from keras_blur.compiling import compiled
+from keras_blur.distribution import Runner, Share, mean, share
 from keras_blur.feedback import target_kind
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur, loss_of
 from keras_blur.meta.cma import CMAES, CMAState
-from keras_blur.meta.estimator import Estimator
+from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
@@ -40,7 +45,7 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class MetaTrainer(keras.Model):
-    """Meta-trains genomes on tasks.
+    """Meta-trains genomes on tasks; made in the scope of a `tf.distribute` strategy, under it.
 
     Args:
         tasks: a `Tasks`, or several, of any shapes and one kind, or a `tasks.mixture` with weights.
@@ -49,7 +54,8 @@ class MetaTrainer(keras.Model):
             place of gradient and optimizer.
         members: number of genomes that are trained side by side, from different starts, on the same tasks. Evolution has
             its population instead.
-        tasks_per_step: episodes whose gradients are averaged in one step.
+        tasks_per_step: episodes whose gradients are averaged in one step; under a strategy a multiple of its replicas, but
+            for evolution, whose candidates are dealt out instead.
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: largest norm of a member's gradient; `None` does not clip.
@@ -91,6 +97,7 @@ class MetaTrainer(keras.Model):
         seed: int = 0,
     ):
         super().__init__(name="meta_trainer")
+        self._runner = Runner()
         weights: Sequence[float] | None = None
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
@@ -128,6 +135,11 @@ class MetaTrainer(keras.Model):
                 "`members` must be 1 and `genome` a single one under Evolution, whose population is an argument of it. "
                 f"Received: members={members}, genome={genome!r}"
             )
+        if tasks_per_step % self._runner.replicas and not isinstance(estimator, Evolution):
+            raise ValueError(
+                f"`tasks_per_step` must be a multiple of the {self._runner.replicas} replicas of the strategy. Received: "
+                f"tasks_per_step={tasks_per_step}"
+            )
         self.families = [(one, other) for one in several for other in learners]
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
@@ -139,8 +151,8 @@ class MetaTrainer(keras.Model):
         self.outer: dict[str, keras.Variable] = {}
         self.evolution: dict[str, keras.Variable] = {}
         if isinstance(estimator, Evolution):
-            self.strategy = CMAES(to_vector(start).size, estimator.population, estimator.sigma)
-            for name, value in self.strategy.init(to_vector(start))._asdict().items():
+            self.search = CMAES(to_vector(start).size, estimator.population, estimator.sigma)
+            for name, value in self.search.init(to_vector(start))._asdict().items():
                 self.evolution[name] = self._counter(f"evolution_{name}", np.asarray(value))
         else:
             for name, own in start.by_member().items():
@@ -161,18 +173,15 @@ class MetaTrainer(keras.Model):
         self._compiled_steps: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def _counter(self, name: str, value: np.ndarray) -> keras.Variable:
-        """A variable that is saved and not trained."""
-        made = self.add_weight(
-            name=name, shape=value.shape, dtype=value.dtype.name, initializer="zeros", trainable=False,
-            aggregation="only_first_replica",
-        )  # fmt: skip
+        """A variable that is saved and not trained; each replica writes its own copy, all the same."""
+        made = self.add_weight(name=name, shape=value.shape, dtype=value.dtype.name, initializer="zeros", trainable=False)
         made.assign(value)
         return made
 
     def _room_to_carry(self, number: int) -> Any:
         """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
         if isinstance(self.estimator, Evolution) or self.estimator.horizon == self.estimator.steps:
-            return ()
+            return NOTHING
         of, learner = self.families[number]
         shape = (self.tasks_per_step, self.estimator.steps, self.batch_size)
         episodes = {"x": tf.zeros((*shape, of.features)), "y": tf.zeros((*shape, of.outputs))}
@@ -211,7 +220,8 @@ class MetaTrainer(keras.Model):
                 "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips each."
             )
         super().compile(optimizer=optimizer, jit_compile=False)
-        optimizer.build(list(self.outer.values()))
+        with self._runner.scope():
+            optimizer.build(list(self.outer.values()))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -254,9 +264,11 @@ class MetaTrainer(keras.Model):
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
-        **kwargs: Any,
+        verbose: int | str = "auto",
     ) -> keras.callbacks.History:
-        """Meta-trains; progress bar, callbacks and `verbose` as in Keras.
+        """Meta-trains, with the progress bar and the callbacks of Keras.
+
+        The loop over steps is its own: that of Keras cannot run under every strategy, and here the tasks are the data.
 
         Args:
             epochs: number of epochs, those before an interruption included.
@@ -264,7 +276,7 @@ class MetaTrainer(keras.Model):
             checkpoint: a `.weights.h5` file that is written after each epoch; where it exists, meta-training goes on from
                 it, to the same result as if it had never stopped.
             callbacks: Keras callbacks.
-            **kwargs: for `keras.Model.fit`. Data are not among them: they are the tasks.
+            verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
 
         Raises:
             ValueError: if the checkpoint is of another trainer, or was written within other epochs.
@@ -278,7 +290,7 @@ class MetaTrainer(keras.Model):
                 raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
             if os.path.exists(path):
                 self._restore(path)
-            callbacks.append(_Checkpoint(path))
+            callbacks.append(_Checkpoint(path, writes=self._runner.writes_files))
         done, rest = divmod(int(self.meta_step.numpy()), steps_per_epoch)
         if rest and checkpoint is not None:
             raise ValueError(
@@ -286,11 +298,27 @@ class MetaTrainer(keras.Model):
                 f"whole number of epochs of {steps_per_epoch}."
             )
         self._streams = {}  # they start where the counters stand
-        data = tf.data.Dataset.range(steps_per_epoch).repeat()
-        kwargs = {"initial_epoch": done if checkpoint is not None else 0, **kwargs}
-        return super().fit(
-            data, epochs=epochs, steps_per_epoch=steps_per_epoch, shuffle=False, callbacks=callbacks, **kwargs
-        )
+        followed = keras.callbacks.CallbackList(
+            callbacks, add_history=True, add_progbar=verbose != 0, model=self, verbose=1 if verbose == "auto" else verbose,
+            epochs=epochs, steps=steps_per_epoch,
+        )  # fmt: skip
+        self.stop_training = False
+        followed.on_train_begin()
+        logs: dict[str, float] = {}
+        for epoch in range(done if checkpoint is not None else 0, epochs):
+            self.reset_metrics()
+            followed.on_epoch_begin(epoch)
+            for step in range(steps_per_epoch):
+                followed.on_train_batch_begin(step)
+                logs = self.meta_train_step()
+                followed.on_train_batch_end(step, logs)
+                if self.stop_training:
+                    break
+            followed.on_epoch_end(epoch, logs)
+            if self.stop_training:
+                break
+        followed.on_train_end(logs)
+        return self.history
 
     def _restore(self, path: str) -> None:
         try:
@@ -300,11 +328,6 @@ class MetaTrainer(keras.Model):
 
     # One step.
 
-    def make_train_function(self, force: bool = False) -> Callable[[Any], Any]:
-        """Keras's hook: the function that `fit` calls for each step."""
-        self.train_function = lambda iterator: self.meta_train_step()
-        return self.train_function
-
     def family_of(self, step: int) -> int:
         """Which family the step of this number takes."""
         rng = np.random.default_rng([self.seed, step])
@@ -312,76 +335,38 @@ class MetaTrainer(keras.Model):
             return int(rng.integers(len(self.families)))
         return int(rng.choice(len(self.families), p=self.weights_of_families))
 
-    def meta_train_step(self) -> dict[str, Array]:
+    def meta_train_step(self) -> dict[str, float]:
         """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
-        seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
         piece = int(self.drawn.numpy()[family]) % self._pieces
-        episodes = self._episodes(family, piece)
-        values = self._evolve(family, episodes, seed) if self.evolution else self._descend(family, episodes, seed, piece)
-        for name, (value, weight) in values.items():
-            self.trackers[name].update_state(value, weight)
-        self.meta_step.assign(step + 1)
-        self.drawn.assign(self.drawn + tf.one_hot(family, len(self.families), dtype="int32"))
-        return {name: tracker.result() for name, tracker in self.trackers.items()}
+        seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
+        logs = self._step_of(family)(self._episodes(family, piece), seed, tf.constant(piece))
+        return {name: float(value) for name, value in logs.items()}
 
     @property
     def _pieces(self) -> int:
         """Estimates that an episode is cut into."""
         return self.estimator.horizon // self.estimator.steps
 
-    def _episodes(self, family: int, piece: int) -> Mapping[str, Array]:
-        steps = self.estimator.steps
-        if family not in self._streams or piece == 0:
-            if family not in self._streams:
-                stream = self.families[family][0].dataset(
-                    self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
-                    start=int(self.drawn.numpy()[family]) // self._pieces * self.tasks_per_step,
-                )  # fmt: skip
-                self._streams[family] = [iter(stream.batch(self.tasks_per_step, drop_remainder=True)), None]
+    def _episodes(self, family: int, piece: int) -> Any:
+        """The episodes of a step, dealt out to the replicas."""
+        if family not in self._streams:
+            self._streams[family] = [self._runner.deal(lambda index, count: self._shard(family, index, count)), None]
+        if piece == 0 or self._streams[family][1] is None:
             self._streams[family][1] = next(self._streams[family][0])
-        episodes = self._streams[family][1]
-        if self._pieces == 1:
-            return episodes
-        cut = {name: episodes[name][:, piece * steps : (piece + 1) * steps] for name in ("x", "y")}
-        return {**episodes, **cut}
+        return self._streams[family][1]
 
-    def _descend(
-        self, family: int, episodes: Mapping[str, Array], seed: Array, piece: int
-    ) -> dict[str, tuple[Array, Array]]:
-        """A step of each member against its gradient."""
-        gradients, loss, accuracy, norm, sound = self._step_of(family)(episodes, seed, tf.constant(piece == 0))
-        self._apply(gradients, sound)
-        usable = tf.cast(sound, loss.dtype)
-        scored = tf.where(sound, accuracy, tf.zeros_like(accuracy))  # a member that diverged has the worst score
-        rate = max(0.01, 1.0 / (int(self.meta_step.numpy()) + 1.0))
-        self.member_score.assign((1.0 - rate) * self.member_score + rate * scored)
-        means = {"loss": loss, self.quality: accuracy, "gradient_norm": norm}
-        values = {name: (tf.where(sound, value, tf.zeros_like(value)), usable) for name, value in means.items()}
-        return {**values, "skipped": (1.0 - usable, tf.ones_like(usable))}
-
-    def _evolve(self, family: int, episodes: Mapping[str, Array], seed: Array) -> dict[str, tuple[Array, Array]]:
-        """A generation."""
-        state = CMAState(**{name: variable.value for name, variable in self.evolution.items()})
-        new, fitness, loss, accuracy = self._step_of(family)(state, episodes, seed)
-        for name, value in new._asdict().items():
-            self.evolution[name].assign(value)
-        usable = tf.cast(tf.math.is_finite(fitness), loss.dtype)
-        rate = max(0.01, 1.0 / (int(self.meta_step.numpy()) + 1.0))
-        means = {"loss": loss, self.quality: accuracy}
-        sound = {name: (tf.where(usable > 0, value, tf.zeros_like(value)), usable) for name, value in means.items()}
-        average = tf.math.divide_no_nan(tf.reduce_sum(sound[self.quality][0]), tf.reduce_sum(usable))
-        self.member_score.assign((1.0 - rate) * self.member_score + rate * average)
-        best = tf.reduce_max(tf.where(usable > 0, accuracy, tf.constant(-np.inf, accuracy.dtype)))
-        some = tf.reduce_max(usable)
-        sigma = tf.cast(new.sigma, loss.dtype)
-        return {
-            **sound,
-            "best": (tf.where(some > 0, best, tf.zeros_like(best)), some),
-            "sigma": (sigma, tf.ones_like(sigma)),
-            "skipped": (1.0 - usable, tf.ones_like(usable)),
-        }
+    def _shard(self, family: int, index: int, count: int) -> tf.data.Dataset:
+        """The episodes of one replica: its share of each step's tasks, or all of them where candidates are dealt out."""
+        if self.evolution:
+            index, count = 0, 1
+        done = int(self.drawn.numpy()[family]) // self._pieces * self.tasks_per_step
+        stream = self.families[family][0].dataset(
+            self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
+            start=done + index, stride=count,
+        )  # fmt: skip
+        return stream.batch(self.tasks_per_step // count, drop_remainder=True)
 
     def unroll_for(self, steps: int) -> None:
         """Changes the number of unrolled steps, for a curriculum.
@@ -402,52 +387,70 @@ class MetaTrainer(keras.Model):
         if key not in self._compiled_steps:
             estimator = self.estimator
             if isinstance(estimator, Evolution):
-                self._compiled_steps[key] = self._generation(family, estimator)
+                program = self._generation(family, estimator)
             else:
-                self._compiled_steps[key] = self._gradient(family, estimator)
+                program = self._descent(family, estimator)
+            number = tf.one_hot(family, len(self.families), dtype="int32")
+
+            def step(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, Array]:
+                for name, (value, weight) in program(episodes, seed, piece).items():
+                    self.trackers[name].update_state(value, weight)
+                self.meta_step.assign(self.meta_step + 1)
+                self.drawn.assign(self.drawn + number)
+                return {name: tracker.result() for name, tracker in self.trackers.items()}
+
+            def meta_step(*arguments: Any) -> dict[str, Array]:
+                return self._runner.run(step, *arguments)
+
+            self._compiled_steps[key] = tf.function(meta_step, autograph=False)
         return self._compiled_steps[key]
 
-    def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
-        """The compiled generation of a family: candidates, their scores, the new distribution."""
-        learner, strategy, rule = self.families[family][1], self.strategy, self.rule
+    def _follow(self, accuracy: Array) -> None:
+        """The running accuracy of each member: a plain mean at first, then one that forgets."""
+        rate = tf.maximum(0.01, 1.0 / (tf.cast(self.meta_step.value, tf.float32) + 1.0))
+        self.member_score.assign((1.0 - rate) * self.member_score + rate * accuracy)
 
-        def generation(state: CMAState, episodes: Mapping[str, Array], seed: Array) -> tuple[Any, ...]:
-            candidates = strategy.ask(state, random.fold_in(seed, 2))
-            fitness, loss, accuracy = estimator.score(learner, from_vectors(rule, candidates), episodes, seed)
-            return strategy.tell(state, candidates, fitness), fitness, loss, accuracy
-
-        return compiled(generation, jit_compile=self.jit_step)
-
-    def _gradient(self, family: int, estimator: Estimator) -> Callable[..., Any]:
-        """The compiled gradient of a family, each member's clipped on its own; writes what is carried."""
+    def _descent(self, family: int, estimator: Estimator) -> Callable[..., Any]:
+        """A replica's program for a family: a step of each member against its gradient, clipped on its own."""
         learner, clipnorm = self.families[family][1], self.clipnorm
         rooms = self._carried[family]
 
-        def gradient(
-            outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array
-        ) -> tuple[Any, ...]:
-            found, carried = estimator(learner, outer, episodes, seed, carried, first)
+        def measure(
+            outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array, index: Array
+        ) -> Any:
+            share = Share(index, self._runner.replicas)
+            return estimator.measure(learner, outer, episodes, seed, carried, first, share)
+
+        measure = compiled(measure, jit_compile=self.jit_step)
+
+        def descent(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
+            outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
+            first = tf.equal(piece, 0)
+            if self._pieces > 1:
+                begin = piece * estimator.steps
+                episodes = {**episodes, **{n: _cut(episodes[n], begin, estimator.steps) for n in ("x", "y")}}
+            mine = share()
+            carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
+            own = carried._replace(learners=mine.part(carried.learners, axis=1))
+            measured, learners = measure(outer, episodes, seed, own, first, tf.convert_to_tensor(mine.index))
+            found, directions = estimator.conclude(outer, mean(measured), seed, carried, first)
+            kept = Carried(mine.whole(learners, axis=1), directions)
+            for room, value in zip(tf.nest.flatten(rooms), tf.nest.flatten(kept), strict=True):
+                room.assign(value)
             squares = [tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for g in found.gradients.values()]
             norm = tf.sqrt(tf.add_n(squares))
             sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
             scale = tf.ones_like(norm) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(norm, 1e-12))
-            gradients = {}
-            for name, g in found.gradients.items():
-                shape = (self.members,) + (1,) * (g.shape.rank - 1)
-                gradients[name] = tf.where(tf.reshape(sound, shape), g * tf.reshape(scale, shape), tf.zeros_like(g))
-            return (gradients, found.loss, found.accuracy, norm, sound), tf.nest.flatten(carried)
+            self._apply(
+                {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in self.outer}, sound
+            )
+            usable = tf.cast(sound, found.loss.dtype)
+            self._follow(tf.where(sound, found.accuracy, 0.0))  # a member that diverged has the worst score
+            means = {"loss": found.loss, self.quality: found.accuracy, "gradient_norm": norm}
+            values = {name: (tf.where(sound, value, 0.0), usable) for name, value in means.items()}
+            return {**values, "skipped": (1.0 - usable, tf.ones_like(usable))}
 
-        step = compiled(gradient, jit_compile=self.jit_step)
-
-        def call(episodes: Mapping[str, Array], seed: Array, first: Array) -> tuple[Any, ...]:
-            outer = {name: v.value for name, v in self.outer.items()}
-            carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
-            found, kept = step(outer, episodes, seed, carried, first)
-            for room, value in zip(tf.nest.flatten(rooms), kept, strict=True):
-                room.assign(value)
-            return found
-
-        return call
+        return descent
 
     def _slots(self) -> list[keras.Variable]:
         """The optimizer's variables that have a value for each member."""
@@ -455,24 +458,74 @@ class MetaTrainer(keras.Model):
         return [v for v in self.optimizer.variables if tuple(v.shape) in shapes]
 
     def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
-        """Updates each sound member; the others keep their numbers and their optimizer state."""
-        touched = [*self.outer.values(), *self._slots()]
-        whole = bool(tf.reduce_all(sound))
-        before = [] if whole else [tf.identity(variable.value) for variable in touched]
-        self.optimizer.apply([gradients[name] for name in self.outer], list(self.outer.values()))
-        for variable, old in zip(touched, before, strict=not whole):
-            mask = tf.reshape(sound, (self.members,) + (1,) * (old.shape.rank - 1))
-            variable.assign(tf.where(mask, variable.value, old))
+        """Updates each sound member; the others keep their numbers and their optimizer state.
+
+        Every replica has the whole gradient already, and Keras's optimizers add up over replicas: so each gives its share.
+        """
+        outer = list(self.outer.values())
+        touched = [*outer, *self._slots()]
+        before = [tf.identity(variable.value) for variable in touched]
+        shares = [tf.where(of_members(sound, g), g, 0.0) / self._runner.replicas for g in gradients.values()]
+        self.optimizer.apply(shares, outer)
+        for variable, old in zip(touched, before, strict=True):
+            variable.assign(tf.where(of_members(sound, old), variable.value, old))
+
+    def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
+        """A replica's program for a family: candidates, their scores, the new distribution."""
+        learner, rule = self.families[family][1], self.rule
+        score = compiled(
+            lambda candidates, episodes, seed: estimator.score(learner, from_vectors(rule, candidates), episodes, seed),
+            jit_compile=self.jit_step,
+        )
+        ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (self.search.ask, self.search.tell))
+
+        def generation(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
+            del piece
+            state = CMAState(**{name: tf.convert_to_tensor(v.value) for name, v in self.evolution.items()})
+            candidates = ask(state, random.fold_in(seed, 2))
+            mine = share()
+            dealt = tf.range(-(-estimator.population // mine.count) * mine.count) % estimator.population  # some twice
+            scores = score(mine.part(tf.gather(candidates, dealt), axis=0), episodes, seed)
+            fitness, loss, accuracy = (value[: estimator.population] for value in mine.whole(scores, axis=0))
+            new = tell(state, candidates, fitness)
+            for name, value in new._asdict().items():
+                self.evolution[name].assign(value)
+            usable = tf.cast(tf.math.is_finite(fitness), loss.dtype)
+            means = {"loss": loss, self.quality: accuracy}
+            sound = {name: (tf.where(usable > 0, value, 0.0), usable) for name, value in means.items()}
+            self._follow(tf.math.divide_no_nan(tf.reduce_sum(sound[self.quality][0]), tf.reduce_sum(usable)))
+            best = tf.reduce_max(tf.where(usable > 0, accuracy, -np.inf))
+            some, sigma = tf.reduce_max(usable), tf.cast(new.sigma, loss.dtype)
+            return {
+                **sound,
+                "best": (tf.where(some > 0, best, 0.0), some),
+                "sigma": (sigma, tf.ones_like(sigma)),
+                "skipped": (1.0 - usable, tf.ones_like(usable)),
+            }
+
+        return generation
+
+
+def of_members(value: Array, like: Array) -> Array:
+    """A number for each member, shaped to go with arrays `[members, ...]`."""
+    return tf.reshape(value, (-1,) + (1,) * (like.shape.rank - 1))
+
+
+def _cut(batches: Array, begin: Array, steps: int) -> Array:
+    """So many steps of `[tasks, steps, ...]` from a place that may be a tensor; the size is static, as a TPU needs it."""
+    return tf.slice(batches, [0, begin] + [0] * (batches.shape.rank - 2), [-1, steps] + [-1] * (batches.shape.rank - 2))
 
 
 class _Checkpoint(keras.callbacks.Callback):
     """Writes everything that a resumed run needs after each epoch, to a temporary name first."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, writes: bool):
         super().__init__()
-        self._path = path
+        self._path, self._writes = path, writes
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not self._writes:
+            return
         temporary = self._path.removesuffix(".weights.h5") + ".tmp.weights.h5"
         self.model.save_weights(temporary, overwrite=True)
         os.replace(temporary, self._path)

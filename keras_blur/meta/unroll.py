@@ -14,9 +14,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import (
     Array,
+    Carried,
     Episodes,
     Estimate,
     Estimator,
@@ -37,11 +39,14 @@ class Unroll(Estimator):
     10
     """
 
-    def __call__(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
-    ) -> tuple[Estimate, Any]:
-        state = start(learner, outer, episodes, seed)
-        return _differentiate(self, learner, outer, episodes, state)[0], ()
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        found, _ = _differentiate(self, learner, outer, episodes, start(learner, outer, episodes, seed, share))
+        return found, ()
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        return measured, ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,17 @@ class TruncatedUnroll(Pieces):
     100
     """
 
-    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Any:
-        return tf.nest.map_structure(tf.zeros_like, start(learner, outer, episodes, tf.zeros(2, tf.int32)))
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
+        return Carried(tf.nest.map_structure(tf.zeros_like, start(learner, outer, episodes, tf.zeros(2, tf.int32))))
 
-    def __call__(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Any = (), first: Any = True
-    ) -> tuple[Estimate, Any]:
-        state = choose(first, start(learner, outer, episodes, seed), carried)
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        state = choose(first, start(learner, outer, episodes, seed, share), carried.learners)
         return _differentiate(self, learner, outer, episodes, state)
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        return measured, ()
 
 
 def _differentiate(

@@ -1,0 +1,127 @@
+"""Trains under a strategy in a process of its own: `python replicas.py JSON`; prints one line of JSON.
+
+Logical devices and workers must be set up before TensorFlow starts, so that tests cannot do this in their own process.
+
+The JSON gives `what` ("meta" or "fit"), `case`, and how it is run: `replicas` (0 for no strategy, 1 for a OneDeviceStrategy,
+more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For
+"meta" also `epochs`, `checkpoint`, and `pause`, seconds to sleep after each epoch.
+"""
+
+import json
+import os
+import sys
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from keras_blur import Genome, Rule, Sequential, genomes, layers, learners, meta, tasks
+
+asked = json.loads(sys.argv[1])
+RULE = Rule(batch_reduction="mean", last_activation="linear", normalize_activations="both", normalize_synapses="stored")
+ESTIMATORS = {
+    "unroll": lambda: meta.Unroll(3, along=0.5),
+    "truncated": lambda: meta.TruncatedUnroll(2, total=4),
+    "es": lambda: meta.ES(3, pairs=4),
+    "pes": lambda: meta.PES(2, total=4, pairs=4),
+    "cma": lambda: meta.Evolution(3, population=6),
+}
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+GENOMES = {
+    "normalised": lambda: Genome.random(Rule(**{**RULE.get_config(), "states": 3, "oja": "activations"}), 0),
+    "summed": lambda: Genome.random(Rule(normalize_synapses="stored", saturation="tanh", oja="weights"), 0, std=0.2),
+    "errors": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
+    "dropout": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
+    "orthogonal": lambda: genomes.backprop(learning_rate=0.1, loss=LOSS).with_rule(
+        genomes.backprop(loss=LOSS).rule.replace(orthogonalize=2, momentum=True, normalize_activations="forward")
+    ),
+}
+
+
+def strategy():
+    """The strategy that was asked for."""
+    if "workers" in asked:
+        addresses = [f"127.0.0.1:{asked['port'] + number}" for number in range(asked["workers"])]
+        task = {"type": "worker", "index": asked["worker"]}
+        os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    count = asked["replicas"]
+    devices = [tf.config.LogicalDeviceConfiguration()] * max(1, count)
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    if count == 0:
+        return tf.distribute.get_strategy()
+    if count == 1:
+        return tf.distribute.OneDeviceStrategy("CPU:0")
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{number}" for number in range(count)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+class Pause(keras.callbacks.Callback):
+    """Sleeps after each epoch, so that a test can kill this process between two."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        print(f"epoch {epoch} done", file=sys.stderr, flush=True)
+        time.sleep(asked.get("pause", 0.0))
+
+
+def trainer():
+    """A trainer with tasks for four replicas; of evolution, candidates that four cannot share evenly."""
+    evolution = asked["case"] == "cma"
+    made = meta.MetaTrainer(
+        tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),
+        members=1 if evolution else 2, tasks_per_step=3 if evolution else 4, batch_size=8, query_size=16, seed=3,
+    )  # fmt: skip
+    # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is zero.
+    made.compile(None if evolution else keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=asked.get("jit", False))
+    return made
+
+
+def data():
+    """Digits whose last batch has two examples, fewer than there are replicas."""
+    digits = load_digits()
+    count = 288 if asked["case"] == "dropout" else 290  # masks are dealt out by place: parts of one size
+    x, y = (digits.images / 16).astype("float32")[:count], digits.target[:count]
+    weight = np.linspace(0.1, 1.0, count).astype("float32")
+    return {"x": x, "y": y, "sample_weight": weight, "validation_data": (x[:50], y[:50])}
+
+
+def network():
+    """A network that starts alike in every process."""
+    first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
+    between = [keras.layers.Dropout(0.3, seed=1)] if asked["case"] == "dropout" else []
+    model = Sequential(
+        [keras.Input((8, 8)), keras.layers.Flatten(), layers.Dense(16, kernel_initializer=first), *between,
+         layers.Dense(10, kernel_initializer=second)], genome=GENOMES[asked["case"]](),
+    )  # fmt: skip
+    model.compile(loss=LOSS, metrics=["accuracy"])
+    return model
+
+
+def copies(variable):
+    """A variable's value on each replica of this process."""
+    value = variable.value
+    return [copy.numpy() for copy in value.values] if isinstance(value, tf.distribute.DistributedValues) else [value.numpy()]
+
+
+def main():
+    """Trains, and prints what came out."""
+    with strategy().scope():
+        if asked["what"] == "meta":
+            model, options = trainer(), {"epochs": asked.get("epochs", 2), "steps_per_epoch": 2}
+            options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [Pause()]}
+        else:
+            model, options = network(), {"batch_size": 32, "epochs": 2, "shuffle": False, **data()}
+    history = model.fit(**options, verbose=0).history
+    found = {
+        "values": np.concatenate([np.ravel(copies(v)[0]).astype("float64") for v in model.weights]).tolist(),
+        "apart": [v.path for v in model.weights if any((one != copies(v)[0]).any() for one in copies(v)[1:])],
+        "history": {name: [float(value) for value in column] for name, column in history.items()},
+        "predicted": [] if asked["what"] == "meta" else model.predict(options["x"][:20], verbose=0).tolist(),
+    }
+    print(json.dumps(found))
+
+
+main()
