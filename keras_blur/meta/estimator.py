@@ -139,8 +139,9 @@ class InnerLoop:
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
-            batch_y = tf.gather(y, time, axis=2)
-            state, prediction = learner.step(outer, state, tf.gather(x, time, axis=2), batch_y)
+            # Data have no gradient: without this the loop back would form that of all batches, in every step.
+            batch_x, batch_y = (tf.stop_gradient(tf.gather(data, time, axis=2)) for data in (x, y))
+            state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.along:
                 total = total + loss_of(prediction, batch_y) * (self.along / self.steps)
             return time + 1, state, total
