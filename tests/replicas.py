@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from keras_blur import Genome, Rule, Sequential, genomes, layers, learners, meta, tasks
 
-asked = json.loads(sys.argv[1])
+asked: dict = {}  # the JSON
 RULE = Rule(batch_reduction="mean", last_activation="linear", normalize_activations="both", normalize_synapses="stored")
 ESTIMATORS = {
     "unroll": lambda: meta.Unroll(3, along=0.5),
@@ -108,6 +108,7 @@ def copies(variable):
 
 def main():
     """Trains, and prints what came out."""
+    asked.update(json.loads(sys.argv[1]))
     with strategy().scope():
         if asked["what"] == "meta":
             model, options = trainer(), {"epochs": asked.get("epochs", 2), "steps_per_epoch": 2}
@@ -124,4 +125,5 @@ def main():
     print(json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()
