@@ -40,13 +40,29 @@ def test_it_learns_from_random_numbers():
     made = trainer(members=2, jit_compile=True, rate=3e-2)
     history = made.fit(4, 60, verbose=0).history
     assert set(history) == {"loss", "accuracy", "gradient_norm", "skipped"}
-    print(history)
     assert history["accuracy"][-1] > 0.75 > history["accuracy"][0]
     assert history["loss"][-1] < 0.7 * history["loss"][0]
     assert history["skipped"] == [0.0] * 4
     assert made.genome.population == ()
     assert made.population.population == (2,)
     assert int(made.meta_step.value) == 240
+
+
+def test_keras_s_own_backup_resumes_to_the_same_numbers(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    unbroken, broken, again = trainer(), trainer(), trainer()
+    unbroken.fit(3, 2, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(3, 2, callbacks=[backup(), Stop()], verbose=0)
+    assert len(again.fit(3, 2, callbacks=[backup()], verbose=0).history["loss"]) == 1
+    assert_equal(again, unbroken)
 
 
 def test_equal_seeds_give_equal_runs():

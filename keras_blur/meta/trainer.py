@@ -305,7 +305,8 @@ class MetaTrainer(keras.Model):
         self.stop_training = False
         followed.on_train_begin()
         logs: dict[str, float] = {}
-        for epoch in range(done if checkpoint is not None else 0, epochs):
+        begin = self._initial_epoch or (done if checkpoint is not None else 0)  # Keras's BackupAndRestore sets the former
+        for epoch in range(begin, epochs):
             self.reset_metrics()
             followed.on_epoch_begin(epoch)
             for step in range(steps_per_epoch):
