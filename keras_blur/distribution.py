@@ -129,7 +129,7 @@ class Runner:
 
     Example:
 
-    >>> Runner().run(tf.function(lambda x: share().count * x), tf.constant(3)).numpy()
+    >>> int(Runner().run(lambda x: share().count * x, tf.constant(3)))
     3
     """
 

@@ -50,7 +50,9 @@ made.fit(4, 5, checkpoint={path!r}, callbacks=[Kill()], verbose=0)
 """
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name", [name if name == "evolution" else pytest.param(name, marks=pytest.mark.slow) for name in ESTIMATORS]
+)
 def test_resume_after_kill_is_bit_for_bit(name, tmp_path):
     path = str(tmp_path / "run.weights.h5")
     done = subprocess.run(

@@ -48,6 +48,7 @@ def test_it_learns_from_random_numbers():
     assert int(made.meta_step.value) == 240
 
 
+@pytest.mark.slow
 def test_keras_s_own_backup_resumes_to_the_same_numbers(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

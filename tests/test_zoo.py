@@ -25,6 +25,7 @@ def test_card(name):
     assert genomes.load(name).rule.states >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_holds_to_a_thousand_steps(name):
     of, hidden, floor = (tasks.functions("xor"), (20,), 0.8) if name == "functions" else (load_images(), (64, 64), 0.85)
