@@ -26,7 +26,7 @@ from keras_blur.layers.connection import Connection
 from keras_blur.layers.dense import Dense
 from keras_blur.layers.structural import StructuralMap, structural_map
 from keras_blur.options import Rule
-from keras_blur.rule import Shared
+from keras_blur.rule import SharedBatch
 
 Array = Any
 
@@ -429,11 +429,11 @@ class Sequential(keras.Model):
                 iterator, data_batch = None, distribution.local_batch(next(iter(next(iter(iterator))[2])))
         super()._maybe_symbolic_build(iterator, data_batch)
 
-    def _shared(self, x: Array) -> Shared | None:
+    def _shared(self, x: Array) -> SharedBatch | None:
         """The batch, if several replicas share it."""
         if distribution.replicas() == 1:
             return None
-        return Shared(distribution.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], distribution.total)
+        return SharedBatch(distribution.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], distribution.total)
 
     def _follow(self, layer: Dense, statistics: network.Statistics, step: Array) -> None:
         """Running statistics for `predict`: a plain mean of the batches at first, then one that forgets."""

@@ -90,7 +90,7 @@ def forward(
     neurons: Sequence[Array] = (),
     statistics: Sequence[Statistics] = (),
     training: bool = False,
-    batch: equations.Shared | None = None,
+    batch: equations.SharedBatch | None = None,
 ) -> Sweep:
     """The forward pass.
 
@@ -146,7 +146,7 @@ def step(
     feedback: Callable[[Array], Array],
     *,
     sample_weight: Array | None = None,
-    batch: equations.Shared | None = None,
+    batch: equations.SharedBatch | None = None,
     training: bool = True,
 ) -> StepResult:
     """One learning step on one batch.

@@ -24,7 +24,7 @@ from keras_blur.options import Rule
 Array = Any
 
 
-class Shared(NamedTuple):
+class SharedBatch(NamedTuple):
     """A batch of which each of several devices holds a part.
 
     Attributes:
@@ -90,7 +90,7 @@ def mix(states: Array, transform: Array) -> Array:
     return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
 
 
-def moments(rule: Rule, z: Array, batch: Shared | None = None) -> tuple[Array, Array]:
+def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Array, Array]:
     """Mean and variance of the summed input over the normalisation axis: of all the batch, where devices share it."""
     axis = -2 if rule.normalization_axis == "batch" else -1
     if axis == -2 and batch is not None:
@@ -122,7 +122,7 @@ def forward_neurons(
     z: Array,
     old: Array | None,
     statistics: tuple[Array, Array] | None,
-    batch: Shared | None = None,
+    batch: SharedBatch | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """Equation 5: new neuron states of a layer from their summed input.
 
@@ -157,7 +157,7 @@ def forward_neurons(
     return states, statistics
 
 
-def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: Shared | None = None) -> Array:
+def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: SharedBatch | None = None) -> Array:
     """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
 
     z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read it.

@@ -100,7 +100,7 @@ class Connection(abc.ABC):
         *,
         last: bool,
         statistics: tuple[Array, Array] | None = None,
-        batch: equations.Shared | None = None,
+        batch: equations.SharedBatch | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Equation 5: this layer's neurons from those before it.
 
@@ -175,7 +175,7 @@ class Connection(abc.ABC):
         prefix: str,
         step: Array,
         sample_weight: Array | None,
-        batch: equations.Shared | None = None,
+        batch: equations.SharedBatch | None = None,
     ) -> dict[str, Array]:
         """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`; and those of Oja's term.
 

@@ -141,7 +141,7 @@ class MetaValidate(keras.callbacks.Callback):
             logs["val_loss"], logs[f"val_{self.model.quality}"] = loss, quality
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
-            if self.path is not None:
+            if self.path is not None and self.model.runner.writes_files:
                 genome.save(self.path)
 
 
@@ -157,4 +157,23 @@ class GenomeCheckpoint(keras.callbacks.Callback):
         self.path = path
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.model.genome.save(self.path)
+        if self.model.runner.writes_files:
+            self.model.genome.save(self.path)
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Writes everything that a resumed run needs after each epoch, to a temporary name first: `MetaTrainer.fit` adds it.
+
+    Args:
+        path: a `.weights.h5` file.
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.model.runner.writes_files:
+            temporary = self.path.removesuffix(".weights.h5") + ".tmp.weights.h5"
+            self.model.save_weights(temporary, overwrite=True)
+            os.replace(temporary, self.path)

@@ -71,16 +71,12 @@ class ES(Estimator):
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
     ) -> tuple[Any, Any]:
         particles = perturbed(outer, perturbations(outer, self.pairs, seed), self.sigma)
-        state = start(learner, particles, episodes, seed, share)
-        return self._scores(learner, particles, episodes, state)[0], ()
+        state = self.begin(learner, particles, episodes, seed, carried, first, share)
+        losses, accuracies, state = self.objective(learner, particles, episodes, state)
+        return (tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)), self.kept(state)
 
     def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return self.estimate(outer, perturbations(outer, self.pairs, seed), *measured), ()
-
-    def _scores(self, learner: Learner, particles: Outer, episodes: Episodes, state: Any) -> tuple[tuple[Array, Array], Any]:
-        """Loss and accuracy of each particle, means over the tasks, and the learners' states."""
-        losses, accuracies, state = self.objective(learner, particles, episodes, state)
-        return (tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)), state
 
     def estimate(self, outer: Outer, directions: Outer, losses: Array, accuracies: Array) -> Estimate:
         """The gradient from the losses of the particles.
@@ -133,13 +129,6 @@ class PES(Pieces, ES):
         noise = perturbations(outer, self.pairs, zero)
         state = start(learner, perturbed(outer, noise, self.sigma), episodes, zero)
         return tf.nest.map_structure(tf.zeros_like, Carried(state, noise))
-
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
-    ) -> tuple[Any, Any]:
-        particles = perturbed(outer, perturbations(outer, self.pairs, seed), self.sigma)
-        state = choose(first, start(learner, particles, episodes, seed, share), carried.learners)
-        return self._scores(learner, particles, episodes, state)
 
     def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         noise = perturbations(outer, self.pairs, seed)

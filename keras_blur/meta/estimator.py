@@ -274,6 +274,18 @@ class Estimator(InnerLoop, abc.ABC):
         estimate, directions = self.conclude(outer, measured, seed, carried, first)
         return estimate, Carried(learners, directions)
 
+    def begin(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> Any:
+        """The learners' states before the first of the batches."""
+        del carried, first
+        return start(learner, outer, episodes, seed, share)
+
+    def kept(self, learners: Any) -> Any:
+        """What of the learners' states is carried on: nothing, where an estimate is a whole episode."""
+        del learners
+        return ()
+
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         """What stands for `carried` before the first estimate: zeros of the right shapes."""
         del learner, outer, episodes
@@ -295,6 +307,14 @@ class Pieces(Estimator):
     @property
     def horizon(self) -> int:
         return self.total
+
+    def begin(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> Any:
+        return choose(first, start(learner, outer, episodes, seed, share), carried.learners)
+
+    def kept(self, learners: Any) -> Any:
+        return learners
 
 
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, share: Share = ALL) -> Any:

@@ -33,6 +33,7 @@ from keras_blur.distribution import Runner, Share, mean, share
 from keras_blur.feedback import target_kind
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur, loss_of
+from keras_blur.meta.callbacks import Checkpoint
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
@@ -97,7 +98,7 @@ class MetaTrainer(keras.Model):
         seed: int = 0,
     ):
         super().__init__(name="meta_trainer")
-        self._runner = Runner()
+        self.runner = Runner()
         weights: Sequence[float] | None = None
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
@@ -135,9 +136,9 @@ class MetaTrainer(keras.Model):
                 "`members` must be 1 and `genome` a single one under Evolution, whose population is an argument of it. "
                 f"Received: members={members}, genome={genome!r}"
             )
-        if tasks_per_step % self._runner.replicas and not isinstance(estimator, Evolution):
+        if tasks_per_step % self.runner.replicas and not isinstance(estimator, Evolution):
             raise ValueError(
-                f"`tasks_per_step` must be a multiple of the {self._runner.replicas} replicas of the strategy. Received: "
+                f"`tasks_per_step` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
                 f"tasks_per_step={tasks_per_step}"
             )
         self.families = [(one, other) for one in several for other in learners]
@@ -220,7 +221,7 @@ class MetaTrainer(keras.Model):
                 "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips each."
             )
         super().compile(optimizer=optimizer, jit_compile=False)
-        with self._runner.scope():
+        with self.runner.scope():
             optimizer.build(list(self.outer.values()))
 
     @property
@@ -290,7 +291,7 @@ class MetaTrainer(keras.Model):
                 raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
             if os.path.exists(path):
                 self._restore(path)
-            callbacks.append(_Checkpoint(path, writes=self._runner.writes_files))
+            callbacks.append(Checkpoint(path))
         done, rest = divmod(int(self.meta_step.numpy()), steps_per_epoch)
         if rest and checkpoint is not None:
             raise ValueError(
@@ -353,7 +354,7 @@ class MetaTrainer(keras.Model):
     def _episodes(self, family: int, piece: int) -> Any:
         """The episodes of a step, dealt out to the replicas."""
         if family not in self._streams:
-            self._streams[family] = [self._runner.deal(lambda index, count: self._shard(family, index, count)), None]
+            self._streams[family] = [self.runner.deal(lambda index, count: self._shard(family, index, count)), None]
         if piece == 0 or self._streams[family][1] is None:
             self._streams[family][1] = next(self._streams[family][0])
         return self._streams[family][1]
@@ -401,7 +402,7 @@ class MetaTrainer(keras.Model):
                 return {name: tracker.result() for name, tracker in self.trackers.items()}
 
             def meta_step(*arguments: Any) -> dict[str, Array]:
-                return self._runner.run(step, *arguments)
+                return self.runner.run(step, *arguments)
 
             self._compiled_steps[key] = tf.function(meta_step, autograph=False)
         return self._compiled_steps[key]
@@ -419,7 +420,7 @@ class MetaTrainer(keras.Model):
         def measure(
             outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array, index: Array
         ) -> Any:
-            share = Share(index, self._runner.replicas)
+            share = Share(index, self.runner.replicas)
             return estimator.measure(learner, outer, episodes, seed, carried, first, share)
 
         measure = compiled(measure, jit_compile=self.jit_step)
@@ -466,7 +467,7 @@ class MetaTrainer(keras.Model):
         outer = list(self.outer.values())
         touched = [*outer, *self._slots()]
         before = [tf.identity(variable.value) for variable in touched]
-        shares = [tf.where(of_members(sound, g), g, 0.0) / self._runner.replicas for g in gradients.values()]
+        shares = [tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for g in gradients.values()]
         self.optimizer.apply(shares, outer)
         for variable, old in zip(touched, before, strict=True):
             variable.assign(tf.where(of_members(sound, old), variable.value, old))
@@ -515,18 +516,3 @@ def of_members(value: Array, like: Array) -> Array:
 def _cut(batches: Array, begin: Array, steps: int) -> Array:
     """So many steps of `[tasks, steps, ...]` from a place that may be a tensor; the size is static, as a TPU needs it."""
     return tf.slice(batches, [0, begin] + [0] * (batches.shape.rank - 2), [-1, steps] + [-1] * (batches.shape.rank - 2))
-
-
-class _Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch, to a temporary name first."""
-
-    def __init__(self, path: str, *, writes: bool):
-        super().__init__()
-        self._path, self._writes = path, writes
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if not self._writes:
-            return
-        temporary = self._path.removesuffix(".weights.h5") + ".tmp.weights.h5"
-        self.model.save_weights(temporary, overwrite=True)
-        os.replace(temporary, self._path)

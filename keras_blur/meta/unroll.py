@@ -24,7 +24,6 @@ from keras_blur.meta.estimator import (
     Estimator,
     Outer,
     Pieces,
-    choose,
     start,
 )
 
@@ -42,15 +41,23 @@ class Unroll(Estimator):
     def measure(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
     ) -> tuple[Any, Any]:
-        found, _ = _differentiate(self, learner, outer, episodes, start(learner, outer, episodes, seed, share))
-        return found, ()
+        state = self.begin(learner, outer, episodes, seed, carried, first, share)
+        with tf.GradientTape() as tape:
+            watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
+            tape.watch(watched)
+            losses, accuracies, state = self.objective(learner, watched, episodes, state)
+            # Members do not touch each other, so the gradient of the sum holds each one's own.
+            loss = tf.reduce_mean(losses, axis=1)
+            total = tf.reduce_sum(loss)
+        gradients = tape.gradient(total, watched, unconnected_gradients="zero")
+        return Estimate(gradients, loss, tf.reduce_mean(accuracies, axis=1)), self.kept(state)
 
     def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedUnroll(Pieces):
+class TruncatedUnroll(Pieces, Unroll):
     """The gradient through pieces of a long unroll, the learner carried from piece to piece.
 
     Args:
@@ -66,26 +73,3 @@ class TruncatedUnroll(Pieces):
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         return Carried(tf.nest.map_structure(tf.zeros_like, start(learner, outer, episodes, tf.zeros(2, tf.int32))))
-
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
-    ) -> tuple[Any, Any]:
-        state = choose(first, start(learner, outer, episodes, seed, share), carried.learners)
-        return _differentiate(self, learner, outer, episodes, state)
-
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        return measured, ()
-
-
-def _differentiate(
-    estimator: Estimator, learner: Learner, outer: Outer, episodes: Episodes, state: Any
-) -> tuple[Estimate, Any]:
-    with tf.GradientTape() as tape:
-        watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-        tape.watch(watched)
-        losses, accuracies, state = estimator.objective(learner, watched, episodes, state)
-        # Members do not touch each other, so the gradient of the sum holds each one's own.
-        loss = tf.reduce_mean(losses, axis=1)
-        total = tf.reduce_sum(loss)
-    gradients = tape.gradient(total, watched, unconnected_gradients="zero")
-    return Estimate(gradients, loss, tf.reduce_mean(accuracies, axis=1)), state
