@@ -142,6 +142,11 @@ class Runner:
         return self._strategy.num_replicas_in_sync
 
     @property
+    def compiles(self) -> bool:
+        """Whether the strategy compiles what it runs: a TPU's does, and refuses functions that ask for it themselves."""
+        return isinstance(self._strategy, tf.distribute.TPUStrategy)
+
+    @property
     def writes_files(self) -> bool:
         """Whether this process is the one that writes what all would write alike."""
         resolver = self._strategy.cluster_resolver

@@ -203,12 +203,13 @@ class MetaTrainer(keras.Model):
             optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1. Evolution
                 has none.
             jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
-                orthogonalised terms are several times as fast with it, wide ones on a CPU are not.
+                orthogonalised terms are several times as fast with it, wide ones on a CPU are not. A TPU's strategy compiles
+                everything, whatever is said here.
             **kwargs: `run_eagerly` and `steps_per_execution` are not used and refused.
         """
         if kwargs:
             raise ValueError(f"`compile` takes `optimizer` and `jit_compile` only. Received: {', '.join(kwargs)}")
-        self.jit_step = bool(jit_compile)
+        self.jit_step = bool(jit_compile) and not self.runner.compiles
         self._compiled_steps = {}
         if isinstance(self.estimator, Evolution):
             if optimizer is not None:
