@@ -1,10 +1,11 @@
-"""What several benchmarks measure with: the machine's matmul peak, and the peak memory of a piece of work."""
+"""What several benchmarks measure with: an unroll's arithmetic, the machine's matmul peak, peak memory."""
 
 from __future__ import annotations
 
 import resource
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import tensorflow as tf
@@ -22,6 +23,16 @@ def peak_flops() -> float:
         product(a).numpy()
         times.append(time.perf_counter() - start)
     return 2 * side**3 / float(np.median(times))
+
+
+def operations(sizes: list[int], batch: int, steps: int, states: int) -> int:
+    """Multiplications and additions of the matrix products of the unroll, the query and their derivatives."""
+    products = [2 * batch * a * b * states for a, b in pairwise(sizes)]
+    first, rest = products[0], sum(products[1:])
+    # First layer: forward and Hebbian product, one derivative each, since the input is data. Others: forward, backward and
+    # the Hebbian products of both directions, two derivatives each.
+    step = 4 * first + 12 * rest
+    return steps * step + 2 * first + 3 * rest
 
 
 class PeakMemory:

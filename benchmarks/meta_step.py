@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from measure import PeakMemory, peak_flops
+from measure import PeakMemory, operations, peak_flops
 
 import keras_blur as kb
 from keras_blur import random
@@ -104,16 +103,6 @@ class Sgd:
             logs = self._step(self._iterator)
         float(logs["loss"])
         return (time.perf_counter() - start) / steps
-
-
-def operations(sizes: list[int], batch: int, steps: int, states: int) -> int:
-    """Multiplications and additions of the matrix products of the unroll, the query and their derivatives."""
-    products = [2 * batch * a * b * states for a, b in pairwise(sizes)]
-    first, rest = products[0], sum(products[1:])
-    # First layer: forward and Hebbian product, one derivative each, since the input is data. Others: forward, backward and
-    # the Hebbian products of both directions, two derivatives each.
-    step = 4 * first + 12 * rest
-    return steps * step + 2 * first + 3 * rest
 
 
 def memory_of(steps: int, *, jit: bool, recompute: bool) -> float:

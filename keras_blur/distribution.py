@@ -108,7 +108,7 @@ def mean(values: Any) -> Any:
 
 def several_workers() -> bool:
     """Whether the strategy spans processes that add up by collectives."""
-    return isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy)
+    return Runner().several_workers
 
 
 def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
@@ -140,6 +140,11 @@ class Runner:
     def replicas(self) -> int:
         """Number of replicas."""
         return self._strategy.num_replicas_in_sync
+
+    @property
+    def several_workers(self) -> bool:
+        """Whether the strategy spans processes that add up by collectives."""
+        return isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     @property
     def compiles(self) -> bool:

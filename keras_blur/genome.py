@@ -25,7 +25,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_blur.files import write_text
+from keras_blur.files import read_text, write_text
 from keras_blur.options import Rule, integer, real
 
 FORMAT = "keras_blur.genome"
@@ -334,8 +334,7 @@ class Genome:
             ValueError: if the file is missing, damaged, or not a genome.
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"Genome file {os.fspath(path)!r} could not be read: {error}.") from error
         return cls.from_json(text, source=f"Genome file {os.fspath(path)!r}")

@@ -111,11 +111,51 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run.weights.h5"]
 
 
+class Terminate(keras.callbacks.Callback):
+    """Sends this process SIGTERM at a meta-step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.meta_step.value) == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("folder", "step"), [("disk", 5), pytest.param("bucket", 6, marks=pytest.mark.slow)])
+def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp_path):
+    # TensorFlow's file system in memory stands for a bucket: nothing but its own functions can read it.
+    path = f"{tmp_path if folder == 'disk' else f'ram://{step}'}/run.weights.h5"
+    handler = signal.getsignal(signal.SIGTERM)
+    curriculum = [(0, 2), (1, 3)]  # the best member is copied to all where the second epoch begins, and only there
+    with pytest.raises(SystemExit) as ended:
+        several().fit(3, 3, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum), Terminate(step)], verbose=0)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed, unbroken = several(), several()
+    history = resumed.fit(3, 3, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
+    whole = unbroken.fit(3, 3, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
+    assert_equal(resumed, unbroken)
+    assert history.epoch == list(range(step // 3, 3))
+    for name, values in whole.history.items():  # of the broken epoch too: its running means went on
+        assert history.history[name] == values[history.epoch[0] :]
+
+
+def test_sigterm_without_a_checkpoint_ends_the_process_as_ever():
+    command = "import os, signal; from test_meta_trainer import *; trainer().fit(1, 9, callbacks=[Terminate(2)], verbose=0)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], check=False, cwd=os.path.dirname(__file__),
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_checkpoint_errors(tmp_path):
     path = tmp_path / "run.weights.h5"
     made = trainer()
     made.fit(1, 2, checkpoint=path, verbose=0)
-    with pytest.raises(ValueError, match="2 meta-steps are done"):
+    with pytest.raises(ValueError, match="`steps_per_epoch` must be what it was before, 2"):
         trainer().fit(2, 3, checkpoint=path, verbose=0)
     with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
         trainer(members=3).fit(2, 2, checkpoint=path, verbose=0)

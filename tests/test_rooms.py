@@ -18,7 +18,7 @@ BELOW = {
     "genome": {"options", "files"},
     "genomes": {"genome", "options"},
     "rule": {"genome", "options"},
-    "layers": {"rule", "genome", "options", "distribution"},
+    "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},
     "checks": set(),
     "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution"},
@@ -30,8 +30,8 @@ BELOW = {
     "distribution": set(),
     "tasks": {"random"},
     "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random"},
-    "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution"},
-    "report": {"learners", "network", "genome", "random", "tasks", "compiling"},
+    "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution", "files"},
+    "report": {"learners", "network", "genome", "random", "tasks", "compiling", "files"},
 }
 TOP = {"__init__", "cli"}  # may import all
 

@@ -84,24 +84,15 @@ class Gaussians(tasks.Tasks):
         return x, 2.0 * tf.one_hot(y, self.outputs) - 1.0
 
 
-class PlainGaussians(Gaussians):
-    """The same with numbers that cost nothing, where only shapes are looked at."""
-
-    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        return tf.zeros((count, self.features)), tf.zeros((count, self.outputs))
-
-
 def _variables(model: keras.Model) -> list[keras.Variable]:
     optimizer = model.optimizer.variables if model.optimizer else []
     return [*model.variables, *model.metrics_variables, *optimizer]
 
 
-def _meta(
-    size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, of: type[Gaussians] = Gaussians
-) -> Case:
+def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer) -> Case:
     evolution = isinstance(estimator, meta.Evolution)
     made = trainer(
-        of(size.sizes[0], size.sizes[-1]), learners.Blur(size.sizes[1:-1], size.rule), estimator,
+        Gaussians(size.sizes[0], size.sizes[-1]), learners.Blur(size.sizes[1:-1], size.rule), estimator,
         members=1 if evolution else size.members, tasks_per_step=size.tasks, batch_size=size.batch, query_size=size.batch,
         seed=3,
     )  # fmt: skip
@@ -133,12 +124,14 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
 
 
 def _estimator(kind: Any, size: Size) -> Any:
+    # A difference of two losses over a small sigma would be rounding magnified.
+    noise: dict[str, Any] = {"pairs": size.population // 2, "sigma": 0.2}
     if kind is meta.PES:
-        return meta.PES(size.steps, total=2 * size.steps, pairs=size.population // 2)
+        return meta.PES(size.steps, total=2 * size.steps, **noise)
     if kind is meta.TruncatedUnroll:
         return meta.TruncatedUnroll(size.steps, total=2 * size.steps)
     if kind is meta.ES:
-        return meta.ES(size.steps, pairs=size.population // 2)
+        return meta.ES(size.steps, **noise)
     return meta.Evolution(size.steps, population=size.population) if kind is meta.Evolution else kind(size.steps)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -38,30 +39,45 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        return _mistake(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+        return _mistake("keras-blur", f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
+    return call(command, f"keras-blur {name}", COMMANDS[name], rest)
+
+
+def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> int:
+    """Parses a command's flags and runs it.
+
+    Args:
+        command: a module with `USAGE`, `define_flags` and `run`.
+        program: what stands before the arguments.
+        purpose: what it does, in a line.
+        arguments: those of the command.
+
+    Returns:
+        The exit status.
+    """
     try:
-        command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
         values = flags.FlagValues()
         flags.DEFINE_boolean("help", False, "Show these flags.", short_name="h", flag_values=values)
         command.define_flags(values)
         try:
-            positional = values([f"keras-blur {name}", *rest])[1:]
+            positional = values([program, *arguments])[1:]
         except flags.Error as error:
-            return _mistake(f"{error} (keras-blur {name} --help lists the flags)")
+            return _mistake(program, f"{error} ({program} --help lists the flags)")
         if values["help"].value:
-            print(f"usage: keras-blur {name} {command.USAGE}\n\n{COMMANDS[name]}\n\n{values.get_help()}")
+            print(f"usage: {program} {command.USAGE}\n\n{purpose}\n\n{values.get_help()}")
             return 0
         if positional and "..." not in command.USAGE:
-            return _mistake(f"{name} takes flags only; received {' '.join(positional)!r}")
+            return _mistake(program, f"{program} takes flags only; received {' '.join(positional)!r}")
         return command.run(values, positional)
     except (ValueError, ImportError, OSError) as error:
-        return _mistake(str(error))
+        return _mistake(program, str(error))
     except KeyboardInterrupt:
-        return _mistake("interrupted")
+        return _mistake(program, "interrupted")
 
 
-def _mistake(text: str) -> int:
-    print(f"keras-blur: {text}", file=sys.stderr)
+def _mistake(program: str, text: str) -> int:
+    print(f"{program.split()[0]}: {text}", file=sys.stderr)
     return 2
 
 

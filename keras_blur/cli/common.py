@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from keras_blur import genomes
-from keras_blur.files import write_text
+from keras_blur.files import is_remote, write_text
 from keras_blur.report.compare import plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
@@ -25,7 +25,7 @@ def values_of(values: flags.FlagValues) -> dict[str, Any]:
 def check_folders(flag: Mapping[str, Any], *names: str) -> None:
     """Raises a `ValueError` if a file that is to be written would have no folder."""
     for name in names:
-        if flag[name]:
+        if flag[name] and not is_remote(flag[name]):
             folder = os.path.dirname(os.path.abspath(flag[name]))
             if not os.path.isdir(folder):
                 raise ValueError(f"--{name}: there is no folder {folder!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -103,8 +104,14 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
     return Rule(**options)
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
-    """Meta-trains, prints how the best genome does on validation images, and writes it."""
+def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) -> int:
+    """Meta-trains, prints how the members do, and writes the best genome.
+
+    Args:
+        values: the flags.
+        positional: not used.
+        scope: of a `tf.distribute` strategy to train under; `None` for none.
+    """
     del positional
     flag = values_of(values)
     check_folders(flag, "genome", "json", "checkpoint", "csv")
@@ -117,20 +124,21 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     rule = parse_rule(flag["rule"], **options)
     start = start.with_rule(rule) if start else None
     families = _families(flag, sizes)
-    trainer = meta.MetaTrainer(
-        families,
-        [learners.Blur(tuple(units), rule) for units in networks],
-        _estimator(flag, unrolls[0]),
-        members=1 if flag["estimator"] == "cma" else flag["members"],
-        tasks_per_step=flag["tasks_per_step"],
-        batch_size=flag["batch_size"],
-        query_size=flag["query_size"],
-        clipnorm=flag["clipnorm"] or None,
-        genome=start,
-        seed=flag["seed"],
-    )
-    optimizer = None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"])
-    trainer.compile(optimizer, jit_compile=flag["jit_compile"])
+    with scope or contextlib.nullcontext():
+        trainer = meta.MetaTrainer(
+            families,
+            [learners.Blur(tuple(units), rule) for units in networks],
+            _estimator(flag, unrolls[0]),
+            members=1 if flag["estimator"] == "cma" else flag["members"],
+            tasks_per_step=flag["tasks_per_step"],
+            batch_size=flag["batch_size"],
+            query_size=flag["query_size"],
+            clipnorm=flag["clipnorm"] or None,
+            genome=start,
+            seed=flag["seed"],
+        )
+        optimizer = None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"])
+        trainer.compile(optimizer, jit_compile=flag["jit_compile"])
     share = flag["epochs"] // len(unrolls)
     stages = [(index * share, steps) for index, steps in enumerate(unrolls)]
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]

@@ -26,6 +26,11 @@ class Blur(Learner):
         hidden: units of the hidden layers.
         rule: the rule of the genome. One that learns from errors descends its loss; without one, the softmax
             cross-entropy.
+        compute_dtype: type in which products are formed, `"bfloat16"` or `"float16"`; sums and all else stay float32, as in
+            Keras's mixed precision. `None` is float32.
+
+    Raises:
+        ValueError: if the rule keeps neurons, or an argument is out of range.
 
     Example:
 
@@ -33,7 +38,12 @@ class Blur(Learner):
     (32, 10)
     """
 
-    def __init__(self, hidden: tuple[int, ...] = (128,), rule: Rule | None = None):
+    def __init__(self, hidden: tuple[int, ...] = (128,), rule: Rule | None = None, *, compute_dtype: str | None = None):
+        self.compute_dtype = compute_dtype
+        if compute_dtype not in (None, "bfloat16", "float16"):
+            raise ValueError(
+                f"`compute_dtype` must be 'bfloat16', 'float16' or None. Received: compute_dtype={compute_dtype!r}"
+            )
         self.hidden = tuple(int(units) for units in hidden)
         self.rule = rule or Rule()
         if self.rule.keep_neurons:
@@ -47,7 +57,9 @@ class Blur(Learner):
 
     def stages(self, outputs: int) -> tuple[network.Stage, ...]:
         """The network."""
-        return tuple(network.Stage(DenseConnection(units)) for units in self.units(outputs))
+        return tuple(
+            network.Stage(DenseConnection(units, compute_dtype=self.compute_dtype)) for units in self.units(outputs)
+        )
 
     def genome(self, outer: Outer) -> Genome:
         """The genome of outer parameters that are its arrays by name; a layer axis stands after the leading ones."""

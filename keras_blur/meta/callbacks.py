@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import files, random
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners.blur import Blur
@@ -51,7 +51,8 @@ class UnrollCurriculum(keras.callbacks.Callback):
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if epoch and any(start == epoch for start, _ in self.stages):
+        fresh = int(self.model.meta_step.numpy()) % self.params["steps"] == 0  # not one that a resumed run goes on with
+        if epoch and fresh and any(start == epoch for start, _ in self.stages):
             self.model.synchronize()
         if self.model.estimator.steps != self.steps_at(epoch):
             self.model.unroll_for(self.steps_at(epoch))
@@ -117,7 +118,7 @@ class MetaValidate(keras.callbacks.Callback):
             self._data.append(next(iter(stream.batch(self.episodes))))
             self._scores.append(compiled(self._scorer(learner, inner), jit_compile=trainer.jit_step))
 
-        if self.path is not None and os.path.exists(self.path) and int(trainer.meta_step.numpy()):
+        if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
             self.best = self._score(Genome.load(self.path))[1]  # of the run that this one goes on with
 
     def _scorer(self, learner: Blur, inner: InnerLoop) -> Callable[..., Any]:
@@ -162,7 +163,7 @@ class GenomeCheckpoint(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch, to a temporary name first: `MetaTrainer.fit` adds it.
+    """Writes everything that a resumed run needs after each epoch: `MetaTrainer.fit` adds it.
 
     Args:
         path: a `.weights.h5` file.
@@ -173,7 +174,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.path = path
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.write()
+
+    def write(self) -> None:
+        """Writes it now."""
         if self.model.runner.writes_files:
-            temporary = self.path.removesuffix(".weights.h5") + ".tmp.weights.h5"
-            self.model.save_weights(temporary, overwrite=True)
-            os.replace(temporary, self.path)
+            with files.replacing(self.path) as temporary:
+                self.model.save_weights(temporary, overwrite=True)

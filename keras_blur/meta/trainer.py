@@ -18,16 +18,19 @@ the variables with the same numbers. What a step does depends on the number of r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import files, random
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Runner, Share, mean, share
 from keras_blur.feedback import target_kind
@@ -162,6 +165,7 @@ class MetaTrainer(keras.Model):
                 self.outer[name] = getattr(self, f"genome_{name}")
                 self.outer[name].assign(numbers)
         self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
+        self.epoch_length = self._counter("epoch_length", np.zeros((), "int32"))
         self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
@@ -275,59 +279,81 @@ class MetaTrainer(keras.Model):
         Args:
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: meta-steps of each.
-            checkpoint: a `.weights.h5` file that is written after each epoch; where it exists, meta-training goes on from
-                it, to the same result as if it had never stopped.
+            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch; where
+                it exists, meta-training goes on from it, to the same result as if it had never stopped. SIGTERM, the sign
+                that a machine is about to go, writes it after the present step and ends the process, with exit status
+                143; but under several workers, which do not get it at the same step, it ends the process at once.
             callbacks: Keras callbacks.
             verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
 
         Raises:
-            ValueError: if the checkpoint is of another trainer, or was written within other epochs.
+            ValueError: if the checkpoint is of another trainer, or was written with another `steps_per_epoch`.
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
-        callbacks = list(callbacks)
+        saving = None
         if checkpoint is not None:
             path = os.fspath(checkpoint)
             if not path.endswith(".weights.h5"):
                 raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
-            if os.path.exists(path):
+            if files.exists(path):
                 self._restore(path)
-            callbacks.append(Checkpoint(path))
-        done, rest = divmod(int(self.meta_step.numpy()), steps_per_epoch)
-        if rest and checkpoint is not None:
-            raise ValueError(
-                f"`steps_per_epoch` must be what it was before: {int(self.meta_step.numpy())} meta-steps are done, no "
-                f"whole number of epochs of {steps_per_epoch}."
-            )
+            saving = Checkpoint(path)
+        before = int(self.epoch_length.numpy())
+        if checkpoint is not None and before not in (0, steps_per_epoch):
+            raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
+        self.epoch_length.assign(steps_per_epoch)
+        done, first = divmod(int(self.meta_step.numpy()), steps_per_epoch)
+        if checkpoint is None:
+            done, first = 0, 0
         self._streams = {}  # they start where the counters stand
         followed = keras.callbacks.CallbackList(
-            callbacks, add_history=True, add_progbar=verbose != 0, model=self, verbose=1 if verbose == "auto" else verbose,
-            epochs=epochs, steps=steps_per_epoch,
+            [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
+            verbose=1 if verbose == "auto" else verbose, epochs=epochs, steps=steps_per_epoch,
         )  # fmt: skip
         self.stop_training = False
         followed.on_train_begin()
         logs: dict[str, float] = {}
-        begin = self._initial_epoch or (done if checkpoint is not None else 0)  # Keras's BackupAndRestore sets the former
-        for epoch in range(begin, epochs):
-            self.reset_metrics()
-            followed.on_epoch_begin(epoch)
-            for step in range(steps_per_epoch):
-                followed.on_train_batch_begin(step)
-                logs = self.meta_train_step()
-                followed.on_train_batch_end(step, logs)
+        with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
+            for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
+                if not first:
+                    self.reset_metrics()
+                followed.on_epoch_begin(epoch)
+                for step in range(first, steps_per_epoch):
+                    followed.on_train_batch_begin(step)
+                    logs = self.meta_train_step()
+                    followed.on_train_batch_end(step, logs)
+                    if terminated() and saving:
+                        saving.write()
+                        raise SystemExit(128 + signal.SIGTERM)
+                    if self.stop_training:
+                        break
+                first = 0
+                followed.on_epoch_end(epoch, logs)
                 if self.stop_training:
                     break
-            followed.on_epoch_end(epoch, logs)
-            if self.stop_training:
-                break
         followed.on_train_end(logs)
         return self.history
 
     def _restore(self, path: str) -> None:
         try:
-            self.load_weights(path)
+            with files.local(path) as copy:
+                self.load_weights(copy)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
+
+    def save_own_variables(self, store: Any) -> None:
+        """For Keras saving, which leaves metrics out: their running means too, for a run that stops inside an epoch."""
+        super().save_own_variables(store)
+        for number, variable in enumerate(self.metrics_variables):
+            store[f"metric_{number}"] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """For Keras saving."""
+        values = {name: store[name] for name in store.keys()}  # noqa: SIM118, an entry of an h5 file is no dict
+        for number, variable in enumerate(self.metrics_variables):
+            variable.assign(np.array(values.pop(f"metric_{number}")))
+        super().load_own_variables(values)
 
     # One step.
 
@@ -507,6 +533,20 @@ class MetaTrainer(keras.Model):
             }
 
         return generation
+
+
+@contextlib.contextmanager
+def _noticed(number: int, wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Whether this process got a signal, which then does nothing else; only the main thread can look out for one."""
+    got: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(number, lambda received, _: got.append(received))
+    try:
+        yield lambda: bool(got)
+    finally:
+        signal.signal(number, before)
 
 
 def of_members(value: Array, like: Array) -> Array:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from keras_blur.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,12 +43,6 @@ def line(axis: Any, index: int, x: Any, y: Any, label: str, spread: Any = None) 
 
 def save(made: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a picture, to a temporary name first, then renamed; the format is that of the ending."""
-    target = os.path.abspath(os.fspath(path))
-    root, ending = os.path.splitext(target)
-    temporary = f"{root}.tmp{os.getpid()}{ending or '.png'}"
-    try:
+    path = os.fspath(path)
+    with replacing(path if os.path.splitext(path)[1] else path + ".png") as temporary:
         made.savefig(temporary, dpi=150)
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)

@@ -1,0 +1,85 @@
+"""The launcher for a TPU, without one: it trains, stops on SIGTERM, goes on to the same result, names mistakes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RUN = (
+    "--tpu=none", "--functions=xor", "--hidden=8", "--epochs=3", "--steps_per_epoch=40", "--members=2", "--unroll=3",
+    "--nojit_compile",
+)  # fmt: skip
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "tpu" / "train.py"), *flags]
+
+
+def environment():
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+@pytest.mark.slow
+def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(*RUN, f"--out={whole}"), env=environment(), check=True, capture_output=True)
+    first = subprocess.Popen(command(*RUN, f"--out={broken}"), env=environment(), stdout=subprocess.PIPE, text=True)
+    while True:  # until the second epoch is on its way
+        text = first.stdout.read(200)
+        assert text, "it ended before it was stopped"
+        if "Epoch 2/3" in text or (broken / "run.weights.h5").exists():
+            break
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    assert first.returncode == 143
+    assert not (broken / "result.json").exists()
+    subprocess.run(command(*RUN, f"--out={broken}"), env=environment(), check=True, capture_output=True)
+    assert (broken / "genome.json").read_bytes() == (whole / "genome.json").read_bytes()
+    history = [json.loads((folder / "result.json").read_text())["history"] for folder in (broken, whole)]
+    assert 1 <= len(history[0]["loss"]) <= 3
+    for name, values in history[1].items():
+        assert history[0][name] == values[-len(history[0][name]) :]
+    assert (broken / "history.csv").read_text().count("\n") == 4  # every epoch once, under a line of names
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tpu=local"], "needs a TPU in this machine; there is none"),
+        (["--tpu=none", "--hidden=0"], "--hidden must be positive whole numbers"),
+        (["--cores=4"], "Unknown command line flag 'cores'"),
+    ],
+)
+def test_mistakes_are_named(flags, said):
+    done = subprocess.run(command(*flags), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_tensorflow_without_tpu_is_named(monkeypatch):
+    sys.path.insert(0, str(ROOT / "tpu"))
+    try:
+        import train
+    finally:
+        sys.path.pop(0)
+    monkeypatch.setattr(train, "DEVICES", (__file__,))  # a chip seems to be there
+    with pytest.raises(ValueError, match=r"--tpu local: this TensorFlow .* has no TPU support"):
+        train.connect("local")
+
+
+def test_the_setup_script_says_what_it_would_do_and_what_is_wrong():
+    script = str(ROOT / "tpu" / "setup_vm.sh")
+    done = subprocess.run(
+        ["bash", script, "--python", sys.executable, "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "no TPU in this machine" in done.stderr
+    done = subprocess.run(["bash", script, "--flag"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown option --flag" in done.stderr

@@ -1,0 +1,64 @@
+"""The check of TPU programs: it holds for a right step, and refuses steps that are wrong on purpose.
+
+It needs the environment of tpu/requirements-verify.txt: `.venv-verify/bin/pytest -m slow tests/test_tpu_verify.py`.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def has_tpu_wheels():
+    installed = {one.metadata["Name"].lower().replace("_", "-") for one in importlib.metadata.distributions()}
+    return {"tensorflow-tpu", "jax", "libtpu"} <= installed
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_tpu_wheels(), reason="needs the environment of tpu/requirements-verify.txt"),
+]
+
+
+def verify(*flags):
+    command = [sys.executable, str(ROOT / "tpu" / "verify.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_meta_step_on_four_cores_holds(tmp_path):
+    path = tmp_path / "report.json"
+    done = verify("--case=unroll", "--cores=4", "--chip=v5e", f"--json={path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())["unroll x 4"]
+    assert report["sums"] > 0
+    assert report["from_mirrored"][0] <= 1e-6
+    assert report["chips"]["v5e"]["reductions"] > 0
+    assert 0 < report["chips"]["v5e"]["needed"] < report["chips"]["v5e"]["available"]
+
+
+@pytest.mark.parametrize(
+    ("control", "said"),
+    [
+        ("undivided", "from one device"),
+        ("unreduced", "variables differ between cores"),
+        ("printing", "No TPU kernel for StringFormat"),
+        ("python", "No TPU kernel for EagerPyFunc"),
+        ("large", "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_a_wrong_step_is_refused(control, said):
+    done = verify(f"--case={control}", "--cores=4", "--chip=v5e", *(["--noexecute"] if control == "large" else []))
+    assert done.returncode == 1
+    assert "REFUSED" in done.stdout
+    assert said in done.stdout
+
+
+def test_the_list_of_kernels_is_that_of_the_release(tmp_path):
+    assert verify(f"--kernels={tmp_path / 'kernels.json'}").returncode == 0
+    made = json.loads((tmp_path / "kernels.json").read_text())
+    assert made == json.loads((ROOT / "keras_blur" / "tpu_kernels.json").read_text())

@@ -1,0 +1,92 @@
+"""Meta-trains on a Cloud TPU: `keras-blur meta-train` under `TPUStrategy`.
+
+    python tpu/train.py --tpu local --out gs://BUCKET/RUN --data mnist --tasks_per_step 32
+
+It takes the flags of `keras-blur meta-train`, and where the TPU is. What a run writes goes to `--out`, a folder or a
+bucket: the checkpoint after each epoch, the genome, the history, logs for TensorBoard where that is installed. On SIGTERM
+the checkpoint is written after the present step and the process ends with status 143; the same command then goes on from it,
+to the same result. `--tpu none` runs the whole path without a TPU. README.md here is the run book.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf
+from absl import flags
+
+from keras_blur import cli
+from keras_blur.cli import meta_train
+from keras_blur.files import is_remote
+
+USAGE = "[flags]"
+
+# What a run writes, by flag.
+FILES = {
+    "checkpoint": "run.weights.h5", "genome": "genome.json", "csv": "history.csv", "json": "result.json",
+    **({"tensorboard": "logs"} if importlib.util.find_spec("tensorboard") else {}),
+}  # fmt: skip
+DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # how a TPU VM shows its chips
+
+
+def connect(name: str, zone: str | None = None, project: str | None = None) -> tf.distribute.Strategy:
+    """The strategy for a TPU, its system initialised; the default strategy for `"none"`.
+
+    Raises:
+        ValueError: if there is no such TPU, or TensorFlow cannot use it.
+    """
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if name == "local" and not any(glob.glob(pattern) for pattern in DEVICES):
+        raise ValueError(
+            f"--tpu local needs a TPU in this machine; there is none ({', '.join(DEVICES)}). On a TPU VM, look at its state "
+            "with `gcloud compute tpus tpu-vm describe`; elsewhere use --tpu none."
+        )
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name, zone=zone, project=project)
+        if name != "local":
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        strategy = tf.distribute.TPUStrategy(resolver)
+    except tf.errors.NotFoundError as error:
+        raise ValueError(
+            f"--tpu {name}: this TensorFlow ({tf.__version__}) has no TPU support: install tpu/requirements-vm.txt, in an "
+            f"environment without tensorflow-cpu. It said: {error.message.splitlines()[0]}"
+        ) from error
+    except (tf.errors.OpError, IndexError, RuntimeError, OSError) as error:
+        raise ValueError(f"--tpu {name} could not be initialised; see tpu/README.md. It said: {error}") from error
+    print(f"TPU {name}: {strategy.num_replicas_in_sync} cores", flush=True)
+    return strategy
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Those of `keras-blur meta-train`, and where the TPU is."""
+    meta_train.define_flags(values)
+    where = "'local' on a TPU VM, the name of a TPU, or 'none' for the CPU or GPU of this machine."
+    flags.DEFINE_string("tpu", "none", where, flag_values=values)
+    flags.DEFINE_string("gcp_zone", None, "Zone of a TPU given by name.", flag_values=values)
+    flags.DEFINE_string("gcp_project", None, "Project of a TPU given by name.", flag_values=values)
+    flags.DEFINE_string("out", None, "Folder or bucket for what a run writes, but for what flags name.", flag_values=values)
+
+
+def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
+    """Meta-trains there."""
+    out = values["out"].value
+    if out:
+        if not is_remote(out):
+            os.makedirs(out, exist_ok=True)
+        for flag, name in FILES.items():
+            if not values[flag].present:
+                values[flag].value = f"{out.rstrip('/')}/{name}"
+    strategy = connect(str(values["tpu"].value), values["gcp_zone"].value, values["gcp_project"].value)
+    return meta_train.run(values, positional, strategy.scope())
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(sys.modules[__name__], "tpu/train.py", "meta-train a genome on a TPU", sys.argv[1:]))
