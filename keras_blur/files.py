@@ -27,9 +27,25 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what TensorFlow's file systems raise into an `OSError` that names the path."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(f"{os.fspath(path)}: {error.message or type(error).__name__}") from error
+
+
 def exists(path: Path) -> bool:
-    """Whether there is such a file."""
-    return tf.io.gfile.exists(os.fspath(path))
+    """Whether there is such a file; an `OSError` where a bucket cannot be asked."""
+    with _naming(path):
+        return tf.io.gfile.exists(os.fspath(path))
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, unless they are there; an `OSError` where that cannot be."""
+    with _naming(path):
+        tf.io.gfile.makedirs(os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -45,8 +61,9 @@ def replacing(path: Path) -> Iterator[str]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if is_remote(path):
-            tf.io.gfile.copy(temporary, target + ".tmp", overwrite=True)
-            tf.io.gfile.rename(target + ".tmp", target, overwrite=True)
+            with _naming(path):
+                tf.io.gfile.copy(temporary, target + ".tmp", overwrite=True)
+                tf.io.gfile.rename(target + ".tmp", target, overwrite=True)
             os.unlink(temporary)
         else:
             os.chmod(temporary, 0o666 & ~_umask())
@@ -64,7 +81,8 @@ def local(path: Path) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, os.path.basename(os.fspath(path)))
-        tf.io.gfile.copy(os.fspath(path), copy)
+        with _naming(path):
+            tf.io.gfile.copy(os.fspath(path), copy)
         yield copy
 
 
@@ -81,11 +99,8 @@ def read_text(path: Path) -> str:
         OSError: if there is none.
         UnicodeDecodeError: if it is no text.
     """
-    try:
-        with local(path) as copy, open(copy, encoding="utf-8") as file:
-            return file.read()
-    except tf.errors.OpError as error:
-        raise OSError(f"{os.fspath(path)}: {error.message or type(error).__name__}") from error
+    with local(path) as copy, open(copy, encoding="utf-8") as file:
+        return file.read()
 
 
 def _umask() -> int:

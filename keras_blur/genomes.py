@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_blur.files import exists
 from keras_blur.genome import Genome
 from keras_blur.options import Rule
 
@@ -103,7 +104,7 @@ def load(name: str | os.PathLike[str]) -> Genome:
     if text in names():
         content = (resources.files("keras_blur") / "zoo" / f"{text}.json").read_text(encoding="utf-8")
         return Genome.from_json(content, source=f"Genome {text!r}")
-    if os.path.exists(text):
+    if exists(text):
         return Genome.load(text)
     raise ValueError(f"No genome named {text!r}, and no such file. Known names: {', '.join(['backprop', *names()])}.")
 

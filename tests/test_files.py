@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from keras_blur import Genome, Rule, files
+from keras_blur import Genome, Rule, files, genomes
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -25,6 +25,7 @@ def test_a_genome_there_and_back(folder):
     genome = Genome.random(Rule(), seed=0)
     genome.save(f"{folder}/genome.json")
     assert Genome.load(f"{folder}/genome.json") == genome
+    assert genomes.load(f"{folder}/genome.json") == genome
 
 
 def test_what_is_missing_is_named(folder):

@@ -142,6 +142,14 @@ def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp
         assert history.history[name] == values[history.epoch[0] :]
 
 
+def test_a_curriculum_synchronizes_where_an_epoch_begins_whatever_was_trained_before(monkeypatch):
+    made, copied = trainer(members=2), []
+    made.fit(1, 5, verbose=0)
+    monkeypatch.setattr(made, "synchronize", lambda: copied.append(int(made.meta_step.value)))
+    made.fit(2, 3, callbacks=[meta.UnrollCurriculum([(0, 2), (1, 3)])], verbose=0)
+    assert copied == [8]
+
+
 def test_sigterm_without_a_checkpoint_ends_the_process_as_ever():
     command = "import os, signal; from test_meta_trainer import *; trainer().fit(1, 9, callbacks=[Terminate(2)], verbose=0)"
     done = subprocess.run(

@@ -16,7 +16,7 @@ BELOW = {
     "feedback": set(),
     "options": {"feedback"},
     "genome": {"options", "files"},
-    "genomes": {"genome", "options"},
+    "genomes": {"genome", "options", "files"},
     "rule": {"genome", "options"},
     "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},

@@ -52,6 +52,7 @@ def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path):
     [
         (["--tpu=local"], "needs a TPU in this machine; there is none"),
         (["--tpu=none", "--hidden=0"], "--hidden must be positive whole numbers"),
+        (["--out=nowhere://bucket/run"], "nowhere://bucket/run: File system scheme 'nowhere' not implemented"),
         (["--cores=4"], "Unknown command line flag 'cores'"),
     ],
 )

@@ -47,7 +47,7 @@ if [ -n "$tpu" ] && ! compgen -G '/dev/accel*' > /dev/null && ! compgen -G '/dev
   exit 1
 fi
 if [ -n "$check" ]; then
-  echo "a TPU is in this machine"
+  [ -z "$tpu" ] || echo "a TPU is in this machine"
   exit 0
 fi
 

@@ -16,14 +16,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # how a TPU VM shows its chips
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if not any(glob.glob(pattern) for pattern in DEVICES):
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for Google's metadata server when it is imported
 
 import tensorflow as tf
 from absl import flags
 
 from keras_blur import cli
 from keras_blur.cli import meta_train
-from keras_blur.files import is_remote
+from keras_blur.files import make_folder
 
 USAGE = "[flags]"
 
@@ -32,7 +36,6 @@ FILES = {
     "checkpoint": "run.weights.h5", "genome": "genome.json", "csv": "history.csv", "json": "result.json",
     **({"tensorboard": "logs"} if importlib.util.find_spec("tensorboard") else {}),
 }  # fmt: skip
-DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # how a TPU VM shows its chips
 
 
 def connect(name: str, zone: str | None = None, project: str | None = None) -> tf.distribute.Strategy:
@@ -79,8 +82,7 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     """Meta-trains there."""
     out = values["out"].value
     if out:
-        if not is_remote(out):
-            os.makedirs(out, exist_ok=True)
+        make_folder(out)  # of a bucket too: what cannot be written is known now, not after the first epoch
         for flag, name in FILES.items():
             if not values[flag].present:
                 values[flag].value = f"{out.rstrip('/')}/{name}"

@@ -51,7 +51,7 @@ class UnrollCurriculum(keras.callbacks.Callback):
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        fresh = int(self.model.meta_step.numpy()) % self.params["steps"] == 0  # not one that a resumed run goes on with
+        fresh = int(self.model.epoch_step.numpy()) == 0  # not one that a resumed run goes on with
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
             self.model.synchronize()
         if self.model.estimator.steps != self.steps_at(epoch):

@@ -166,12 +166,14 @@ class MetaTrainer(keras.Model):
                 self.outer[name].assign(numbers)
         self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
         self.epoch_length = self._counter("epoch_length", np.zeros((), "int32"))
+        self.epoch_step = self._counter("epoch_step", np.zeros((), "int32"))
         self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
         quality = "accuracy" if estimator.kind == "classes" else "r2"
         last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
-        self.trackers = {name: keras.metrics.Mean(name=name) for name in ("loss", quality, *last, "skipped")}
+        self.logged = ("loss", quality, *last, "skipped")
+        self.sums = self._counter("sums", np.zeros((len(self.logged), 2), "float32"))  # of values and of weights
         self.quality = quality
         self.built = True
         self._streams: dict[int, Any] = {}
@@ -228,12 +230,6 @@ class MetaTrainer(keras.Model):
         super().compile(optimizer=optimizer, jit_compile=False)
         with self.runner.scope():
             optimizer.build(list(self.outer.values()))
-
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        """Mean over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of members
-        skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma."""
-        return list(self.trackers.values())
 
     @property
     def population(self) -> Genome:
@@ -303,9 +299,10 @@ class MetaTrainer(keras.Model):
         if checkpoint is not None and before not in (0, steps_per_epoch):
             raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
         self.epoch_length.assign(steps_per_epoch)
-        done, first = divmod(int(self.meta_step.numpy()), steps_per_epoch)
-        if checkpoint is None:
-            done, first = 0, 0
+        done = first = 0
+        if checkpoint is not None:  # on with the epoch that was left, which may be whole
+            first = int(self.epoch_step.numpy()) % steps_per_epoch
+            done = int(self.meta_step.numpy()) // steps_per_epoch
         self._streams = {}  # they start where the counters stand
         followed = keras.callbacks.CallbackList(
             [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
@@ -317,7 +314,8 @@ class MetaTrainer(keras.Model):
         with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
             for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
                 if not first:
-                    self.reset_metrics()
+                    self.epoch_step.assign(0)
+                    self.sums.assign(tf.zeros_like(self.sums.value))
                 followed.on_epoch_begin(epoch)
                 for step in range(first, steps_per_epoch):
                     followed.on_train_batch_begin(step)
@@ -325,6 +323,7 @@ class MetaTrainer(keras.Model):
                     followed.on_train_batch_end(step, logs)
                     if terminated() and saving:
                         saving.write()
+                        followed.on_train_end(logs)  # TensorBoard and CSVLogger close their files
                         raise SystemExit(128 + signal.SIGTERM)
                     if self.stop_training:
                         break
@@ -341,19 +340,6 @@ class MetaTrainer(keras.Model):
                 self.load_weights(copy)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
-
-    def save_own_variables(self, store: Any) -> None:
-        """For Keras saving, which leaves metrics out: their running means too, for a run that stops inside an epoch."""
-        super().save_own_variables(store)
-        for number, variable in enumerate(self.metrics_variables):
-            store[f"metric_{number}"] = variable.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        """For Keras saving."""
-        values = {name: store[name] for name in store.keys()}  # noqa: SIM118, an entry of an h5 file is no dict
-        for number, variable in enumerate(self.metrics_variables):
-            variable.assign(np.array(values.pop(f"metric_{number}")))
-        super().load_own_variables(values)
 
     # One step.
 
@@ -422,11 +408,15 @@ class MetaTrainer(keras.Model):
             number = tf.one_hot(family, len(self.families), dtype="int32")
 
             def step(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, Array]:
-                for name, (value, weight) in program(episodes, seed, piece).items():
-                    self.trackers[name].update_state(value, weight)
+                found = program(episodes, seed, piece)
+                both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
+                sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
+                self.sums.assign(sums)
                 self.meta_step.assign(self.meta_step + 1)
+                self.epoch_step.assign(self.epoch_step + 1)
                 self.drawn.assign(self.drawn + number)
-                return {name: tracker.result() for name, tracker in self.trackers.items()}
+                means = tf.math.divide_no_nan(sums[:, 0], sums[:, 1])
+                return dict(zip(self.logged, tf.unstack(means), strict=True))
 
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
