@@ -270,7 +270,9 @@ class MetaTrainer(keras.Model):
     ) -> keras.callbacks.History:
         """Meta-trains, with the progress bar and the callbacks of Keras.
 
-        The loop over steps is its own: that of Keras cannot run under every strategy, and here the tasks are the data.
+        The loop over steps is its own: that of Keras cannot run under every strategy, and here the tasks are the data. Logs
+        are means over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of
+        members skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma.
 
         Args:
             epochs: number of epochs, those before an interruption included.
