@@ -6,6 +6,7 @@ import tensorflow as tf
 from test_unroll import BATCH, Double, episodes, outer_of
 
 from keras_blur import Genome, Rule, random
+from keras_blur.distribution import ALL, Share
 from keras_blur.learners import Blur, Learner
 from keras_blur.meta import ES, PES, Evolution, TruncatedUnroll, Unroll
 from keras_blur.meta.es import perturbations, perturbed
@@ -18,7 +19,7 @@ STEPS, SIGMA, THETA = 3, 0.4, 0.25
 class Drift(Learner):
     """Adds theta to a number at each step and predicts its square: all expectations are polynomials."""
 
-    def init(self, seed, features, outputs, leading=()):
+    def init(self, seed, features, outputs, leading=(), share=ALL):
         return {"s": tf.ones(leading)}
 
     def step(self, outer, state, x, y):
@@ -26,6 +27,16 @@ class Drift(Learner):
 
     def predict(self, outer, state, x):
         return tf.square(state["s"])[..., None, None]
+
+
+def test_a_share_of_the_tasks_starts_as_among_all():
+    learner, seed = Blur((4,), Rule(states=2)), random.seed_of(3)
+    whole = learner.init(seed, 3, 2, (2, 6))
+    for index in range(3):
+        share = Share(index, 3)
+        part = learner.init(seed, 3, 2, (2, 2), share)
+        for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(share.part(whole, axis=1)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
 def nothing(steps=STEPS):

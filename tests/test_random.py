@@ -110,3 +110,16 @@ def test_each_fold_is_another_seed():
     paths = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,)]
     assert len({random.fold_in(root, *numbers).numpy().tobytes() for numbers in paths}) == 7
     np.testing.assert_array_equal(random.fold_in(root, 4, 9), random.fold_in(random.fold_in(root, 4), 9))
+
+
+@pytest.mark.parametrize("jit", [None, False, True])
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 641])
+def test_rows_are_those_of_the_whole_draw_bit_for_bit(size, jit):
+    def rows(seed, numbers):
+        return random.bits_of_rows(seed, numbers, size)
+
+    draw = rows if jit is None else tf.function(rows, jit_compile=jit)
+    seed, numbers = random.seed_of(7), tf.constant([8, 0, 3])
+    np.testing.assert_array_equal(draw(seed, numbers), tf.gather(random.bits(seed, (9, size)), numbers))
+    whole, part = random.normal(seed, (9, size, 2)), random.normal(seed, (9, size, 2), numbers)
+    np.testing.assert_allclose(part, tf.gather(whole, numbers), rtol=1e-6, atol=1e-7)  # a logarithm and a cosine later

@@ -29,7 +29,7 @@ BELOW = {
     "compiling": set(),
     "distribution": set(),
     "tasks": {"random"},
-    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random"},
+    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution"},
     "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution", "files"},
     "report": {"learners", "network", "genome", "random", "tasks", "compiling", "files"},
 }

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.distribution import ALL, Share
 
 Array = Any
 Outer = Mapping[str, Array]
@@ -25,7 +26,7 @@ class Learner(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = ()) -> Any:
+    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL) -> Any:
         """The state before the first batch.
 
         Args:
@@ -33,6 +34,7 @@ class Learner(abc.ABC):
             features: number of input features.
             outputs: size of the output.
             leading: sizes of the leading axes; members get the same network, tasks their own.
+            share: which of the tasks of all replicas these are; a task's network is the same whatever its replica.
 
         Returns:
             A nest of tensors.
@@ -57,8 +59,13 @@ class Learner(abc.ABC):
         """Outputs `[..., batch, outputs]`: logits of the classes, or values."""
 
 
-def draw_kernel(seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...]) -> Array:
+def draw_kernel(
+    seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...], share: Share = ALL
+) -> Array:
     """An initial kernel: normal, of deviation `1 / sqrt(in)`; equal for members (the first axis), not for tasks."""
-    tasks = leading[1:] if len(leading) > 1 else ()
-    kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape)) / float(shape[0]) ** 0.5
+    tasks, rows = leading[1:], None
+    if share.count > 1:
+        rows = share.index + share.count * tf.range(leading[1])
+        tasks = (leading[1] * share.count, *leading[2:])
+    kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(shape[0]) ** 0.5
     return tf.broadcast_to(kernel, (*leading, *shape))

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_blur import feedback, network
+from keras_blur.distribution import ALL, Share
 from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
@@ -68,7 +69,9 @@ class Blur(Learner):
         own = {name: len(shape) for name, shape in self.rule.shapes().items()}
         return Genome(self.rule, {name: _layers_first(value, own[name]) for name, value in outer.items()})
 
-    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = ()) -> network.NetworkState:
+    def init(
+        self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> network.NetworkState:
         synapses = []
         before = features
         for index, stage in enumerate(self.stages(outputs)):
@@ -77,7 +80,7 @@ class Blur(Learner):
                 if name == "bias":
                     return tf.zeros((*leading, *shape))
                 # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
-                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading)
+                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading, share)
 
             synapses.append(stage.connection.init(self.rule, before, draw, feeds_back=index > 0))
             before = stage.connection.units

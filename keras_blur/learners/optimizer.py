@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_blur import rule as equations
+from keras_blur.distribution import ALL, Share
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
 from keras_blur.options import ACTIVATIONS
 
@@ -63,13 +64,15 @@ class Optimizer(Learner):
             raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
         self.optimizer, self.hidden, self.activation = optimizer, tuple(hidden), activation
 
-    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = ()) -> OptimizerState:
+    def init(
+        self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> OptimizerState:
         if outputs < 2:
             raise ValueError(f"`outputs` must be at least 2, a class each. Received: outputs={outputs!r}")
         weights: list[Array] = []
         before = features
         for index, units in enumerate((*self.hidden, outputs)):
-            weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading))
+            weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, share))
             weights.append(tf.zeros((*leading, 1, units)))
             before = units
         zeros = tuple(tf.zeros_like(weight) for weight in weights)

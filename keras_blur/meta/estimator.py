@@ -324,8 +324,7 @@ def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, share
     """
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
-    tasks = int(x.shape[0]) * share.count
-    return share.part(learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, tasks)), axis=1)
+    return learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), share)
 
 
 def choose(first: Any, fresh: Any, old: Any) -> Any:
