@@ -42,8 +42,7 @@ BATCH, QUERY = 64, 128
 
 def learner(kind: str) -> learners.Blur:
     """A network of one hidden layer, of the rule that `keras-blur meta-train` has."""
-    options: dict[str, Any] = dict(RULE)
-    return learners.Blur((64,), kb.Rule(**options), compute_dtype=TYPES[kind])
+    return learners.Blur((64,), kb.Rule(**RULE), compute_dtype=TYPES[kind])
 
 
 def trained(digits: tasks.Tasks, kind: str, seed: int) -> kb.Genome:

@@ -92,10 +92,9 @@ POINTS = [
 
 def stepper(point: Point) -> Any:
     """A function that takes a meta-step; made in a strategy's scope."""
-    options: dict[str, Any] = dict(RULE)
     trainer = meta.MetaTrainer(
         tasks.images("digits", relabel=True),
-        learners.Blur((point.width, point.width), kb.Rule(**options)),
+        learners.Blur((point.width, point.width), kb.Rule(**RULE)),
         meta.Unroll(point.steps),
         members=point.members,
         tasks_per_step=point.tasks,

@@ -29,7 +29,7 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
     >>> [double(tf.ones(n)).shape[0] for n in (1, 2, 1)]
     [1, 2, 1]
     """
-    wrapped = tf.function(function, jit_compile=jit_compile)
+    wrapped = tf.function(function, autograph=False, jit_compile=jit_compile)
     traced: dict[Any, Any] = {}
 
     def call(*arguments: Any) -> Any:

@@ -221,7 +221,7 @@ class Sequential(keras.Model):
         self._neurons.append(
             self.add_weight(
                 name=f"neurons_{len(self._neurons)}", shape=(self.rule.states, batch, layer.units), initializer="zeros",
-                trainable=False,
+                trainable=False, autocast=False,
             )
         )  # fmt: skip
 

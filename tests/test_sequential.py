@@ -1,5 +1,7 @@
 """`Sequential` as Keras users meet it: fit in all its forms, saving, options, and errors before any work is lost."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -317,15 +319,27 @@ def test_unbuilt_model_takes_its_shape_from_the_data_and_saves(tmp_path):
     assert [layer.units for layer in removed.layers] == [4]
 
 
-def test_mixed_precision_keeps_synapses_in_float32():
+@pytest.fixture
+def mixed_policy():
+    """Models made while the value is entered are of mixed precision."""
+
+    @contextlib.contextmanager
+    def policy():
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            yield
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    return policy
+
+
+def test_mixed_precision_keeps_synapses_in_float32(mixed_policy):
     x, y = data()
     plain = make()
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
+    with mixed_policy():
         mixed = make()
-    finally:
-        keras.config.set_dtype_policy(before)
     start = kernel(plain)
     for model in (plain, mixed):
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
@@ -335,6 +349,27 @@ def test_mixed_precision_keeps_synapses_in_float32():
     moved = np.abs(kernel(plain) - start).max()
     gap = np.abs(kernel(mixed) - kernel(plain)).max()
     assert 0 < gap < 0.05 * moved
+
+
+@pytest.mark.parametrize("rule", ["default", "tied"])
+def test_mixed_precision_predicts_as_it_learns(rule, mixed_policy):
+    x, y = data()
+    with mixed_policy():
+        model = make(RULES[rule])
+    model.fit(x, y, batch_size=8, verbose=0)
+    shown = model.evaluate(x, y, batch_size=24, verbose=0)
+    assert model.train_on_batch(x, y) == pytest.approx(shown, rel=1e-6)  # of the prediction before it learns
+
+
+def test_mixed_precision_keeps_running_statistics_in_float32(mixed_policy):
+    x, y = data()
+    plain = make(RULES["normalised"])
+    with mixed_policy():
+        mixed = make(RULES["normalised"])
+    for model in (plain, mixed):
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    gap = np.abs(mixed.predict(x, verbose=0) - plain.predict(x, verbose=0)).max()
+    assert 0 < gap < 0.05
 
 
 def test_frozen_layer_keeps_its_synapses():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUN = (
@@ -64,11 +65,6 @@ def test_mistakes_are_named(flags, said):
 
 
 def test_a_tensorflow_without_tpu_is_named(monkeypatch):
-    sys.path.insert(0, str(ROOT / "tpu"))
-    try:
-        import train
-    finally:
-        sys.path.pop(0)
     monkeypatch.setattr(train, "DEVICES", (__file__,))  # a chip seems to be there
     with pytest.raises(ValueError, match=r"--tpu local: this TensorFlow .* has no TPU support"):
         train.connect("local")

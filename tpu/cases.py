@@ -47,8 +47,7 @@ class Size:
     @property
     def rule(self) -> kb.Rule:
         """That of `keras-blur meta-train`."""
-        options: dict[str, Any] = {**RULE, "states": self.states}
-        return kb.Rule(**options)
+        return kb.Rule(**{**RULE, "states": self.states})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ ESTIMATORS: dict[str, Any] = {
 }
 
 # What learned best in trials: normalised sums on both passes and synapses of unit norm (sections 3.4 and C.6).
-RULE = {
+RULE: dict[str, Any] = {
     "last_activation": "linear",
     "normalize_activations": "both",
     "normalize_synapses": "stored",

@@ -6,6 +6,7 @@ Source: "Meta-Learning Bidirectional Update Rules" (2021), equations 5 to 7; the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,17 +168,19 @@ class Dense(keras.layers.Layer):
             "bias": self.bias_initializer,
             "backward_kernel": self.backward_initializer or self.kernel_initializer,
         }
+        # Under a mixed policy the connection rounds the factors of a product, and nothing else is rounded.
+        add = functools.partial(self.add_weight, autocast=False)
         for place, (name, shape) in enumerate(self.connection.shapes(rule, inputs, feeds_back=self._feeds_back).items()):
             stacked = _Channels(chosen[name], place)
-            setattr(self, name, self.add_weight(name=name, shape=shape, initializer=stacked))  # so checkpoints see it
+            setattr(self, name, add(name=name, shape=shape, initializer=stacked))  # so checkpoints see it
             if rule.momentum:
-                trace = self.add_weight(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
+                trace = add(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
                 setattr(self, name + TRACE, trace)
         if rule.normalize_activations in ("forward", "both") and rule.normalization_axis == "batch" and self._rule:
             states = rule.states - 1 if rule.derivative_state else rule.states
             shape = (states, 1, self.units)
-            self.moving_mean = self.add_weight(name="moving_mean", shape=shape, initializer="zeros", trainable=False)
-            self.moving_variance = self.add_weight(name="moving_variance", shape=shape, initializer="ones", trainable=False)
+            self.moving_mean = add(name="moving_mean", shape=shape, initializer="zeros", trainable=False)
+            self.moving_variance = add(name="moving_variance", shape=shape, initializer="ones", trainable=False)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: inputs})
         self.built = True
 

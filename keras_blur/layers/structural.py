@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_blur import distribution
+from keras_blur import distribution, random
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -101,15 +101,25 @@ class _Dropout(StructuralMap):
     def context(self, states: Array, training: bool) -> Any:
         axis = -2 - len(self.source)
         ones = ops.ones_like(ops.take(states, [0], axis=axis))
-        rows = ops.reshape(ones, (-1, *self.source))
-        mine = distribution.share()
-        if not training or mine.count == 1:
-            mask = self.layer(rows, training=training)
-        else:  # every replica draws the mask of the whole batch, from one seed, and takes its own rows
-            count = ops.shape(rows)[0]
-            mask = self.layer(ops.tile(rows, (mine.count, *(1 for _ in self.source))), training=True)
-            mask = ops.take(mask, mine.index * count + ops.arange(count), axis=0)
-        return ops.reshape(ops.cast(mask, states.dtype), ops.shape(ones))
+        if not training or not self.layer.rate:
+            return ones
+        # The layer's own seed, but not its random numbers, which are others in a step that XLA compiles.
+        seed = ops.cast(self.layer.seed_generator.next(), "int32")
+        rows = ops.shape(ops.reshape(ones, (-1, *self.source)))
+        mine = distribution.share()  # every replica draws the mask of the whole batch, and takes its own rows
+        whole = (rows[0] * mine.count, *self.source)
+        stays = random.uniform(seed, self._noise_shape(whole)) >= self.layer.rate
+        mask = ops.broadcast_to(ops.cast(stays, states.dtype) / (1.0 - self.layer.rate), whole)
+        if mine.count > 1:
+            mask = ops.take(mask, mine.index * rows[0] + ops.arange(rows[0]), axis=0)
+        return ops.reshape(mask, ops.shape(ones))
+
+    def _noise_shape(self, whole: Shape) -> Shape:
+        """The axes on which what is dropped differs, of a batch of this shape; 1 where it is dropped as one."""
+        if "Spatial" in type(self.layer).__name__:
+            return (whole[0], *(1 for _ in self.source[:-1]), whole[-1])
+        given = self.layer.noise_shape or (None,) * len(whole)
+        return tuple(size if wanted is None else wanted for size, wanted in zip(whole, given, strict=True))
 
     def forward(self, states: Array, context: Any) -> Array:
         return states * context

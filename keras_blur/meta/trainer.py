@@ -177,7 +177,7 @@ class MetaTrainer(keras.Model):
         self.quality = quality
         self.built = True
         self._streams: dict[int, Any] = {}
-        self._compiled_steps: dict[tuple[int, int], Callable[..., Any]] = {}
+        self._compiled_steps: dict[tuple[int, int], Any] = {}
 
     def _counter(self, name: str, value: np.ndarray) -> keras.Variable:
         """A variable that is saved and not trained; each replica writes its own copy, all the same."""
@@ -399,7 +399,7 @@ class MetaTrainer(keras.Model):
         self.estimator = dataclasses.replace(self.estimator, steps=steps)
         self._streams = {}
 
-    def _step_of(self, family: int) -> Callable[..., Any]:
+    def _step_of(self, family: int) -> Any:
         key = (family, self.estimator.steps)
         if key not in self._compiled_steps:
             estimator = self.estimator

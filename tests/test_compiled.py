@@ -1,0 +1,89 @@
+"""Programs compile whole, from shapes alone, to the uncompiled numbers; and the check that says so refuses what does not."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from compiled import FLAT, ROWS, Program, check, compile_seconds
+
+from keras_blur.tasks import episodes, functions, images, mixture
+
+QUICK = (
+    "network.step, default", "train_step, structural layers", "test_step, orthogonal", "meta-step, cma, three",
+    "meta-step, unroll, values",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ROWS])
+def test_a_program_compiles_to_the_uncompiled_numbers(name):
+    row = check(ROWS[name]())
+    assert row["failures"] == []
+    assert row["traces"] == 1
+    assert row["difference"] <= row["tolerance"]
+    keras.backend.clear_session()
+
+
+@pytest.mark.slow
+def test_compile_time_does_not_grow_with_the_unroll():
+    assert np.median([compile_seconds(50) / compile_seconds(5) for _ in range(3)]) <= FLAT
+
+
+X = [(tf.constant([1.0, -2.0, 3.0]),), (tf.constant([-1.0, 2.0, 5.0]),)]
+
+
+def python(x):
+    return tf.ensure_shape(tf.py_function(lambda x: 2 * x, [x], x.dtype), x.shape)
+
+
+class Forgetful:
+    """Does something else each time it is traced."""
+
+    def __init__(self):
+        self.traced = 0
+
+    def __call__(self, x):
+        self.traced += 1
+        return self.traced * x
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (Program(lambda x: 2 * x, X), None),
+        (Program(python, X), "no TPU kernel for EagerPyFunc"),
+        (Program(lambda x: tf.boolean_mask(x, x > 0), X), "shapes are not static"),
+        (Program(Forgetful(), [X[0], (tf.constant([1.0]),)]), "InvalidArgumentError|ValueError|traces"),
+        (Program(lambda x: x + tf.random.stateless_uniform([3], [1, 2]), X), "compiled differs"),
+        (Program(lambda x, n: tf.zeros(n), [(*X[0], tf.constant(3))]), "Error"),
+        (Program(lambda x: x, [(3.0,)]), "an argument is no tensor"),
+    ],
+    ids=["right", "python", "dynamic", "retraced", "other random numbers", "a size from a value", "no tensor"],
+)
+def test_the_check_sees_what_is_wrong(program, said):
+    failures = "; ".join(check(program)["failures"])
+    if said is None:
+        assert failures == ""
+    else:
+        assert any(word in failures for word in said.split("|")), failures
+
+
+DIGITS = images("digits", size=4)
+PIPELINES = {
+    "images": DIGITS,
+    "every option": images("digits", size=6, relabel=True, permute=True, project=9),
+    "functions": functions(["xor", "circle", "cross"], noise=0.1, relabel=True),
+    "sine": functions("sine"),
+    "few-shot": episodes("digits", ways=3, shots=2),
+    "mixture": mixture({DIGITS: 0.5, images("digits", size=4, permute=True): 0.5}).parts[1],
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_task_stream_has_no_python_in_it(name):
+    of = PIPELINES[name]
+    stream = of.dataset(0, steps=2, batch=4, query=4).batch(2)
+    graph = stream._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
+    document = tf.compat.v1.GraphDef.FromString(graph.numpy())
+    nodes = {node.op for node in document.node} | {n.op for f in document.library.function for n in f.node_def}
+    assert len(nodes) > 5
+    assert not {op for op in nodes if "PyFunc" in op or op.startswith("Generator")}
