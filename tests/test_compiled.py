@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from compiled import FLAT, ROWS, Program, check, compile_seconds
 
-from keras_blur.tasks import episodes, functions, images, mixture
+from keras_blur.tasks import episodes, functions, images
 
 QUICK = (
     "network.step, default", "train_step, structural layers", "test_step, orthogonal", "meta-step, cma, three",
@@ -52,9 +52,9 @@ class Forgetful:
         (Program(lambda x: 2 * x, X), None),
         (Program(python, X), "no TPU kernel for EagerPyFunc"),
         (Program(lambda x: tf.boolean_mask(x, x > 0), X), "shapes are not static"),
-        (Program(Forgetful(), [X[0], (tf.constant([1.0]),)]), "InvalidArgumentError|ValueError|traces"),
+        (Program(Forgetful(), [X[0], (tf.constant([1.0]),)]), "2 traces"),
         (Program(lambda x: x + tf.random.stateless_uniform([3], [1, 2]), X), "compiled differs"),
-        (Program(lambda x, n: tf.zeros(n), [(*X[0], tf.constant(3))]), "Error"),
+        (Program(lambda x, n: tf.zeros(n), [(*X[0], tf.constant(3))]), "must be a compile-time constant"),
         (Program(lambda x: x, [(3.0,)]), "an argument is no tensor"),
     ],
     ids=["right", "python", "dynamic", "retraced", "other random numbers", "a size from a value", "no tensor"],
@@ -64,26 +64,32 @@ def test_the_check_sees_what_is_wrong(program, said):
     if said is None:
         assert failures == ""
     else:
-        assert any(word in failures for word in said.split("|")), failures
+        assert said in failures
 
 
-DIGITS = images("digits", size=4)
 PIPELINES = {
-    "images": DIGITS,
+    "images": images("digits", size=4),
+    "cropped": images("digits", crop=4),
     "every option": images("digits", size=6, relabel=True, permute=True, project=9),
     "functions": functions(["xor", "circle", "cross"], noise=0.1, relabel=True),
     "sine": functions("sine"),
     "few-shot": episodes("digits", ways=3, shots=2),
-    "mixture": mixture({DIGITS: 0.5, images("digits", size=4, permute=True): 0.5}).parts[1],
 }
+
+
+def python_in(stream):
+    """Operations of a pipeline that call Python."""
+    graph = stream._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
+    document = tf.compat.v1.GraphDef.FromString(graph.numpy())
+    nodes = {node.op for node in document.node} | {n.op for f in document.library.function for n in f.node_def}
+    return {op for op in nodes if "PyFunc" in op or op.startswith("Generator")}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_task_stream_has_no_python_in_it(name):
-    of = PIPELINES[name]
-    stream = of.dataset(0, steps=2, batch=4, query=4).batch(2)
-    graph = stream._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
-    document = tf.compat.v1.GraphDef.FromString(graph.numpy())
-    nodes = {node.op for node in document.node} | {n.op for f in document.library.function for n in f.node_def}
-    assert len(nodes) > 5
-    assert not {op for op in nodes if "PyFunc" in op or op.startswith("Generator")}
+    assert not python_in(PIPELINES[name].dataset(0, steps=2, batch=4, query=4).batch(2))
+
+
+def test_python_in_a_stream_is_seen():
+    numbers = tf.data.Dataset.from_generator(lambda: iter([1.0]), output_signature=tf.TensorSpec(()))
+    assert python_in(numbers.batch(2))

@@ -244,3 +244,15 @@ def test_losses_of_values_and_single_outputs():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_products_in_bfloat16_round_what_a_learner_learns_and_little_else():
+    rule, found = Rule(states=2, batch_reduction="mean"), {}
+    outer, data = outer_of(rule, dtype="float32"), episodes("float32", steps=2)
+    for kind in (None, "bfloat16"):
+        learner = Blur((4,), rule, compute_dtype=kind)
+        found[kind] = Unroll(2)(learner, outer, data, random.seed_of(0))[0].loss.numpy()
+    assert found["bfloat16"].dtype == np.float32
+    assert 0 < np.abs(found["bfloat16"] - found[None]).max() < 0.05 * np.abs(found[None]).max()
+    with pytest.raises(ValueError, match=r"`compute_dtype` must be .*Received: compute_dtype='int8'"):
+        Blur((4,), compute_dtype="int8")

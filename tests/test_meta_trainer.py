@@ -127,19 +127,33 @@ class Terminate(keras.callbacks.Callback):
 def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp_path):
     # TensorFlow's file system in memory stands for a bucket: nothing but its own functions can read it.
     path = f"{tmp_path if folder == 'disk' else f'ram://{step}'}/run.weights.h5"
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, rows = signal.getsignal(signal.SIGTERM), tmp_path / "rows.csv"
     curriculum = [(0, 2), (1, 3)]  # the best member is copied to all where the second epoch begins, and only there
+
+    def following(*more):
+        return [meta.UnrollCurriculum(curriculum), keras.callbacks.CSVLogger(str(rows), append=True), *more]
+
     with pytest.raises(SystemExit) as ended:
-        several().fit(3, 3, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum), Terminate(step)], verbose=0)
+        several().fit(3, 3, checkpoint=path, callbacks=following(Terminate(step)), verbose=0)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     resumed, unbroken = several(), several()
-    history = resumed.fit(3, 3, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
+    history = resumed.fit(3, 3, checkpoint=path, callbacks=following(), verbose=0)
     whole = unbroken.fit(3, 3, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
     assert_equal(resumed, unbroken)
     assert history.epoch == list(range(step // 3, 3))
     for name, values in whole.history.items():  # of the broken epoch too: its running means went on
         assert history.history[name] == values[history.epoch[0] :]
+    assert [line.split(",")[0] for line in rows.read_text().splitlines()] == ["epoch", "0", "1", "2"]
+
+
+def test_a_checkpoint_counts_the_epochs_of_its_own_fit(tmp_path):
+    path, made = tmp_path / "run.weights.h5", trainer()
+    made.fit(1, 5, verbose=0)
+    assert made.fit(1, 3, checkpoint=path, verbose=0).epoch == [0]
+    resumed = trainer()
+    assert resumed.fit(2, 3, checkpoint=path, verbose=0).epoch == [1]
+    assert int(resumed.meta_step.value) == 11
 
 
 def test_a_curriculum_synchronizes_where_an_epoch_begins_whatever_was_trained_before(monkeypatch):

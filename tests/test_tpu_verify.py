@@ -1,9 +1,8 @@
 """The check of TPU programs: it holds for a right step, and refuses steps that are wrong on purpose.
 
-It needs the environment of tpu/requirements-verify.txt: `.venv-verify/bin/pytest -m slow tests/test_tpu_verify.py`.
+It needs the environment of tpu/requirements-verify.txt: `.venv-verify/bin/pytest -m tpu`.
 """
 
-import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -14,15 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def has_tpu_wheels():
-    installed = {one.metadata["Name"].lower().replace("_", "-") for one in importlib.metadata.distributions()}
-    return {"tensorflow-tpu", "jax", "libtpu"} <= installed
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_tpu_wheels(), reason="needs the environment of tpu/requirements-verify.txt"),
-]
+pytestmark = pytest.mark.tpu
 
 
 def verify(*flags):

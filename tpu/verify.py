@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("fit", "unroll", "truncated", "es", "pes", "cma")
 CONTROLS = ("undivided", "unreduced", "printing", "python", "large")  # wrong on purpose: each must be refused
 KINDS = ("v4", "v5e", "v5p", "v6e")
@@ -182,13 +181,19 @@ def write_kernels(path: str) -> None:
     import tensorflow as tf
     from tensorflow.python.framework import kernels
 
-    from keras_blur.files import write_text
-
     spec = tf.TensorSpec(())  # kernels are registered when something is lowered for the first time
     tf.function(lambda x: x + 1, jit_compile=True).experimental_get_compiler_ir(spec)(stage="hlo", platform_name="TPU")
     every = kernels.get_all_registered_kernels().kernel
     names = sorted({kernel.op for kernel in every if kernel.device_type == "XLA_TPU_JIT"})
-    write_text(path, json.dumps({"tensorflow": tf.__version__, "operations": names}, indent=1) + "\n")
+    write(path, {"tensorflow": tf.__version__, "operations": names})
+
+
+def write(path: str, document: Any) -> None:
+    """Writes a JSON file."""
+    os.environ.update(NO_TPU)  # before TensorFlow, which the library imports
+    from keras_blur.files import write_text
+
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def stage() -> None:
@@ -224,10 +229,9 @@ def run_stage(what: str, folder: pathlib.Path, case: str, cores: int, chip: str 
         sys.executable, __file__, f"--stage={what}", f"--folder={folder}", f"--cores={cores}", f"--case={case}",
         f"--size={','.join(_SIZE.value)}", f"--execute={_EXECUTE.value}",
     ]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, f"--chip={chip}"] if chip else command, capture_output=True, text=True,
-        env={**os.environ, **NO_TPU, "PYTHONPATH": paths},
+        env={**os.environ, **NO_TPU},
     )  # fmt: skip
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -294,10 +298,7 @@ def main(argv: list[str]) -> None:
                     print(f"{case:>10} x {cores}: REFUSED, {refused}", flush=True)
         print(f"{len(reports)} steps hold, {failed} refused")
         if _JSON.value:
-            target = pathlib.Path(_JSON.value)
-            scratch = target.with_name(target.name + ".tmp")
-            scratch.write_text(json.dumps(reports, indent=1) + "\n")
-            scratch.replace(target)
+            write(_JSON.value, reports)
         sys.exit(bool(failed))
 
 

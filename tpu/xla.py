@@ -22,16 +22,13 @@ class Chip:
     Attributes:
         topologies: by number of cores, as libtpu names them.
         memory: of a chip, in bytes, as Google's documentation states it.
-        cores: that share it.
     """
 
     topologies: dict[int, str]
     memory: int
-    cores: int = 1
 
 
 GIB = 2**30
-# A v4 chip has two cores that a program sees as one ("megacore").
 CHIPS = {
     "v4": Chip({1: "v4:2x2x1", 4: "v4:2x2x1", 8: "v4:2x2x2"}, 32 * GIB),
     "v5e": Chip({1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4"}, 16 * GIB),

@@ -165,8 +165,9 @@ class MetaTrainer(keras.Model):
                 self.outer[name] = getattr(self, f"genome_{name}")
                 self.outer[name].assign(numbers)
         self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
-        self.epoch_length = self._counter("epoch_length", np.zeros((), "int32"))
-        self.epoch_step = self._counter("epoch_step", np.zeros((), "int32"))
+        self.epoch, self.epoch_step, self.epoch_length = (
+            self._counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step", "epoch_length")
+        )
         self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
@@ -294,17 +295,16 @@ class MetaTrainer(keras.Model):
             path = os.fspath(checkpoint)
             if not path.endswith(".weights.h5"):
                 raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
-            if files.exists(path):
-                self._restore(path)
             saving = Checkpoint(path)
-        before = int(self.epoch_length.numpy())
-        if checkpoint is not None and before not in (0, steps_per_epoch):
-            raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
-        self.epoch_length.assign(steps_per_epoch)
         done = first = 0
-        if checkpoint is not None:  # on with the epoch that was left, which may be whole
-            first = int(self.epoch_step.numpy()) % steps_per_epoch
-            done = int(self.meta_step.numpy()) // steps_per_epoch
+        if saving and files.exists(path):
+            self._restore(path)
+            before = int(self.epoch_length.numpy())
+            if before != steps_per_epoch:
+                raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
+            whole, first = divmod(int(self.epoch_step.numpy()), steps_per_epoch)  # on with the epoch that was left
+            done = int(self.epoch.numpy()) + whole
+        self.epoch_length.assign(steps_per_epoch)
         self._streams = {}  # they start where the counters stand
         followed = keras.callbacks.CallbackList(
             [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
@@ -316,6 +316,7 @@ class MetaTrainer(keras.Model):
         with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
             for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
                 if not first:
+                    self.epoch.assign(epoch)
                     self.epoch_step.assign(0)
                     self.sums.assign(tf.zeros_like(self.sums.value))
                 followed.on_epoch_begin(epoch)
@@ -323,17 +324,18 @@ class MetaTrainer(keras.Model):
                     followed.on_train_batch_begin(step)
                     logs = self.meta_train_step()
                     followed.on_train_batch_end(step, logs)
-                    if terminated() and saving:
-                        saving.write()
-                        followed.on_train_end(logs)  # TensorBoard and CSVLogger close their files
-                        raise SystemExit(128 + signal.SIGTERM)
-                    if self.stop_training:
+                    if self.stop_training or terminated():
                         break
                 first = 0
-                followed.on_epoch_end(epoch, logs)
-                if self.stop_training:
+                if saving and terminated() and step + 1 < steps_per_epoch:
+                    saving.write()
+                else:
+                    followed.on_epoch_end(epoch, logs)
+                if self.stop_training or terminated():
                     break
         followed.on_train_end(logs)
+        if terminated():
+            raise SystemExit(128 + signal.SIGTERM)
         return self.history
 
     def _restore(self, path: str) -> None:
