@@ -125,11 +125,13 @@ def _size() -> Any:
 
 
 def _group(path: str) -> str:
-    """Which variables have one scale: a layer's synapses; carried states; an optimizer's slots, parts of one gradient."""
+    """Which variables have one scale: a layer's synapses; carried states; what is learned outside, clipped by one norm,
+    and an optimizer's slots for it, parts of one gradient."""
     carried = re.fullmatch(r"(.*/carried_\d+)_\d+", path)
+    outer = re.fullmatch(r"(.*/outer)_\w+", path)
     synapses = re.fullmatch(r"(.*)/\w*(kernel|bias)", path)
     slots = re.fullmatch(r".*_(momentum|velocity)", path)
-    return next((found[1] for found in (carried, synapses, slots) if found), path)
+    return next((found[1] for found in (carried, outer, synapses, slots) if found), path)
 
 
 def _copies(variable: Any) -> list[np.ndarray]:

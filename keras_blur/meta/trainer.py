@@ -161,7 +161,9 @@ class MetaTrainer(keras.Model):
         else:
             for name, own in start.by_member().items():
                 numbers = np.broadcast_to(own, (members, *own.shape[1:]))
-                setattr(self, f"genome_{name}", self.add_weight(name=name, shape=numbers.shape, initializer="zeros"))
+                setattr(
+                    self, f"genome_{name}", self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
+                )
                 self.outer[name] = getattr(self, f"genome_{name}")
                 self.outer[name].assign(numbers)
         self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
