@@ -275,7 +275,7 @@ def meta_step(
     trainer = meta.MetaTrainer(
         of or tasks.functions("blobs3"), learners.Blur(HIDDEN, rule), estimator, members=members,
         **{"tasks_per_step": 2, "batch_size": 6, "query_size": 9, **more}, seed=1,
-        genome=draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
+        start=draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
     )  # fmt: skip
     # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
     adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)

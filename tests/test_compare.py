@@ -35,7 +35,7 @@ MAKERS = {
 @pytest.mark.parametrize("name", MAKERS)
 def test_optimizer_equals_keras_step_by_step(name):
     learner = Optimizer(MAKERS[name](), (7, 4))
-    state = learner.init(random.seed_of(2), 5, 3)
+    state = learner.init({}, random.seed_of(2), 5, 3)
     twin = keras.Sequential([keras.Input((5,)), *(keras.layers.Dense(u, "tanh") for u in (7, 4)), keras.layers.Dense(3)])
     twin.set_weights([np.array(w).reshape(v.shape) for w, v in zip(state.weights, twin.weights, strict=True)])
     twin.compile(MAKERS[name](), keras.losses.CategoricalCrossentropy(from_logits=True))
@@ -52,10 +52,10 @@ def test_leading_axes_are_separate_networks_with_their_own_rates():
     learner = Optimizer(keras.optimizers.Adam(), (6,))
     rates = tf.constant([[0.01], [0.1]])
     xs, ys = batches(leading=(2,))  # two tasks
-    state = learner.init(random.seed_of(2), 5, 3, (2, 2))
+    state = learner.init({}, random.seed_of(2), 5, 3, (2, 2))
     for x, y in zip(xs, ys, strict=True):
         state, _ = learner.step({"learning_rate": rates}, state, x[None], y[None])
-    start = learner.init(random.seed_of(2), 5, 3, (2, 2))
+    start = learner.init({}, random.seed_of(2), 5, 3, (2, 2))
     for member in range(2):
         for task in range(2):
 
@@ -71,8 +71,8 @@ def test_leading_axes_are_separate_networks_with_their_own_rates():
 
 def test_learners_start_from_the_same_network():
     seed = random.seed_of(4)
-    ours = Blur((7, 4), Rule(states=3)).init(seed, 5, 3)
-    theirs = Optimizer(keras.optimizers.SGD(0.1), (7, 4)).init(seed, 5, 3)
+    ours = Blur((7, 4), Rule(states=3)).init({}, seed, 5, 3)
+    theirs = Optimizer(keras.optimizers.SGD(0.1), (7, 4)).init({}, seed, 5, 3)
     for index, layer in enumerate(ours.synapses):
         np.testing.assert_array_equal(layer["kernel"][0], theirs.weights[2 * index])
 
@@ -93,14 +93,14 @@ def test_learner_errors():
     with pytest.raises(ValueError, match=r"`activation` must be one of.*'swish'"):
         Optimizer(keras.optimizers.SGD(0.1), activation="swish")
     with pytest.raises(ValueError, match="`outputs` must be at least 2"):
-        Optimizer(keras.optimizers.SGD(0.1)).init(random.seed_of(0), 5, 1)
+        Optimizer(keras.optimizers.SGD(0.1)).init({}, random.seed_of(0), 5, 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_compiled_equals_eager(name):
     learner = Optimizer(MAKERS[name](), (7,))
     xs, ys = batches(1)
-    state = learner.init(random.seed_of(2), 5, 3)
+    state = learner.init({}, random.seed_of(2), 5, 3)
     eager, _ = learner.step({}, state, xs[0], ys[0])
     compiled, _ = tf.function(lambda s, x, y: learner.step({}, s, x, y), jit_compile=True)(state, xs[0], ys[0])
     for one, other in zip(eager.weights, compiled.weights, strict=True):

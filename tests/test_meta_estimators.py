@@ -155,7 +155,7 @@ def test_validation_errors():
     with pytest.raises(ValueError, match="`episodes` must be a positive integer"):
         meta.MetaValidate(tasks.functions("xor"), episodes=0)
     check = meta.MetaValidate(tasks.functions("xor"), learners.Blur((4,), Rule(states=3)))
-    with pytest.raises(ValueError, match="must have the trainer's rule"):
+    with pytest.raises(ValueError, match="must share the outer parameters"):
         trainer(meta.Unroll(2)).fit(1, 1, callbacks=[check], verbose=0)
 
 

@@ -192,7 +192,7 @@ def test_a_diverged_member_is_skipped_counted_and_does_not_spread():
     population = Genome.random(RULE, 0, std=0.5, synapse_update=-0.01, population=(2,))
     broken = population.replace(nu=population.nu * np.array([1.0, np.finfo("float32").max], "float32")[:, None, None])
     single = Genome(RULE, {name: array[0] for name, array in population.arrays.items()})
-    both, alone = trainer(genome=broken, members=2), trainer(genome=single)
+    both, alone = trainer(start=broken, members=2), trainer(start=single)
     history = both.fit(1, 4, verbose=0).history
     alone.fit(1, 4, verbose=0)
     assert history["skipped"] == [0.5]
@@ -233,7 +233,7 @@ def test_gradient_of_each_member_is_clipped():
 def test_callbacks_write_the_genome_and_lengthen_the_unroll(tmp_path):
     made = trainer()
     curriculum = meta.UnrollCurriculum([(0, 2), (1, 4)])
-    callbacks = [curriculum, meta.GenomeCheckpoint(tmp_path / "g.json"), keras.callbacks.CSVLogger(tmp_path / "log.csv")]
+    callbacks = [curriculum, meta.SaveLearned(tmp_path / "g.json"), keras.callbacks.CSVLogger(tmp_path / "log.csv")]
     made.fit(2, 2, callbacks=callbacks, verbose=0)
     assert made.estimator.steps == 4
     assert genomes.load(tmp_path / "g.json") == made.genome
@@ -253,8 +253,8 @@ def test_curriculum_errors(stages):
         ({"members": 0}, "`members` must be a positive integer"),
         ({"batch_size": 2.5}, "`batch_size` must be a positive integer"),
         ({"clipnorm": 0.0}, "`clipnorm` must be positive"),
-        ({"genome": genomes.backprop()}, "`genome` must be of the learner's rule"),
-        ({"learner": [learners.Blur((4,), RULE), learners.Blur((4,))]}, "learners of the same rule"),
+        ({"start": genomes.backprop()}, "genome of the learner's rule is needed"),
+        ({"learner": [learners.Blur((4,), RULE), learners.Blur((4,))]}, "learners that share outer parameters"),
         ({"learner": learners.Blur((4,), Rule(layers=3))}, "must have 3 layers"),
     ],
 )

@@ -131,7 +131,7 @@ def kernels_of(genome, of, hidden, steps, batch):
     """The forward kernels by step and layer, learned eagerly."""
     learner, outer = learner_of(genome, hidden)
     episode = next(iter(of.dataset(3, steps=steps, batch=batch, query=1, split="test")))
-    state = learner.init(random.seed_of(3), of.features, of.outputs)
+    state = learner.init({}, random.seed_of(3), of.features, of.outputs)
     kept = [[own["kernel"].numpy() for own in state.synapses]]
     for x, y in zip(episode["x"], episode["y"], strict=True):
         state, _ = learner.step(outer, state, x, y)
@@ -194,7 +194,7 @@ def test_backprop_descends_as_the_optimizer_does():
     trace = trace_synapses(genomes.backprop(0.3), tasks.functions("circle"), (6,), steps=5, seed=3, batch_size=8)
     learner = Optimizer(keras.optimizers.SGD(0.3), (6,))
     episode = next(iter(tasks.functions("circle").dataset(3, steps=5, batch=8, query=1, split="test")))
-    state = learner.init(random.seed_of(3), 2, 2)
+    state = learner.init({}, random.seed_of(3), 2, 2)
     for x, y in zip(episode["x"], episode["y"], strict=True):
         state, _ = learner.step({}, state, x, y)
     for layer in range(2):
@@ -241,7 +241,7 @@ def test_decisions_are_those_of_predict(name):
     (row,) = trace["rows"]
     learner, outer = (given, {}) if name == "optimizer" else learner_of(given, (6,))
     episode = next(iter(of.dataset(2, steps=3, batch=8, query=40, split="test")))
-    state = learner.init(random.seed_of(2), 2, 2)
+    state = learner.init({}, random.seed_of(2), 2, 2)
     square = np.array([[(x, y) for x in trace["axis"]] for y in trace["axis"]], np.float32)
     for step in range(4):
         if step in SMALL["steps"]:
@@ -272,7 +272,7 @@ def test_normalised_rules_decide_with_the_statistics_of_the_query():
     # Other points beside it change nothing about a point: the coarse square is every second point of the fine one.
     np.testing.assert_array_equal(wide["regions"], fine["regions"][:, ::2, ::2])
     learner, outer = learner_of(genome, (8,))
-    state = learner.init(random.seed_of(2), 2, 3)
+    state = learner.init({}, random.seed_of(2), 2, 3)
     assert wide["accuracy"][0] == (told(learner, outer, state, wide["query_x"]) == wide["query_y"]).mean()
 
 

@@ -31,7 +31,7 @@ BELOW = {
     "tasks": {"random"},
     "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution"},
     "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution", "files"},
-    "report": {"learners", "network", "genome", "random", "tasks", "compiling", "files"},
+    "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files"},
 }
 TOP = {"__init__", "cli"}  # may import all
 

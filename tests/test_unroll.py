@@ -163,7 +163,7 @@ def test_blur_learner_errors():
 
 def test_initial_networks_are_equal_for_members_and_differ_for_tasks():
     learner = Blur((4,), Rule(states=3))
-    state = learner.init(random.seed_of(5), 6, 2, (3, 2))
+    state = learner.init({}, random.seed_of(5), 6, 2, (3, 2))
     kernel = np.asarray(state.synapses[0]["kernel"])
     assert kernel.shape == (3, 2, 3, 6, 4)
     np.testing.assert_array_equal(kernel[0], kernel[2])

@@ -137,7 +137,7 @@ def meta_train(
     stages = [unroll] if isinstance(unroll, int) else list(unroll)
     trainer = meta.MetaTrainer(
         tasks, [learners.Blur(units, rule) for units in hidden], meta.Unroll(stages[0], along=1.0), members=members,
-        batch_size=batch_size, query_size=query_size, clipnorm=1.0, genome=genome, seed=seed,
+        batch_size=batch_size, query_size=query_size, clipnorm=1.0, start=genome, seed=seed,
     )  # fmt: skip
     trainer.compile(keras.optimizers.Adam(learning_rate), jit_compile=jit_compile)
     begin = time.perf_counter()

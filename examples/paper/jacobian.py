@@ -48,7 +48,7 @@ def jacobian(genome: kb.Genome, seed: int, before: int) -> np.ndarray:
     def flat(synapses: tuple) -> tf.Tensor:
         return tf.concat([tf.reshape(leaf, (-1,)) for leaf in tf.nest.flatten(synapses)], axis=0)
 
-    state = learner.init(random.seed_of(seed), x.shape[-1], y.shape[-1]).synapses
+    state = learner.init({}, random.seed_of(seed), x.shape[-1], y.shape[-1]).synapses
     state = tf.nest.map_structure(lambda leaf: tf.cast(leaf, tf.float64), state)
     for _ in range(before):
         state = stepped(state)

@@ -1,4 +1,7 @@
-"""`keras-blur meta-train`: finds a genome on tasks made of an image set or of toy functions, from random numbers."""
+"""`keras-blur meta-train`: learns how to learn tasks (images, toy functions, few-shot episodes), from random numbers.
+
+`--method` says what is learned: a genome, or the outer parameters of another learner.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +40,44 @@ RULE: dict[str, Any] = {
 }
 
 
+METHODS = ("blur", "maml", "prototypes", "neural_process")
+# Unrolled steps, and the weight of the loss along the way: one look at the support is all that some learners take.
+_UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"]}
+_ALONG = {"blur": 1.0}
+
+AUGMENTATIONS = {
+    "labels": tasks.LabelPermutation,
+    "classes": tasks.ClassResample,
+    "rotation": tasks.LabelRotation,
+    "offset": lambda: tasks.LabelOffset(-1.0, 1.0),
+}
+_SYNTHETIC = ("pose", "sines", "classes")
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags."""
     define: Any = {"flag_values": values}
     define_data_flags(values)
+    flags.DEFINE_enum("method", "blur", METHODS, "What learns: by a genome (blur), or otherwise.", **define)
     flags.DEFINE_list("functions", [], "Toy tasks in the place of --data, one family for each number of outputs.", **define)
     flags.DEFINE_list("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", **define)
     flags.DEFINE_boolean("relabel", True, "Whether each episode has its classes in another order.", **define)
     flags.DEFINE_boolean("permute", False, "Whether each episode has its pixels in another order.", **define)
     flags.DEFINE_list("project", [], "Random projections of the images to so many features, one family each.", **define)
+    flags.DEFINE_integer("ways", None, "Few-shot episodes of --data, of so many classes.", lower_bound=2, **define)
+    flags.DEFINE_integer("shots", 1, "Examples of each class in a few-shot episode.", lower_bound=1, **define)
+    flags.DEFINE_enum("synthetic", None, _SYNTHETIC, "A set of made tasks in the place of --data.", **define)
+    flags.DEFINE_boolean("exclusive", True, "Few-shot: any classes in any order; else fixed groups of them.", **define)
+    flags.DEFINE_list("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.", **define)
     flags.DEFINE_multi_string("hidden", ["64,64"], "Units of the hidden layers; repeat for several networks.", **define)
     flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2, **define)
     flags.DEFINE_list("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", **define)
     flags.DEFINE_enum("estimator", "unroll", sorted(ESTIMATORS), "How the outer gradient is found; cma has none.", **define)
-    flags.DEFINE_list("unroll", ["10"], "Unrolled steps of each stage of the curriculum.", **define)
+    flags.DEFINE_list(
+        "unroll", None, "Unrolled steps of each stage of the curriculum; by default 10, 5 of maml, else 1.", **define
+    )
+    flags.DEFINE_float("inner_learning_rate", 0.1, "Rate of the inner SGD (maml).", lower_bound=0.0, **define)
+    flags.DEFINE_boolean("first_order", False, "Whether inner gradients are constants to the outer one (maml).", **define)
     flags.DEFINE_integer(
         "total", 100, "Steps of an episode (truncated, pes), in pieces of --unroll.", lower_bound=1, **define
     )
@@ -63,11 +90,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.", **define
     )
-    flags.DEFINE_float("along", 1.0, "Weight of the loss along the way beside the query's.", lower_bound=0.0, **define)
+    flags.DEFINE_float(
+        "along", None, "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.", lower_bound=0.0,
+        **define,
+    )  # fmt: skip
     flags.DEFINE_integer("members", 4, "Genomes trained side by side.", lower_bound=1, **define)
     flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
-    flags.DEFINE_integer("batch_size", 64, "Images of a support batch.", lower_bound=1, **define)
-    flags.DEFINE_integer("query_size", 128, "Images of the query.", lower_bound=1, **define)
+    flags.DEFINE_integer(
+        "batch_size", None, "Examples of a support batch; by default 64, of few-shot episodes all.", lower_bound=1, **define
+    )
+    flags.DEFINE_integer("query_size", 128, "Examples of the query.", lower_bound=1, **define)
     flags.DEFINE_float("learning_rate", 3e-3, "Rate of Adam on the genome.", lower_bound=0.0, **define)
     flags.DEFINE_float("clipnorm", 1.0, "Largest norm of a genome's gradient.", lower_bound=0.0, **define)
     flags.DEFINE_integer("epochs", 20, "Epochs, shared out evenly to the stages.", lower_bound=1, **define)
@@ -77,10 +109,16 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("csv", None, "File for each epoch's numbers.", **define)
     flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.", **define)
-    flags.DEFINE_string("start", None, "A genome to start from, by name or file; --rule changes its rule.", **define)
+    flags.DEFINE_string(
+        "start",
+        None,
+        "Where to start: a genome, by name or file, whose rule --rule changes; or a model.",
+        **define,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of everything.", lower_bound=0, **define)
     flags.DEFINE_string("checkpoint", None, "File (.weights.h5) to write after each epoch and to go on from.", **define)
-    flags.DEFINE_string("genome", "genome.json", "File for the best genome, written after each epoch.", **define)
+    flags.DEFINE_string("genome", "genome.json", "File for the best genome, written after each epoch (blur).", **define)
+    flags.DEFINE_string("model", "model.keras", "File for the best model, written after each epoch (but blur).", **define)
     flags.DEFINE_string("json", None, "File for the history.", **define)
 
 
@@ -105,7 +143,7 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
 
 
 def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) -> int:
-    """Meta-trains, prints how the members do, and writes the best genome.
+    """Meta-trains, prints how the members do, and writes the best of them.
 
     Args:
         values: the flags.
@@ -114,27 +152,32 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
     """
     del positional
     flag = values_of(values)
-    check_folders(flag, "genome", "json", "checkpoint", "csv")
-    networks = [whole_numbers("hidden", text.split(",")) for text in flag["hidden"]]
+    check_folders(flag, "genome", "model", "json", "checkpoint", "csv")
+    method = flag["method"]
+    flag["unroll"] = flag["unroll"] or _UNROLL[method]
+    if flag["along"] is None:
+        flag["along"] = _ALONG.get(method, 0.0)
     unrolls, sizes = whole_numbers("unroll", flag["unroll"]), whole_numbers("sizes", flag["sizes"])
     if flag["epochs"] < len(unrolls):
         raise ValueError(f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}")
-    start = genomes.load(flag["start"]) if flag["start"] else None
-    options = start.rule.get_config() if start else {**RULE, "states": flag["states"]}
-    rule = parse_rule(flag["rule"], **options)
-    start = start.with_rule(rule) if start else None
     families = _families(flag, sizes)
+    if flag["batch_size"] is None:
+        few = all(hasattr(one, "shots") for one in families)
+        flag["batch_size"] = families[0].outputs * flag["shots"] if few else 64
+    families = [_augmented(flag, one) for one in families]
+    learner, start = _learners(flag, families[0].kind)
+    output = flag["genome"] if method == "blur" else flag["model"]
     with scope or contextlib.nullcontext():
         trainer = meta.MetaTrainer(
             families,
-            [learners.Blur(tuple(units), rule) for units in networks],
+            learner,
             _estimator(flag, unrolls[0]),
             members=1 if flag["estimator"] == "cma" else flag["members"],
             tasks_per_step=flag["tasks_per_step"],
             batch_size=flag["batch_size"],
             query_size=flag["query_size"],
             clipnorm=flag["clipnorm"] or None,
-            genome=start,
+            start=start,
             seed=flag["seed"],
         )
         optimizer = None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"])
@@ -144,7 +187,7 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]
     if flag["validate"]:
         callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
-    callbacks.append(meta.GenomeCheckpoint(flag["genome"]))
+    callbacks.append(meta.SaveLearned(output))
     if flag["csv"]:
         callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=bool(flag["checkpoint"])))
     if flag["tensorboard"]:
@@ -154,12 +197,12 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
     ).history
     seconds = time.perf_counter() - begin
-    trainer.genome.save(flag["genome"])
+    trainer.learned.save(output)
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip
-    print(f"wrote {flag['genome']}")
+    print(f"wrote {output}")
     if flag["json"]:
         document = {
             "flags": flag,
@@ -171,8 +214,43 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
     return 0
 
 
+def _learners(flag: dict[str, Any], kind: str) -> tuple[list[learners.MetaLearner], Any]:
+    """What learns, and what its outer parameters start from: `None` for random numbers."""
+    networks = [tuple(whole_numbers("hidden", text.split(","))) for text in flag["hidden"]]
+    if flag["method"] == "blur":
+        start = genomes.load(flag["start"]) if flag["start"] else None
+        options = start.rule.get_config() if start else {**RULE, "states": flag["states"]}
+        rule = parse_rule(flag["rule"], **options)
+        return [learners.Blur(units, rule) for units in networks], start.with_rule(rule) if start else None
+    if len(networks) > 1 or flag["rule"]:
+        raise ValueError(f"--hidden must be given once, and --rule not at all, for --method={flag['method']}")
+    hidden = networks[0]
+    if flag["method"] == "maml":
+        loss = "squared" if kind == "values" else "cross_entropy"
+        sgd = keras.optimizers.SGD(flag["inner_learning_rate"])
+        return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
+    kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
+    return [kinds[flag["method"]](hidden)], flag["start"]
+
+
+def _augmented(flag: dict[str, Any], of: tasks.Tasks) -> tasks.Tasks:
+    """Tasks with the keys that the flags ask for."""
+    unknown = set(flag["augment"]) - set(AUGMENTATIONS)
+    if unknown:
+        raise ValueError(f"--augment must be some of {', '.join(AUGMENTATIONS)}. Received: {', '.join(sorted(unknown))}")
+    if not flag["augment"]:
+        return of
+    return tasks.augment(of, tasks.Compose([AUGMENTATIONS[name]() for name in flag["augment"]]))
+
+
 def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
     """The task distributions that the flags ask for."""
+    if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
+        raise ValueError("--functions, --synthetic and --ways exclude one another: each names the tasks")
+    if flag["synthetic"] == "classes":
+        return [tasks.classes(shots=flag["shots"], exclusive=flag["exclusive"])]
+    if flag["synthetic"]:
+        return [tasks.pose() if flag["synthetic"] == "pose" else tasks.sines()]
     if flag["functions"]:
         by_outputs: dict[int, list[str]] = {}
         for name in flag["functions"]:
@@ -181,6 +259,9 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
         relabel = flag["relabel"] and kinds == {"classes"}
         return [tasks.functions(names, relabel=relabel) for names in by_outputs.values()]
     sides: list[int | None] = [*sizes] or [None]
+    if flag["ways"]:
+        few = {"exclusive": flag["exclusive"], "data_dir": flag["data_dir"]}
+        return [tasks.episodes(flag["data"], flag["ways"], flag["shots"], size=side, **few) for side in sides]
     options = {"relabel": flag["relabel"], "permute": flag["permute"], "data_dir": flag["data_dir"]}
     plain = [tasks.images(flag["data"], size=side, **options) for side in sides]
     projections = whole_numbers("project", flag["project"])

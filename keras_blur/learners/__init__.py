@@ -1,7 +1,10 @@
 """How a learner learns inside a task."""
 
-from keras_blur.learners.base import Learner
+from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.learners.blur import Blur
+from keras_blur.learners.maml import MAML
+from keras_blur.learners.neural_process import NeuralProcess
 from keras_blur.learners.optimizer import Optimizer
+from keras_blur.learners.prototypes import Prototypes
 
-__all__ = ["Blur", "Learner", "Optimizer"]
+__all__ = ["MAML", "Blur", "Learner", "MetaLearner", "NeuralProcess", "Optimizer", "Prototypes"]

@@ -1,7 +1,8 @@
 """A learner learns one task from batches. Pure: what it reads is given, what it writes is returned.
 
-Meta-learning, comparisons and benchmarks see every way to learn through these three functions, so that all of them get the
-same batches and the same initial networks.
+Meta-learning, comparisons and benchmarks see every way to learn through three functions, `init`, `step` and `predict`, so
+that all of them get the same batches and the same initial networks. What is the same in all tasks, the outer parameters, is
+an argument of each; a `MetaLearner` also says where these start and what they are to a user.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import abc
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
@@ -26,10 +28,13 @@ class Learner(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL) -> Any:
+    def init(
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> Any:
         """The state before the first batch.
 
         Args:
+            outer: the outer parameters, with axes that go with `leading`.
             seed: a seed; equal seeds give equal initial networks, to every learner and every member.
             features: number of input features.
             outputs: size of the output.
@@ -57,6 +62,40 @@ class Learner(abc.ABC):
     @abc.abstractmethod
     def predict(self, outer: Outer, state: Any, x: Array) -> Array:
         """Outputs `[..., batch, outputs]`: logits of the classes, or values."""
+
+
+class MetaLearner(Learner):
+    """A learner whose outer parameters can be learned: what `meta.MetaTrainer` takes."""
+
+    @abc.abstractmethod
+    def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
+        """Outer parameters to begin meta-training with, by name, `[members, ...]`.
+
+        Args:
+            seed: of what is drawn.
+            members: how many, each from numbers of its own.
+            features: number of input features of the tasks.
+            outputs: size of their output.
+        """
+
+    @abc.abstractmethod
+    def learned(self, outer: Mapping[str, np.ndarray]) -> Any:
+        """A single set of outer parameters as a user keeps it: something with `save(path)`."""
+
+    @abc.abstractmethod
+    def parameters(self, learned: Any) -> dict[str, np.ndarray]:
+        """The outer parameters, `[1 or members, ...]`, of what `learned` gave or of a path to its file.
+
+        Raises:
+            ValueError: if it does not fit this learner.
+        """
+
+    def shares_outer(self, other: Learner) -> bool:
+        """Whether another learner can have the same outer parameters."""
+        return other is self
+
+    def check(self, kind: str, outputs: int) -> None:
+        """Raises a `ValueError` if this learner cannot learn tasks of a kind, `"classes"` or `"values"`, so many of them."""
 
 
 def draw_kernel(

@@ -5,22 +5,25 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_blur import feedback, network
 from keras_blur.distribution import ALL, Share
 from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
-from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+from keras_blur.learners.base import Array, Learner, MetaLearner, Outer, draw_kernel
 from keras_blur.options import Rule
 
 _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
 
 
-class Blur(Learner):
+class Blur(MetaLearner):
     """A network of dense layers that learns by a genome, the outer parameters.
 
     Args:
@@ -29,6 +32,7 @@ class Blur(Learner):
             cross-entropy.
         compute_dtype: type in which products are formed, `"bfloat16"` or `"float16"`; sums and all else stay float32, as in
             Keras's mixed precision. `None` is float32.
+        std: standard deviation of the transforms of a genome from which meta-training begins.
 
     Raises:
         ValueError: if the rule keeps neurons, or an argument is out of range.
@@ -39,8 +43,15 @@ class Blur(Learner):
     (32, 10)
     """
 
-    def __init__(self, hidden: tuple[int, ...] = (128,), rule: Rule | None = None, *, compute_dtype: str | None = None):
-        self.compute_dtype = compute_dtype
+    def __init__(
+        self,
+        hidden: tuple[int, ...] = (128,),
+        rule: Rule | None = None,
+        *,
+        compute_dtype: str | None = None,
+        std: float = 0.5,
+    ):
+        self.compute_dtype, self.std = compute_dtype, std
         if compute_dtype not in (None, "bfloat16", "float16"):
             raise ValueError(
                 f"`compute_dtype` must be 'bfloat16', 'float16' or None. Received: compute_dtype={compute_dtype!r}"
@@ -69,8 +80,33 @@ class Blur(Learner):
         own = {name: len(shape) for name, shape in self.rule.shapes().items()}
         return Genome(self.rule, {name: _layers_first(value, own[name]) for name, value in outer.items()})
 
+    def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
+        return self.parameters(Genome.random(self.rule, seed, std=self.std, synapse_update=-0.01, population=(members,)))
+
+    def learned(self, outer: Mapping[str, np.ndarray]) -> Genome:
+        return Genome(self.rule, outer)
+
+    def parameters(self, learned: Any) -> dict[str, np.ndarray]:
+        genome = Genome.load(learned) if isinstance(learned, (str, os.PathLike)) else learned
+        if not isinstance(genome, Genome) or genome.rule != self.rule or len(genome.population) > 1:
+            raise ValueError(f"A genome of the learner's rule is needed, single or one population. Received: {genome!r}")
+        return genome.by_member()
+
+    def shares_outer(self, other: Learner) -> bool:
+        return isinstance(other, Blur) and other.rule == self.rule
+
+    def check(self, kind: str, outputs: int) -> None:
+        rule = self.rule
+        if rule.feedback == "error" and kind == "values" and feedback.target_kind(loss_of(rule)) != "values":
+            raise ValueError(
+                "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
+                f"values. Received: loss={rule.loss!r}"
+            )
+        if rule.layers is not None and len(self.hidden) + 1 != rule.layers:
+            raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
+
     def init(
-        self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
     ) -> network.NetworkState:
         synapses = []
         before = features

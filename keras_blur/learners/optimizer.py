@@ -1,4 +1,4 @@
-"""The baseline: a plain network that learns by a Keras optimizer on the softmax cross-entropy.
+"""The baseline: a plain network that learns by a Keras optimizer, as most do.
 
 It has the interface, the batches and the initial networks of the other learners, so that a comparison compares the rules and
 nothing else. On TensorFlow, Keras's optimizers have no functional face (`stateless_apply` raises), so the update of each is
@@ -13,10 +13,11 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_blur import rule as equations
 from keras_blur.distribution import ALL, Share
+from keras_blur.learners import dense
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
-from keras_blur.options import ACTIVATIONS
+
+LOSSES = {"cross_entropy": "classes", "squared": "values"}  # and the kind of tasks that each is for
 
 
 class OptimizerState(NamedTuple):
@@ -35,9 +36,10 @@ class Optimizer(Learner):
         optimizer: a Keras SGD (with momentum or without), Adam or RMSprop, without options beyond its rates.
         hidden: units of the hidden layers.
         activation: their nonlinearity, a name that a `Rule` knows.
+        loss: what it descends: `"cross_entropy"`, the softmax's, or `"squared"`, the mean squared error.
 
     Raises:
-        ValueError: if the optimizer is not one of these.
+        ValueError: if the optimizer is not one of these, or an argument is out of range.
 
     Example:
 
@@ -45,7 +47,14 @@ class Optimizer(Learner):
     (32,)
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, hidden: tuple[int, ...] = (128,), activation: str = "tanh"):
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        hidden: tuple[int, ...] = (128,),
+        activation: str = "tanh",
+        *,
+        loss: str = "cross_entropy",
+    ):
         kind = type(optimizer)
         extras = ("clipnorm", "clipvalue", "global_clipnorm", "weight_decay", "use_ema", "amsgrad", "nesterov", "centered",
                   "gradient_accumulation_steps", "loss_scale_factor")  # fmt: skip
@@ -58,16 +67,15 @@ class Optimizer(Learner):
                 f"`optimizer` must be a Keras SGD, Adam or RMSprop with none of {', '.join(extras)} (nor momentum for "
                 f"RMSprop). Received: {kind.__name__} with {', '.join(used) or 'other options'}"
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}. Received: {activation!r}")
-        if any(units < 1 for units in hidden):
-            raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
-        self.optimizer, self.hidden, self.activation = optimizer, tuple(hidden), activation
+        dense.check(activation, hidden=hidden)
+        if loss not in LOSSES:
+            raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={loss!r}")
+        self.optimizer, self.hidden, self.activation, self.loss = optimizer, tuple(hidden), activation, loss
 
     def init(
-        self, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
     ) -> OptimizerState:
-        if outputs < 2:
+        if outputs < 2 and self.loss == "cross_entropy":
             raise ValueError(f"`outputs` must be at least 2, a class each. Received: outputs={outputs!r}")
         weights: list[Array] = []
         before = features
@@ -75,26 +83,36 @@ class Optimizer(Learner):
             weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, share))
             weights.append(tf.zeros((*leading, 1, units)))
             before = units
+        return self.begin(tuple(weights))
+
+    def begin(self, weights: tuple[Array, ...]) -> OptimizerState:
+        """The state of a network that has not yet learned."""
         zeros = tuple(tf.zeros_like(weight) for weight in weights)
-        return OptimizerState(tuple(weights), zeros, zeros, tf.zeros((), tf.int32))
+        return OptimizerState(weights, zeros, zeros, tf.zeros((), tf.int32))
 
-    def _forward(self, weights: tuple[Array, ...], x: Array) -> Array:
-        for index in range(0, len(weights), 2):
-            x = tf.matmul(x, weights[index]) + weights[index + 1]
-            if index < len(weights) - 2:
-                x = equations.activate(self.activation, x)
-        return x
+    def check(self, kind: str, outputs: int) -> None:
+        """Raises a `ValueError` if the loss is not for tasks of this kind."""
+        if LOSSES[self.loss] != kind:
+            wanted = next(loss for loss, of in LOSSES.items() if of == kind)
+            raise ValueError(f"`loss` of the learner must be {wanted!r} for tasks of {kind}. Received: loss={self.loss!r}")
 
-    def step(self, outer: Outer, state: OptimizerState, x: Array, y: Array) -> tuple[OptimizerState, Array]:
+    def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
+        """The gradient of the loss on a batch by the weights, and the prediction."""
         with tf.GradientTape() as tape:
-            tape.watch(state.weights)
-            prediction = self._forward(state.weights, x)
-            labels = tf.broadcast_to(0.5 * (y + 1.0), tf.shape(prediction))
-            losses = tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=prediction)
+            tape.watch(weights)
+            prediction = dense.forward(weights, x, self.activation)
+            y = tf.broadcast_to(y, tf.shape(prediction))
+            if self.loss == "squared":
+                losses = tf.reduce_mean(tf.square(prediction - y), axis=-1)
+            else:
+                losses = tf.nn.softmax_cross_entropy_with_logits(labels=0.5 * (y + 1.0), logits=prediction)
             # The mean over a batch; the sum over leading axes leaves each network its own gradient.
             loss = tf.reduce_sum(tf.reduce_mean(losses, axis=-1))
-        gradients = tape.gradient(loss, state.weights)
-        rate = tf.convert_to_tensor(outer.get("learning_rate", self.optimizer.learning_rate), loss.dtype)
+        return tape.gradient(loss, weights), prediction
+
+    def step(self, outer: Outer, state: OptimizerState, x: Array, y: Array) -> tuple[OptimizerState, Array]:
+        gradients, prediction = self.gradients(state.weights, x, y)
+        rate = tf.convert_to_tensor(outer.get("learning_rate", self.optimizer.learning_rate), prediction.dtype)
         rate = rate[..., None, None]
         columns = zip(state.weights, state.first, state.second, gradients, strict=True)
         updated = [self._update(rate, state.step, *column) for column in columns]
@@ -121,4 +139,4 @@ class Optimizer(Learner):
         return weight - rate * scale * first / (tf.sqrt(second) + o.epsilon), first, second
 
     def predict(self, outer: Outer, state: OptimizerState, x: Array) -> Array:
-        return self._forward(state.weights, x)
+        return dense.forward(state.weights, x, self.activation)

@@ -1,6 +1,6 @@
 """How the rule itself is learned."""
 
-from keras_blur.meta.callbacks import GenomeCheckpoint, MetaValidate, UnrollCurriculum
+from keras_blur.meta.callbacks import MetaValidate, SaveLearned, UnrollCurriculum
 from keras_blur.meta.es import ES, PES
 from keras_blur.meta.estimator import LOSSES, Estimate, Estimator
 from keras_blur.meta.evolution import Evolution
@@ -14,9 +14,9 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evolution",
-    "GenomeCheckpoint",
     "MetaTrainer",
     "MetaValidate",
+    "SaveLearned",
     "TruncatedUnroll",
     "Unroll",
     "UnrollCurriculum",

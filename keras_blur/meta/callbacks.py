@@ -1,9 +1,9 @@
-"""Callbacks of meta-training: a growing unroll, validation on tasks that are not trained on, the genome in a file."""
+"""Callbacks of meta-training: a growing unroll, validation on tasks that are not trained on, what was learned in a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +13,7 @@ import tensorflow as tf
 
 from keras_blur import files, random
 from keras_blur.compiling import compiled
-from keras_blur.genome import Genome
-from keras_blur.learners.blur import Blur
+from keras_blur.learners.base import MetaLearner
 from keras_blur.meta.estimator import InnerLoop, check_count, start
 from keras_blur.tasks.base import Tasks
 
@@ -59,18 +58,18 @@ class UnrollCurriculum(keras.callbacks.Callback):
 
 
 class MetaValidate(keras.callbacks.Callback):
-    """Scores the trainer's genome on episodes of other examples, or of other tasks and networks, after each epoch.
+    """Scores the trainer's best member on episodes of other examples, or of other tasks and networks, after each epoch.
 
     It adds `val_loss` and `val_accuracy` (of values, `val_r2`) to the epoch's logs, so that callbacks after it in the list
     (`CSVLogger`, `EarlyStopping`, `TensorBoard`) and the history see them. The episodes are the same each time.
 
     Args:
         tasks: a task distribution, or several, whose scores are averaged.
-        learner: a `learners.Blur` of the trainer's rule; `None` takes the trainer's first.
+        learner: one that shares the outer parameters of the trainer's; `None` takes the trainer's first.
         steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
         episodes: episodes of each task distribution.
         split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
-        path: file for the genome with the best score so far, or `None`.
+        path: file for what was learned with the best score so far, or `None`.
         seed: of the episodes and initial networks.
 
     Raises:
@@ -86,7 +85,7 @@ class MetaValidate(keras.callbacks.Callback):
     def __init__(
         self,
         tasks: Tasks | Sequence[Tasks],
-        learner: Blur | None = None,
+        learner: MetaLearner | None = None,
         *,
         steps: int | None = None,
         episodes: int = 16,
@@ -105,9 +104,12 @@ class MetaValidate(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
-        learner = self.learner or trainer.families[0][1]
-        if learner.rule != trainer.rule:
-            raise ValueError("`learner` of MetaValidate must have the trainer's rule: it gets the trainer's genome.")
+        learner = self.learner or trainer.learner
+        if not trainer.learner.shares_outer(learner):
+            raise ValueError(
+                "`learner` of MetaValidate must share the outer parameters of the trainer's, as one of its rule does: it "
+                f"gets them. Received: {learner!r}"
+            )
         steps = self.steps or trainer.estimator.steps
         self._data, self._scores = [], []
         for tasks in self.tasks:
@@ -119,9 +121,10 @@ class MetaValidate(keras.callbacks.Callback):
             self._scores.append(compiled(self._scorer(learner, inner), jit_compile=trainer.jit_step))
 
         if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
-            self.best = self._score(Genome.load(self.path))[1]  # of the run that this one goes on with
+            before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
+            self.best = self._score({name: own[0] for name, own in before.items()})[1]
 
-    def _scorer(self, learner: Blur, inner: InnerLoop) -> Callable[..., Any]:
+    def _scorer(self, learner: MetaLearner, inner: InnerLoop) -> Callable[..., Any]:
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
             state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
             loss, quality, _ = inner.objective(learner, outer, episodes, state)
@@ -129,28 +132,33 @@ class MetaValidate(keras.callbacks.Callback):
 
         return score
 
-    def _score(self, genome: Genome) -> tuple[float, float]:
-        outer = {name: tf.constant(array[None], tf.float32) for name, array in genome.arrays.items()}
+    def _score(self, parameters: Mapping[str, np.ndarray]) -> tuple[float, float]:
+        outer = {name: tf.constant(own[None], tf.float32) for name, own in parameters.items()}
         found = [score(outer, data) for score, data in zip(self._scores, self._data, strict=True)]
         loss, quality = (float(np.mean([np.array(pair[place]) for pair in found])) for place in (0, 1))
         return loss, quality
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        genome = self.model.genome
-        loss, quality = self._score(genome)
+        loss, quality = self._score(self.model.parameters())
         if logs is not None:
             logs["val_loss"], logs[f"val_{self.model.quality}"] = loss, quality
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                genome.save(self.path)
+                save(self.model, self.path)
 
 
-class GenomeCheckpoint(keras.callbacks.Callback):
-    """Writes the best member's genome to a JSON file after each epoch.
+def save(trainer: Any, path: str | os.PathLike[str]) -> None:
+    """Writes what was learned, whole or not at all."""
+    with files.replacing(path) as temporary:
+        trainer.learned.save(temporary)
+
+
+class SaveLearned(keras.callbacks.Callback):
+    """Writes what the best member learned after each epoch.
 
     Args:
-        path: the file.
+        path: the file: of genomes `.json`, of other learners `.keras`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -159,7 +167,7 @@ class GenomeCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.runner.writes_files:
-            self.model.genome.save(self.path)
+            save(self.model, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):

@@ -135,7 +135,7 @@ class InnerLoop:
         """
         x, y = episodes["x"][None], episodes["y"][None]
         loss_of = self._loss(int(y.shape[-1]))
-        outer = {name: value[:, None] for name, value in outer.items()}
+        outer = over_tasks(outer)
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
@@ -324,7 +324,12 @@ def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, share
     """
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
-    return learner.init(seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), share)
+    return learner.init(over_tasks(outer), seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), share)
+
+
+def over_tasks(outer: Outer) -> Outer:
+    """Outer parameters `[members, ...]` with an axis for tasks, `[members, 1, ...]`."""
+    return {name: value[:, None] for name, value in outer.items()}
 
 
 def choose(first: Any, fresh: Any, old: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A genome by evolution: the score of whole learners, and CMA-ES on the vector of all its numbers.
+"""Outer parameters by evolution: the score of whole learners, and CMA-ES on the vector of all numbers.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.4: accuracy after an unroll as
 fitness, a population of 80, no curriculum. Nothing is differentiated, so a rule may be scored by what is wanted (accuracy)
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from keras_blur.genome import Genome
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, check_count, start
-from keras_blur.options import Rule
 
 FITNESSES = ("accuracy", "loss")
 
@@ -67,19 +66,12 @@ class Evolution(InnerLoop):
         return tf.where(tf.math.is_finite(loss), fitness, tf.constant(math.nan, fitness.dtype)), loss, accuracy
 
 
-def to_vector(genome: Genome) -> np.ndarray:
-    """All numbers of a single genome as one float64 vector, arrays in the order of their names."""
-    return np.concatenate([np.asarray(genome.arrays[name], np.float64).ravel() for name in sorted(genome.arrays)])
+def to_vector(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All numbers of a single set of outer parameters as one float64 vector, arrays in the order of their names."""
+    return np.concatenate([np.asarray(arrays[name], np.float64).ravel() for name in sorted(arrays)])
 
 
-def from_vectors(rule: Rule, vectors: Array) -> Outer:
-    """The outer parameters `[population, ...]` of vectors `[population, size]`."""
-    shapes = layered_shapes(rule)
+def from_vectors(shapes: Mapping[str, tuple[int, ...]], vectors: Array) -> Outer:
+    """The outer parameters `[population, ...]` of vectors `[population, size]`; `shapes` are those of a single set."""
     parts = tf.split(tf.cast(vectors, tf.float32), [math.prod(shapes[name]) for name in sorted(shapes)], axis=1)
     return {name: tf.reshape(part, (-1, *shapes[name])) for name, part in zip(sorted(shapes), parts, strict=True)}
-
-
-def layered_shapes(rule: Rule) -> dict[str, tuple[int, ...]]:
-    """Shapes of a single genome's arrays, with the layer axis if each layer has its own."""
-    layers = () if rule.layers is None else (rule.layers,)
-    return {name: (*layers, *shape) for name, shape in rule.shapes().items()}

@@ -1,11 +1,11 @@
-"""Trains a genome on tasks: the outer loop as a Keras model.
+"""Trains outer parameters, such as a genome, on tasks: the outer loop as a Keras model.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and 4.2, Table C.1: Adam on the
 gradient through the unroll, clipped; several genomes at once, the best copied to all when the unroll grows.
 
-Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own. The genomes, the optimizer's state and
-the counters of the task streams are its variables, and every random number follows from the seed and those counters; so a
-run that is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
+Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own. Outer parameters, the optimizer's state
+and the counters of the task streams are its variables, and every random number follows from the seed and those counters; so
+a run that is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
 
 Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
 step and a task stream of its own, and which family a step takes follows from the seed and the step's number. An estimator
@@ -33,9 +33,9 @@ import tensorflow as tf
 from keras_blur import files, random
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Runner, Share, mean, share
-from keras_blur.feedback import target_kind
 from keras_blur.genome import Genome
-from keras_blur.learners.blur import Blur, loss_of
+from keras_blur.learners.base import MetaLearner
+from keras_blur.learners.blur import Blur
 from keras_blur.meta.callbacks import Checkpoint
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
@@ -49,23 +49,23 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class MetaTrainer(keras.Model):
-    """Meta-trains genomes on tasks; made in the scope of a `tf.distribute` strategy, under it.
+    """Meta-trains the outer parameters of a learner on tasks; made in the scope of a `tf.distribute` strategy, under it.
 
     Args:
         tasks: a `Tasks`, or several, of any shapes and one kind, or a `tasks.mixture` with weights.
-        learner: a `learners.Blur`, or several of one rule; each step takes one of the tasks and one of the learners.
+        learner: a `learners.MetaLearner`, or several that share outer parameters, as `learners.Blur` of one rule do; each
+            step takes one of the tasks and one of the learners.
         estimator: how the outer gradient is found, `Unroll`, `TruncatedUnroll`, `ES`, `PES`; or `Evolution`, CMA-ES in the
             place of gradient and optimizer.
-        members: number of genomes that are trained side by side, from different starts, on the same tasks. Evolution has
-            its population instead.
+        members: number of sets of outer parameters that are trained side by side, from different starts, on the same tasks.
+            Evolution has its population instead.
         tasks_per_step: episodes whose gradients are averaged in one step; under a strategy a multiple of its replicas, but
             for evolution, whose candidates are dealt out instead.
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: largest norm of a member's gradient; `None` does not clip.
-        genome: where to start, a single genome or a population of `members`; `None` draws at random. Evolution starts
-            around it.
-        std: standard deviation of a random start.
+        start: where to start: what `learned` of such a trainer gives (of `Blur` a genome, single or a population of
+            `members`), or its file; `None` draws at random. Evolution starts around it.
         seed: of everything.
 
     Raises:
@@ -88,7 +88,7 @@ class MetaTrainer(keras.Model):
     def __init__(
         self,
         tasks: Tasks | Sequence[Tasks] | Mixture,
-        learner: Blur | Sequence[Blur],
+        learner: MetaLearner | Sequence[MetaLearner],
         estimator: Estimator | Evolution | None = None,
         *,
         members: int = 1,
@@ -96,8 +96,7 @@ class MetaTrainer(keras.Model):
         batch_size: int = 64,
         query_size: int = 128,
         clipnorm: float | None = 10.0,
-        genome: Genome | None = None,
-        std: float = 0.5,
+        start: Any = None,
         seed: int = 0,
     ):
         super().__init__(name="meta_trainer")
@@ -106,7 +105,7 @@ class MetaTrainer(keras.Model):
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
         several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
-        learners = [learner] if isinstance(learner, Blur) else list(learner)
+        learners = [learner] if isinstance(learner, MetaLearner) else list(learner)
         for name, value in (
             ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
@@ -117,55 +116,45 @@ class MetaTrainer(keras.Model):
                 "`tasks` must be one or more task distributions of one kind, classes or values. "
                 f"Received: {', '.join(f'{one.name} ({one.kind})' for one in several)}"
             )
-        if not learners or any(one.rule != learners[0].rule for one in learners):
-            raise ValueError("`learner` must be one or more learners of the same rule: they share a genome.")
-        rule = learners[0].rule
-        if rule.feedback == "error" and several[0].kind == "values" and target_kind(loss_of(rule)) != "values":
+        if not learners or not all(isinstance(one, MetaLearner) and learners[0].shares_outer(one) for one in learners):
             raise ValueError(
-                "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
-                f"values. Received: loss={rule.loss!r}"
+                "`learner` must be one or more learners that share outer parameters, as those of one rule do. Received: "
+                f"{learner!r}"
             )
-        if rule.layers is not None and any(len(one.hidden) + 1 != rule.layers for one in learners):
-            raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
+        self.families = [(one, other) for one in several for other in learners]
+        for one, other in self.families:
+            other.check(one.kind, one.outputs)
         if clipnorm is not None and not clipnorm > 0:
             raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
-        if genome is not None and (genome.rule != rule or genome.population not in ((), (members,))):
-            raise ValueError(
-                f"`genome` must be of the learner's rule, single or a population of {members}. Received: {genome!r}"
-            )
         estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)
-        if isinstance(estimator, Evolution) and (members != 1 or (genome is not None and genome.population)):
+        if isinstance(estimator, Evolution) and members != 1:
             raise ValueError(
-                "`members` must be 1 and `genome` a single one under Evolution, whose population is an argument of it. "
-                f"Received: members={members}, genome={genome!r}"
+                f"`members` must be 1 under Evolution, whose population is an argument of it. Received: members={members}"
             )
+        begin = self._begin(start, members, seed)
         if tasks_per_step % self.runner.replicas and not isinstance(estimator, Evolution):
             raise ValueError(
                 f"`tasks_per_step` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
                 f"tasks_per_step={tasks_per_step}"
             )
-        self.families = [(one, other) for one in several for other in learners]
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
-        self.rule, self.members, self.tasks_per_step = rule, members, tasks_per_step
+        self.members, self.tasks_per_step = members, tasks_per_step
         self.batch_size, self.query_size, self.clipnorm, self.seed = batch_size, query_size, clipnorm, seed
-        start = genome or Genome.random(
-            rule, seed, std=std, synapse_update=-0.01, population=() if isinstance(estimator, Evolution) else (members,)
-        )
         self.outer: dict[str, keras.Variable] = {}
         self.evolution: dict[str, keras.Variable] = {}
         if isinstance(estimator, Evolution):
-            self.search = CMAES(to_vector(start).size, estimator.population, estimator.sigma)
-            for name, value in self.search.init(to_vector(start))._asdict().items():
+            centre = {name: own[0] for name, own in begin.items()}
+            self.shapes = {name: own.shape for name, own in centre.items()}
+            self.search = CMAES(to_vector(centre).size, estimator.population, estimator.sigma)
+            for name, value in self.search.init(to_vector(centre))._asdict().items():
                 self.evolution[name] = self._counter(f"evolution_{name}", np.asarray(value))
         else:
-            for name, own in start.by_member().items():
-                numbers = np.broadcast_to(own, (members, *own.shape[1:]))
-                setattr(
-                    self, f"genome_{name}", self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
-                )
-                self.outer[name] = getattr(self, f"genome_{name}")
-                self.outer[name].assign(numbers)
+            for name, numbers in begin.items():
+                made = self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
+                made.assign(numbers)
+                setattr(self, f"outer_{name}", made)  # where Keras finds what to save
+                self.outer[name] = made
         self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
         self.epoch, self.epoch_step, self.epoch_length = (
             self._counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step", "epoch_length")
@@ -181,6 +170,26 @@ class MetaTrainer(keras.Model):
         self.built = True
         self._streams: dict[int, Any] = {}
         self._compiled_steps: dict[tuple[int, int], Any] = {}
+
+    def _begin(self, start: Any, members: int, seed: int) -> dict[str, np.ndarray]:
+        """The outer parameters `[members, ...]` at the start, which must be those of every family."""
+        drawn = [learner.draw(seed, members, tasks.features, tasks.outputs) for tasks, learner in self.families]
+        if any({name: own.shape for name, own in one.items()} != {n: o.shape for n, o in drawn[0].items()} for one in drawn):
+            raise ValueError(
+                "`tasks` must have one number of features and of outputs, as the outer parameters of this learner depend on "
+                f"them. Received: {'; '.join(f'{of.name}: {of.features}, {of.outputs}' for of, _ in self.families)}"
+            )
+        if start is None:
+            return drawn[0]
+        given = {name: np.asarray(own) for name, own in self.learner.parameters(start).items()}
+        fits = given.keys() == drawn[0].keys() and all(
+            own.shape[1:] == drawn[0][name].shape[1:] and own.shape[0] in (1, members) for name, own in given.items()
+        )
+        if not fits:
+            raise ValueError(
+                f"`start` must fit the learner and the tasks, single or one of members={members}. Received: {start!r}"
+            )
+        return {name: np.broadcast_to(own, drawn[0][name].shape) for name, own in given.items()}
 
     def _counter(self, name: str, value: np.ndarray) -> keras.Variable:
         """A variable that is saved and not trained; each replica writes its own copy, all the same."""
@@ -235,24 +244,46 @@ class MetaTrainer(keras.Model):
             optimizer.build(list(self.outer.values()))
 
     @property
+    def learner(self) -> MetaLearner:
+        """The learner, the first if there are several: they share what is learned."""
+        return self.families[0][1]
+
+    def parameters(self, member: int | None = None) -> dict[str, np.ndarray]:
+        """The outer parameters of a member, the best by default; of evolution, the mean of its distribution."""
+        if self.evolution:
+            centre = from_vectors(self.shapes, self.evolution["mean"].numpy()[None])
+            return {name: np.array(value)[0] for name, value in centre.items()}
+        return {name: v.numpy()[self.best if member is None else member] for name, v in self.outer.items()}
+
+    @property
+    def learned(self) -> Any:
+        """The best member as its learner keeps it: of `Blur` a `Genome`, of others a Keras model; it has `save(path)`."""
+        return self.learner.learned(self.parameters())
+
+    @property
+    def genome(self) -> Genome:
+        """`learned` of a `Blur` learner."""
+        self._of_genomes()
+        return self.learned
+
+    @property
     def population(self) -> Genome:
-        """All members, on a population axis; of evolution, the one genome at the centre."""
+        """All members of a `Blur` learner, on a population axis; of evolution, the one genome at the centre."""
+        rule = self._of_genomes().rule
         if self.evolution:
             return self.genome
-        return Genome.from_members(self.rule, {name: variable.numpy() for name, variable in self.outer.items()})
+        return Genome.from_members(rule, {name: variable.numpy() for name, variable in self.outer.items()})
+
+    def _of_genomes(self) -> Blur:
+        """The learner, if what it learns by is a genome."""
+        if not isinstance(self.learner, Blur):
+            raise ValueError(f"{type(self.learner).__name__} has no genome; what was learned is `learned`.")
+        return self.learner
 
     @property
     def best(self) -> int:
         """The member with the highest running query accuracy in meta-training."""
         return int(np.argmax(self.member_score.numpy()))
-
-    @property
-    def genome(self) -> Genome:
-        """The best member; of evolution, the mean of the distribution, its best guess."""
-        if self.evolution:
-            centre = from_vectors(self.rule, self.evolution["mean"].numpy()[None])
-            return Genome(self.rule, {name: np.array(value)[0] for name, value in centre.items()})
-        return self.population.member(self.best)
 
     def synchronize(self) -> None:
         """Copies the best member, with its optimizer state, over all others; of evolution, does nothing."""
@@ -497,9 +528,9 @@ class MetaTrainer(keras.Model):
 
     def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
         """A replica's program for a family: candidates, their scores, the new distribution."""
-        learner, rule = self.families[family][1], self.rule
+        learner, shapes = self.families[family][1], self.shapes
         score = compiled(
-            lambda candidates, episodes, seed: estimator.score(learner, from_vectors(rule, candidates), episodes, seed),
+            lambda candidates, episodes, seed: estimator.score(learner, from_vectors(shapes, candidates), episodes, seed),
             jit_compile=self.jit_step,
         )
         ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (self.search.ask, self.search.tell))

@@ -41,10 +41,10 @@ class Unroll(Estimator):
     def measure(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
     ) -> tuple[Any, Any]:
-        state = self.begin(learner, outer, episodes, seed, carried, first, share)
         with tf.GradientTape() as tape:
             watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
             tape.watch(watched)
+            state = self.begin(learner, watched, episodes, seed, carried, first, share)
             losses, accuracies, state = self.objective(learner, watched, episodes, state)
             # Members do not touch each other, so the gradient of the sum holds each one's own.
             loss = tf.reduce_mean(losses, axis=1)

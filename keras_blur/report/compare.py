@@ -242,7 +242,7 @@ class _Episodes(_Source):
 def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]) -> list[Any]:
     """Accuracy and cross-entropy `[seeds][at]` and seconds `[at]` of each member."""
     leading = (members, data.seeds)
-    state = learner.init(random.seed_of(data.seed), data.features, data.classes, leading)
+    state = learner.init(outer, random.seed_of(data.seed), data.features, data.classes, leading)
 
     @compiled
     def learn(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> Any:
@@ -278,7 +278,7 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _S
             right, loss = right + found[0].numpy(), loss + found[1].numpy()
         taken.append((right / examples, loss / examples))
     single = {name: value[:1] for name, value in outer.items()}
-    state = learner.init(random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
+    state = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
     count = min(_BLOCK, at[-1])
     block = data.reader()(count)
     times = []

@@ -9,6 +9,7 @@ Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -103,8 +104,8 @@ def trace_decisions(
     rows = []
     for task, episode in zip(apart, episodes, strict=True):
         classes = tf.argmax(episode["query_y"], -1).numpy()
-        for name, (learner, learn, decide) in programs.items():
-            state = learner.init(random.seed_of(seed), task.features, task.outputs)
+        for name, (begin, learn, decide) in programs.items():
+            state = begin(random.seed_of(seed), task.features, task.outputs)
             regions, accuracy, done = [], [], 0
             for step in at:
                 state = learn(state, episode["x"], episode["y"], tf.constant(done), tf.constant(step))
@@ -159,8 +160,8 @@ def _named(learners: Any, hidden: Sequence[int]) -> dict[str, tuple[Learner, dic
     return found
 
 
-def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Learner, Callable[..., Any], Callable[..., Any]]:
-    """The learner, how it learns some steps, and what it decides about a query and about the points of a square."""
+def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..., Any], ...]:
+    """How a learner starts, how it learns some steps, and what it decides about a query and about the points of a square."""
 
     def learn(state: Any, x: Array, y: Array, start: Array, stop: Array) -> Any:
         def body(time: Array, state: Any) -> tuple[Array, Any]:
@@ -178,7 +179,7 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Learner, Ca
         return _class(learner.predict(outer, state, query)), _class(learner.predict(outer, state, square))
 
     # Without XLA: the networks are small, and it takes longer to compile than they take to learn.
-    return learner, compiled(learn, jit_compile=False), compiled(decide, jit_compile=False)
+    return functools.partial(learner.init, outer), compiled(learn, jit_compile=False), compiled(decide, jit_compile=False)
 
 
 def _class(output: Array) -> Array:

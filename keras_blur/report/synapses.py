@@ -105,7 +105,7 @@ def trace_synapses(
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}")
     episode = next(iter(tasks.dataset(seed, steps=steps, batch=batch_size, query=1, split=split)))
-    state = learner.init(random.seed_of(seed), tasks.features, tasks.outputs)
+    state = learner.init(outer, random.seed_of(seed), tasks.features, tasks.outputs)
 
     def spectra(state: network.NetworkState) -> list[Array]:
         """Singular values of each layer, `[channel, rank]`."""

@@ -1,9 +1,36 @@
 """What is learned: distributions of tasks, and the image sets beneath them."""
 
+from keras_blur.tasks.augment import (
+    Augmentation,
+    ClassResample,
+    Compose,
+    LabelOffset,
+    LabelPermutation,
+    LabelRotation,
+    augment,
+)
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.episodes import episodes
 from keras_blur.tasks.functions import functions
 from keras_blur.tasks.images import images
 from keras_blur.tasks.mixture import Mixture, mixture
+from keras_blur.tasks.synthetic import classes, pose, sines
 
-__all__ = ["Mixture", "Tasks", "episodes", "functions", "images", "mixture"]
+__all__ = [
+    "Augmentation",
+    "ClassResample",
+    "Compose",
+    "LabelOffset",
+    "LabelPermutation",
+    "LabelRotation",
+    "Mixture",
+    "Tasks",
+    "augment",
+    "classes",
+    "episodes",
+    "functions",
+    "images",
+    "mixture",
+    "pose",
+    "sines",
+]

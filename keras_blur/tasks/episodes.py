@@ -8,6 +8,7 @@ measured is how it learns.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from typing import Any
@@ -39,8 +40,10 @@ class _Classes:
 class EpisodeTasks(Tasks):
     """See `episodes`."""
 
-    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], ways: int, shots: int, name: str):
-        self.name, self.outputs, self.shots = name, ways, shots
+    def __init__(
+        self, splits: dict[str, tuple[np.ndarray, np.ndarray]], ways: int, shots: int, name: str, exclusive: bool = True
+    ):
+        self.name, self.outputs, self.shots, self.exclusive = name, ways, shots, exclusive
         self.features = int(splits["train"][0].shape[1])
         self._splits = {split: _by_class(*splits[split]) for split in SPLITS}
 
@@ -51,6 +54,12 @@ class EpisodeTasks(Tasks):
             split: `"train"`, `"validation"` or `"test"`; they share no class.
         """
         return tuple(int(label) for label in self._classes(split).labels)
+
+    def resampled(self) -> EpisodeTasks:
+        """The same tasks, any classes in any order as the outputs of an episode."""
+        made = copy.copy(self)
+        made.exclusive = True
+        return made
 
     def available(self, split: str) -> int:
         return self.outputs * int(self._drawable(split).counts.min())
@@ -64,7 +73,11 @@ class EpisodeTasks(Tasks):
                 f"`count` must be at most {self.available(split)} in the split {split!r} of {self.name}, as its smallest "
                 f"class has {known.counts.min()} images. Received: count={count}"
             )
-        chosen = random.permutation(random.fold_in(seed, 0), len(known.labels))[: self.outputs]
+        if split == "train" and not self.exclusive:
+            group = random.integers(random.fold_in(seed, 0), (), len(known.labels) // self.outputs)
+            chosen = group * self.outputs + tf.range(self.outputs)
+        else:
+            chosen = random.permutation(random.fold_in(seed, 0), len(known.labels))[: self.outputs]
         # The images of a class in random order: the first of a sort by random keys, behind which the places are that
         # only larger classes fill.
         most = int(known.counts.max())
@@ -133,6 +146,7 @@ def episodes(
     *,
     size: int | None = None,
     standardize: bool = True,
+    exclusive: bool = True,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> EpisodeTasks:
     """Few-shot episodes on an image set: each has `ways` classes of the split, drawn at random, as its outputs.
@@ -150,6 +164,9 @@ def episodes(
             where that is less. Colours are averaged.
         standardize: whether pixels are shifted and scaled to mean 0 and deviation 1 over the images of meta-training (one
             number each for all pixels); otherwise they are from 0 to 1.
+        exclusive: whether meta-training draws any classes in any order. Otherwise an episode has one of fixed groups of
+            neighbouring classes in a fixed order, which a learner can know by heart ("non-mutually-exclusive" tasks): the
+            case that `tasks.augment` is for. Meta-validation and meta-test draw any classes anyway.
         data_dir: folder of prepared sets.
 
     Returns:
@@ -192,7 +209,7 @@ def episodes(
         for x, _ in splits.values():
             x -= mean
             x /= deviation
-    return EpisodeTasks(splits, ways, shots, f"{name} {side}x{side}, {ways} ways, {shots} shots")
+    return EpisodeTasks(splits, ways, shots, f"{name} {side}x{side}, {ways} ways, {shots} shots", exclusive)
 
 
 def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,103 @@
+"""Dense networks as plain arrays, for learners whose outer parameters are their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import rule as equations
+from keras_blur.options import ACTIVATIONS
+
+Array = Any
+
+
+def check(activation: str, **units: Sequence[int]) -> None:
+    """Raises a `ValueError` if a nonlinearity is unknown or numbers of units are not positive integers."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}. Received: {activation!r}")
+    for name, numbers in units.items():
+        if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in numbers):
+            raise ValueError(f"`{name}` must be positive integers. Received: {name}={numbers!r}")
+
+
+def draw(name: str, sizes: Sequence[int], activation: str, members: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
+    """Weights `[members, in, out]` and biases `[members, 1, out]` of a network: normal, of deviation `1 / sqrt(in)`.
+
+    Before a relu it is `sqrt(2 / in)`, so that activations neither grow nor fade.
+
+    Args:
+        name: what their names begin with.
+        sizes: units of each layer, the input first.
+        activation: the nonlinearity between layers.
+        members: networks.
+        seed: of the numbers.
+    """
+    rng, made = np.random.default_rng(seed), {}
+    for index, (before, after) in enumerate(pairwise(sizes)):
+        deviation = np.sqrt((2.0 if activation == "relu" else 1.0) / before)
+        made[f"{name}_kernel_{index}"] = (deviation * rng.standard_normal((members, before, after))).astype(np.float32)
+        made[f"{name}_bias_{index}"] = np.zeros((members, 1, after), np.float32)
+    return made
+
+
+def weights(name: str, outer: Mapping[str, Array]) -> tuple[Array, ...]:
+    """The arrays that `draw` made under a name, kernels and biases in turn."""
+    count = sum(key.startswith(f"{name}_kernel_") for key in outer)
+    return tuple(outer[f"{name}_{kind}_{index}"] for index in range(count) for kind in ("kernel", "bias"))
+
+
+def forward(arrays: Sequence[Array], x: Array, activation: str) -> Array:
+    """Outputs `[..., batch, out]` of inputs `[..., batch, in]`; leading axes broadcast."""
+    for index in range(0, len(arrays), 2):
+        x = tf.matmul(x, arrays[index]) + arrays[index + 1]
+        if index < len(arrays) - 2:
+            x = equations.activate(activation, x)
+    return x
+
+
+def layers(name: str, outer: Mapping[str, np.ndarray], activation: str) -> list[keras.layers.Layer]:
+    """The same network as Keras layers; `fill` gives them the weights once they are built."""
+    biases = weights(name, outer)[1::2]
+    if activation == "relu_tanh":
+        raise ValueError("`activation` 'relu_tanh' has no Keras name: such a network cannot be a Keras model.")
+    return [
+        keras.layers.Dense(bias.shape[-1], activation if index < len(biases) - 1 else "linear", name=f"{name}_{index}")
+        for index, bias in enumerate(biases)
+    ]
+
+
+def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
+    """A Keras model with the weights of `outer` in the layers that `layers` made."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dense):
+            name, _, index = layer.name.rpartition("_")
+            layer.set_weights([outer[f"{name}_kernel_{index}"], outer[f"{name}_bias_{index}"][0]])
+    return model
+
+
+def read(model: Any) -> dict[str, np.ndarray]:
+    """The arrays, of one member, of a model that `fill` made, or of the path to its file.
+
+    Raises:
+        ValueError: if it is no such model.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        try:
+            model = keras.models.load_model(os.fspath(model), compile=False)
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(model)!r} is no Keras model, or is damaged: {error}") from error
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"A Keras model or a path to one is needed. Received: {model!r}")
+    found = {}
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dense):
+            name, _, index = layer.name.rpartition("_")
+            kernel, bias = layer.get_weights()
+            found[f"{name}_kernel_{index}"], found[f"{name}_bias_{index}"] = kernel[None], bias[None, None]
+    return found

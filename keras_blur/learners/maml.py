@@ -1,0 +1,77 @@
+"""MAML: an initial network from which a few steps of an optimizer learn any of the tasks.
+
+Source: "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel and Levine, ICML 2017), algorithm
+1: theta' = theta - alpha grad L(theta) on the support, and the outer gradient of the loss of theta' on the query by theta.
+The exact one goes through the inner gradients; the first-order one takes them for constants, which needs less arithmetic
+and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur.distribution import ALL, Share
+from keras_blur.learners import dense
+from keras_blur.learners.base import Array, MetaLearner, Outer
+from keras_blur.learners.optimizer import Optimizer, OptimizerState
+
+_NAME = "start"
+
+
+class MAML(Optimizer, MetaLearner):
+    """A dense network under a Keras optimizer whose initial weights, the outer parameters, are learned.
+
+    Args:
+        optimizer: as of `learners.Optimizer`; the paper has plain SGD.
+        hidden: units of the hidden layers.
+        activation: their nonlinearity.
+        loss: as of `learners.Optimizer`: what the inner steps descend.
+        first_order: whether the outer gradient takes the inner gradients for constants.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> learner = MAML(keras.optimizers.SGD(0.1), hidden=(32,), loss="squared")
+    >>> sorted(learner.draw(0, 1, features=1, outputs=1))
+    ['start_bias_0', 'start_bias_1', 'start_kernel_0', 'start_kernel_1']
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        hidden: tuple[int, ...] = (40, 40),
+        activation: str = "relu",
+        *,
+        loss: str = "cross_entropy",
+        first_order: bool = False,
+    ):
+        super().__init__(optimizer, hidden, activation, loss=loss)
+        self.first_order = first_order
+
+    def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
+        return dense.draw(_NAME, (features, *self.hidden, outputs), self.activation, members, [seed, 0])
+
+    def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
+        features = dense.weights(_NAME, outer)[0].shape[-2]
+        layers = dense.layers(_NAME, outer, self.activation)
+        return dense.fill(keras.Sequential([keras.Input((features,)), *layers]), outer)
+
+    def parameters(self, learned: Any) -> dict[str, np.ndarray]:
+        return dense.read(learned)
+
+    def init(
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> OptimizerState:
+        weights = dense.weights(_NAME, outer)
+        return self.begin(tuple(tf.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
+
+    def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
+        gradients, prediction = super().gradients(weights, x, y)
+        return tuple(map(tf.stop_gradient, gradients)) if self.first_order else gradients, prediction

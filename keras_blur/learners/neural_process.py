@@ -1,0 +1,93 @@
+"""Conditional neural processes: the support as one vector, the mean of its encoded examples, and a network that is told it.
+
+Source: "Conditional Neural Processes" (Garnelo et al., ICML 2018), equations 1 to 3: r_i = h(x_i, y_i), r their mean,
+prediction g(x, r). Learning inside a task is a mean, at the price of one forward pass; the rest is in the outer parameters.
+Values are predicted by their mean alone; the paper's decoder also gives a variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur.distribution import ALL, Share
+from keras_blur.learners import dense
+from keras_blur.learners.base import Array, MetaLearner, Outer
+
+
+class Encoded(NamedTuple):
+    """The sum of encoded examples, and their number."""
+
+    total: Array
+    count: Array
+
+
+class NeuralProcess(MetaLearner):
+    """An encoder and a decoder, both dense, the outer parameters; for values and for classes.
+
+    Args:
+        hidden: units of the hidden layers of either.
+        representation: numbers that the support is encoded into.
+        activation: the hidden layers' nonlinearity.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> NeuralProcess(hidden=(16,), representation=8).draw(0, 1, features=3, outputs=2)["decoder_kernel_0"].shape
+    (1, 11, 16)
+    """
+
+    def __init__(self, hidden: tuple[int, ...] = (64,), representation: int = 64, activation: str = "relu"):
+        dense.check(activation, hidden=hidden, representation=(representation,))
+        self.hidden, self.representation, self.activation = tuple(hidden), representation, activation
+
+    def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
+        encoder = (features + outputs, *self.hidden, self.representation)
+        decoder = (features + self.representation, *self.hidden, outputs)
+        return {
+            **dense.draw("encoder", encoder, self.activation, members, [seed, 0]),
+            **dense.draw("decoder", decoder, self.activation, members, [seed, 1]),
+        }
+
+    def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
+        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for."""
+        features = dense.weights("decoder", outer)[0].shape[-2] - self.representation
+        outputs = dense.weights("decoder", outer)[-1].shape[-1]
+        support_x, query_x = keras.Input((None, features), name="support_x"), keras.Input((None, features), name="query_x")
+        support_y = keras.Input((None, outputs), name="support_y")
+        encoded = keras.layers.Concatenate()([support_x, support_y])
+        for layer in dense.layers("encoder", outer, self.activation):
+            encoded = layer(encoded)
+        told = keras.ops.mean(encoded, axis=1, keepdims=True)
+        told = told + keras.ops.zeros_like(query_x[:, :, :1])  # for each x that is asked for
+        decoded = keras.layers.Concatenate()([query_x, told])
+        for layer in dense.layers("decoder", outer, self.activation):
+            decoded = layer(decoded)
+        return dense.fill(keras.Model([support_x, support_y, query_x], decoded), outer)
+
+    def parameters(self, learned: Any) -> dict[str, np.ndarray]:
+        return dense.read(learned)
+
+    def init(
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> Encoded:
+        return Encoded(tf.zeros((*leading, 1, self.representation)), tf.zeros((*leading, 1, 1)))
+
+    def step(self, outer: Outer, state: Encoded, x: Array, y: Array) -> tuple[Encoded, Array]:
+        encoder = dense.weights("encoder", outer)
+        encoded = dense.forward(encoder, tf.concat([x, y], axis=-1), self.activation)  # equation 1
+        total = state.total + tf.reduce_sum(encoded, axis=-2, keepdims=True)
+        return Encoded(total, state.count + float(x.shape[-2])), self.predict(outer, state, x)
+
+    def predict(self, outer: Outer, state: Encoded, x: Array) -> Array:
+        told = state.total / tf.maximum(state.count, 1.0)  # equation 2
+        leading = tf.broadcast_static_shape(x.shape[:-2], told.shape[:-2])
+        x = tf.broadcast_to(x, (*leading, *x.shape[-2:]))
+        told = tf.broadcast_to(told, (*leading, x.shape[-2], self.representation))
+        return dense.forward(dense.weights("decoder", outer), tf.concat([x, told], axis=-1), self.activation)  # equation 3
