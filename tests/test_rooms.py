@@ -29,7 +29,7 @@ BELOW = {
     "compiling": set(),
     "distribution": set(),
     "tasks": {"random"},
-    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution"},
+    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files"},
     "meta": {"learners", "tasks", "genome", "options", "feedback", "random", "compiling", "distribution", "files"},
     "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files"},
 }

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import files
 from keras_blur import rule as equations
 from keras_blur.options import ACTIVATIONS
 
@@ -89,8 +90,9 @@ def read(model: Any) -> dict[str, np.ndarray]:
     """
     if isinstance(model, (str, os.PathLike)):
         try:
-            model = keras.models.load_model(os.fspath(model), compile=False)
-        except (OSError, KeyError, TypeError) as error:
+            with files.local(model) as copy:
+                model = keras.models.load_model(copy, compile=False)
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(model)!r} is no Keras model, or is damaged: {error}") from error
     if not isinstance(model, keras.Model):
         raise ValueError(f"A Keras model or a path to one is needed. Received: {model!r}")

@@ -77,7 +77,8 @@ class NeuralProcess(MetaLearner):
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
     ) -> Encoded:
-        return Encoded(tf.zeros((*leading, 1, self.representation)), tf.zeros((*leading, 1, 1)))
+        dtype = dense.weights("encoder", outer)[0].dtype
+        return Encoded(tf.zeros((*leading, 1, self.representation), dtype), tf.zeros((*leading, 1, 1), dtype))
 
     def step(self, outer: Outer, state: Encoded, x: Array, y: Array) -> tuple[Encoded, Array]:
         encoder = dense.weights("encoder", outer)

@@ -112,7 +112,7 @@ class Optimizer(Learner):
 
     def step(self, outer: Outer, state: OptimizerState, x: Array, y: Array) -> tuple[OptimizerState, Array]:
         gradients, prediction = self.gradients(state.weights, x, y)
-        rate = tf.convert_to_tensor(outer.get("learning_rate", self.optimizer.learning_rate), prediction.dtype)
+        rate = tf.cast(tf.convert_to_tensor(outer.get("learning_rate", self.optimizer.learning_rate)), prediction.dtype)
         rate = rate[..., None, None]
         columns = zip(state.weights, state.first, state.second, gradients, strict=True)
         updated = [self._update(rate, state.step, *column) for column in columns]

@@ -68,7 +68,8 @@ class Prototypes(MetaLearner):
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
     ) -> Sums:
-        return Sums(tf.zeros((*leading, outputs, self.dimensions)), tf.zeros((*leading, outputs, 1)))
+        dtype = dense.weights(_NAME, outer)[0].dtype
+        return Sums(tf.zeros((*leading, outputs, self.dimensions), dtype), tf.zeros((*leading, outputs, 1), dtype))
 
     def step(self, outer: Outer, state: Sums, x: Array, y: Array) -> tuple[Sums, Array]:
         embedded = self._embed(outer, x)
