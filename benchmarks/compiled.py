@@ -286,7 +286,7 @@ def meta_step(
         found = {"C": vectors * values @ vectors.T, "B": vectors, "D": np.sqrt(values)}
         for name, value in found.items():
             trainer.evolution[name].assign(value)
-    pieces = trainer.estimator.horizon // trainer.estimator.steps
+    pieces = trainer.estimator.pieces
     calls = []
     for number in range(CALLS):
         seed = random.fold_in(random.seed_of(0), number)

@@ -29,6 +29,8 @@ ESTIMATORS: dict[str, Any] = {
     "es": meta.ES,
     "pes": meta.PES,
     "cma": meta.Evolution,
+    "warpgrad": meta.WarpGrad,
+    "warpgrad_offline": meta.OfflineWarpGrad,
 }
 
 # What learned best in trials: normalised sums on both passes and synapses of unit norm (sections 3.4 and C.6).
@@ -40,9 +42,9 @@ RULE: dict[str, Any] = {
 }
 
 
-METHODS = ("blur", "maml", "prototypes", "neural_process")
+METHODS = ("blur", "maml", "prototypes", "neural_process", "warp")
 # Unrolled steps, and the weight of the loss along the way: one look at the support is all that some learners take.
-_UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"]}
+_UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"]}
 _ALONG = {"blur": 1.0}
 
 AUGMENTATIONS = {
@@ -72,12 +74,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("hidden", ["64,64"], "Units of the hidden layers; repeat for several networks.", **define)
     flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2, **define)
     flags.DEFINE_list("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", **define)
-    flags.DEFINE_enum("estimator", "unroll", sorted(ESTIMATORS), "How the outer gradient is found; cma has none.", **define)
+    flags.DEFINE_enum(
+        "estimator", None, sorted(ESTIMATORS), "How the outer gradient is found (cma: none); by default unroll or warpgrad.",
+        **define,
+    )  # fmt: skip
     flags.DEFINE_list(
         "unroll", None, "Unrolled steps of each stage of the curriculum; by default 10, 5 of maml, else 1.", **define
     )
-    flags.DEFINE_float("inner_learning_rate", 0.1, "Rate of the inner SGD (maml).", lower_bound=0.0, **define)
-    flags.DEFINE_boolean("first_order", False, "Whether inner gradients are constants to the outer one (maml).", **define)
+    flags.DEFINE_float("inner_learning_rate", 0.1, "Rate of the inner SGD (maml, warp).", lower_bound=0.0, **define)
+    flags.DEFINE_enum("start_objective", "leap", meta.STARTS, "How initial weights are learned (warpgrad).", **define)
+    flags.DEFINE_boolean("first_order", False, "Whether the outer gradient takes inner ones for constants.", **define)
     flags.DEFINE_integer(
         "total", 100, "Steps of an episode (truncated, pes), in pieces of --unroll.", lower_bound=1, **define
     )
@@ -94,7 +100,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "along", None, "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.", lower_bound=0.0,
         **define,
     )  # fmt: skip
-    flags.DEFINE_integer("members", 4, "Genomes trained side by side.", lower_bound=1, **define)
+    flags.DEFINE_integer(
+        "members", None, "Genomes, or starts, trained side by side; by default 4 of blur, else 1.", lower_bound=1, **define
+    )
     flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
     flags.DEFINE_integer(
         "batch_size", None, "Examples of a support batch; by default 64, of few-shot episodes all.", lower_bound=1, **define
@@ -155,6 +163,8 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
     check_folders(flag, "genome", "model", "json", "checkpoint", "csv")
     method = flag["method"]
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
+    flag["estimator"] = flag["estimator"] or ("warpgrad" if method == "warp" else "unroll")
+    flag["members"] = flag["members"] or (4 if method == "blur" else 1)
     if flag["along"] is None:
         flag["along"] = _ALONG.get(method, 0.0)
     unrolls, sizes = whole_numbers("unroll", flag["unroll"]), whole_numbers("sizes", flag["sizes"])
@@ -165,7 +175,7 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         few = all(hasattr(one, "shots") for one in families)
         flag["batch_size"] = families[0].outputs * flag["shots"] if few else 64
     families = [_augmented(flag, one) for one in families]
-    learner, start = _learners(flag, families[0].kind)
+    learner, start = _learners(flag, families[0])
     output = flag["genome"] if method == "blur" else flag["model"]
     with scope or contextlib.nullcontext():
         trainer = meta.MetaTrainer(
@@ -214,7 +224,7 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
     return 0
 
 
-def _learners(flag: dict[str, Any], kind: str) -> tuple[list[learners.MetaLearner], Any]:
+def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.MetaLearner], Any]:
     """What learns, and what its outer parameters start from: `None` for random numbers."""
     networks = [tuple(whole_numbers("hidden", text.split(","))) for text in flag["hidden"]]
     if flag["method"] == "blur":
@@ -224,10 +234,12 @@ def _learners(flag: dict[str, Any], kind: str) -> tuple[list[learners.MetaLearne
         return [learners.Blur(units, rule) for units in networks], start.with_rule(rule) if start else None
     if len(networks) > 1 or flag["rule"]:
         raise ValueError(f"--hidden must be given once, and --rule not at all, for --method={flag['method']}")
-    hidden = networks[0]
+    hidden, loss = networks[0], "squared" if of.kind == "values" else "cross_entropy"
+    sgd = keras.optimizers.SGD(flag["inner_learning_rate"])
+    if flag["method"] == "warp":
+        model, warps = learners.warped(of.features, hidden, of.outputs, seed=flag["seed"])
+        return [learners.Warp(model, warps, sgd, loss=loss)], flag["start"]
     if flag["method"] == "maml":
-        loss = "squared" if kind == "values" else "cross_entropy"
-        sgd = keras.optimizers.SGD(flag["inner_learning_rate"])
         return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
     kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
     return [kinds[flag["method"]](hidden)], flag["start"]
@@ -271,8 +283,10 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
 def _estimator(flag: dict[str, Any], steps: int) -> meta.Estimator | meta.Evolution:
     """The estimator that the flags ask for."""
     kind = ESTIMATORS[flag["estimator"]]
-    known = {field.name for field in dataclasses.fields(kind)} - {"steps", "kind"}
+    known = {field.name for field in dataclasses.fields(kind)} - {"steps", "kind", "start"}
     options = {name: value for name, value in flag.items() if name in known and value is not None}
+    if issubclass(kind, meta.WarpGrad):
+        options |= {"order": "first" if flag["first_order"] else "exact", "start": flag["start_objective"]}
     return kind(steps, **options)
 
 

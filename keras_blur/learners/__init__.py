@@ -6,5 +6,6 @@ from keras_blur.learners.maml import MAML
 from keras_blur.learners.neural_process import NeuralProcess
 from keras_blur.learners.optimizer import Optimizer
 from keras_blur.learners.prototypes import Prototypes
+from keras_blur.learners.warp import Warp, warped
 
-__all__ = ["MAML", "Blur", "Learner", "MetaLearner", "NeuralProcess", "Optimizer", "Prototypes"]
+__all__ = ["MAML", "Blur", "Learner", "MetaLearner", "NeuralProcess", "Optimizer", "Prototypes", "Warp", "warped"]

@@ -90,6 +90,10 @@ class MetaLearner(Learner):
             ValueError: if it does not fit this learner.
         """
 
+    def adapted(self, state: Any) -> dict[str, Array]:
+        """The weights of a state that a task adapts, by the names of the outer parameters that they start from, if any."""
+        return {}
+
     def shares_outer(self, other: Learner) -> bool:
         """Whether another learner can have the same outer parameters."""
         return other is self

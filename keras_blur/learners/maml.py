@@ -72,6 +72,10 @@ class MAML(Optimizer, MetaLearner):
         weights = dense.weights(_NAME, outer)
         return self.begin(tuple(tf.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
 
+    def adapted(self, state: OptimizerState) -> dict[str, Array]:
+        names = [f"{_NAME}_{kind}_{index}" for index in range(len(state.weights) // 2) for kind in ("kernel", "bias")]
+        return dict(zip(names, state.weights, strict=True))
+
     def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
         gradients, prediction = super().gradients(weights, x, y)
         return tuple(map(tf.stop_gradient, gradients)) if self.first_order else gradients, prediction

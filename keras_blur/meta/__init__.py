@@ -6,18 +6,23 @@ from keras_blur.meta.estimator import LOSSES, Estimate, Estimator
 from keras_blur.meta.evolution import Evolution
 from keras_blur.meta.trainer import MetaTrainer
 from keras_blur.meta.unroll import TruncatedUnroll, Unroll
+from keras_blur.meta.warp_grad import STARTS, OfflineWarpGrad, TrajectoryBuffer, WarpGrad
 
 __all__ = [
     "ES",
     "LOSSES",
     "PES",
+    "STARTS",
     "Estimate",
     "Estimator",
     "Evolution",
     "MetaTrainer",
     "MetaValidate",
+    "OfflineWarpGrad",
     "SaveLearned",
+    "TrajectoryBuffer",
     "TruncatedUnroll",
     "Unroll",
     "UnrollCurriculum",
+    "WarpGrad",
 ]

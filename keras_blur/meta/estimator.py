@@ -121,6 +121,11 @@ class InnerLoop:
         """Support batches of an episode: more than `steps` where a learner is carried from piece to piece."""
         return self.steps
 
+    @property
+    def pieces(self) -> int:
+        """Estimates that are made on the same episodes, one after the other."""
+        return 1
+
     def objective(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array, Any]:
         """Loss and query accuracy of each member on each task, and the learner's state afterwards.
 
@@ -148,9 +153,13 @@ class InnerLoop:
 
         state, total = self._loop(body, outer, state, tf.zeros(leading, state_dtype(state)))
         prediction = learner.predict(outer, state, episodes["query_x"][None])
-        query_y = episodes["query_y"][None]
+        losses, quality = self.scores(prediction, episodes["query_y"][None])
+        return total + losses, quality, state
+
+    def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
+        """Loss and quality of predictions `[..., batch, outputs]`: `[...]` each."""
         right = accuracy if self.kind == "classes" else explained
-        return total + loss_of(prediction, query_y), right(prediction, query_y), state
+        return self._loss(int(y.shape[-1]))(prediction, y), right(prediction, y)
 
     def _loss(self, outputs: int) -> Any:
         if self.loss != "auto":
@@ -281,6 +290,11 @@ class Estimator(InnerLoop, abc.ABC):
         del carried, first
         return start(learner, outer, episodes, seed, share)
 
+    def part(self, episodes: Episodes, piece: Array) -> Episodes:
+        """What an estimate sees of the support batches, by the number of its piece."""
+        del piece
+        return episodes
+
     def kept(self, learners: Any) -> Any:
         """What of the learners' states is carried on: nothing, where an estimate is a whole episode."""
         del learners
@@ -307,6 +321,17 @@ class Pieces(Estimator):
     @property
     def horizon(self) -> int:
         return self.total
+
+    @property
+    def pieces(self) -> int:
+        return self.total // self.steps
+
+    def part(self, episodes: Episodes, piece: Array) -> Episodes:
+        def cut(batches: Array) -> Array:  # of `[tasks, steps, ...]`, by a slice of static size, as a TPU needs it
+            axes = batches.shape.rank - 2
+            return tf.slice(batches, [0, piece * self.steps, *[0] * axes], [-1, self.steps, *[-1] * axes])
+
+        return {**episodes, **{name: cut(episodes[name]) for name in ("x", "y")}}
 
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share

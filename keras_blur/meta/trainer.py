@@ -199,7 +199,7 @@ class MetaTrainer(keras.Model):
 
     def _room_to_carry(self, number: int) -> Any:
         """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
-        if isinstance(self.estimator, Evolution) or self.estimator.horizon == self.estimator.steps:
+        if isinstance(self.estimator, Evolution) or self.estimator.pieces == 1:
             return NOTHING
         of, learner = self.families[number]
         shape = (self.tasks_per_step, self.estimator.steps, self.batch_size)
@@ -214,12 +214,16 @@ class MetaTrainer(keras.Model):
 
     # What a person asks of it.
 
-    def compile(self, optimizer: Any = None, *, jit_compile: bool = True, **kwargs: Any) -> None:
+    def compile(
+        self, optimizer: Any = None, *, start_optimizer: Any = None, jit_compile: bool = True, **kwargs: Any
+    ) -> None:
         """Configures meta-training.
 
         Args:
             optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1. Evolution
                 has none.
+            start_optimizer: another one for initial weights (outer parameters named `start_...`), whose gradient is then
+                clipped apart; `None` for the same. Reptile's own is SGD, whose rate is how far the start moves.
             jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
                 orthogonalised terms are several times as fast with it, wide ones on a CPU are not. A TPU's strategy compiles
                 everything, whatever is said here.
@@ -230,18 +234,22 @@ class MetaTrainer(keras.Model):
         self.jit_step = bool(jit_compile) and not self.runner.compiles
         self._compiled_steps = {}
         if isinstance(self.estimator, Evolution):
-            if optimizer is not None:
+            if optimizer is not None or start_optimizer is not None:
                 raise ValueError(f"`optimizer` must be None under Evolution. Received: optimizer={optimizer!r}")
             super().compile(jit_compile=False)
             return
         optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
-        if optimizer.clipnorm or optimizer.clipvalue or optimizer.global_clipnorm:
-            raise ValueError(
-                "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips each."
-            )
+        self.start_optimizer = None if start_optimizer is None else keras.optimizers.get(start_optimizer)
+        for one in filter(None, (optimizer, self.start_optimizer)):
+            if one.clipnorm or one.clipvalue or one.global_clipnorm:
+                raise ValueError(
+                    "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips "
+                    "each."
+                )
         super().compile(optimizer=optimizer, jit_compile=False)
         with self.runner.scope():
-            optimizer.build(list(self.outer.values()))
+            for one, names in self._groups():
+                one.build([self.outer[name] for name in names])
 
     @property
     def learner(self) -> MetaLearner:
@@ -391,15 +399,10 @@ class MetaTrainer(keras.Model):
         """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
-        piece = int(self.drawn.numpy()[family]) % self._pieces
+        piece = int(self.drawn.numpy()[family]) % self.estimator.pieces
         seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
         logs = self._step_of(family)(self._episodes(family, piece), seed, tf.constant(piece))
         return {name: float(value) for name, value in logs.items()}
-
-    @property
-    def _pieces(self) -> int:
-        """Estimates that an episode is cut into."""
-        return self.estimator.horizon // self.estimator.steps
 
     def _episodes(self, family: int, piece: int) -> Any:
         """The episodes of a step, dealt out to the replicas."""
@@ -413,7 +416,7 @@ class MetaTrainer(keras.Model):
         """The episodes of one replica: its share of each step's tasks, or all of them where candidates are dealt out."""
         if self.evolution:
             index, count = 0, 1
-        done = int(self.drawn.numpy()[family]) // self._pieces * self.tasks_per_step
+        done = int(self.drawn.numpy()[family]) // self.estimator.pieces * self.tasks_per_step
         stream = self.families[family][0].dataset(
             self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
             start=done + index, stride=count,
@@ -426,7 +429,7 @@ class MetaTrainer(keras.Model):
         Raises:
             ValueError: if the estimator cuts episodes into pieces.
         """
-        if self._pieces > 1:
+        if self.estimator.pieces > 1:
             raise ValueError(
                 f"The unroll of {type(self.estimator).__name__} cannot change in meta-training: its learners are inside an "
                 "episode."
@@ -482,9 +485,7 @@ class MetaTrainer(keras.Model):
         def descent(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
             outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
             first = tf.equal(piece, 0)
-            if self._pieces > 1:
-                begin = piece * estimator.steps
-                episodes = {**episodes, **{n: _cut(episodes[n], begin, estimator.steps) for n in ("x", "y")}}
+            episodes = estimator.part(episodes, piece)
             mine = share()
             carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
             own = carried._replace(learners=mine.part(carried.learners, axis=1))
@@ -493,13 +494,15 @@ class MetaTrainer(keras.Model):
             kept = Carried(mine.whole(learners, axis=1), directions)
             for room, value in zip(tf.nest.flatten(rooms), tf.nest.flatten(kept), strict=True):
                 room.assign(value)
-            squares = [tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for g in found.gradients.values()]
-            norm = tf.sqrt(tf.add_n(squares))
+            squares = {n: tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for n, g in found.gradients.items()}
+            norm = tf.sqrt(tf.add_n(list(squares.values())))
             sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
-            scale = tf.ones_like(norm) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(norm, 1e-12))
-            self._apply(
-                {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in self.outer}, sound
-            )
+            clipped: dict[str, Array] = {}
+            for _, names in self._groups():
+                own = tf.sqrt(tf.add_n([squares[name] for name in names]))
+                scale = tf.ones_like(own) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(own, 1e-12))
+                clipped |= {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in names}
+            self._apply(clipped, sound)
             usable = tf.cast(sound, found.loss.dtype)
             self._follow(tf.where(sound, found.accuracy, 0.0))  # a member that diverged has the worst score
             means = {"loss": found.loss, self.quality: found.accuracy, "gradient_norm": norm}
@@ -508,21 +511,31 @@ class MetaTrainer(keras.Model):
 
         return descent
 
+    def _groups(self) -> list[tuple[keras.optimizers.Optimizer, list[str]]]:
+        """The optimizers, and the names of the outer parameters that each changes."""
+        if self.start_optimizer is None:
+            return [(self.optimizer, list(self.outer))]
+        starts = [name for name in self.outer if name.startswith("start_")]
+        others = [name for name in self.outer if not name.startswith("start_")]
+        if not starts:
+            raise ValueError("`start_optimizer` must be None: the learner's start is not learned.")
+        return [(self.optimizer, others), (self.start_optimizer, starts)][not others :]
+
     def _slots(self) -> list[keras.Variable]:
-        """The optimizer's variables that have a value for each member."""
+        """The optimizers' variables that have a value for each member."""
         shapes = {tuple(value.shape) for value in self.outer.values()}
-        return [v for v in self.optimizer.variables if tuple(v.shape) in shapes]
+        return [v for optimizer, _ in self._groups() for v in optimizer.variables if tuple(v.shape) in shapes]
 
     def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
         """Updates each sound member; the others keep their numbers and their optimizer state.
 
         Every replica has the whole gradient already, and Keras's optimizers add up over replicas: so each gives its share.
         """
-        outer = list(self.outer.values())
-        touched = [*outer, *self._slots()]
+        touched = [*self.outer.values(), *self._slots()]
         before = [tf.identity(variable.value) for variable in touched]
-        shares = [tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for g in gradients.values()]
-        self.optimizer.apply(shares, outer)
+        shares = {name: tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
+        for optimizer, names in self._groups():
+            optimizer.apply([shares[name] for name in names], [self.outer[name] for name in names])
         for variable, old in zip(touched, before, strict=True):
             variable.assign(tf.where(of_members(sound, old), variable.value, old))
 
@@ -579,8 +592,3 @@ def _noticed(number: int, wanted: bool) -> Iterator[Callable[[], bool]]:
 def of_members(value: Array, like: Array) -> Array:
     """A number for each member, shaped to go with arrays `[members, ...]`."""
     return tf.reshape(value, (-1,) + (1,) * (like.shape.rank - 1))
-
-
-def _cut(batches: Array, begin: Array, steps: int) -> Array:
-    """So many steps of `[tasks, steps, ...]` from a place that may be a tensor; the size is static, as a TPU needs it."""
-    return tf.slice(batches, [0, begin] + [0] * (batches.shape.rank - 2), [-1, steps] + [-1] * (batches.shape.rank - 2))

@@ -6,7 +6,8 @@ memorised its tasks predicts the query as well from another episode's support as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import tensorflow as tf
 from keras_blur import random
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import Array, MetaLearner
-from keras_blur.meta.estimator import InnerLoop, start
+from keras_blur.meta.estimator import InnerLoop, over_tasks, start
 from keras_blur.tasks.base import Tasks
 
 _BLOCK = 50  # episodes at once
@@ -55,6 +56,69 @@ def score_episodes(
         ValueError: if the tasks are not the learner's, or too small.
     """
     return _scored(learner, learned, tasks, _own, steps, batch_size, query_size, episodes, split, loss, seed)
+
+
+def adaptation_curve(
+    learner: MetaLearner,
+    learned: Any,
+    tasks: Tasks,
+    *,
+    at: Sequence[int],
+    batch_size: int = 16,
+    query_size: int = 100,
+    episodes: int = 100,
+    split: str = "test",
+    loss: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Loss and quality on the query while episodes are learned.
+
+    Args:
+        learner, learned, tasks, batch_size, query_size, episodes, split, loss, seed: as of `score_episodes`.
+        at: numbers of learning steps, ascending, after which the query is scored.
+
+    Returns:
+        `steps`; `loss` and `accuracy` or `r2` `[len(at), episodes]`, treated as in `score_episodes`; `mean_loss` and the
+        quality's mean `[len(at)]`; and `area`, the mean of the mean loss over the steps from the first to the last of `at`
+        (the trapezoids between them).
+
+    Raises:
+        ValueError: if `at` is not ascending, or as `score_episodes`.
+    """
+    at = [int(step) for step in at]
+    if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
+        raise ValueError(f"`at` must be two or more ascending numbers of steps. Received: at={at!r}")
+    learner.check(tasks.kind, tasks.outputs)
+    outer = over_tasks({name: tf.constant(own[:1]) for name, own in learner.parameters(learned).items()})
+    stream = tasks.dataset(seed, steps=at[-1], batch=batch_size, query=query_size, split=split)
+    drawn = next(iter(stream.batch(episodes)))
+    inner = InnerLoop(at[-1], loss=loss, kind=tasks.kind)
+
+    @compiled
+    def learn(outer: Mapping[str, Array], state: Any, drawn: Mapping[str, Array], start: Array, stop: Array) -> Any:
+        def body(time: Array, state: Any) -> tuple[Array, Any]:
+            x, y = (tf.gather(drawn[name], time, axis=1)[None] for name in ("x", "y"))
+            return time + 1, learner.step(outer, state, x, y)[0]
+
+        return tf.while_loop(lambda time, _: time < stop, body, (start, state))[1]
+
+    @compiled
+    def score(outer: Mapping[str, Array], state: Any, drawn: Mapping[str, Array]) -> tuple[Array, Array]:
+        return inner.scores(learner.predict(outer, state, drawn["query_x"][None]), drawn["query_y"][None])
+
+    seeds = random.fold_in(random.seed_of(seed), 1)
+    state = learner.init(outer, seeds, tasks.features, tasks.outputs, (1, episodes))
+    losses, quality, done = [], [], 0
+    for step in at:
+        state = learn(outer, state, drawn, tf.constant(done), tf.constant(step))
+        done = step
+        found = score(outer, state, drawn)
+        losses.append(found[0][0].numpy())
+        quality.append(found[1][0].numpy())
+    made = _summary(np.stack(losses), np.stack(quality), tasks.kind)
+    means = np.asarray(made["mean_loss"])
+    area = np.sum(0.5 * (means[1:] + means[:-1]) * np.diff(at)) / (at[-1] - at[0])
+    return {"steps": at, **made, "area": float(area)}
 
 
 def memorization_gap(
@@ -139,7 +203,13 @@ def _scored(
     stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query_size, split=split).batch(block)
     parts = [score(outer, change(drawn), tf.constant(n)) for n, drawn in enumerate(stream.take(-(-episodes // block)))]
     losses, quality = (np.concatenate([part[place].numpy() for part in parts])[:episodes] for place in (0, 1))
+    return _summary(losses, quality, tasks.kind)
+
+
+def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:
+    """Scores `[..., episodes]` and their means, numbers or lists; what is not finite is the worst."""
     sound = np.isfinite(losses)
-    name, worst = ("accuracy", 0.0) if tasks.kind == "classes" else ("r2", -np.inf)
+    name, worst = ("accuracy", 0.0) if kind == "classes" else ("r2", -np.inf)
     losses, quality = np.where(sound, losses, np.inf), np.where(sound, quality, worst)
-    return {"loss": losses, name: quality, "mean_loss": float(losses.mean()), f"mean_{name}": float(quality.mean())}
+    means = {"mean_loss": losses.mean(-1).tolist(), f"mean_{name}": quality.mean(-1).tolist()}
+    return {"loss": losses, name: quality, **means}

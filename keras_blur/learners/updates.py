@@ -1,0 +1,101 @@
+"""The updates of Keras's optimizers as functions of arrays, and the losses that learners descend with them.
+
+On TensorFlow, Keras's optimizers have no functional face (`stateless_apply` raises), so the update of each is written here,
+with the hyperparameters read from the Keras object; tests hold it to Keras's own numbers. As functions they also run a
+whole grid of rates at once, on a leading axis, and can be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Array = Any
+
+LOSSES = {"cross_entropy": "classes", "squared": "values"}  # and the kind of tasks that each is for
+_EXTRAS = ("clipnorm", "clipvalue", "weight_decay", "use_ema", "amsgrad", "nesterov", "centered",
+           "gradient_accumulation_steps", "loss_scale_factor")  # fmt: skip
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises a `ValueError` if an optimizer is not one of those that are written here."""
+    kind = type(optimizer)
+    used = [name for name in _EXTRAS if getattr(optimizer, name, None)]
+    if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
+        used.append("a learning-rate schedule")
+    plain = not (kind is keras.optimizers.RMSprop and optimizer.momentum)
+    if kind not in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.RMSprop) or used or not plain:
+        raise ValueError(
+            f"`optimizer` must be a Keras SGD, Adam or RMSprop with none of {', '.join(_EXTRAS)} (nor momentum for "
+            f"RMSprop). Received: {kind.__name__} with {', '.join(used) or 'other options'}"
+        )
+
+
+def check_loss(loss: str, kind: str | None = None) -> None:
+    """Raises a `ValueError` if a loss is unknown, or not for tasks of a kind."""
+    if loss not in LOSSES:
+        raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={loss!r}")
+    if kind is not None and LOSSES[loss] != kind:
+        wanted = next(one for one, of in LOSSES.items() if of == kind)
+        raise ValueError(f"`loss` of the learner must be {wanted!r} for tasks of {kind}. Received: loss={loss!r}")
+
+
+def losses(loss: str, prediction: Array, y: Array) -> Array:
+    """The loss of each example, `[..., batch]`, of logits against labels of +1 and -1, or of values."""
+    y = tf.broadcast_to(y, tf.shape(prediction))
+    if loss == "squared":
+        return tf.reduce_mean(tf.square(prediction - y), axis=-1)
+    return tf.nn.softmax_cross_entropy_with_logits(labels=0.5 * (y + 1.0), logits=prediction)
+
+
+def updated(
+    optimizer: keras.optimizers.Optimizer,
+    rate: Array,
+    step: Array,
+    weights: Sequence[Array],
+    first: Sequence[Array],
+    second: Sequence[Array],
+    gradients: Sequence[Array],
+    leading: int = 0,
+) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
+    """Weights and moments after one step.
+
+    Args:
+        optimizer: a Keras optimizer, for what it does and its numbers but the rate.
+        rate: the learning rate, which goes with the weights.
+        step: number of steps before.
+        weights, first, second, gradients: arrays with the same leading axes, which tell networks apart.
+        leading: how many these are.
+    """
+    if optimizer.global_clipnorm:
+        squares = [tf.reduce_sum(tf.square(g), axis=list(range(leading, g.shape.rank))) for g in gradients]
+        norm = tf.sqrt(tf.maximum(tf.add_n(squares), 1e-30))  # whose root has a derivative
+        scale = optimizer.global_clipnorm / tf.maximum(norm, optimizer.global_clipnorm)
+        gradients = [g * tf.reshape(scale, [*scale.shape, *[1] * (g.shape.rank - leading)]) for g in gradients]
+    columns = zip(weights, first, second, gradients, strict=True)
+    weights, first, second = (
+        tuple(part) for part in zip(*(_update(optimizer, rate, step, *c) for c in columns), strict=True)
+    )
+    return weights, first, second
+
+
+def _update(
+    o: keras.optimizers.Optimizer, rate: Array, step: Array, weight: Array, first: Array, second: Array, gradient: Array
+) -> tuple[Array, Array, Array]:
+    """One weight array and its moments after one step, as Keras's optimizers define it."""
+    if isinstance(o, keras.optimizers.SGD):
+        if not o.momentum:
+            return weight - rate * gradient, first, second
+        first = o.momentum * first - rate * gradient
+        return weight + first, first, second
+    if isinstance(o, keras.optimizers.RMSprop):
+        second = o.rho * second + (1.0 - o.rho) * tf.square(gradient)
+        return weight - rate * gradient * tf.math.rsqrt(second + o.epsilon), first, second
+    time = tf.cast(step + 1, weight.dtype)
+    scale = tf.sqrt(1.0 - tf.pow(o.beta_2, time)) / (1.0 - tf.pow(o.beta_1, time))
+    first = first + (1.0 - o.beta_1) * (gradient - first)
+    second = second + (1.0 - o.beta_2) * (tf.square(gradient) - second)
+    return weight - rate * scale * first / (tf.sqrt(second) + o.epsilon), first, second

@@ -1,0 +1,295 @@
+"""The gradient of warps, and of a start, at the places that inner descent passes, without going through it.
+
+Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020). Equation 11: at each theta that
+adaptation visits, taken as a constant, the loss on other examples after one step from there, L_meta(theta - alpha grad
+L_task(theta; phi); phi), by phi. Equation 12, first order: the bracket is a constant too. Since nothing is differentiated
+from step to step, memory does not grow with their number, and there is no horizon that biases. Algorithm 1 adds up over the
+run (`WarpGrad`); algorithm 2 keeps what was visited in a buffer and takes an outer step for each part of it, in random
+order (`OfflineWarpGrad`).
+
+The start is learned beside, or not: "On First-Order Meta-Learning Algorithms" (Nichol, Achiam and Schulman, 2018), Reptile,
+to where adaptation leads; "Transferring Knowledge across Learning Processes" (Flennerhag et al., ICLR 2019), Leap, along
+the path and in the simplified form of WarpGrad's published code, in which each step counts by its direction alone; or MAML,
+which does go through all steps.
+
+Both estimators ask a learner for no more than its step: any rule whose numbers are outer parameters has such a gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.distribution import Share
+from keras_blur.learners.base import Learner, MetaLearner
+from keras_blur.meta.estimator import (
+    Array,
+    Carried,
+    Episodes,
+    Estimate,
+    Estimator,
+    Outer,
+    check_count,
+    over_tasks,
+    start,
+)
+
+ORDERS = ("exact", "first")
+STARTS = ("none", "reptile", "leap", "maml")
+_SHUFFLE = 2  # folded into a seed for the order of a buffer
+
+
+class TrajectoryBuffer(NamedTuple):
+    """What inner descent visited, theta_0 to theta_{K-1}, with the state of its optimizer; detached.
+
+    Attributes:
+        states: a learner's state, `[members, tasks, K, ...]`, and `[K]` of what all share.
+    """
+
+    states: Any
+
+    def take(self, place: Array) -> Any:
+        """The states at a place of the trajectories, a scalar integer."""
+        return tf.nest.map_structure(lambda leaf: tf.gather(leaf, place, axis=0 if leaf.shape.rank == 1 else 2), self.states)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarpGrad(Estimator):
+    """The trajectory-agnostic gradient, online: each step of the inner loop adds its own.
+
+    Args:
+        steps, loss, kind: as in `Estimator`. `along` and `recompute` are not used.
+        order: `"exact"`, equation 11, or `"first"`, equation 12.
+        start: how initial weights are learned: `"none"`, `"reptile"`, `"leap"` or `"maml"`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> WarpGrad(steps=50, start="leap").horizon
+    51
+    """
+
+    order: str = "exact"
+    start: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("order", ORDERS), ("start", STARTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={getattr(self, name)!r}"
+                )
+        if self.along or self.recompute:
+            raise ValueError("`along` must be 0 and `recompute` False: each step is its own, and nothing of it is kept.")
+
+    @property
+    def horizon(self) -> int:
+        return self.steps + 1  # the batch after a step's own is the one that the step is judged by
+
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        learner = self._checked(learner, outer)
+        state = self.begin(learner, outer, episodes, seed, carried, first, share)
+        begin, nothing = state, {name: tf.zeros_like(value) for name, value in outer.items()}
+
+        def body(time: Array, state: Any, sums: Outer) -> tuple[Array, Any, Outer]:
+            gradients, _, _, new = self.at(learner, outer, episodes, state, time, time + 1)
+            if self.start == "leap":
+                gradients = {**gradients, **_mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))}
+            return time + 1, new, {name: sums[name] + gradients[name] / self.rate_of(name) for name in sums}
+
+        _, state, sums = tf.while_loop(
+            lambda time, *_: time < self.steps, body, (tf.constant(0), state, nothing), maximum_iterations=self.steps
+        )
+        if self.start == "reptile":
+            sums = {**sums, **_mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(state)))}
+        if self.start == "maml":
+            sums = {**sums, **self._through(learner, outer, episodes, seed, share)}
+        loss, right = self.judged(learner, outer, episodes, state)
+        return Estimate(sums, loss, right), self.kept(state)
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        return measured, ()
+
+    def _checked(self, learner: Learner, outer: Outer) -> MetaLearner:
+        """The learner, if it can have its start learned where that is asked for."""
+        if not isinstance(learner, MetaLearner) or (self.start != "none" and not any(n.startswith("start_") for n in outer)):
+            raise ValueError(f"`start` must be 'none' for a learner whose start is not learned. Received: {self.start!r}")
+        return learner
+
+    def rate_of(self, name: str) -> float:
+        """By what a term is divided: of warps, for the mean over what was visited; a path has its whole length."""
+        return 1.0 if name.startswith("start_") else float(self.steps)
+
+    def at(
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, state: Any, task: Array, other: Array
+    ) -> tuple[Outer, Array, Array, Any]:
+        """One term of equation 11 or 12.
+
+        Args:
+            learner, outer, episodes: as of a call.
+            state: theta, a constant.
+            task, other: numbers of the batch that is learned from, and of the one that judges.
+
+        Returns:
+            The gradient, the loss and the quality, `[members, ...]`, and the state after the step.
+        """
+        x, y = (tf.gather(episodes[name], task, axis=1)[None] for name in ("x", "y"))
+        other_x, other_y = (tf.gather(episodes[name], other, axis=1)[None] for name in ("x", "y"))
+        state = tf.nest.map_structure(tf.stop_gradient, state)
+        with tf.GradientTape() as tape:
+            watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
+            tape.watch(watched)
+            new, _ = learner.step(over_tasks(watched), state, x, y)
+            detached = tf.nest.map_structure(tf.stop_gradient, new)
+            # The prediction of a step, not `predict`: layers that tell training from inference are in training here.
+            _, prediction = learner.step(over_tasks(watched), detached if self.order == "first" else new, other_x, other_y)
+            loss, right = (tf.reduce_mean(value, axis=1) for value in self.scores(prediction, other_y))
+            total = tf.reduce_sum(loss)
+        return tape.gradient(total, watched, unconnected_gradients="zero"), loss, right, detached
+
+    def judged(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array]:
+        """Loss and quality of the query, `[members]`."""
+        prediction = learner.predict(over_tasks(outer), state, episodes["query_x"][None])
+        losses, quality = self.scores(prediction, episodes["query_y"][None])
+        return tf.reduce_mean(losses, axis=1), tf.reduce_mean(quality, axis=1)
+
+    def _through(self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share) -> Outer:
+        """MAML's gradient of the start: through all steps."""
+        with tf.GradientTape() as tape:
+            starts = {name: tf.convert_to_tensor(v) for name, v in outer.items() if name.startswith("start_")}
+            tape.watch(starts)
+            every = {**outer, **starts}
+            losses, _, _ = self.objective(learner, every, episodes, start(learner, every, episodes, seed, share))
+            total = tf.reduce_sum(tf.reduce_mean(losses, axis=1))
+        return tape.gradient(total, starts, unconnected_gradients="zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineWarpGrad(WarpGrad):
+    """The trajectory-agnostic gradient, offline: descent fills a buffer, and outer steps go through it in random order.
+
+    A step of meta-training is one outer step. The first on some episodes runs the inner loop, and has the gradient of the
+    start; each takes `thetas` of what was visited on each task, until all are used.
+
+    Args:
+        steps, loss, kind, order, start: as in `WarpGrad`.
+        thetas: places of a trajectory that an outer step takes from each task; a divisor of `steps`.
+
+    Example:
+
+    >>> OfflineWarpGrad(steps=100, thetas=5).pieces
+    20
+    """
+
+    thetas: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("thetas", self.thetas)
+        if self.steps % self.thetas:
+            raise ValueError(f"`thetas` must divide steps={self.steps}. Received: thetas={self.thetas!r}")
+
+    @property
+    def pieces(self) -> int:
+        return self.steps // self.thetas
+
+    def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
+        state = start(learner, outer, episodes, tf.zeros(2, tf.int32))
+
+        def room(leaf: Array) -> Array:
+            shape = (self.steps,) if leaf.shape.rank == 0 else (*leaf.shape[:2], self.steps, *leaf.shape[2:])
+            return tf.zeros(shape, leaf.dtype)
+
+        return Carried(TrajectoryBuffer(tf.nest.map_structure(room, state)), (tf.zeros(2, tf.int32), tf.zeros((), tf.int32)))
+
+    def measure(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    ) -> tuple[Any, Any]:
+        learner = self._checked(learner, outer)
+        nothing = {name: tf.zeros_like(value) for name, value in outer.items()}
+        buffer, starts = tf.cond(
+            first,
+            lambda: self.collect(learner, outer, episodes, seed, share, nothing),
+            lambda: (carried.learners, nothing),
+        )
+        root, piece = self._turn(seed, carried, first)
+        order = random.permutation(random.fold_in(root, _SHUFFLE), self.steps)
+
+        def body(number: Array, sums: Outer, loss: Array, right: Array) -> tuple[Array, Outer, Array, Array]:
+            place = tf.gather(order, piece * self.thetas + number)
+            found = self.at(learner, outer, episodes, buffer.take(place), place, place + 1)
+            sums = {name: sums[name] + found[0][name] / self.thetas for name in sums}
+            return number + 1, sums, loss + found[1] / self.thetas, right + found[2] / self.thetas
+
+        some = next(iter(outer.values()))
+        zero = tf.zeros(some.shape[0], some.dtype)
+        _, sums, loss, right = tf.while_loop(
+            lambda number, *_: number < self.thetas, body, (tf.constant(0), nothing, zero, zero),
+            maximum_iterations=self.thetas,
+        )  # fmt: skip
+        return Estimate({name: sums[name] + starts[name] for name in sums}, loss, right), buffer
+
+    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        root, piece = self._turn(seed, carried, first)
+        return measured, (root, piece + 1)
+
+    def _turn(self, seed: Array, carried: Carried, first: Any) -> tuple[Array, Array]:
+        """The seed of the order, which is that of the first step on these episodes, and the step's number among theirs."""
+        root, piece = carried.directions
+        return tf.where(first, seed, root), tf.where(first, tf.zeros_like(piece), piece)
+
+    def collect(
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share, nothing: Outer
+    ) -> tuple[TrajectoryBuffer, Outer]:
+        """What inner descent visits, and the gradient of the start."""
+        state = begin = start(learner, outer, episodes, seed, share)
+        leaves = tf.nest.flatten(state)
+        rooms = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
+
+        def body(time: Array, state: Any, rooms: list[Any], sums: Outer) -> tuple[Array, Any, list[Any], Outer]:
+            rooms = [room.write(time, leaf) for room, leaf in zip(rooms, tf.nest.flatten(state), strict=True)]
+            x, y = (tf.gather(episodes[name], time, axis=1)[None] for name in ("x", "y"))
+            new, _ = learner.step(over_tasks(outer), state, x, y)
+            if self.start == "leap":
+                path = _mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))
+                sums = {name: value + path.get(name, 0.0) for name, value in sums.items()}
+            return time + 1, new, rooms, sums
+
+        _, state, rooms, sums = tf.while_loop(
+            lambda time, *_: time < self.steps, body, (tf.constant(0), state, rooms, nothing), maximum_iterations=self.steps
+        )
+        if self.start == "reptile":
+            sums = {**sums, **_mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(state)))}
+        if self.start == "maml":
+            sums = {**sums, **self._through(learner, outer, episodes, seed, share)}
+
+        def whole(room: Any, leaf: Array) -> Array:
+            value = room.stack()  # [K, members, tasks, ...]
+            return value if leaf.shape.rank == 0 else tf.transpose(value, [1, 2, 0, *range(3, value.shape.rank)])
+
+        stacked = [whole(room, leaf) for room, leaf in zip(rooms, leaves, strict=True)]
+        return TrajectoryBuffer(tf.nest.pack_sequence_as(begin, stacked)), sums
+
+
+def _differences(before: Outer, after: Outer) -> Outer:
+    """From the weights after to those before, `[members, tasks, ...]`: where a descent leads, as a gradient."""
+    return {name: before[name] - after[name] for name in before}
+
+
+def _directions(before: Outer, after: Outer) -> Outer:
+    """The same, of length one over all weights of a network; nothing where nothing moved."""
+    moved = _differences(before, after)
+    squares = [tf.reduce_sum(tf.square(one), axis=list(range(2, one.shape.rank))) for one in moved.values()]
+    scale = tf.math.divide_no_nan(1.0, tf.sqrt(tf.add_n(squares)))
+    return {name: one * tf.reshape(scale, (*scale.shape, *[1] * (one.shape.rank - 2))) for name, one in moved.items()}
+
+
+def _mean_over_tasks(values: Outer) -> Outer:
+    return {name: tf.reduce_mean(value, axis=1) for name, value in values.items()}

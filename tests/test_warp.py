@@ -1,0 +1,362 @@
+"""WarpGrad: the gradient at constant thetas, its two orders and its buffer, starts, warps that are held, and controls."""
+
+import re
+from itertools import pairwise
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_blur import learners, meta, random, tasks
+from keras_blur.distribution import Share
+from keras_blur.meta.estimator import over_tasks, start
+
+FEATURES, OUTPUTS, TASKS, BATCH, STEPS = 3, 2, 2, 6, 4
+SEED = random.seed_of(3)
+
+
+def network(dtype="float64", warps=True, norm=False, activation="tanh"):
+    def bend(number):
+        return [keras.layers.Dense(5, kernel_initializer="identity", name=f"bend_{number}", dtype=dtype)] if warps else []
+
+    normal = [keras.layers.BatchNormalization(momentum=0.5, name="norm", dtype=dtype)] if norm else []
+    first, second, last = (keras.initializers.GlorotUniform(seed) for seed in (1, 2, 3))
+    layers = [keras.Input((FEATURES,), dtype=dtype), keras.layers.Dense(5, None, kernel_initializer=first, dtype=dtype)]
+    layers += [*bend(0), *normal, keras.layers.Activation(activation, dtype=dtype)]
+    layers += [keras.layers.Dense(5, activation, kernel_initializer=second, dtype=dtype), *bend(1)]
+    return keras.Sequential([*layers, keras.layers.Dense(OUTPUTS, kernel_initializer=last, dtype=dtype)])
+
+
+def warp(dtype="float64", optimizer=None, loss="cross_entropy", **options):
+    model = network(dtype, **options)
+    names = [layer.name for layer in model.layers if layer.name.startswith("bend")]
+    return learners.Warp(model, names, optimizer or keras.optimizers.SGD(0.3), loss=loss)
+
+
+def drawn(learner, members=2, dtype="float64"):
+    rng = np.random.default_rng(1)
+    begin = learner.draw(1, members, FEATURES, OUTPUTS)
+    return {name: tf.constant(own + 0.2 * rng.standard_normal(own.shape), dtype) for name, own in begin.items()}
+
+
+def episodes(dtype="float64", count=TASKS, steps=STEPS + 1):
+    rng = np.random.default_rng(0)
+
+    def labels(*shape):
+        return 2 * np.eye(OUTPUTS)[rng.integers(0, OUTPUTS, shape)] - 1
+
+    made = {
+        "x": rng.standard_normal((count, steps, BATCH, FEATURES)), "y": labels(count, steps, BATCH),
+        "query_x": rng.standard_normal((count, BATCH, FEATURES)), "query_y": labels(count, BATCH),
+    }  # fmt: skip
+    return {name: tf.constant(value, dtype) for name, value in made.items()}
+
+
+def trajectory(learner, outer, data, steps=STEPS):
+    """theta_0 to theta_K."""
+    states = [start(learner, outer, data, SEED)]
+    for time in range(steps):
+        states.append(learner.step(over_tasks(outer), states[-1], data["x"][None, :, time], data["y"][None, :, time])[0])
+    return states
+
+
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.3),
+    "momentum": lambda: keras.optimizers.SGD(0.3, momentum=0.9),
+    "clipped": lambda: keras.optimizers.SGD(0.3, global_clipnorm=0.1),
+    "Adam": lambda: keras.optimizers.Adam(0.1, epsilon=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_term_is_the_difference_quotient_at_a_constant_theta_and_the_first_order_one_is_not(name):
+    learner, data = warp(optimizer=OPTIMIZERS[name]()), episodes()
+    outer = drawn(learner, members=1)
+    theta, place = trajectory(learner, outer, data)[2], tf.constant(2)
+    estimator = meta.WarpGrad(STEPS)
+    exact, first = (
+        meta.WarpGrad(STEPS, order=order).at(learner, outer, data, theta, place, place + 1)[0]
+        for order in ("exact", "first")
+    )
+    rng = np.random.default_rng(2)
+    direction = {n: rng.standard_normal(v.shape) for n, v in outer.items() if n.startswith("warp_")}
+
+    def loss(width):
+        moved = {**outer, **{n: outer[n] + width * d for n, d in direction.items()}}
+        return float(estimator.at(learner, moved, data, theta, place, place + 1)[1][0])
+
+    quotient = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    slopes = [sum(float(np.sum(found[n] * d)) for n, d in direction.items()) for found in (exact, first)]
+    assert slopes[0] == pytest.approx(quotient, rel=1e-6)
+    assert abs(slopes[1] - quotient) > 1e-2 * abs(quotient)
+    for n, value in exact.items():
+        assert n.startswith("warp_") or not np.any(value)  # theta is a constant
+
+
+def test_the_online_gradient_is_the_mean_of_the_terms():
+    learner, data, estimator = warp(), episodes(), meta.WarpGrad(STEPS)
+    outer = drawn(learner)
+    found = estimator(learner, outer, data, SEED)[0]
+    states = trajectory(learner, outer, data)
+    terms = [estimator.at(learner, outer, data, states[k], tf.constant(k), tf.constant(k + 1))[0] for k in range(STEPS)]
+    for name in outer:
+        np.testing.assert_allclose(found.gradients[name], np.mean([term[name] for term in terms], axis=0), atol=1e-12)
+    prediction = learner.predict(over_tasks(outer), states[-1], data["query_x"][None])
+    labels = tf.broadcast_to((data["query_y"] + 1) / 2, prediction.shape)
+    wanted = tf.nn.softmax_cross_entropy_with_logits(labels, prediction)
+    np.testing.assert_allclose(found.loss, tf.reduce_mean(wanted, axis=(1, 2)), rtol=1e-12)
+
+
+def test_a_buffer_in_any_order_gives_the_online_gradient():
+    """Thetas are constants, so the whole buffer at once is the sum over the run; each part of it is used once."""
+    learner, data = warp(), episodes()
+    outer = drawn(learner)
+    online = meta.WarpGrad(STEPS)(learner, outer, data, SEED)[0].gradients
+    whole = meta.OfflineWarpGrad(STEPS, thetas=STEPS)
+    for number in range(2):
+        nothing = whole.nothing_carried(learner, outer, data)
+        found = whole(learner, outer, data, random.seed_of(number), nothing, True)[0].gradients
+        for name in online:
+            np.testing.assert_allclose(found[name], online[name], atol=1e-12)
+    single = meta.OfflineWarpGrad(STEPS, thetas=1)
+    carried, sums = single.nothing_carried(learner, outer, data), dict.fromkeys(online, 0.0)
+    for piece in range(single.pieces):
+        estimate, carried = single(learner, outer, data, random.seed_of(9 + piece), carried, piece == 0)
+        sums = {name: sums[name] + np.asarray(estimate.gradients[name]) / STEPS for name in sums}
+    for name in online:
+        np.testing.assert_allclose(sums[name], online[name], atol=1e-12)
+
+
+def test_the_buffer_holds_what_was_visited_before_each_step():
+    learner, data, estimator = warp(optimizer=OPTIMIZERS["Adam"]()), episodes(), meta.OfflineWarpGrad(STEPS, thetas=2)
+    outer = drawn(learner)
+    _, carried = estimator(learner, outer, data, SEED, estimator.nothing_carried(learner, outer, data), True)
+    for place, state in enumerate(trajectory(learner, outer, data)[:-1]):  # never theta_K
+        for one, other in zip(tf.nest.flatten(carried.learners.take(place)), tf.nest.flatten(state), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_starts_by_hand():
+    learner, data = warp(), episodes()
+    outer = drawn(learner)
+    states = [learner.adapted(state) for state in trajectory(learner, outer, data)]
+    plain = meta.WarpGrad(STEPS)(learner, outer, data, SEED)[0].gradients
+    found = {kind: meta.WarpGrad(STEPS, start=kind)(learner, outer, data, SEED)[0].gradients for kind in ("reptile", "leap")}
+    for name in states[0]:
+        assert not np.any(plain[name])
+        moved = np.mean(states[0][name] - states[-1][name], axis=1)
+        np.testing.assert_allclose(found["reptile"][name], moved, atol=1e-12)
+    path = dict.fromkeys(states[0], 0.0)
+    for before, after in pairwise(states):
+        moved = {name: (before[name] - after[name]).numpy() for name in before}
+        length = np.sqrt(sum(np.sum(v**2, axis=tuple(range(2, v.ndim))) for v in moved.values()))
+        path = {n: path[n] + (v / length.reshape(2, TASKS, *[1] * (v.ndim - 2))).mean(1) for n, v in moved.items()}
+    for name, value in path.items():
+        np.testing.assert_allclose(found["leap"][name], value, atol=1e-12)
+    maml = meta.WarpGrad(STEPS, start="maml")(learner, outer, data, SEED)[0].gradients
+    unrolled = meta.Unroll(STEPS)(learner, outer, data, SEED)[0].gradients
+    for name in plain:
+        np.testing.assert_allclose(maml[name], unrolled[name] if name in path else plain[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["none", "reptile", "leap", "maml"])
+def test_offline_starts_are_those_of_online_and_come_once(kind):
+    learner, data = warp(), episodes()
+    outer = drawn(learner)
+    online = meta.WarpGrad(STEPS, start=kind)(learner, outer, data, SEED)[0].gradients
+    estimator = meta.OfflineWarpGrad(STEPS, start=kind, thetas=2)
+    carried = estimator.nothing_carried(learner, outer, data)
+    first, carried = estimator(learner, outer, data, SEED, carried, True)
+    second, _ = estimator(learner, outer, data, SEED, carried, False)
+    for name, value in online.items():
+        if name.startswith("start_"):
+            np.testing.assert_allclose(first.gradients[name], value, atol=1e-12)
+            assert not np.any(second.gradients[name])
+
+
+def test_identity_warps_are_no_warps():
+    """The control: with warps at the identity every step is that of the network without them."""
+    bent, straight = warp(), warp(warps=False)
+    outer = {name: tf.constant(v, "float64") for name, v in bent.draw(0, 1, FEATURES, OUTPUTS).items()}
+    other = {name: value for name, value in outer.items() if name.startswith("start_")}
+    names = dict(zip([n for n in outer if n.startswith("start_")], straight.draw(0, 1, FEATURES, OUTPUTS), strict=True))
+    other = {names[name]: value for name, value in other.items()}
+    data = episodes()
+    for one, two in zip(trajectory(bent, outer, data), trajectory(straight, other, data), strict=True):
+        for value, wanted in zip(one.weights, two.weights, strict=True):
+            np.testing.assert_allclose(value, wanted, atol=1e-14)
+
+
+def test_the_step_is_the_step_of_keras_with_warps_held():
+    learner, data = (
+        warp("float32", optimizer=keras.optimizers.SGD(0.1, momentum=0.9), norm=True),
+        episodes("float32", count=1),
+    )
+    outer = drawn(learner, members=1, dtype="float32")
+    model = learner.learned({name: value.numpy()[0] for name, value in outer.items()})
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.CategoricalCrossentropy(from_logits=True))
+    state = start(learner, outer, data, SEED)
+    for time in range(STEPS):
+        state, _ = learner.step(over_tasks(outer), state, data["x"][None, :, time], data["y"][None, :, time])
+        model.train_on_batch(data["x"][0, time], (data["y"][0, time] + 1) / 2)
+    found = learner.predict(over_tasks(outer), state, data["query_x"][None])[0, 0]
+    np.testing.assert_allclose(found, model(data["query_x"][0], training=False), atol=2e-5)
+    moving = [value.numpy()[0, 0] for value in state.buffers]
+    kept = [np.asarray(v) for v in model.get_layer("norm").non_trainable_variables]
+    for one, other in zip(moving, kept, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert np.abs(moving[0]).max() > 0.01  # a task has averages of its own, which begin anew
+    np.testing.assert_array_equal(start(learner, outer, data, SEED).buffers[0], np.zeros((1, 1, 5)))
+
+
+def test_adapting_gives_a_keras_model_and_leaves_warps_to_the_bit(tmp_path):
+    learner = warp("float32", loss="squared")
+    learned = learner.learned({name: value.numpy()[0] for name, value in drawn(learner, 1, "float32").items()})
+    learned.save(tmp_path / "learned.keras")
+    loaded = keras.models.load_model(tmp_path / "learned.keras")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, FEATURES)).astype("float32")
+    y = np.tanh(x[:, :OUTPUTS])
+    before = loaded.get_weights()
+    for optimizer in (None, keras.optimizers.Nadam(0.01)):  # any
+        model = learner.adapt(loaded, x, y, steps=60, batch_size=16, optimizer=optimizer)
+        assert model.evaluate(x, y, verbose=0) < 0.7 * np.mean((loaded(x) - y) ** 2)
+        for layer, old in zip(model.layers, loaded.layers, strict=True):
+            same = [np.array_equal(one, other) for one, other in zip(layer.get_weights(), old.get_weights(), strict=True)]
+            assert all(same) if layer.name.startswith("bend") else not any(same)
+    for one, other in zip(loaded.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, value in learner.parameters(tmp_path / "learned.keras").items():
+        np.testing.assert_array_equal(value, learner.parameters(learned)[name])
+
+
+def nodes(steps, order):
+    """Operations of a meta-gradient's graph, loop bodies included."""
+    learner, data = warp("float32"), episodes("float32", steps=steps + 1)
+    outer = drawn(learner, dtype="float32")
+    step = tf.function(lambda o, e: meta.WarpGrad(steps, order=order, start="leap")(learner, o, e, SEED)[0], autograph=False)
+    graph = step.get_concrete_function(outer, data).graph.as_graph_def()
+    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+
+@pytest.mark.parametrize("order", ["exact", "first"])
+def test_operations_do_not_depend_on_the_number_of_steps(order):
+    assert nodes(10, order) == nodes(100, order)
+
+
+def kept(make, steps):
+    """Bytes that the loops of a compiled meta-gradient carry, and those of the support."""
+    learner, data = warp("float32"), episodes("float32", steps=steps + 1)
+    outer, estimator = drawn(learner, dtype="float32"), make(steps)
+    step = tf.function(lambda o, e: estimator(learner, o, e, SEED)[0], jit_compile=True, autograph=False)
+    text = step.experimental_get_compiler_ir(outer, data)(stage="optimized_hlo")
+    entry = text[text.index("\nENTRY") :]
+    loops = [line.split(" while(")[0] for line in entry.splitlines() if " while(" in line]
+    shapes = re.findall(r"f32\[([\d,]*)\]", "".join(loops))
+    sizes = [np.prod([int(size) for size in shape.split(",") if size], dtype=int) for shape in shapes]
+    assert loops
+    return 4 * sum(sizes), 4 * (tf.size(data["x"]) + tf.size(data["y"])).numpy()
+
+
+def test_memory_grows_by_the_data_alone():
+    """The loop over the steps carries nothing for a gradient through it; that of an unroll does."""
+    (few, data), (many, more) = kept(meta.WarpGrad, 10), kept(meta.WarpGrad, 100)
+    assert many - few <= 2 * (more - data)
+    (few, data), (many, more) = kept(meta.Unroll, 10), kept(meta.Unroll, 100)
+    assert many - few > 10 * (more - data)
+
+
+@pytest.mark.parametrize("estimator", [meta.WarpGrad(STEPS, start="leap"), meta.OfflineWarpGrad(STEPS, start="reptile")])
+def test_compiled_equals_uncompiled(estimator):
+    learner, data = warp("float32", norm=True), episodes("float32")
+    outer = drawn(learner, dtype="float32")
+    carried = estimator.nothing_carried(learner, outer, data)
+
+    def gradients(outer, data):
+        return estimator(learner, outer, data, SEED, carried, tf.constant(True))[0]
+
+    plain, whole = (tf.function(gradients, jit_compile=jit, autograph=False)(outer, data) for jit in (False, True))
+    for one, other in zip(tf.nest.flatten(plain), tf.nest.flatten(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_shares_of_the_tasks_have_the_mean_of_all():
+    learner, data = warp(), episodes(count=4)
+    outer = drawn(learner)
+    estimator = meta.WarpGrad(STEPS, start="leap")
+    whole = estimator(learner, outer, data, SEED)[0]
+    parts = []
+    for index in range(2):
+        own = Share(index, 2).part(data, axis=0)
+        parts.append(estimator.measure(learner, outer, own, SEED, (), True, Share(index, 2))[0])
+    for one, other in zip(tf.nest.flatten(whole), zip(*map(tf.nest.flatten, parts), strict=True), strict=True):
+        np.testing.assert_allclose(one, np.mean(other, axis=0), atol=1e-12)
+
+
+def trainer(estimator, **options):
+    made = meta.MetaTrainer(
+        tasks.functions("blobs2"), learners.Warp(plane(), ["bend"], keras.optimizers.SGD(0.1)), estimator,
+        **{"members": 2, "tasks_per_step": 2, "batch_size": 8, "query_size": 16, **options},
+    )  # fmt: skip
+    made.compile(keras.optimizers.Adam(1e-2), start_optimizer=keras.optimizers.SGD(0.1), jit_compile=False)
+    return made
+
+
+def plane():
+    first, last = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
+    bend = keras.layers.Dense(6, kernel_initializer="identity", name="bend")
+    layers = [keras.Input((2,)), keras.layers.Dense(6, "tanh", kernel_initializer=first), bend]
+    return keras.Sequential([*layers, keras.layers.Dense(2, kernel_initializer=last)])
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [meta.WarpGrad(4, start="leap"), meta.OfflineWarpGrad(4, start="reptile", thetas=2)],
+    ids=["online", "offline"],
+)
+def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_path):
+    path = tmp_path / "run.weights.h5"
+    whole, first, second = (trainer(estimator, seed=1) for _ in range(3))
+    whole.fit(3, 5, verbose=0)
+    first.fit(1, 5, checkpoint=path, verbose=0)  # five steps: in the middle of a buffer
+    assert second.fit(3, 5, checkpoint=path, verbose=0).epoch == [1, 2]
+    every, again = ([*made.variables, *made.start_optimizer.variables] for made in (whole, second))
+    for one, other in zip(every, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.abs(whole.parameters()["warp_bend_0"] - np.eye(6)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: learners.Warp(plane(), ["bent"], keras.optimizers.SGD(0.1)), "`warp` must be names of layers with weights"),
+        (lambda: learners.Warp(keras.Sequential(), [], keras.optimizers.SGD(0.1)), "must be a Keras model that is built"),
+        (lambda: learners.Warp(plane(), [x.name for x in plane().layers], keras.optimizers.SGD(0.1)), "`warp` must"),
+        (lambda: warp().draw(0, 1, 7, OUTPUTS), r"must map \[batch, 7\]"),
+        (lambda: warp().parameters(plane()), "must have the layers of this learner's"),
+        (lambda: warp().parameters("/no/such.keras"), "is no Keras model"),
+        (lambda: meta.WarpGrad(3, order="second"), "`order` must be one of"),
+        (lambda: meta.WarpGrad(3, start="zero"), "`start` must be one of"),
+        (lambda: meta.WarpGrad(3, along=1.0), "`along` must be 0"),
+        (lambda: meta.OfflineWarpGrad(10, thetas=3), "`thetas` must divide steps=10"),
+        (
+            lambda: meta.MetaTrainer(tasks.functions("xor"), learners.Blur((4,)), meta.WarpGrad(2, start="leap")).compile(
+                start_optimizer="sgd"
+            ),
+            "`start_optimizer` must be None",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_genome_has_such_a_gradient_too():
+    """The estimator asks for no more than a step: BLUR's rule, a step at a time."""
+    made = meta.MetaTrainer(tasks.functions("blobs2"), learners.Blur((6,)), meta.WarpGrad(3), batch_size=8, query_size=16)
+    made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    before = made.genome
+    assert made.fit(1, 3, verbose=0).history["gradient_norm"][0] > 0
+    assert np.abs(made.genome.nu - before.nu).max() > 1e-3
