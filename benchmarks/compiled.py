@@ -258,6 +258,7 @@ def meta_step(
     options: dict[str, Any],
     of: tasks.Tasks | None = None,
     optimizer: keras.optimizers.Optimizer | None = None,
+    learner: learners.MetaLearner | None = None,
     **more: Any,
 ) -> Program:
     """A step of `MetaTrainer`.
@@ -266,16 +267,17 @@ def meta_step(
         estimator: how the outer gradient is found.
         options: of the rule.
         of: the tasks.
-        optimizer: of the genome.
+        optimizer: of the outer parameters.
+        learner: another than by a genome, which is then not given.
         **more: for `MetaTrainer`.
     """
     rule = learned(options)
     evolution = isinstance(estimator, meta.Evolution)
     members = 1 if evolution else more.pop("members", 2)
     trainer = meta.MetaTrainer(
-        of or tasks.functions("blobs3"), learners.Blur(HIDDEN, rule), estimator, members=members,
+        of or tasks.functions("blobs3"), learner or learners.Blur(HIDDEN, rule), estimator, members=members,
         **{"tasks_per_step": 2, "batch_size": 6, "query_size": 9, **more}, seed=1,
-        start=draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
+        start=None if learner else draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
     )  # fmt: skip
     # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
     adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)
@@ -416,6 +418,26 @@ def _rows() -> dict[str, Callable[[], Program]]:
         optimizer=keras.optimizers.SGD(0.01, momentum=0.9))  # fmt: skip
     add("meta-step, unroll, one member and task", meta_step, meta.Unroll(3), RULE, members=1, tasks_per_step=1)
     add("meta-step, cma, loss", meta_step, meta.Evolution(3, population=6, fitness="loss"), RULE)
+
+    sgd = keras.optimizers.SGD(0.1, momentum=0.5)
+    others: dict[str, tuple[learners.MetaLearner, int]] = {
+        "maml": (learners.MAML(sgd, HIDDEN), 3),
+        "first-order maml": (learners.MAML(sgd, HIDDEN, first_order=True), 3),
+        "prototypes": (learners.Prototypes(HIDDEN, 4), 1),
+        "neural process": (learners.NeuralProcess(HIDDEN, 4), 1),
+        "warp": (learners.Warp(*learners.warped(2, HIDDEN, 3), sgd), 2),
+    }
+    for name, (learner, steps) in others.items():
+        add(f"meta-step, unroll, {name}", meta_step, meta.Unroll(steps), {}, learner=learner)
+    learner = others["warp"][0]
+    for begin in meta.STARTS:
+        add(f"meta-step, warpgrad, start {begin}", meta_step, meta.WarpGrad(3, start=begin), {}, learner=learner)
+    add("meta-step, warpgrad, first order", meta_step, meta.WarpGrad(3, order="first"), {}, learner=learner)
+    add("meta-step, warpgrad, offline", meta_step, meta.OfflineWarpGrad(4, start="leap", thetas=2), {}, learner=learner)
+    add("meta-step, warpgrad, three", meta_step, meta.WarpGrad(3), COVER["three"])
+    for key in (tasks.LabelPermutation(), tasks.Compose([])):
+        of = tasks.augment(tasks.functions("blobs3"), key)
+        add(f"meta-step, unroll, {type(key).__name__}", meta_step, meta.Unroll(2), RULE, of)
 
     for place in ("learn", "score"):
         for rule in COVER:

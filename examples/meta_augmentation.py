@@ -9,6 +9,7 @@ Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, N
 
 import json
 import os
+import textwrap
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -189,7 +190,7 @@ def draw(document):
             colour = style.COLOURS[index]
             axis.plot(np.full(len(values), index), values, "o", color=colour, alpha=0.6)
             axis.plot([index - 0.25, index + 0.25], [np.mean(values)] * 2, color=colour, linewidth=2)
-        axis.set_xticks(range(len(rows)), [name.replace(" ", "\n", 2) for name in rows], fontsize=8)
+        axis.set_xticks(range(len(rows)), [textwrap.fill(name, 12) for name in rows], fontsize=8)
         axis.set_xlim(-0.6, len(rows) - 0.4)
         axis.set_yscale(scale)
         axis.set_title(title, fontsize=9)

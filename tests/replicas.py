@@ -27,6 +27,8 @@ ESTIMATORS = {
     "es": lambda: meta.ES(3, pairs=4),
     "pes": lambda: meta.PES(2, total=4, pairs=4),
     "cma": lambda: meta.Evolution(3, population=6),
+    "warpgrad": lambda: meta.WarpGrad(3),
+    "offline": lambda: meta.OfflineWarpGrad(2),
 }
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 GENOMES = {

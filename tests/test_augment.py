@@ -271,10 +271,9 @@ def trained(of, seed, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_shared_key_saves_pose_from_memorisation(seed):
+def test_a_shared_key_saves_pose_from_memorisation():
     """The claim of the paper on the synthetic pose set: a key of the episode helps, one of each point does not."""
-    plain = tasks.pose(seed=seed)
+    plain, seed = tasks.pose(), 0
     arms = {
         "none": plain,
         "shared": tasks.augment(plain, tasks.LabelRotation()),

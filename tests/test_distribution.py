@@ -90,7 +90,7 @@ def assert_same(found, wanted, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["unroll", "truncated", "es", "pes", "cma"])
+@pytest.mark.parametrize("case", ["unroll", "truncated", "es", "pes", "cma", "warpgrad", "offline"])
 def test_meta_training_does_not_depend_on_the_number_of_replicas(case):
     alone = run(what="meta", case=case, replicas=0)
     assert np.ptp(alone["values"]) > 0.1

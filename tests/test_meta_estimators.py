@@ -17,6 +17,8 @@ ESTIMATORS = {
     "truncated": lambda: meta.TruncatedUnroll(2, along=1.0, total=6),
     "es": lambda: meta.ES(2, pairs=4),
     "pes": lambda: meta.PES(2, pairs=4, total=6),
+    "warpgrad": lambda: meta.WarpGrad(2),
+    "offline": lambda: meta.OfflineWarpGrad(3),
     "evolution": lambda: meta.Evolution(3, population=6, fitness="loss"),
 }
 

@@ -259,6 +259,7 @@ def kept(make, steps):
     return 4 * sum(sizes), 4 * (tf.size(data["x"]) + tf.size(data["y"])).numpy()
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_data_alone():
     """The loop over the steps carries nothing for a gradient through it; that of an unroll does."""
     (few, data), (many, more) = kept(meta.WarpGrad, 10), kept(meta.WarpGrad, 100)
@@ -267,6 +268,7 @@ def test_memory_grows_by_the_data_alone():
     assert many - few > 10 * (more - data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [meta.WarpGrad(STEPS, start="leap"), meta.OfflineWarpGrad(STEPS, start="reptile")])
 def test_compiled_equals_uncompiled(estimator):
     learner, data = warp("float32", norm=True), episodes("float32")

@@ -88,10 +88,10 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
     return [*model.variables, *model.metrics_variables, *optimizer]
 
 
-def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer) -> Case:
+def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None) -> Case:
     evolution = isinstance(estimator, meta.Evolution)
     made = trainer(
-        Gaussians(size.sizes[0], size.sizes[-1]), learners.Blur(size.sizes[1:-1], size.rule), estimator,
+        Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), estimator,
         members=1 if evolution else size.members, tasks_per_step=size.tasks, batch_size=size.batch, query_size=size.batch,
         seed=3,
     )  # fmt: skip
@@ -134,6 +134,11 @@ def _estimator(kind: Any, size: Size) -> Any:
     return meta.Evolution(size.steps, population=size.population) if kind is meta.Evolution else kind(size.steps)
 
 
+def _warped(size: Size) -> learners.Warp:
+    model, warps = learners.warped(size.sizes[0], size.sizes[1:-1], size.sizes[-1], seed=1)
+    return learners.Warp(model, warps, keras.optimizers.SGD(0.1))
+
+
 CASES: dict[str, Callable[[Size], Case]] = {
     "fit": fit,
     "unroll": lambda size: _meta(size, _estimator(meta.Unroll, size)),
@@ -141,6 +146,7 @@ CASES: dict[str, Callable[[Size], Case]] = {
     "es": lambda size: _meta(size, _estimator(meta.ES, size)),
     "pes": lambda size: _meta(size, _estimator(meta.PES, size)),
     "cma": lambda size: _meta(size, _estimator(meta.Evolution, size)),
+    "warpgrad": lambda size: _meta(size, meta.WarpGrad(size.steps, start="leap"), learner=_warped(size)),
 }
 
 

@@ -54,6 +54,7 @@ class Optimizer(Learner):
         updates.check_optimizer(optimizer)
         dense.check(activation, hidden=hidden)
         updates.check_loss(loss)
+        self.rate = updates.rate_of(optimizer)
         self.optimizer, self.hidden, self.activation, self.loss = optimizer, tuple(hidden), activation, loss
 
     def init(
@@ -89,7 +90,7 @@ class Optimizer(Learner):
 
     def step(self, outer: Outer, state: OptimizerState, x: Array, y: Array) -> tuple[OptimizerState, Array]:
         gradients, prediction = self.gradients(state.weights, x, y)
-        rate = tf.cast(tf.convert_to_tensor(outer.get("learning_rate", self.optimizer.learning_rate)), prediction.dtype)
+        rate = tf.cast(tf.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
         moments = (state.weights, state.first, state.second, gradients)
         leading = prediction.shape.rank - 2
         arrays = updates.updated(self.optimizer, rate[..., None, None], state.step, *moments, leading=leading)

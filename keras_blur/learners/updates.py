@@ -34,6 +34,11 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         )
 
 
+def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
+    """The learning rate as a number: the optimizer has it in a variable, which is nothing for a pure function."""
+    return float(optimizer.learning_rate.numpy())
+
+
 def check_loss(loss: str, kind: str | None = None) -> None:
     """Raises a `ValueError` if a loss is unknown, or not for tasks of a kind."""
     if loss not in LOSSES:

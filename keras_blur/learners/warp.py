@@ -76,6 +76,7 @@ class Warp(MetaLearner):
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"`model` must be a Keras model that is built: give it an Input. Received: {model!r}")
         self.model, self.warp, self.optimizer, self.loss = model, tuple(warp), optimizer, loss
+        self.rate = updates.rate_of(optimizer)
         names = _names(model, self.warp)
         known = {layer.name for layer in _leaves(model) if layer.trainable_variables}
         missing = [name for name in self.warp if name not in known]
@@ -197,7 +198,7 @@ class Warp(MetaLearner):
                 prediction, buffers = self._call(outer, state, x, training=True)
                 loss = tf.reduce_mean(updates.losses(self.loss, prediction, y))
             gradients = tape.gradient(loss, state.weights, unconnected_gradients="zero")
-            rate = tf.cast(tf.convert_to_tensor(self.optimizer.learning_rate), loss.dtype)
+            rate = tf.constant(self.rate, loss.dtype)
             moments = (state.weights, state.first, state.second, gradients)
             return (*updates.updated(self.optimizer, rate, state.step, *moments), buffers), prediction
 
