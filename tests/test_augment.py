@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from keras_blur import learners, meta, random, tasks
-from keras_blur.report.episodes import memorization_gap, score_episodes
+from keras_blur.report.episodes import adaptation_curve, memorization_gap, score_episodes
 from keras_blur.tasks.episodes import EpisodeTasks
 
 SHAPE = {"steps": 2, "batch": 5, "query": 10}
@@ -268,6 +268,72 @@ def trained(of, seed, steps):
     made.compile("adam")
     made.fit(1, steps, verbose=0)
     return made
+
+
+def process():
+    """A neural process with weights from random numbers."""
+    learner = learners.NeuralProcess((8,), 4)
+    return learner, learner.learned({name: own[0] for name, own in learner.draw(0, 1, 10, 2).items()})
+
+
+def test_scores_are_of_the_learner_on_the_episodes_of_the_split():
+    learner, learned = process()
+    of = tasks.pose(held=7)
+    found = score_episodes(learner, learned, of, batch_size=4, query_size=6, episodes=53, split="test", seed=2)
+    stream = of.dataset(2, steps=1, batch=4, query=6, split="test")
+    wanted = []
+    for drawn in stream.take(53):
+        prediction = learned([drawn["x"], drawn["y"], drawn["query_x"][None]])[0]
+        wanted.append(float(tf.reduce_mean((prediction - drawn["query_y"]) ** 2)))
+    np.testing.assert_allclose(found["loss"], wanted, rtol=1e-4)
+    assert found["mean_loss"] == pytest.approx(np.mean(wanted), rel=1e-4)
+    assert found["r2"].shape == (53,)
+
+
+def test_the_gap_takes_another_support():
+    learner, learned = process()
+    of = tasks.pose()
+    found = memorization_gap(learner, learned, of, episodes=6)
+    drawn = list(of.dataset(0, steps=1, batch=5, query=10, split="train").take(6))
+    wanted = {"own": [], "other": [], "zeroed": []}
+    for number, one in enumerate(drawn):
+        other = drawn[number - 1]
+        for name, x, y in (
+            ("own", one["x"], one["y"]),
+            ("other", other["x"], other["y"]),
+            ("zeroed", 0 * one["x"], 0 * one["y"]),
+        ):
+            wanted[name].append(np.mean((learned([x, y, one["query_x"][None]])[0] - one["query_y"]) ** 2))
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(np.mean(values), rel=1e-4)
+    assert found["gap"] == pytest.approx(found["other"] - found["own"])
+    assert found["shuffled"] != found["own"]
+
+
+def test_divergence_is_the_worst_score():
+    learner, learned = process()
+    broken = {name: np.full_like(own[0], np.nan) for name, own in learner.parameters(learned).items()}
+    found = score_episodes(learner, learner.learned(broken), tasks.pose(), episodes=2)
+    assert found["mean_loss"] == np.inf
+    assert found["mean_r2"] == -np.inf
+
+
+def test_a_curve_is_the_score_after_each_number_of_steps():
+    learner = learners.MAML(keras.optimizers.SGD(0.1), (8,))
+    learned = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 64, 5).items()})
+    of, shape = tasks.classes(shots=2), {"batch_size": 5, "query_size": 10, "episodes": 9}
+    curve = adaptation_curve(learner, learned, of, at=[0, 1, 4], **shape)
+    assert curve["steps"] == [0, 1, 4]
+    for place, steps in ((1, 1), (2, 4)):
+        single = score_episodes(learner, learned, of, steps=steps, **shape)
+        np.testing.assert_allclose(curve["loss"][place], single["loss"], rtol=1e-4)
+        assert curve["mean_accuracy"][place] == pytest.approx(single["mean_accuracy"])
+    zero, one, four = curve["mean_loss"]
+    assert curve["area"] == pytest.approx(((zero + one) / 2 + 3 * (one + four) / 2) / 4)
+    with pytest.raises(ValueError, match="`at` must be two or more ascending numbers"):
+        adaptation_curve(learner, learned, of, at=[3, 1], **shape)
+    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
+        score_episodes(learner, learned, of, episodes=1)
 
 
 @pytest.mark.slow

@@ -311,9 +311,37 @@ def test_shell(tmp_path, capsys):
     assert numbers.exists()
 
 
+METHODS = {
+    "maml": ["--synthetic=classes", "--noexclusive", "--augment=labels", "--first_order"],
+    "prototypes": ["--ways=2", "--shots=3", "--augment=classes", "--noexclusive"],
+    "neural_process": ["--synthetic=pose", "--augment=rotation", "--members=2"],
+    "warp": ["--functions=sine", "--augment=offset", "--unroll=3"],
+    "warp, offline": ["--synthetic=sines", "--unroll=3", "--estimator=warpgrad_offline", "--start_objective=reptile"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shell_with_other_learners(name, tmp_path, capsys):
+    model = tmp_path / "m.keras"
+    size = ["--hidden=8", "--epochs=1", "--steps_per_epoch=2", "--query_size=10", "--nojit_compile", f"--model={model}"]
+    assert cli.run(["meta-train", f"--method={name.split(',')[0]}", *METHODS[name], *size]) == 0
+    assert f"wrote {model}" in capsys.readouterr().out
+    learned = keras.models.load_model(model)
+    assert learned.count_params() > 8
+    again = [*METHODS[name], *size, f"--start={model}"]
+    assert cli.run(["meta-train", f"--method={name.split(',')[0]}", *again]) == 0
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
+        ("--augment=noise", "--augment must be some of labels, classes"),
+        ("--augment=rotation", "LabelRotation needs tasks of two values"),
+        ("--synthetic=pose --functions=xor", "exclude one another"),
+        ("--method=maml --rule=oja=weights", "--rule not at all"),
+        ("--method=prototypes --functions=sine", "needs tasks of two classes or more"),
+        ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),
+        ("--estimator=warpgrad --along=1", "`along` must be 0"),
         ("--rule=nonsense=1", "--rule must be option=value pairs"),
         ("--rule=keep_neurons=maybe", "keep_neurons cannot be 'maybe'"),
         ("--rule=oja=never", "`oja` must be one of"),
@@ -323,5 +351,5 @@ def test_shell(tmp_path, capsys):
     ],
 )
 def test_shell_mistakes(capsys, argument, said):
-    assert cli.run(["meta-train", "--epochs=2", argument]) == 2
+    assert cli.run(["meta-train", "--epochs=2", *argument.split()]) == 2
     assert said in capsys.readouterr().err

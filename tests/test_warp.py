@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_blur import learners, meta, random, tasks
 from keras_blur.distribution import Share
 from keras_blur.meta.estimator import over_tasks, start
+from keras_blur.report.episodes import adaptation_curve
 
 FEATURES, OUTPUTS, TASKS, BATCH, STEPS = 3, 2, 2, 6, 4
 SEED = random.seed_of(3)
@@ -362,3 +363,28 @@ def test_a_genome_has_such_a_gradient_too():
     before = made.genome
     assert made.fit(1, 3, verbose=0).history["gradient_norm"][0] > 0
     assert np.abs(made.genome.nu - before.nu).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_warps_learn_sines_better_than_their_start_alone():
+    """Reptile's start in both; the rate on new tasks is chosen for each arm, on validation tasks."""
+    of, shape = tasks.functions("sine"), {"at": [0, 1, 2, 5, 10, 20, 50], "batch_size": 16}
+    found = {}
+    for warps in (False, True):
+        model, names = learners.warped(1, (32, 32), 1, warps=warps)
+
+        def learner(rate, model=model, names=names):
+            return learners.Warp(model, names, keras.optimizers.SGD(rate, global_clipnorm=10.0), loss="squared")
+
+        made = meta.MetaTrainer(
+            of, learner(0.02), meta.WarpGrad(50, start="reptile"), tasks_per_step=8, batch_size=16, query_size=100, seed=0
+        )
+        made.compile(keras.optimizers.Adam(3e-3), start_optimizer=keras.optimizers.SGD(0.3))
+        made.fit(1, 400, verbose=0)
+        curves = [
+            [adaptation_curve(learner(rate), made.learned, of, split=split, **shape) for split in ("validation", "test")]
+            for rate in (0.005, 0.01, 0.015)
+        ]
+        found[warps] = min(curves, key=lambda pair: pair[0]["mean_loss"][-1])[1]
+    assert found[True]["mean_loss"][-1] <= found[False]["mean_loss"][-1] / 2
+    assert found[True]["area"] <= 0.8 * found[False]["area"]
