@@ -186,6 +186,7 @@ def test_tasks_of_other_sizes_are_refused():
         (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be positive integers"),
         (lambda: learners.NeuralProcess(activation="swish"), "`activation` must be one of"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1), loss="hinge"), "`loss` must be one of"),
+        (lambda: learners.MAML(keras.optimizers.SGD(0.1), activation="relu_tanh"), "`activation` must be one of"),
         (lambda: learners.MAML(keras.optimizers.Adagrad()), "`optimizer` must be a Keras SGD, Adam or RMSprop"),
         (lambda: learners.Prototypes().check("values", 2), "needs tasks of two classes or more"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1)).check("values", 1), "must be 'squared' for tasks of values"),

@@ -8,13 +8,15 @@ an argument of each; a `MetaLearner` also says where these start and what they a
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import files, random
 from keras_blur.distribution import ALL, Share
 
 Array = Any
@@ -100,6 +102,23 @@ class MetaLearner(Learner):
 
     def check(self, kind: str, outputs: int) -> None:
         """Raises a `ValueError` if this learner cannot learn tasks of a kind, `"classes"` or `"values"`, so many of them."""
+
+
+def keras_model(learned: Any) -> keras.Model:
+    """A Keras model that is given, or that is in a file of the given path.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(learned, (str, os.PathLike)):
+        try:
+            with files.local(learned) as copy:
+                learned = keras.models.load_model(copy, compile=False)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(learned)!r} is no Keras model, or is damaged: {error}") from error
+    if not isinstance(learned, keras.Model):
+        raise ValueError(f"A Keras model or a path to one is needed. Received: {learned!r}")
+    return learned
 
 
 def draw_kernel(

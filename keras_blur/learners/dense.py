@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,17 +10,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files
 from keras_blur import rule as equations
+from keras_blur.learners.base import keras_model
 from keras_blur.options import ACTIVATIONS
 
 Array = Any
 
 
-def check(activation: str, **units: Sequence[int]) -> None:
+KERAS_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu_tanh")  # those that Keras has by that name
+
+
+def check(activation: str, known: Sequence[str] = KERAS_ACTIVATIONS, **units: Sequence[int]) -> None:
     """Raises a `ValueError` if a nonlinearity is unknown or numbers of units are not positive integers."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}. Received: {activation!r}")
+    if activation not in known:
+        raise ValueError(f"`activation` must be one of {', '.join(map(repr, known))}. Received: {activation!r}")
     for name, numbers in units.items():
         if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in numbers):
             raise ValueError(f"`{name}` must be positive integers. Received: {name}={numbers!r}")
@@ -65,8 +67,6 @@ def forward(arrays: Sequence[Array], x: Array, activation: str) -> Array:
 def layers(name: str, outer: Mapping[str, np.ndarray], activation: str) -> list[keras.layers.Layer]:
     """The same network as Keras layers; `fill` gives them the weights once they are built."""
     biases = weights(name, outer)[1::2]
-    if activation == "relu_tanh":
-        raise ValueError("`activation` 'relu_tanh' has no Keras name: such a network cannot be a Keras model.")
     return [
         keras.layers.Dense(bias.shape[-1], activation if index < len(biases) - 1 else "linear", name=f"{name}_{index}")
         for index, bias in enumerate(biases)
@@ -88,16 +88,8 @@ def read(model: Any) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if it is no such model.
     """
-    if isinstance(model, (str, os.PathLike)):
-        try:
-            with files.local(model) as copy:
-                model = keras.models.load_model(copy, compile=False)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(model)!r} is no Keras model, or is damaged: {error}") from error
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"A Keras model or a path to one is needed. Received: {model!r}")
     found = {}
-    for layer in model.layers:
+    for layer in keras_model(model).layers:
         if isinstance(layer, keras.layers.Dense):
             name, _, index = layer.name.rpartition("_")
             kernel, bias = layer.get_weights()

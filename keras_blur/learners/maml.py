@@ -53,6 +53,7 @@ class MAML(Optimizer, MetaLearner):
         first_order: bool = False,
     ):
         super().__init__(optimizer, hidden, activation, loss=loss)
+        dense.check(activation)  # what is learned is to be a Keras model
         self.first_order = first_order
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:

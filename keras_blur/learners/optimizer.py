@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+from keras_blur.options import ACTIVATIONS
 
 
 class OptimizerState(NamedTuple):
@@ -52,7 +53,7 @@ class Optimizer(Learner):
         loss: str = "cross_entropy",
     ):
         updates.check_optimizer(optimizer)
-        dense.check(activation, hidden=hidden)
+        dense.check(activation, ACTIVATIONS, hidden=hidden)
         updates.check_loss(loss)
         self.rate = updates.rate_of(optimizer)
         self.optimizer, self.hidden, self.activation, self.loss = optimizer, tuple(hidden), activation, loss

@@ -11,7 +11,6 @@ loop.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import updates
-from keras_blur.learners.base import Array, MetaLearner, Outer
+from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model
 
 _START, _WARP = "start_", "warp_"
 
@@ -118,16 +116,9 @@ class Warp(MetaLearner):
         return model
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        if isinstance(learned, (str, os.PathLike)):
-            try:
-                with files.local(learned) as copy:
-                    learned = keras.models.load_model(copy, compile=False)
-            except (OSError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{os.fspath(learned)!r} is no Keras model, or is damaged: {error}") from error
-        if not isinstance(learned, keras.Model):
-            raise ValueError(f"A Keras model or a path to one is needed. Received: {learned!r}")
-        names = _names(learned, self.warp)
-        found = {names[id(v)]: v.numpy()[None] for v in learned.weights}
+        model = keras_model(learned)
+        names = _names(model, self.warp)
+        found = {names[id(v)]: v.numpy()[None] for v in model.weights}
         if not set(self._trainable) <= set(found):
             raise ValueError(f"The model must have the layers of this learner's. Received: {learned!r}")
         return {name: found[name] for name in self._trainable}

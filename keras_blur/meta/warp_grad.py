@@ -107,10 +107,7 @@ class WarpGrad(Estimator):
         _, state, sums = tf.while_loop(
             lambda time, *_: time < self.steps, body, (tf.constant(0), state, nothing), maximum_iterations=self.steps
         )
-        if self.start == "reptile":
-            sums = {**sums, **_mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(state)))}
-        if self.start == "maml":
-            sums = {**sums, **self._through(learner, outer, episodes, seed, share)}
+        sums = {**sums, **self._of_run(learner, outer, episodes, seed, share, begin, state)}
         loss, right = self.judged(learner, outer, episodes, state)
         return Estimate(sums, loss, right), self.kept(state)
 
@@ -160,8 +157,14 @@ class WarpGrad(Estimator):
         losses, quality = self.scores(prediction, episodes["query_y"][None])
         return tf.reduce_mean(losses, axis=1), tf.reduce_mean(quality, axis=1)
 
-    def _through(self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share) -> Outer:
-        """MAML's gradient of the start: through all steps."""
+    def _of_run(
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share, begin: Any, end: Any
+    ) -> Outer:
+        """The gradient of the start where it is of the whole run, from its first state to its last."""
+        if self.start == "reptile":
+            return _mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(end)))
+        if self.start != "maml":
+            return {}
         with tf.GradientTape() as tape:
             starts = {name: tf.convert_to_tensor(v) for name, v in outer.items() if name.startswith("start_")}
             tape.watch(starts)
@@ -265,10 +268,7 @@ class OfflineWarpGrad(WarpGrad):
         _, state, rooms, sums = tf.while_loop(
             lambda time, *_: time < self.steps, body, (tf.constant(0), state, rooms, nothing), maximum_iterations=self.steps
         )
-        if self.start == "reptile":
-            sums = {**sums, **_mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(state)))}
-        if self.start == "maml":
-            sums = {**sums, **self._through(learner, outer, episodes, seed, share)}
+        sums = {**sums, **self._of_run(learner, outer, episodes, seed, share, begin, state)}
 
         def whole(room: Any, leaf: Array) -> Array:
             value = room.stack()  # [K, members, tasks, ...]
