@@ -427,6 +427,8 @@ def _rows() -> dict[str, Callable[[], Program]]:
         "neural process": (learners.NeuralProcess(HIDDEN, 4), 1),
         "warp": (learners.Warp(*learners.warped(2, HIDDEN, 3), sgd), 2),
     }
+    add("meta-step, unroll, online rule", meta_step, meta.Unroll(2, kind="bits"), {}, tasks.remember(4), batch_size=1,
+        learner=learners.OnlineRule(hidden=4, types=2))  # fmt: skip
     for name, (learner, steps) in others.items():
         add(f"meta-step, unroll, {name}", meta_step, meta.Unroll(steps), {}, learner=learner)
     learner = others["warp"][0]

@@ -42,9 +42,9 @@ RULE: dict[str, Any] = {
 }
 
 
-METHODS = ("blur", "maml", "prototypes", "neural_process", "warp")
+METHODS = ("blur", "maml", "prototypes", "neural_process", "warp", "online")
 # Unrolled steps, and the weight of the loss along the way: one look at the support is all that some learners take.
-_UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"]}
+_UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"], "online": ["4"]}
 _ALONG = {"blur": 1.0}
 
 AUGMENTATIONS = {
@@ -53,7 +53,7 @@ AUGMENTATIONS = {
     "rotation": tasks.LabelRotation,
     "offset": lambda: tasks.LabelOffset(-1.0, 1.0),
 }
-_SYNTHETIC = ("pose", "sines", "classes")
+_SYNTHETIC = ("pose", "sines", "classes", "remember")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -239,6 +239,8 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
     if flag["method"] == "warp":
         model, warps = learners.warped(of.features, hidden, of.outputs, seed=flag["seed"])
         return [learners.Warp(model, warps, sgd, loss=loss)], flag["start"]
+    if flag["method"] == "online":
+        return [learners.OnlineRule(units=of.outputs)], flag["start"]
     if flag["method"] == "maml":
         return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
     kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
@@ -262,7 +264,8 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
     if flag["synthetic"] == "classes":
         return [tasks.classes(shots=flag["shots"], exclusive=flag["exclusive"])]
     if flag["synthetic"]:
-        return [tasks.pose() if flag["synthetic"] == "pose" else tasks.sines()]
+        kinds: dict[str, Any] = {"pose": tasks.pose, "sines": tasks.sines, "remember": tasks.remember}
+        return [kinds[flag["synthetic"]]()]
     if flag["functions"]:
         by_outputs: dict[int, list[str]] = {}
         for name in flag["functions"]:

@@ -56,9 +56,10 @@ class Warp(MetaLearner):
 
     Example:
 
-    >>> layers = [keras.Input((4,)), keras.layers.Dense(4, name="bend", kernel_initializer="identity"),
-    keras.layers.Dense(3)] >>> sorted(Warp(keras.Sequential(layers), ["bend"], keras.optimizers.SGD(0.1)).draw(0, 1, 4,
-    3))[2:] ['warp_bend_0', 'warp_bend_1']
+    >>> bend = keras.layers.Dense(4, name="bend", kernel_initializer="identity")
+    >>> model = keras.Sequential([keras.Input((4,)), bend, keras.layers.Dense(3)])
+    >>> sorted(Warp(model, ["bend"], keras.optimizers.SGD(0.1)).draw(0, 1, 4, 3))[2:]
+    ['warp_bend_0', 'warp_bend_1']
     """
 
     def __init__(

@@ -27,6 +27,7 @@ Array = Any
 Outer = Mapping[str, Array]
 Episodes = Mapping[str, Array]
 
+KINDS = ("classes", "values", "bits")
 LOSSES = ("auto", "cross_entropy", "binary", "squared")
 
 
@@ -51,8 +52,10 @@ def cross_entropy(prediction: Array, y: Array) -> Array:
 
 
 def binary_cross_entropy(prediction: Array, y: Array) -> Array:
-    """Mean over outputs and examples of the cross-entropy of each logit against its +1/-1 label."""
-    return tf.reduce_mean(tf.math.softplus(-prediction * tf.cast(y, prediction.dtype)), axis=(-2, -1))
+    """Mean over outputs and examples of the cross-entropy of each logit against its +1/-1 label; one of 0 is left out."""
+    y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
+    scored = tf.abs(y)
+    return tf.reduce_sum(scored * tf.math.softplus(-prediction * y), axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
 
 
 def squared_error(prediction: Array, y: Array) -> Array:
@@ -70,6 +73,14 @@ def accuracy(prediction: Array, y: Array) -> Array:
     else:
         right = tf.equal(tf.argmax(prediction, axis=-1), tf.argmax(y, axis=-1))
     return tf.reduce_mean(tf.cast(right, prediction.dtype), axis=-1)
+
+
+def right_bits(prediction: Array, y: Array) -> Array:
+    """Share of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`."""
+    y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
+    scored = tf.abs(y)
+    right = tf.cast(tf.equal(prediction > 0, y > 0), prediction.dtype)
+    return tf.reduce_sum(scored * right, axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
 
 
 def explained(prediction: Array, y: Array) -> Array:
@@ -91,7 +102,7 @@ class InnerLoop:
         along: weight of the mean loss along the way beside that of the query, 0 for the query alone.
         loss: `"cross_entropy"` (softmax), `"binary"` (each output on its own), `"squared"`, or `"auto"`: the
             cross-entropy for classes, binary where there is one output, squared for values.
-        kind: `"classes"` or `"values"`: what the tasks' outputs are.
+        kind: `"classes"`, `"values"` or `"bits"`: what the tasks' outputs are.
         recompute: whether to trade time for memory: only the state at the start of each segment of about the square root
             of `steps` is kept, and a segment is computed again when its gradient is wanted.
 
@@ -111,8 +122,8 @@ class InnerLoop:
             raise ValueError(f"`along` must be a finite number of at least 0. Received: along={self.along!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={self.loss!r}")
-        if self.kind not in ("classes", "values"):
-            raise ValueError(f"`kind` must be 'classes' or 'values'. Received: kind={self.kind!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={self.kind!r}")
         if self.kind == "values" and self.loss not in ("auto", "squared"):
             raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
 
@@ -158,7 +169,7 @@ class InnerLoop:
 
     def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
         """Loss and quality of predictions `[..., batch, outputs]`: `[...]` each."""
-        right = accuracy if self.kind == "classes" else explained
+        right = {"classes": accuracy, "values": explained, "bits": right_bits}[self.kind]
         return self._loss(int(y.shape[-1]))(prediction, y), right(prediction, y)
 
     def _loss(self, outputs: int) -> Any:
@@ -166,7 +177,7 @@ class InnerLoop:
             return _FUNCTIONS[self.loss]
         if self.kind == "values":
             return squared_error
-        return cross_entropy if outputs > 1 else binary_cross_entropy
+        return cross_entropy if outputs > 1 and self.kind == "classes" else binary_cross_entropy
 
     def _loop(self, body: Any, outer: Outer, state: Any, total: Array) -> tuple[Any, Array]:
         def run(outer: Outer, start: Array, count: int, state: Any, total: Array) -> tuple[Any, Array]:

@@ -162,7 +162,7 @@ class MetaTrainer(keras.Model):
         self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
-        quality = "accuracy" if estimator.kind == "classes" else "r2"
+        quality = "r2" if estimator.kind == "values" else "accuracy"
         last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
         self.logged = ("loss", quality, *last, "skipped")
         self.sums = self._counter("sums", np.zeros((len(self.logged), 2), "float32"))  # of values and of weights

@@ -209,7 +209,7 @@ def _scored(
 def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:
     """Scores `[..., episodes]` and their means, numbers or lists; what is not finite is the worst."""
     sound = np.isfinite(losses)
-    name, worst = ("accuracy", 0.0) if kind == "classes" else ("r2", -np.inf)
+    name, worst = ("r2", -np.inf) if kind == "values" else ("accuracy", 0.0)
     losses, quality = np.where(sound, losses, np.inf), np.where(sound, quality, worst)
     means = {"mean_loss": losses.mean(-1).tolist(), f"mean_{name}": quality.mean(-1).tolist()}
     return {"loss": losses, name: quality, **means}

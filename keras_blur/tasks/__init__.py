@@ -14,6 +14,7 @@ from keras_blur.tasks.episodes import episodes
 from keras_blur.tasks.functions import functions
 from keras_blur.tasks.images import images
 from keras_blur.tasks.mixture import Mixture, mixture
+from keras_blur.tasks.remember import remember
 from keras_blur.tasks.synthetic import classes, pose, sines
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "images",
     "mixture",
     "pose",
+    "remember",
     "sines",
 ]

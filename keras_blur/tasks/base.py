@@ -42,7 +42,7 @@ class Tasks(abc.ABC):
         name: what the tasks are.
         features: number of input features.
         outputs: size of the output: classes, or 1 for a value.
-        kind: `"classes"` or `"values"`: what the output is.
+        kind: what the output is: `"classes"`, `"values"`, or `"bits"`, each a label of its own, +1 or -1, 0 where unscored.
     """
 
     name: str

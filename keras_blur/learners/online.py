@@ -1,0 +1,214 @@
+"""A learned online rule: neurons and synapses with vector states, updated by small networks that all of them share.
+
+Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv 2003.03124). The idea as its
+abstract and introduction have it: every neuron and every synapse has a state that is a small vector; two shared networks
+update them, local and online, a synapse from its own state and those of the neurons at its ends; types of neurons differ by
+an embedding alone; all is trained by short backpropagation to remember past snippets. Its equations and sizes were not at
+hand; those here are ours:
+
+    message   m_j  = mean over i of M(w_ij, x_i)
+    neuron    x_j  <- tanh F(x_j, m_j, v_j, k_j, phase, e_type(j))                         some ticks for each item
+    synapse   g, u = G(w_ij, x_i, x_j);  w_ij <- (1 - s(g - 1)) w_ij + s(g - 1) tanh u     once for each item
+    read-out  R(x_j)
+
+with v the bits that are shown and k where they are. The mean, not the sum, lets a rule work at other sizes; the gate begins
+nearly closed, as items would else overwrite each other; synapses begin at zero and neurons differ by their input alone, so
+that no unit has numbers of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur.distribution import ALL, Share
+from keras_blur.learners import dense
+from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model
+
+STORE, RECALL = 0, 1
+
+
+class OnlineState(NamedTuple):
+    """Neurons `[..., units, neuron]` and synapses `[..., units, units, synapse]`, from the first to the second."""
+
+    neurons: Array
+    synapses: Array
+
+
+class OnlineRule(MetaLearner):
+    """A network of all-to-all synapses that stores by a learned rule and recalls with its activations wiped.
+
+    Args:
+        neuron: numbers of a neuron's state.
+        synapse: numbers of a synapse's state.
+        hidden: units of the hidden layer of each shared network.
+        types: types of neurons; unit i is of type `i % types`.
+        embedding: numbers that tell a type.
+        ticks: updates of the neurons for a stored item, and for a cue.
+        plastic: whether synapses are updated; without that nothing is stored, a control.
+        units: bits of a pattern in the Keras model that `learned` gives; the rule itself has no size.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> learner = OnlineRule()
+    >>> small, large = (learner.draw(0, 1, 2 * units, units) for units in (8, 32))
+    >>> sum(v.size for v in small.values()) == sum(v.size for v in large.values())
+    True
+    """
+
+    def __init__(
+        self, *, neuron: int = 4, synapse: int = 2, hidden: int = 24, types: int = 1, embedding: int = 4,
+        ticks: tuple[int, int] = (2, 3), plastic: bool = True, units: int = 16,
+    ):  # fmt: skip
+        dense.check("tanh", neuron=(neuron,), synapse=(synapse,), hidden=(hidden,), types=(types,), embedding=(embedding,))
+        dense.check("tanh", units=(units,), ticks=ticks)
+        self.neuron, self.synapse, self.hidden, self.types, self.embedding = neuron, synapse, hidden, types, embedding
+        self.ticks, self.plastic, self.units = (ticks[STORE], ticks[RECALL]), plastic, units
+
+    def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
+        sizes = {
+            "message": (self.synapse + self.neuron, self.synapse),
+            "body": (self.neuron + self.synapse + 4 + self.embedding, self.neuron),
+            "write": (self.synapse + 2 * self.neuron, 2 * self.synapse),
+            "read": (self.neuron, 1),
+        }
+        made: dict[str, np.ndarray] = {}
+        for number, (name, (before, after)) in enumerate(sizes.items()):
+            made |= dense.draw(name, (before, self.hidden, after), "tanh", members, [seed, number])
+        rng = np.random.default_rng([seed, len(sizes)])
+        made["types"] = rng.standard_normal((members, self.types, self.embedding)).astype(np.float32)
+        return made
+
+    def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
+        """A model of sequences `[batch, time, 2 units + 1]`, made of `keras.layers.RNN` around an `OnlineCell`."""
+        cell = OnlineCell(
+            self.units, neuron=self.neuron, synapse=self.synapse, hidden=self.hidden, types=self.types,
+            embedding=self.embedding, ticks=self.ticks,
+        )  # fmt: skip
+        model = keras.Sequential([keras.Input((None, 2 * self.units + 1)), keras.layers.RNN(cell, return_sequences=True)])
+        for name, value in outer.items():
+            cell.outer[name].assign(value)
+        return model
+
+    def parameters(self, learned: Any) -> dict[str, np.ndarray]:
+        cells = [getattr(layer, "cell", None) for layer in keras_model(learned).layers]
+        found = [cell for cell in cells if isinstance(cell, OnlineCell)]
+        if not found:
+            raise ValueError(f"The model must have an OnlineCell. Received: {learned!r}")
+        return {name: variable.numpy()[None] for name, variable in found[0].outer.items()}
+
+    def check(self, kind: str, outputs: int) -> None:
+        if kind != "bits":
+            raise ValueError(f"`learner` OnlineRule needs tasks of bits, such as tasks.remember. Received: tasks of {kind}")
+
+    def init(
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+    ) -> OnlineState:
+        dtype = outer["types"].dtype
+        neurons = tf.zeros((*leading, outputs, self.neuron), dtype)
+        return OnlineState(neurons, tf.zeros((*leading, outputs, outputs, self.synapse), dtype))
+
+    def step(self, outer: Outer, state: OnlineState, x: Array, y: Array) -> tuple[OnlineState, Array]:
+        neurons, synapses = state
+        for item in range(x.shape[-2]):  # one after the other
+            neurons = self._settled(outer, neurons, synapses, x[..., item, :], STORE)
+            if self.plastic:
+                synapses = self._written(outer, neurons, synapses)
+        return OnlineState(neurons, synapses), self.predict(outer, state, x)
+
+    def predict(self, outer: Outer, state: OnlineState, x: Array) -> Array:
+        """Logits `[..., batch, units]` of the bits; what neurons hold is wiped before each cue."""
+        wiped = tf.zeros_like(state.neurons)[..., None, :, :]
+        wiped = tf.broadcast_to(wiped, (*wiped.shape[:-3], x.shape[-2], *wiped.shape[-2:]))
+        neurons = self._settled(outer, wiped, state.synapses[..., None, :, :, :], x, RECALL)
+        return _shared("read", outer, neurons)[..., 0]
+
+    def _settled(self, outer: Outer, neurons: Array, synapses: Array, x: Array, phase: int) -> Array:
+        """Neurons `[..., units, neuron]` after some ticks under an input `[..., 2 units]`."""
+        leading, units = neurons.shape[:-2], neurons.shape[-2]
+        synapses = tf.broadcast_to(synapses, (*leading, units, units, self.synapse))
+        shown = tf.stack([x[..., :units], x[..., units:]], axis=-1)
+        told = tf.one_hot(phase, 2, dtype=x.dtype)
+        types = tf.gather(outer["types"], tf.range(units) % self.types, axis=-2)
+        types = tf.reshape(types, (*types.shape[:-2], *[1] * (len(leading) - types.shape.rank + 2), *types.shape[-2:]))
+        fixed = [tf.broadcast_to(own, (*leading, units, own.shape[-1])) for own in (shown, told, types)]
+        for _ in range(self.ticks[phase]):
+            sender = tf.broadcast_to(neurons[..., :, None, :], (*leading, units, units, self.neuron))
+            message = tf.reduce_mean(_shared("message", outer, tf.concat([synapses, sender], axis=-1)), axis=-3)
+            neurons = tf.tanh(_shared("body", outer, tf.concat([neurons, message, *fixed], axis=-1)))
+        return neurons
+
+    def _written(self, outer: Outer, neurons: Array, synapses: Array) -> Array:
+        """Synapses after an item."""
+        square = (*synapses.shape[:-1], self.neuron)
+        ends = [tf.broadcast_to(neurons[..., :, None, :], square), tf.broadcast_to(neurons[..., None, :, :], square)]
+        gate, value = tf.split(_shared("write", outer, tf.concat([synapses, *ends], axis=-1)), 2, axis=-1)
+        gate = tf.sigmoid(gate - 1.0)
+        return (1.0 - gate) * synapses + gate * tf.tanh(value)
+
+
+def _shared(name: str, outer: Outer, values: Array) -> Array:
+    """A shared network on each vector of `[..., size]`."""
+    arrays = dense.weights(name, outer)
+    leading = values.shape[: arrays[0].shape.rank - 2]
+    rows = tf.reshape(values, (*leading, math.prod(values.shape[len(leading) : -1]), values.shape[-1]))
+    found = dense.forward(arrays, rows, "tanh")
+    return tf.reshape(found, (*values.shape[:-1], found.shape[-1]))
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class OnlineCell(keras.layers.Layer):
+    """The rule as a cell for `keras.layers.RNN`: stores or recalls an item at each step of a sequence.
+
+    Inputs `[batch, 2 units + 1]` are bits of +1 and -1 (0 where they are not shown), 1 where they are shown, and a last
+    number: 0 to store the item, 1 to recall. Outputs `[batch, units]` are the logits of the bits, before the item is stored.
+
+    Args:
+        units: bits of an item.
+        **options: of `OnlineRule`, but `units`.
+
+    Example:
+
+    >>> import keras
+    >>> layer = keras.layers.RNN(OnlineCell(8))
+    >>> layer(keras.ops.zeros((3, 5, 17))).shape
+    TensorShape([3, 8])
+    """
+
+    def __init__(self, units: int, *, name: str | None = None, dtype: Any = None, trainable: bool = True, **options: Any):
+        super().__init__(name=name, dtype=dtype, trainable=trainable)
+        self.rule = OnlineRule(units=units, **options)
+        self.units, self.options, self.output_size = units, options, units
+        self.state_size = [units * self.rule.neuron, units * units * self.rule.synapse]
+        self.outer: dict[str, keras.Variable] = {}
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        if input_shape[-1] != 2 * self.units + 1:
+            raise ValueError(f"Inputs must have 2 * units + 1 = {2 * self.units + 1} numbers. Received: {input_shape}")
+        for name, value in self.rule.draw(0, 1, 2 * self.units, self.units).items():
+            made = self.add_weight(name=name, shape=value.shape[1:], initializer="zeros", trainable=self.trainable)
+            made.assign(value[0])
+            setattr(self, f"outer_{name}", made)  # where Keras finds what to save
+            self.outer[name] = made
+
+    def call(self, inputs: Array, states: list[Array]) -> tuple[Array, list[Array]]:
+        outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
+        outer = {name: value[None] for name, value in outer.items()}  # the batch is where tasks are elsewhere
+        neurons = tf.reshape(states[0], (-1, self.units, self.rule.neuron))
+        synapses = tf.reshape(states[1], (-1, self.units, self.units, self.rule.synapse))
+        old = OnlineState(neurons, synapses)
+        new, logits = self.rule.step(outer, old, inputs[:, None, :-1], None)
+        store = inputs[:, -1:] < 0.5
+        kept = [tf.where(store, tf.reshape(value, tf.shape(state)), state) for value, state in zip(new, states, strict=True)]
+        return logits[:, 0], kept
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "units": self.units, **dict(self.options)}

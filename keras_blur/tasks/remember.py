@@ -1,0 +1,90 @@
+"""Memory as a task: patterns are shown once, and asked for again from a part of them.
+
+Source: "Finding online neural update rules by learning to remember" (Gregor, 2020) has a learner recall past snippets of its
+experience; its sizes were not at hand. Patterns of random bits, of which a part is shown, are those of "Differentiable
+plasticity: training plastic neural networks with backpropagation" (Miconi, Clune and Stanley, ICML 2018).
+
+Only hidden bits are scored: one that repeats what it is shown would look good otherwise. Patterns are new in each episode.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.tasks.base import Episode, Tasks, check_split
+
+Array = Any
+
+_GRID = 2**24
+
+
+class RememberTasks(Tasks):
+    """See `remember`."""
+
+    kind = "bits"
+
+    def __init__(self, units: int, cue: float):
+        self.units, self.cue = units, cue
+        self.name = f"{units} bits from {cue:g} of them"
+        self.features, self.outputs = 2 * units, units
+
+    def available(self, split: str) -> int:
+        check_split(split)
+        return _GRID
+
+    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
+        """Patterns, all of them shown: x their bits and ones, y their bits."""
+        check_split(split)
+        y = 2.0 * tf.cast(random.integers(random.fold_in(seed, 0), (count, self.units), 2), tf.float32) - 1.0
+        return tf.concat([y, tf.ones_like(y)], axis=1), y
+
+    def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
+        """Patterns to store, and cues of them.
+
+        Returns:
+            As `Tasks.episode`. The query asks for the stored patterns in turn, each from another cue: x has the bits that
+            are shown, 0 elsewhere, and 1 where they are shown; y has the hidden bits, and 0, which is not scored, elsewhere.
+        """
+        stored = steps * batch
+        x, y = self.examples(seed, stored, split)
+        asked = tf.gather(y, tf.range(query) % stored)
+        # So many bits are shown, whichever they are: the first of each row's random order.
+        order = tf.argsort(tf.cast(random.bits(random.fold_in(seed, 1), (query, self.units)), tf.int64), stable=True)
+        shown = tf.cast(order < round(self.cue * self.units), tf.float32)
+        return {
+            "x": tf.reshape(x, (steps, batch, self.features)),
+            "y": tf.reshape(y, (steps, batch, self.outputs)),
+            "query_x": tf.ensure_shape(tf.concat([asked * shown, shown], axis=1), (query, self.features)),
+            "query_y": tf.ensure_shape(asked * (1.0 - shown), (query, self.outputs)),
+        }
+
+
+def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
+    """Patterns of random bits, stored one after the other, and recalled from a part of their bits.
+
+    A support batch is so many patterns that are stored; an episode stores `steps * batch`.
+
+    Args:
+        units: bits of a pattern.
+        cue: share of them that a cue shows.
+
+    Returns:
+        `RememberTasks`, of the kind `"bits"`: each output is a bit of its own, +1 or -1, or 0 where it is not scored.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> remember(16).features, remember(16).outputs
+    (32, 16)
+    """
+    if isinstance(units, bool) or not isinstance(units, int) or units < 2:
+        raise ValueError(f"`units` must be an integer from 2. Received: units={units!r}")
+    if not (math.isfinite(cue) and 1 <= round(cue * units) < units):
+        raise ValueError(f"`cue` must be a share that shows at least one bit and hides one. Received: cue={cue!r}")
+    return RememberTasks(units, cue)

@@ -1,0 +1,243 @@
+"""Gregor's learned online rules: what is shared, what is local, what is wiped; the memory task; the Keras cell."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_blur import learners, meta, random, tasks
+from keras_blur.meta.estimator import binary_cross_entropy, over_tasks, right_bits, start
+from keras_blur.report.episodes import score_episodes
+
+UNITS, ITEMS, TASKS, QUERY = 6, 3, 2, 4
+SEED = random.seed_of(1)
+
+
+def rule(**options):
+    return learners.OnlineRule(**{"hidden": 5, "types": 2, "units": UNITS, **options})
+
+
+def drawn(learner, members=2, dtype="float64"):
+    rng = np.random.default_rng(1)
+    begin = learner.draw(1, members, 2 * UNITS, UNITS)
+    return {name: tf.constant(own + 0.3 * rng.standard_normal(own.shape), dtype) for name, own in begin.items()}
+
+
+def episodes(units=UNITS, items=ITEMS, dtype="float64"):
+    stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=QUERY)
+    return {name: tf.cast(value, dtype) for name, value in next(iter(stream.batch(TASKS))).items()}
+
+
+def stored(learner, outer, data):
+    state = start(learner, outer, data, SEED)
+    for time in range(data["x"].shape[1]):
+        state, _ = learner.step(over_tasks(outer), state, data["x"][None, :, time], data["y"][None, :, time])
+    return state
+
+
+def logits(learner, outer, data):
+    return learner.predict(over_tasks(outer), stored(learner, outer, data), data["query_x"][None])
+
+
+def by_hand(outer, learner, data, member, task):
+    """The logits of one task in numpy, neuron by neuron and synapse by synapse."""
+    own = {name: np.asarray(value)[member] for name, value in outer.items()}
+
+    def net(name, values):
+        hidden = np.tanh(np.concatenate(values) @ own[f"{name}_kernel_0"] + own[f"{name}_bias_0"][0])
+        return hidden @ own[f"{name}_kernel_1"] + own[f"{name}_bias_1"][0]
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
+    def ticks(x, w, item, phase):
+        for _ in range(learner.ticks[phase]):
+            new = []
+            for j in range(UNITS):
+                message = np.mean([net("message", [w[i, j], x[i]]) for i in range(UNITS)], axis=0)
+                told = [item[[j, UNITS + j]], np.eye(2)[phase], own["types"][j % learner.types]]
+                new.append(np.tanh(net("body", [x[j], message, *told])))
+            x = np.stack(new)
+        return x
+
+    x, w = np.zeros((UNITS, learner.neuron)), np.zeros((UNITS, UNITS, learner.synapse))
+    for item in data["x"][task].numpy()[:, 0]:
+        x, old = ticks(x, w, item, 0), w
+        w = np.zeros_like(old)
+        for i in range(UNITS):
+            for j in range(UNITS):
+                gate, value = np.split(net("write", [old[i, j], x[i], x[j]]), 2)
+                w[i, j] = (1 - sigmoid(gate - 1)) * old[i, j] + sigmoid(gate - 1) * np.tanh(value)
+    recalled = [ticks(np.zeros_like(x), w, cue, 1) for cue in data["query_x"][task].numpy()]
+    return np.array([[net("read", [one])[0] for one in x] for x in recalled])
+
+
+def test_a_twin_in_numpy():
+    learner, data = rule(), episodes()
+    outer = drawn(learner)
+    found = logits(learner, outer, data)
+    for member in range(2):
+        for task in range(TASKS):
+            np.testing.assert_allclose(found[member, task], by_hand(outer, learner, data, member, task), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "estimator", [meta.Unroll(ITEMS, along=0.5, kind="bits"), meta.TruncatedUnroll(1, total=ITEMS, kind="bits")]
+)
+def test_the_outer_gradient_is_the_difference_quotient(estimator):
+    learner, data = rule(), episodes()
+    outer = drawn(learner)
+    data = {**data, **{name: data[name][:, : estimator.steps] for name in ("x", "y")}}
+    carried = estimator.nothing_carried(learner, outer, data)
+    found = estimator(learner, outer, data, SEED, carried, True)[0].gradients
+    rng = np.random.default_rng(2)
+    direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
+
+    def loss(width):
+        moved = {name: value + width * direction[name] for name, value in outer.items()}
+        losses = estimator.objective(learner, moved, data, start(learner, moved, data, SEED))[0]
+        return float(tf.reduce_sum(tf.reduce_mean(losses, axis=1)))
+
+    quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    assert sum(float(np.sum(found[n] * d)) for n, d in direction.items()) == pytest.approx(quotient, rel=1e-6)
+
+
+def test_units_of_one_type_can_change_places():
+    learner, data = rule(), episodes()
+    outer = drawn(learner)
+    order = np.array([4, 3, 0, 1, 2, 5])  # even stay even, odd stay odd: the two types
+    moved = {
+        name: tf.gather(value, np.concatenate([order, UNITS + order]) if "x" in name else order, axis=-1)
+        for name, value in data.items()
+    }
+    losses = [binary_cross_entropy(logits(learner, outer, one), one["query_y"][None]) for one in (data, moved)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-12)
+    wrong = np.array([1, 0, 2, 3, 4, 5])  # of different types
+    moved = {
+        n: tf.gather(v, np.concatenate([wrong, UNITS + wrong]) if "x" in n else wrong, axis=-1) for n, v in data.items()
+    }
+    other = binary_cross_entropy(logits(learner, outer, moved), moved["query_y"][None])
+    assert np.abs(other - losses[0]).max() > 1e-4
+
+
+def test_memory_is_in_the_synapses_alone():
+    learner, data = rule(), episodes()
+    outer = drawn(learner)
+    state = stored(learner, outer, data)
+    cue = data["query_x"][None]
+    found = learner.predict(over_tasks(outer), state, cue)
+    loud = learner.predict(over_tasks(outer), state._replace(neurons=state.neurons + 3.0), cue)
+    np.testing.assert_array_equal(found, loud)  # wiped before a cue
+    blank = learner.predict(over_tasks(outer), state._replace(synapses=0.0 * state.synapses), cue)
+    fresh = learner.predict(over_tasks(outer), start(learner, outer, data, SEED), cue)
+    np.testing.assert_array_equal(blank, fresh)
+    off = rule(plastic=False)
+    np.testing.assert_array_equal(logits(off, outer, data), fresh)
+    assert np.abs(found - fresh).max() > 1e-3
+
+
+def test_compiled_equals_uncompiled():
+    learner, data = rule(), episodes(dtype="float32")
+    outer, estimator = drawn(learner, dtype="float32"), meta.Unroll(ITEMS, kind="bits")
+
+    def gradients(outer, data):
+        return estimator(learner, outer, data, SEED)[0]
+
+    plain, whole = (tf.function(gradients, jit_compile=jit, autograph=False)(outer, data) for jit in (False, True))
+    for one, other in zip(tf.nest.flatten(plain), tf.nest.flatten(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_keras_cell_stores_and_recalls_as_the_learner(tmp_path):
+    learner, data = rule(ticks=(1, 2)), episodes(dtype="float32")
+    outer = drawn(learner, members=1, dtype="float32")
+    wanted = logits(learner, outer, data)[0]
+    model = learner.learned({name: value.numpy()[0] for name, value in outer.items()})
+    flags = np.concatenate([np.zeros(ITEMS), np.ones(QUERY)]).astype("float32")
+    items = tf.concat([data["x"][:, :, 0], data["query_x"]], axis=1)
+    sequence = tf.concat([items, tf.broadcast_to(flags[None, :, None], (*items.shape[:2], 1))], axis=-1)
+    np.testing.assert_allclose(model(sequence)[:, ITEMS:], wanted, atol=1e-5)
+    model.save(tmp_path / "rule.keras")
+    back = keras.models.load_model(tmp_path / "rule.keras")
+    np.testing.assert_allclose(back(sequence)[:, ITEMS:], wanted, atol=1e-5)
+    for found in (learner.parameters(model), learner.parameters(tmp_path / "rule.keras")):
+        for name, value in outer.items():
+            np.testing.assert_array_equal(found[name], value)
+
+
+def test_remember_shows_part_of_what_was_stored_and_asks_for_the_rest():
+    of = tasks.remember(8, cue=0.25)
+    for seed in range(20):
+        drawn = of.episode(random.seed_of(seed), steps=3, batch=2, query=9)
+        patterns = drawn["y"].numpy().reshape(6, 8)
+        np.testing.assert_array_equal(drawn["x"].numpy().reshape(6, 16), np.concatenate([patterns, np.ones((6, 8))], 1))
+        assert set(np.unique(patterns)) == {-1.0, 1.0}
+        cue, shown = np.split(drawn["query_x"].numpy(), 2, axis=1)
+        np.testing.assert_array_equal(shown.sum(1), 2.0)
+        asked = patterns[np.arange(9) % 6]
+        np.testing.assert_array_equal(cue, asked * shown)
+        np.testing.assert_array_equal(drawn["query_y"], asked * (1 - shown))
+    again = of.episode(random.seed_of(3), steps=3, batch=2, query=9)
+    other = of.episode(random.seed_of(4), steps=3, batch=2, query=9)
+    assert (again["y"].numpy() != other["y"].numpy()).any()
+
+
+def test_only_labelled_bits_are_scored():
+    y = tf.constant([[[1.0, -1.0, 0.0, 0.0]]])
+    for unscored in (-5.0, 5.0):
+        prediction = tf.constant([[[2.0, 1.0, unscored, unscored]]])
+        assert float(right_bits(prediction, y)[0]) == 0.5
+        loss = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(1.0))) / 2
+        assert float(binary_cross_entropy(prediction, y)[0]) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tasks.remember(1), "`units` must be an integer from 2"),
+        (lambda: tasks.remember(4, cue=0.0), "`cue` must be a share"),
+        (lambda: tasks.remember(4, cue=1.0), "`cue` must be a share"),
+        (lambda: learners.OnlineRule(neuron=0), "`neuron` must be positive integers"),
+        (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be positive integers"),
+        (lambda: learners.OnlineRule().check("classes", 2), "needs tasks of bits"),
+        (lambda: learners.OnlineRule().parameters(keras.Sequential([keras.Input((2,))])), "must have an OnlineCell"),
+        (lambda: keras.layers.RNN(learners.OnlineCell(4))(tf.zeros((1, 2, 4))), r"2 \* units \+ 1 = 9"),
+        (lambda: meta.Unroll(2, kind="bit"), "`kind` must be one of"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def hopfield(units, items, episodes=500):
+    """Share of hidden bits that one step of the outer-product rule gets right."""
+    right = []
+    stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=items, split="test").batch(episodes)
+    drawn = {name: value.numpy() for name, value in next(iter(stream)).items()}
+    patterns = drawn["y"][:, :, 0]
+    weights = np.einsum("epi,epj->eij", patterns, patterns) * (1 - np.eye(units))
+    field = np.einsum("eqi,eij->eqj", drawn["query_x"][..., :units], weights)
+    scored = drawn["query_y"] != 0
+    right = (field > 0) == (drawn["query_y"] > 0)
+    return right[scored].mean()
+
+
+@pytest.mark.slow
+def test_a_rule_learns_to_remember():
+    """Three starts side by side: recall, the control without plasticity, and another size without training."""
+    learner = learners.OnlineRule()
+    of, shape = tasks.remember(16), {"steps": 4, "batch_size": 1, "query_size": 4, "episodes": 500}
+    made = meta.MetaTrainer(
+        of, learner, meta.Unroll(4), members=3, tasks_per_step=32, batch_size=1, query_size=4, clipnorm=1.0, seed=0
+    )
+    made.compile(keras.optimizers.Adam(3e-3))
+    made.fit(1, 900, verbose=0)
+    models = [learner.learned(made.parameters(member)) for member in range(3)]
+    recall = np.mean([score_episodes(learner, model, of, **shape)["mean_accuracy"] for model in models])
+    assert recall >= 0.95
+    assert recall > hopfield(16, 4)
+    off = learners.OnlineRule(plastic=False)
+    assert np.mean([score_episodes(off, model, of, **shape)["mean_accuracy"] for model in models]) <= 0.55
+    larger = [score_episodes(learner, model, tasks.remember(24), **shape)["mean_accuracy"] for model in models]
+    assert np.mean(larger) >= 0.95
