@@ -264,8 +264,8 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
     if flag["synthetic"] == "classes":
         return [tasks.classes(shots=flag["shots"], exclusive=flag["exclusive"])]
     if flag["synthetic"]:
-        kinds: dict[str, Any] = {"pose": tasks.pose, "sines": tasks.sines, "remember": tasks.remember}
-        return [kinds[flag["synthetic"]]()]
+        made: dict[str, Any] = {"pose": tasks.pose, "sines": tasks.sines, "remember": tasks.remember}
+        return [made[flag["synthetic"]]()]
     if flag["functions"]:
         by_outputs: dict[int, list[str]] = {}
         for name in flag["functions"]:
