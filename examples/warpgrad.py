@@ -4,7 +4,7 @@ Description: Layers that are held while a task is learned, and bend the surface 
 Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020).
 
     python examples/warpgrad.py [--quick] [--part sines|classes ...] [--plot FILE.png] [--json FILE]
-        [--data omniglot] [--data_dir DIR] [--seeds 3]
+        [--data omniglot] [--data_dir DIR] [--seeds 3] [--rates ...] [--test_rates ...]
 """
 
 import json
@@ -27,6 +27,10 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _DATA = flags.DEFINE_string("data", "digits", "Image set of the few-shot episodes, such as omniglot.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
+_RATES = flags.DEFINE_list("rates", ["0.01", "0.02", "0.04"], "Sines: rates of meta-training to choose from.")
+_TEST_RATES = flags.DEFINE_list(
+    "test_rates", ["0.005", "0.01", "0.015", "0.02"], "Sines: rates on new tasks to choose from."
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
 
 """
@@ -93,7 +97,8 @@ def sines(seeds):
         "warps and Reptile": {"warps": True, "order": "exact"},
         "first-order warps and Reptile": {"warps": True, "order": "first"},
     }
-    rates, test_rates = ([0.02], [0.01, 0.02]) if quick else ([0.01, 0.02, 0.04], [0.005, 0.01, 0.015, 0.02])
+    rates, test_rates = ([float(rate) for rate in flag.value] for flag in (_RATES, _TEST_RATES))
+    rates, test_rates = ([0.02], [0.01, 0.02]) if quick else (rates, test_rates)
     its = 3 if quick else 400
     return {
         name: [tuned(of, {**common, **arm, "its": its}, rates, test_rates, at, 16, seed) for seed in range(seeds)]
