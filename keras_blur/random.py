@@ -102,7 +102,7 @@ def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
     return tf.cast(tf.math.floormod(bits(seed, shape), tf.constant(limit, tf.uint32)), tf.int32)
 
 
-def permutation(seed: Array, size: int) -> Array:
-    """A random order of `size` things."""
-    keys = tf.cast(bits(seed, (size,)), tf.int64)
+def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
+    """Random orders of `size` things, `[*leading, size]`."""
+    keys = tf.cast(bits(seed, (*leading, size)), tf.int64)
     return tf.argsort(keys, stable=True)

@@ -334,6 +334,8 @@ def test_a_curve_is_the_score_after_each_number_of_steps():
         adaptation_curve(learner, learned, of, at=[3, 1], **shape)
     with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
         score_episodes(learner, learned, of, episodes=1)
+    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
+        adaptation_curve(learner, learned, of, at=[0, 1], **{**shape, "episodes": 1})
 
 
 @pytest.mark.slow

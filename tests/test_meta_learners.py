@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from gradient_harness import assert_difference_quotient, draw_episodes
 
 from keras_blur import learners, meta, random, tasks
 from keras_blur.distribution import Share
@@ -30,16 +31,7 @@ def drawn(learner, members=2, dtype="float64", seed=1):
 
 
 def episodes(steps, dtype="float64"):
-    rng = np.random.default_rng(0)
-
-    def labels(*shape):
-        return 2 * np.eye(CLASSES)[rng.integers(0, CLASSES, shape)] - 1
-
-    made = {
-        "x": rng.standard_normal((TASKS, steps, BATCH, FEATURES)), "y": labels(TASKS, steps, BATCH),
-        "query_x": rng.standard_normal((TASKS, QUERY, FEATURES)), "query_y": labels(TASKS, QUERY),
-    }  # fmt: skip
-    return {name: tf.constant(value, dtype) for name, value in made.items()}
+    return draw_episodes(TASKS, steps, BATCH, QUERY, FEATURES, CLASSES, dtype)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -48,18 +40,7 @@ def test_the_outer_gradient_is_the_difference_quotient(name):
     learner, estimator, data, seed = make(), meta.Unroll(steps, along=0.5), episodes(steps), random.seed_of(3)
     outer = drawn(learner)
     found = estimator(learner, outer, data, seed)[0].gradients
-    rng = np.random.default_rng(2)
-    direction = {key: rng.standard_normal(value.shape) for key, value in outer.items()}
-
-    def loss(width):
-        moved = {key: value + width * direction[key] for key, value in outer.items()}
-        losses = estimator.objective(learner, moved, data, start(learner, moved, data, seed))[0]
-        return float(tf.reduce_sum(tf.reduce_mean(losses, axis=1)))
-
-    quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
-    slope = sum(float(np.sum(np.asarray(found[key]) * direction[key])) for key in outer)
-    assert slope == pytest.approx(quotient, rel=2e-6, abs=1e-8)
-    assert abs(quotient) > 1e-3
+    assert_difference_quotient(estimator, learner, outer, data, seed, found)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -316,7 +316,7 @@ METHODS = {
     "prototypes": ["--ways=2", "--shots=3", "--augment=classes", "--noexclusive"],
     "neural_process": ["--synthetic=pose", "--augment=rotation", "--members=2"],
     "warp": ["--functions=sine", "--augment=offset", "--unroll=3"],
-    "online": ["--synthetic=remember", "--batch_size=1", "--unroll=2"],
+    "online": ["--synthetic=remember", "--unroll=2"],
     "warp, offline": ["--synthetic=sines", "--unroll=3", "--estimator=warpgrad_offline", "--start_objective=reptile"],
 }
 
@@ -335,6 +335,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
+        ("--method=maml --functions=xor --model=m.h5", "--model must end with .keras"),
         ("--augment=noise", "--augment must be some of labels, classes"),
         ("--augment=rotation", "LabelRotation needs tasks of two values"),
         ("--synthetic=pose --functions=xor", "exclude one another"),

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from gradient_harness import assert_difference_quotient
 
 from keras_blur import learners, meta, random, tasks
 from keras_blur.meta.estimator import binary_cross_entropy, over_tasks, right_bits, start
@@ -90,16 +91,7 @@ def test_the_outer_gradient_is_the_difference_quotient(estimator):
     data = {**data, **{name: data[name][:, : estimator.steps] for name in ("x", "y")}}
     carried = estimator.nothing_carried(learner, outer, data)
     found = estimator(learner, outer, data, SEED, carried, True)[0].gradients
-    rng = np.random.default_rng(2)
-    direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
-
-    def loss(width):
-        moved = {name: value + width * direction[name] for name, value in outer.items()}
-        losses = estimator.objective(learner, moved, data, start(learner, moved, data, SEED))[0]
-        return float(tf.reduce_sum(tf.reduce_mean(losses, axis=1)))
-
-    quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
-    assert sum(float(np.sum(found[n] * d)) for n, d in direction.items()) == pytest.approx(quotient, rel=1e-6)
+    assert_difference_quotient(estimator, learner, outer, data, SEED, found)
 
 
 def test_units_of_one_type_can_change_places():

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from gradient_harness import draw_episodes
 
 from keras_blur import learners, meta, random, tasks
 from keras_blur.distribution import Share
@@ -42,16 +43,7 @@ def drawn(learner, members=2, dtype="float64"):
 
 
 def episodes(dtype="float64", count=TASKS, steps=STEPS + 1):
-    rng = np.random.default_rng(0)
-
-    def labels(*shape):
-        return 2 * np.eye(OUTPUTS)[rng.integers(0, OUTPUTS, shape)] - 1
-
-    made = {
-        "x": rng.standard_normal((count, steps, BATCH, FEATURES)), "y": labels(count, steps, BATCH),
-        "query_x": rng.standard_normal((count, BATCH, FEATURES)), "query_y": labels(count, BATCH),
-    }  # fmt: skip
-    return {name: tf.constant(value, dtype) for name, value in made.items()}
+    return draw_episodes(count, steps, BATCH, BATCH, FEATURES, OUTPUTS, dtype)
 
 
 def trajectory(learner, outer, data, steps=STEPS):
@@ -328,6 +320,18 @@ def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_p
     for one, other in zip(every, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert np.abs(whole.parameters()["warp_bend_0"] - np.eye(6)).max() > 1e-3
+
+
+def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
+    made = trainer(meta.WarpGrad(4, start="leap"), clipnorm=1e-3)
+    made.compile(keras.optimizers.SGD(2.0), start_optimizer=keras.optimizers.SGD(5.0), jit_compile=False)
+    before = [made.parameters(member) for member in range(2)]
+    made.fit(1, 1, verbose=0)
+    for member in range(2):
+        moved = {name: value - before[member][name] for name, value in made.parameters(member).items()}
+        for kind, rate in (("warp_", 2.0), ("start_", 5.0)):
+            norm = np.sqrt(sum(np.sum(value**2) for name, value in moved.items() if name.startswith(kind)))
+            assert norm == pytest.approx(rate * 1e-3, rel=1e-2)  # each is clipped as a whole
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from absl import flags
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
 from keras_blur.files import write_text
+from keras_blur.meta.callbacks import save
 from keras_blur.options import Rule
 
 USAGE = "[flags]"
@@ -79,7 +80,10 @@ def define_flags(values: flags.FlagValues) -> None:
         **define,
     )  # fmt: skip
     flags.DEFINE_list(
-        "unroll", None, "Unrolled steps of each stage of the curriculum; by default 10, 5 of maml, else 1.", **define
+        "unroll",
+        None,
+        "Unrolled steps of each stage; by default 10 (blur), 5 (maml), 20 (warp), 4 (online), 1.",
+        **define,
     )
     flags.DEFINE_float("inner_learning_rate", 0.1, "Rate of the inner SGD (maml, warp).", lower_bound=0.0, **define)
     flags.DEFINE_enum("start_objective", "leap", meta.STARTS, "How initial weights are learned (warpgrad).", **define)
@@ -105,7 +109,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
     flags.DEFINE_integer(
-        "batch_size", None, "Examples of a support batch; by default 64, of few-shot episodes all.", lower_bound=1, **define
+        "batch_size",
+        None,
+        "Examples of a support batch; by default 64, few-shot all, patterns one.",
+        lower_bound=1,
+        **define,
     )
     flags.DEFINE_integer("query_size", 128, "Examples of the query.", lower_bound=1, **define)
     flags.DEFINE_float("learning_rate", 3e-3, "Rate of Adam on the genome.", lower_bound=0.0, **define)
@@ -172,11 +180,12 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         raise ValueError(f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}")
     families = _families(flag, sizes)
     if flag["batch_size"] is None:
-        few = all(hasattr(one, "shots") for one in families)
-        flag["batch_size"] = families[0].outputs * flag["shots"] if few else 64
+        flag["batch_size"] = _batch_size(families[0], flag["shots"])
     families = [_augmented(flag, one) for one in families]
     learner, start = _learners(flag, families[0])
     output = flag["genome"] if method == "blur" else flag["model"]
+    if method != "blur" and not output.endswith(".keras"):
+        raise ValueError(f"--model must end with .keras. Received: {output!r}")
     with scope or contextlib.nullcontext():
         trainer = meta.MetaTrainer(
             families,
@@ -207,7 +216,7 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
     ).history
     seconds = time.perf_counter() - begin
-    trainer.learned.save(output)
+    save(trainer, output)  # also where a checkpoint left no epoch to do
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
@@ -245,6 +254,13 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
     kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
     return [kinds[flag["method"]](hidden)], flag["start"]
+
+
+def _batch_size(of: tasks.Tasks, shots: int) -> int:
+    """Examples of a support batch where the flags name none."""
+    if of.kind == "bits":
+        return 1  # patterns are stored one after the other
+    return of.outputs * shots if hasattr(of, "shots") else 64
 
 
 def _augmented(flag: dict[str, Any], of: tasks.Tasks) -> tasks.Tasks:

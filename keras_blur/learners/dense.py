@@ -73,6 +73,12 @@ def layers(name: str, outer: Mapping[str, np.ndarray], activation: str) -> list[
     ]
 
 
+def sequential(name: str, outer: Mapping[str, np.ndarray], activation: str) -> keras.Model:
+    """The same network as a Keras model."""
+    features = weights(name, outer)[0].shape[-2]
+    return fill(keras.Sequential([keras.Input((features,)), *layers(name, outer, activation)]), outer)
+
+
 def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
     """A Keras model with the weights of `outer` in the layers that `layers` made."""
     for layer in model.layers:

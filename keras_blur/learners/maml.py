@@ -60,9 +60,7 @@ class MAML(Optimizer, MetaLearner):
         return dense.draw(_NAME, (features, *self.hidden, outputs), self.activation, members, [seed, 0])
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        features = dense.weights(_NAME, outer)[0].shape[-2]
-        layers = dense.layers(_NAME, outer, self.activation)
-        return dense.fill(keras.Sequential([keras.Input((features,)), *layers]), outer)
+        return dense.sequential(_NAME, outer, self.activation)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         return dense.read(learned)

@@ -220,8 +220,8 @@ class MetaTrainer(keras.Model):
         """Configures meta-training.
 
         Args:
-            optimizer: a Keras optimizer of the genome; Adam at 5e-4 by default, as in the paper's Table C.1. Evolution
-                has none.
+            optimizer: a Keras optimizer of the outer parameters; Adam at 5e-4 by default, as in the paper's Table C.1.
+                Evolution has none.
             start_optimizer: another one for initial weights (outer parameters named `start_...`), whose gradient is then
                 clipped apart; `None` for the same. Reptile's own is SGD, whose rate is how far the start moves.
             jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
@@ -519,7 +519,7 @@ class MetaTrainer(keras.Model):
         others = [name for name in self.outer if not name.startswith("start_")]
         if not starts:
             raise ValueError("`start_optimizer` must be None: the learner's start is not learned.")
-        return [(self.optimizer, others), (self.start_optimizer, starts)][not others :]
+        return [(one, names) for one, names in ((self.optimizer, others), (self.start_optimizer, starts)) if names]
 
     def _slots(self) -> list[keras.Variable]:
         """The optimizers' variables that have a value for each member."""

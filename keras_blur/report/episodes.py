@@ -88,8 +88,7 @@ def adaptation_curve(
     at = [int(step) for step in at]
     if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
         raise ValueError(f"`at` must be two or more ascending numbers of steps. Received: at={at!r}")
-    learner.check(tasks.kind, tasks.outputs)
-    outer = over_tasks({name: tf.constant(own[:1]) for name, own in learner.parameters(learned).items()})
+    outer = over_tasks(_outer(learner, learned, tasks, episodes))
     stream = tasks.dataset(seed, steps=at[-1], batch=batch_size, query=query_size, split=split)
     drawn = next(iter(stream.batch(episodes)))
     inner = InnerLoop(at[-1], loss=loss, kind=tasks.kind)
@@ -153,12 +152,8 @@ def memorization_gap(
     ['gap', 'other', 'own', 'shuffled', 'zeroed']
     """
     supports = {"own": _own, "other": _other, "shuffled": _shuffled, "zeroed": _zeroed}
-    found = {
-        name: _scored(learner, learned, tasks, change, steps, batch_size, query_size, episodes, split, loss, seed)[
-            "mean_loss"
-        ]
-        for name, change in supports.items()
-    }
+    how = (steps, batch_size, query_size, episodes, split, loss, seed)
+    found = {name: _scored(learner, learned, tasks, change, *how)["mean_loss"] for name, change in supports.items()}
     return {**found, "gap": found["other"] - found["own"]}
 
 
@@ -186,10 +181,7 @@ def _scored(
     episodes: int, split: str, loss: str, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores with supports that are changed."""
-    learner.check(tasks.kind, tasks.outputs)
-    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
-        raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
-    outer = {name: tf.constant(own[:1]) for name, own in learner.parameters(learned).items()}
+    outer = _outer(learner, learned, tasks, episodes)
     inner = InnerLoop(steps, loss=loss, kind=tasks.kind)
 
     @compiled
@@ -204,6 +196,14 @@ def _scored(
     parts = [score(outer, change(drawn), tf.constant(n)) for n, drawn in enumerate(stream.take(-(-episodes // block)))]
     losses, quality = (np.concatenate([part[place].numpy() for part in parts])[:episodes] for place in (0, 1))
     return _summary(losses, quality, tasks.kind)
+
+
+def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> dict[str, Array]:
+    """The outer parameters `[1, ...]` of what was learned, after a look at what was given."""
+    learner.check(tasks.kind, tasks.outputs)
+    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
+        raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
+    return {name: tf.constant(own[:1]) for name, own in learner.parameters(learned).items()}
 
 
 def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class LabelPermutation(Augmentation):
         return math.log2(math.factorial(tasks.outputs))
 
     def draw(self, seed: Array, count: int, tasks: Tasks) -> Array:
-        return tf.argsort(tf.cast(random.bits(seed, (count, tasks.outputs)), tf.int64), stable=True)
+        return random.permutation(seed, tasks.outputs, (count,))
 
     def apply(self, keys: Array, y: Array) -> Array:
         return tf.gather(y, _for_each(keys, y), axis=1, batch_dims=1)
