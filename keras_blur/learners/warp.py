@@ -77,7 +77,7 @@ class Warp(MetaLearner):
         self.model, self.warp, self.optimizer, self.loss = model, tuple(warp), optimizer, loss
         self.rate = updates.rate_of(optimizer)
         names = _names(model, self.warp)
-        known = {layer.name for layer in _leaves(model) if layer.trainable_variables}
+        known = {layer.name for layer in leaves(model) if layer.trainable_variables}
         missing = [name for name in self.warp if name not in known]
         if missing:
             raise ValueError(
@@ -111,7 +111,7 @@ class Warp(MetaLearner):
         names = _names(model, self.warp)
         for variable in model.trainable_variables:
             variable.assign(outer[names[id(variable)]])
-        for layer in _leaves(model):
+        for layer in leaves(model):
             if layer.name in self.warp:
                 layer.trainable = False
         return model
@@ -153,7 +153,7 @@ class Warp(MetaLearner):
         """
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
-        for layer, other in zip(_leaves(model), _leaves(learned), strict=True):
+        for layer, other in zip(leaves(model), leaves(learned), strict=True):
             layer.trainable = other.trainable
         if loss is None:
             losses = {"squared": keras.losses.MeanSquaredError(), "cross_entropy": _CROSS_ENTROPY}
@@ -277,11 +277,11 @@ def _spread(value: Array, leading: tuple[int, ...], rank: int) -> Array:
     return tf.broadcast_to(value, (*leading, *own))
 
 
-def _leaves(layer: Any) -> Iterator[keras.layers.Layer]:
+def leaves(layer: Any) -> Iterator[keras.layers.Layer]:
     """The layers of a model and of the models in it."""
     for own in layer.layers:
         if isinstance(own, keras.Model):
-            yield from _leaves(own)
+            yield from leaves(own)
         else:
             yield own
 
@@ -290,7 +290,7 @@ def _names(model: keras.Model, warp: Sequence[str]) -> dict[int, str]:
     """Names of the outer parameters that a model's weights are, by the weights' identity."""
     return {
         id(variable): f"{_WARP if layer.name in warp else _START}{layer.name}_{index}"
-        for layer in _leaves(model)
+        for layer in leaves(model)
         for index, variable in enumerate(layer.weights)
     }
 

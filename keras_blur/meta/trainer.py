@@ -3,9 +3,9 @@
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and 4.2, Table C.1: Adam on the
 gradient through the unroll, clipped; several genomes at once, the best copied to all when the unroll grows.
 
-Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own. Outer parameters, the optimizer's state
-and the counters of the task streams are its variables, and every random number follows from the seed and those counters; so
-a run that is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
+Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own (`loop.py`). Outer parameters, the
+optimizer's state and the counters of the task streams are its variables, and every random number follows from the seed and
+those counters.
 
 Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
 step and a task stream of its own, and which family a step takes follows from the seed and the step's number. An estimator
@@ -18,28 +18,25 @@ the variables with the same numbers. What a step does depends on the number of r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files, random
+from keras_blur import random
 from keras_blur.compiling import compiled
-from keras_blur.distribution import Runner, Share, mean, share
+from keras_blur.distribution import Share, mean, share
 from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
-from keras_blur.meta.callbacks import Checkpoint
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
+from keras_blur.meta.loop import OuterLoop
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.mixture import Mixture
@@ -48,7 +45,7 @@ Array = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class MetaTrainer(keras.Model):
+class MetaTrainer(OuterLoop):
     """Meta-trains the outer parameters of a learner on tasks; made in the scope of a `tf.distribute` strategy, under it.
 
     Args:
@@ -100,7 +97,6 @@ class MetaTrainer(keras.Model):
         seed: int = 0,
     ):
         super().__init__(name="meta_trainer")
-        self.runner = Runner()
         weights: Sequence[float] | None = None
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
@@ -148,24 +144,19 @@ class MetaTrainer(keras.Model):
             self.shapes = {name: own.shape for name, own in centre.items()}
             self.search = CMAES(to_vector(centre).size, estimator.population, estimator.sigma)
             for name, value in self.search.init(to_vector(centre))._asdict().items():
-                self.evolution[name] = self._counter(f"evolution_{name}", np.asarray(value))
+                self.evolution[name] = self.counter(f"evolution_{name}", np.asarray(value))
         else:
             for name, numbers in begin.items():
                 made = self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
                 made.assign(numbers)
                 setattr(self, f"outer_{name}", made)  # where Keras finds what to save
                 self.outer[name] = made
-        self.meta_step = self._counter("meta_step", np.zeros((), "int32"))
-        self.epoch, self.epoch_step, self.epoch_length = (
-            self._counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step", "epoch_length")
-        )
-        self.drawn = self._counter("drawn", np.zeros(len(self.families), "int32"))
+        self.drawn = self.counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
         quality = "r2" if estimator.kind == "values" else "accuracy"
         last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
-        self.logged = ("loss", quality, *last, "skipped")
-        self.sums = self._counter("sums", np.zeros((len(self.logged), 2), "float32"))  # of values and of weights
+        self.make_counters(("loss", quality, *last, "skipped"))
         self.quality = quality
         self.built = True
         self._streams: dict[int, Any] = {}
@@ -191,12 +182,6 @@ class MetaTrainer(keras.Model):
             )
         return {name: np.broadcast_to(own, drawn[0][name].shape) for name, own in given.items()}
 
-    def _counter(self, name: str, value: np.ndarray) -> keras.Variable:
-        """A variable that is saved and not trained; each replica writes its own copy, all the same."""
-        made = self.add_weight(name=name, shape=value.shape, dtype=value.dtype.name, initializer="zeros", trainable=False)
-        made.assign(value)
-        return made
-
     def _room_to_carry(self, number: int) -> Any:
         """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
         if isinstance(self.estimator, Evolution) or self.estimator.pieces == 1:
@@ -207,7 +192,7 @@ class MetaTrainer(keras.Model):
         outer = {name: tf.convert_to_tensor(value.value) for name, value in self.outer.items()}
         empty = self.estimator.nothing_carried(learner, outer, episodes)
         rooms = [
-            self._counter(f"carried_{number}_{place}", leaf.numpy()) for place, leaf in enumerate(tf.nest.flatten(empty))
+            self.counter(f"carried_{number}_{place}", leaf.numpy()) for place, leaf in enumerate(tf.nest.flatten(empty))
         ]
         setattr(self, f"carried_{number}", rooms)  # where Keras finds what to save
         return tf.nest.pack_sequence_as(empty, rooms)
@@ -310,10 +295,9 @@ class MetaTrainer(keras.Model):
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
     ) -> keras.callbacks.History:
-        """Meta-trains, with the progress bar and the callbacks of Keras.
+        """Meta-trains, with the progress bar and the callbacks of Keras; here the tasks are the data.
 
-        The loop over steps is its own: that of Keras cannot run under every strategy, and here the tasks are the data. Logs
-        are means over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of
+        Logs are means over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of
         members skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma.
 
         Args:
@@ -329,62 +313,10 @@ class MetaTrainer(keras.Model):
         Raises:
             ValueError: if the checkpoint is of another trainer, or was written with another `steps_per_epoch`.
         """
-        if not self.compiled:
-            raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
-        saving = None
-        if checkpoint is not None:
-            path = os.fspath(checkpoint)
-            if not path.endswith(".weights.h5"):
-                raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
-            saving = Checkpoint(path)
-        done = first = 0
-        if saving and files.exists(path):
-            self._restore(path)
-            before = int(self.epoch_length.numpy())
-            if before != steps_per_epoch:
-                raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
-            whole, first = divmod(int(self.epoch_step.numpy()), steps_per_epoch)  # on with the epoch that was left
-            done = int(self.epoch.numpy()) + whole
-        self.epoch_length.assign(steps_per_epoch)
-        self._streams = {}  # they start where the counters stand
-        followed = keras.callbacks.CallbackList(
-            [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
-            verbose=1 if verbose == "auto" else verbose, epochs=epochs, steps=steps_per_epoch,
-        )  # fmt: skip
-        self.stop_training = False
-        followed.on_train_begin()
-        logs: dict[str, float] = {}
-        with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
-            for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
-                if not first:
-                    self.epoch.assign(epoch)
-                    self.epoch_step.assign(0)
-                    self.sums.assign(tf.zeros_like(self.sums.value))
-                followed.on_epoch_begin(epoch)
-                for step in range(first, steps_per_epoch):
-                    followed.on_train_batch_begin(step)
-                    logs = self.meta_train_step()
-                    followed.on_train_batch_end(step, logs)
-                    if self.stop_training or terminated():
-                        break
-                first = 0
-                if saving and terminated() and step + 1 < steps_per_epoch:
-                    saving.write()
-                else:
-                    followed.on_epoch_end(epoch, logs)
-                if self.stop_training or terminated():
-                    break
-        followed.on_train_end(logs)
-        if terminated():
-            raise SystemExit(128 + signal.SIGTERM)
-        return self.history
+        return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose)
 
-    def _restore(self, path: str) -> None:
-        try:
-            with files.local(path) as copy:
-                self.load_weights(copy)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
+    def rewind(self) -> None:
+        self._streams = {}
 
     # One step.
 
@@ -449,14 +381,8 @@ class MetaTrainer(keras.Model):
 
             def step(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, Array]:
                 found = program(episodes, seed, piece)
-                both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
-                sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
-                self.sums.assign(sums)
-                self.meta_step.assign(self.meta_step + 1)
-                self.epoch_step.assign(self.epoch_step + 1)
                 self.drawn.assign(self.drawn + number)
-                means = tf.math.divide_no_nan(sums[:, 0], sums[:, 1])
-                return dict(zip(self.logged, tf.unstack(means), strict=True))
+                return self.count_step(found)
 
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
@@ -573,20 +499,6 @@ class MetaTrainer(keras.Model):
             }
 
         return generation
-
-
-@contextlib.contextmanager
-def _noticed(number: int, wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Whether this process got a signal, which then does nothing else; only the main thread can look out for one."""
-    got: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(number, lambda received, _: got.append(received))
-    try:
-        yield lambda: bool(got)
-    finally:
-        signal.signal(number, before)
 
 
 def of_members(value: Array, like: Array) -> Array:

@@ -1,0 +1,423 @@
+"""Learns outer parameters inside one ordinary training run: a model, its training data, and a stream of meta data.
+
+Sources: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021);
+"Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR
+2021). Each step takes a batch of either stream. The outer parameters, such as weights of examples, change so that the model
+would do better on the meta batch after a step by the training loss; then the model takes that step, with its own optimizer.
+
+The model is any Keras model. Its passes are `stateless`: a virtual one cannot touch running statistics or random states, and
+only the step that is really taken writes them. Compiled, a step is one program.
+
+Several devices: each has its part of both batches, gradients are added up over replicas inside an estimate wherever a mean
+over the batch stands in the equations, and a step does what one device would do, but for layers that look at a whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.compiling import compiled
+from keras_blur.distribution import mean
+from keras_blur.learners.warp import leaves
+from keras_blur.meta.estimator import check_count
+from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
+from keras_blur.meta.loop import OuterLoop
+from keras_blur.meta.training_losses import TrainingLoss
+
+Array = Any
+ORDERS = ("meta", "model")
+_TRAIN, _META, _NOISE = range(3)
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class BilevelTrainer(OuterLoop):
+    """Trains a model and, at the same time, outer parameters of its training loss on meta data.
+
+    Args:
+        model: any built Keras model.
+        meta_model: a `TrainingLoss`, as `SampleWeightNet`, `LearnedRotation` and `Hyperparameters` are; or a list of Keras
+            variables, on which `training_loss` depends.
+        estimator: how the outer gradient is found: `OneStep`, `FiniteDifference`, `EvoGrad`, `LayerwiseMetaGradient`.
+        training_loss: with variables, a function of `(model, x, y, losses)` as `TrainingLoss.training_loss`.
+        first: what changes first in a step, `"meta"`, as in Meta-Weight-Net, or `"model"`, as in EvoGrad's rotation.
+        judge_training: whether the model is in training mode where it is judged on meta data.
+        seed: of the order of data and of noise.
+
+    Raises:
+        ValueError: if an argument does not fit.
+
+    Example:
+
+    >>> from keras_blur.meta import EvoGrad, SampleWeightNet
+    >>> x, y = np.eye(4, dtype="float32"), np.arange(4)
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    >>> trainer = BilevelTrainer(model, SampleWeightNet(), EvoGrad())
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> trainer.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    >>> history = trainer.fit(x, y, meta_data=(x, y), batch_size=2, epochs=1, verbose=0).history
+    >>> sorted(history)
+    ['candidates', 'loss', 'meta_loss', 'skipped']
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        meta_model: TrainingLoss | Sequence[keras.Variable],
+        estimator: HypergradientEstimator | None = None,
+        *,
+        training_loss: Callable[..., Array] | None = None,
+        first: str = "meta",
+        judge_training: bool = True,
+        seed: int = 0,
+    ):
+        super().__init__(name="bilevel_trainer")
+        if not isinstance(model, keras.Model) or not model.built or not model.trainable_variables:
+            raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
+        if first not in ORDERS:
+            raise ValueError(f"`first` must be one of {', '.join(map(repr, ORDERS))}. Received: first={first!r}")
+        estimator = estimator or OneStep()
+        if not isinstance(estimator, HypergradientEstimator):
+            raise ValueError(
+                "`estimator` must be one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient. Received: "
+                f"{estimator!r}"
+            )
+        if isinstance(meta_model, TrainingLoss):
+            if training_loss is not None:
+                raise ValueError("`training_loss` goes with a list of variables; a TrainingLoss has its own.")
+            training_loss, variables = meta_model.training_loss, list(meta_model.trainable_variables)
+        else:
+            variables = list(meta_model)
+            if training_loss is None or not all(isinstance(one, keras.Variable) for one in variables):
+                raise ValueError(
+                    "`meta_model` must be a TrainingLoss, or a list of Keras variables with a `training_loss` that depends "
+                    f"on them. Received: {meta_model!r}"
+                )
+        if not variables:
+            raise ValueError(f"`meta_model` must have something to learn. Received: {meta_model!r}")
+        if any(one is other for one in variables for other in model.trainable_variables):
+            raise ValueError("`meta_model` and `model` must not share variables.")
+        self.model, self.meta_model, self.estimator = model, meta_model, estimator
+        self.first, self.judge_training, self.seed = first, judge_training, seed
+        self._training_loss: Any = training_loss
+        self.outer = {f"{place}_{variable.name}": variable for place, variable in enumerate(variables)}
+        self._trained = {f"{place}_{v.name}": v for place, v in enumerate(model.trainable_variables)}
+        names = {id(variable): name for name, variable in self._trained.items()}
+        self._weights_of_layers = {
+            layer.name: tuple(names[id(v)] for v in layer.trainable_variables)
+            for layer in leaves(model)
+            if layer.trainable_variables
+        }
+        shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
+        learnt = estimator.parameters(shapes)
+        if learnt and self.runner.replicas > 1:
+            raise ValueError("`estimator` must have no sampler on several replicas: its branches cannot add up over them.")
+        self._own = {name: self.counter(name, value) for name, value in learnt.items()}
+        self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
+        self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
+        self.built = True
+        self._programs: dict[bool, Any] = {}
+        self._validation: Any = None
+
+    # What a person asks of it.
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        meta_optimizer: Any = None,
+        loss: Any = None,
+        metrics: Any = None,
+        *,
+        jit_compile: bool = True,
+    ) -> None:
+        """Configures training.
+
+        Args:
+            optimizer: any Keras optimizer, of the model.
+            meta_optimizer: any Keras optimizer, of the outer parameters; Adam at 1e-3 by default.
+            loss: a Keras loss or its name: of each example in training, of the batch on meta data.
+            metrics: of validation, as in Keras; training has none, since its labels may be wrong.
+            jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it.
+
+        Raises:
+            ValueError: if there is no loss, or an optimizer clips on several replicas.
+        """
+        if loss is None:
+            raise ValueError("`loss` must be given. Received: loss=None")
+        meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
+        self.jit_step = bool(jit_compile) and self.runner.replicas == 1 and not self.runner.compiles
+        self.meta_optimizer, self.own_optimizer = meta_optimizer, self.estimator.optimizer()
+        with self.runner.scope():
+            for one, variables in (
+                (self.optimizer, self._trained), (self.meta_optimizer, self.outer), (self.own_optimizer, self._own),
+            ):  # fmt: skip
+                if one is None:
+                    continue
+                if self.runner.replicas > 1 and (one.clipnorm or one.clipvalue or one.global_clipnorm):
+                    raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
+                one.build(list(variables.values()))
+        self._loss_of = keras.losses.get(loss)
+        self._programs = {}
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        meta_data: Any,
+        batch_size: int = 32,
+        meta_batch_size: int | None = None,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        meta_every: int = 1,
+        validation_data: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int | str = "auto",
+    ) -> keras.callbacks.History:
+        """Trains, with the progress bar and the callbacks of Keras.
+
+        Args:
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated.
+            y: labels that go with arrays.
+            meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
+            batch_size: examples of a batch, where arrays are given.
+            meta_batch_size: the same of meta data; `None` for the same number.
+            epochs: number of epochs, those before an interruption included.
+            steps_per_epoch: steps of an epoch; `None` for one pass over the training data, what is left over left out.
+            meta_every: outer parameters change in every so many-th step.
+            validation_data: a pair of arrays, or a dataset, for `evaluate` after each epoch.
+            checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
+
+        Raises:
+            ValueError: if data are missing, not finite, or fewer than a batch; or the checkpoint is of another trainer.
+        """
+        check_count("meta_every", meta_every)
+        data = (x, y) if y is not None else x
+        self._sources = [
+            _source("x", data, batch_size, self.runner.replicas),
+            _source("meta_data", meta_data, meta_batch_size or batch_size, self.runner.replicas),
+        ]
+        steps = steps_per_epoch or self._sources[0].steps
+        if not steps:
+            raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
+        self.meta_every, self._validation = meta_every, validation_data
+        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+
+    @property
+    def learned(self) -> Any:
+        """What was learned beside the model: the `TrainingLoss`, which has `save(path)`, or the variables by name."""
+        if isinstance(self.meta_model, TrainingLoss):
+            return self.meta_model
+        return {name: np.array(variable.value) for name, variable in self.outer.items()}
+
+    def call(self, inputs: Array, training: bool = False) -> Array:
+        """The model's prediction."""
+        return self.model(inputs, training=training)
+
+    def validate(self, logs: dict[str, float]) -> dict[str, float]:
+        if self._validation is None:
+            return logs
+        data = self._validation if isinstance(self._validation, tuple) else (self._validation,)
+        found = self.evaluate(*data, batch_size=None if len(data) == 1 else 512, verbose=0, return_dict=True)
+        return {**logs, **{f"val_{name}": value for name, value in found.items()}}
+
+    # One step.
+
+    def rewind(self) -> None:
+        self._streams: list[Any] = [None, None]
+
+    def _next(self, which: int, done: int) -> Any:
+        if self._streams[which] is None:
+            source = self._sources[which]
+            self._streams[which] = self.runner.deal(
+                lambda index, count: source.stream(random.fold_in(random.seed_of(self.seed), which), done, index, count)
+            )
+        return next(self._streams[which])
+
+    def meta_train_step(self) -> dict[str, float]:
+        """One step of the model, and of the outer parameters where it is their turn; returns the running metrics."""
+        step = int(self.meta_step.numpy())
+        turn = step % self.meta_every == 0
+        batches = [self._next(_TRAIN, step)]
+        if turn:
+            batches.append(self._next(_META, step // self.meta_every))
+        seed = random.fold_in(random.seed_of(self.seed), _NOISE, step)
+        logs = self._program(turn)(seed, *batches)
+        return {name: float(value) for name, value in logs.items()}
+
+    def _program(self, turn: bool) -> Any:
+        if turn not in self._programs:
+            inner = compiled(self._step, jit_compile=self.jit_step)
+
+            def step(seed: Array, *batches: Any) -> dict[str, Array]:
+                return self.count_step(inner(seed, *batches))
+
+            def meta_step(*arguments: Any) -> dict[str, Array]:
+                return self.runner.run(step, *arguments)
+
+            self._programs[turn] = tf.function(meta_step, autograph=False, reduce_retracing=False)
+        return self._programs[turn]
+
+    def _step(self, seed: Array, train: Any, judge: Any = None) -> dict[str, tuple[Array, Array]]:
+        """A replica's program."""
+        found: dict[str, Array] = {}
+        parts = [lambda: found.update(self._change_outer(seed, train, judge)) if judge is not None else None,
+                 lambda: found.update(self._change_model(train))]  # fmt: skip
+        for part in parts if self.first == "meta" else reversed(parts):
+            part()
+        if isinstance(self.meta_model, TrainingLoss):
+            found |= self.meta_model.read()
+        one = tf.ones(())
+        return {
+            name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
+            for name in self.logged
+        }
+
+    def _change_model(self, batch: Any) -> dict[str, Array]:
+        """The step that is taken."""
+        kept: list[Any] = []
+
+        def train(weights: Mapping[str, Array]) -> Array:
+            loss, buffers = self._pass(_values(self.outer), weights, batch)
+            kept.append(buffers)
+            return loss
+
+        loss, slope = mean(gradient(train, _values(self._trained)))
+        self._apply(self.optimizer, slope, self._trained)
+        for variable, value in zip(self._buffers(), kept[0], strict=True):
+            variable.assign(mean(value) if value.dtype.is_floating else value)
+        return {"loss": loss}
+
+    def _change_outer(self, seed: Array, batch: Any, judge: Any) -> dict[str, Array]:
+        """An estimate, and the step of the outer parameters; one that is not finite is skipped and counted."""
+        problem = Bilevel(
+            lambda outer, weights: self._pass(outer, weights, batch)[0], lambda weights: self._judge(weights, judge),
+            self._weights_of_layers, mean,
+        )  # fmt: skip
+        rate = tf.cast(self.optimizer.learning_rate, tf.float32)
+        own = _values(self._own)
+        found, changes = self.estimator.estimate(problem, _values(self.outer), _values(self._trained), rate, seed, own)
+        every = [found.loss, *found.gradients.values(), *changes.values()]
+        sound = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in every])
+        self._apply(self.meta_optimizer, found.gradients, self.outer, sound)
+        if self.own_optimizer is not None:
+            self._apply(self.own_optimizer, changes, self._own, sound)
+        skipped = 1.0 - tf.cast(sound, tf.float32)
+        return {"meta_loss": found.loss, **found.logs, "skipped": skipped}
+
+    def _buffers(self) -> list[keras.Variable]:
+        meta = self.meta_model.non_trainable_variables if isinstance(self.meta_model, TrainingLoss) else []
+        return [*self.model.non_trainable_variables, *meta]
+
+    def _scope(self, outer: Mapping[str, Array], weights: Mapping[str, Array]) -> keras.StatelessScope:
+        mapping = [(self.outer[name], value) for name, value in outer.items()]
+        mapping += [(self._trained[name], value) for name, value in weights.items()]
+        mapping += [(variable, tf.convert_to_tensor(variable.value)) for variable in self._buffers()]
+        return keras.StatelessScope(mapping, collect_losses=True)
+
+    def _pass(self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any) -> tuple[Array, list[Array]]:
+        """The training loss, and what the model's buffers would be."""
+        with self._scope(outer, weights) as scope:
+            loss = self._training_loss(self.model, *batch, self._each)
+            loss = loss + sum(self.model.losses)
+        return loss, [scope.get_current_value(variable) for variable in self._buffers()]
+
+    def _judge(self, weights: Mapping[str, Array], batch: Any) -> Array:
+        x, y = batch
+        with self._scope({}, weights):
+            return tf.reduce_mean(self._each(y, self.model(x, training=self.judge_training)))
+
+    def _each(self, y: Array, prediction: Array) -> Array:
+        """The loss of each example, `[batch]`."""
+        of = self._loss_of.call if isinstance(self._loss_of, keras.losses.Loss) else self._loss_of
+        values = of(y, tf.cast(prediction, tf.float32))
+        return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+
+    def _apply(
+        self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
+    ) -> None:
+        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share."""
+        touched = [] if sound is None else [*variables.values(), *optimizer.variables]
+        before = [tf.identity(variable.value) for variable in touched]
+        shares = {n: g / self.runner.replicas if self.runner.replicas > 1 else g for n, g in gradients.items()}
+        optimizer.apply([shares[name] for name in variables], list(variables.values()))
+        for variable, old in zip(touched, before, strict=True):
+            variable.assign(tf.where(sound, variable.value, old))
+
+
+def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:
+    return {name: tf.convert_to_tensor(variable.value) for name, variable in variables.items()}
+
+
+class _Arrays:
+    """Batches of arrays, each pass in an order that follows from a seed and its number."""
+
+    def __init__(self, arrays: tuple[np.ndarray, ...], batch: int):
+        self.arrays, self.batch = arrays, batch
+        self.steps = len(arrays[0]) // batch
+
+    def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
+        """What is left after some batches, of each the part of a replica."""
+        whole, rest = divmod(done, self.steps)
+        arrays = tuple(tf.constant(array) for array in self.arrays)
+        size, batch = len(self.arrays[0]), self.batch
+
+        def one_pass(number: Array) -> tf.data.Dataset:
+            order = random.permutation(random.fold_in(seed, number), size)[: self.steps * batch]
+            return tf.data.Dataset.from_tensor_slices(tf.reshape(order, (self.steps, batch)))
+
+        def pick(chosen: Array) -> Any:
+            return tuple(tf.gather(array, chosen[index::count]) for array in arrays)
+
+        passes = tf.data.Dataset.range(whole, np.iinfo(np.int32).max).flat_map(one_pass)
+        return passes.skip(rest).map(pick).prefetch(2)
+
+
+class _Batches:
+    """Batches of a dataset."""
+
+    def __init__(self, dataset: tf.data.Dataset):
+        self.dataset = dataset
+        self.steps = max(0, int(dataset.cardinality()))
+
+    def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
+        """What is left after some batches, of each the part of a replica."""
+        del seed
+        skipped = done % self.steps if self.steps else done
+        parts = self.dataset.repeat().skip(skipped).map(lambda x, y: (x[index::count], y[index::count]))
+        return parts.prefetch(2)
+
+
+def _source(name: str, data: Any, batch: int, replicas: int) -> _Arrays | _Batches:
+    """Where batches come from.
+
+    Raises:
+        ValueError: if data are neither a dataset nor two arrays, or are too few or not finite.
+    """
+    if isinstance(data, tf.data.Dataset):
+        return _Batches(data)
+    if not isinstance(data, tuple) or len(data) != 2:
+        raise ValueError(
+            f"`{name}` must be a tf.data.Dataset or come with labels, as a pair of arrays. Received: {type(data)}"
+        )
+    x, y = (np.asarray(one) for one in data)
+    check_count("batch_size", batch)
+    if batch % replicas:
+        raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
+    if len(x) != len(y) or len(x) < batch:
+        raise ValueError(
+            f"`{name}` must be as many inputs as labels, at least a batch of {batch}. Received: {len(x)}, {len(y)}"
+        )
+    x = x.astype("float32") if x.dtype.kind == "f" else x
+    for values in (x, y):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"`{name}` must be finite. Received an array with NaN or infinite numbers.")
+    return _Arrays((x, y), batch)

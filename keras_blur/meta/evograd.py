@@ -1,0 +1,136 @@
+"""EvoGrad: the gradient of hyperparameters by a small population of perturbed weights, with first derivatives only.
+
+Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal, Yang, Hospedales, NeurIPS
+2021, arXiv 2106.10575). In the place of a step of SGD stands a step of evolution: candidates around the weights are weighed
+by a softmax of their training losses, and merged. That weighing is a function of the losses, not of their gradients, so the
+way from the meta loss back to the outer parameters needs no second derivative:
+
+    theta_k = theta + sigma eps_k,   w = softmax(-[l_1 .. l_K] / tau),  l_k = L_train(theta_k, lambda),
+    theta* = sum_k w_k theta_k,      d L_meta(theta*) / d lambda = sum_k < v, sigma eps_k > dw_k / d lambda,
+
+with v = grad L_meta(theta*).
+
+The weights sum to one, so merging candidates is merging perturbations around theta. The right side is computed as it stands:
+one forward and backward pass of the meta loss, K of the training loss. For a small sigma the merged weights move, on
+average, by -sigma^2 (K - 1) / (K tau) times the training gradient: an estimate is a noisy and tiny multiple of the exact
+gradient through one step. So the outer optimizer should be one that does not depend on scale, such as Adam.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+from keras_blur.meta.estimator import check_count
+from keras_blur.meta.hypergradient import (
+    Array,
+    Bilevel,
+    Hypergradient,
+    HypergradientEstimator,
+    Outer,
+    Weights,
+    check_positive,
+    gradient,
+    judged,
+)
+
+NOISES = ("rademacher", "normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvoGrad(HypergradientEstimator):
+    """The gradient through a step of evolution.
+
+    Args:
+        population: number K of candidates. Of one, the gradient is exactly 0.
+        sigma: size of a perturbation.
+        temperature: of the softmax over their losses, tau.
+        noise: `"rademacher"`, signs, as in the source's networks, or `"normal"`.
+        scope: names of the layers whose weights are perturbed; `None` for all.
+
+    Example:
+
+    >>> EvoGrad(population=10, sigma=1.0, temperature=0.5, noise="normal").population
+    10
+    """
+
+    population: int = 2
+    sigma: float = 1e-3
+    temperature: float = 0.05
+    noise: str = "rademacher"
+    scope: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("population", self.population)
+        check_positive("sigma", self.sigma)
+        check_positive("temperature", self.temperature)
+        if self.noise not in NOISES:
+            raise ValueError(f"`noise` must be one of {', '.join(map(repr, NOISES))}. Received: noise={self.noise!r}")
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        return ("candidates",)
+
+    def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
+        if self.scope is not None:
+            named(dict.fromkeys(layers, ()), self.scope, "scope")  # raises where one is unknown
+        return {}
+
+    def estimate(
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
+    ) -> tuple[Hypergradient, dict[str, Array]]:
+        names = list(weights) if self.scope is None else named(problem.layers, self.scope, "scope")
+        noise = [
+            {
+                name: tf.cast(self._drawn(random.fold_in(seed, k, place), tuple(weights[name].shape)), weights[name].dtype)
+                for place, name in enumerate(names)
+            }
+            for k in range(self.population)
+        ]
+
+        def losses(values: Outer) -> Array:
+            moved = [{name: weights[name] + self.sigma * eps[name] for name in names} for eps in noise]
+            return tf.stack([problem.train(values, {**weights, **candidate}) for candidate in moved])
+
+        watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
+        with tf.GradientTape() as tape:
+            tape.watch(watched)
+            own_losses = losses(watched)
+        weighing = tf.nn.softmax(-problem.mean(own_losses) / self.temperature)
+        merged = {
+            name: weights[name]
+            + self.sigma * tf.add_n([share * eps[name] for share, eps in zip(tf.unstack(weighing), noise, strict=True)])
+            for name in names
+        }
+        loss, slope = judged(problem, {**weights, **merged}, names)
+        gains = self.sigma * tf.stack([tf.add_n([tf.reduce_sum(slope[n] * eps[n]) for n in names]) for eps in noise])
+        _, found = gradient(  # of sum_k gains_k softmax_k by the losses: K numbers
+            lambda values: tf.reduce_sum(gains * tf.nn.softmax(-values["losses"] / self.temperature)),
+            {"losses": problem.mean(own_losses)},
+        )
+        gradients = tape.gradient(own_losses, watched, output_gradients=found["losses"], unconnected_gradients="zero")
+        effective = 1.0 / tf.reduce_sum(tf.square(weighing))  # K if all weigh the same, 1 if one takes all
+        return Hypergradient(problem.mean(gradients), loss, {"candidates": effective}), {}
+
+    def _drawn(self, seed: Array, shape: tuple[int, ...]) -> Array:
+        if self.noise == "normal":
+            return random.normal(seed, shape)
+        return 2.0 * tf.cast(random.integers(seed, shape, 2), tf.float32) - 1.0
+
+
+def named(layers: Mapping[str, tuple[str, ...]], chosen: tuple[str, ...], argument: str) -> list[str]:
+    """Names of the weights of some layers, in the order of the model.
+
+    Raises:
+        ValueError: if one of the layers does not exist.
+    """
+    unknown = [name for name in chosen if name not in layers]
+    if unknown or not chosen:
+        raise ValueError(
+            f"`{argument}` must be names of layers with weights, some of {', '.join(layers)}. Received: {chosen}"
+        )
+    return [name for layer, names in layers.items() if layer in chosen for name in names]

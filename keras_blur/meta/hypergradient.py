@@ -1,0 +1,231 @@
+"""Gradients of hyperparameters through one step of a model's training: exact, and by differences.
+
+Source: the one-step virtual update of "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting" (Shu et al.,
+NeurIPS 2019), whose equations "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021) builds on;
+the difference quotient is that of "DARTS: Differentiable Architecture Search" (Liu et al., ICLR 2019), equation 8.
+
+A model with weights w learns from a training loss that has outer parameters lambda (weights of examples, the strength of an
+augmentation, any hyperparameter). What is wanted is lambda for which the model does well by another loss, on other data, the
+meta data. One step of SGD stands for all of training:
+
+    w^ = w - alpha grad_w L_train(w, lambda),   d L_meta(w^) / d lambda = -alpha grad_lambda < grad_w L_train(w, lambda), v >
+
+with v = grad L_meta(w^). Only this product with v is needed, never the matrix of mixed derivatives, and neither w^ nor v
+needs a tape that is differentiated again: so the second derivative is one backward pass through one gradient, whatever the
+size of lambda.
+
+Every estimator here is a function of arrays. A *virtual* pass is one whose running statistics and random states are thrown
+away; all passes of a step see the same batch and the same masks of dropout.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+Array = Any
+Outer = Mapping[str, Array]
+Weights = Mapping[str, Array]
+
+
+class Bilevel(NamedTuple):
+    """What is to be differentiated, with the batches of a step in it.
+
+    Attributes:
+        train: from outer parameters and weights to the training loss, a scalar.
+        judge: from weights to the loss on the meta batch, a scalar.
+        layers: names of the layers with weights, from first to last, and the names of their weights.
+        mean: of a nest, over replicas; each has its own part of the batches.
+    """
+
+    train: Callable[[Outer, Weights], Array]
+    judge: Callable[[Weights], Array]
+    layers: Mapping[str, tuple[str, ...]]
+    mean: Callable[[Any], Any] = lambda values: values
+
+
+class Hypergradient(NamedTuple):
+    """An estimate of the outer gradient.
+
+    Attributes:
+        gradients: by name, as the outer parameters.
+        loss: the meta loss at the weights where it was taken, a scalar.
+        logs: further scalars, by the names in the estimator's `logged`.
+    """
+
+    gradients: dict[str, Array]
+    loss: Array
+    logs: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientEstimator(abc.ABC):
+    """How the gradient of the outer parameters is found in a step of `BilevelTrainer`."""
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of what `logs` of an estimate has."""
+        return ()
+
+    def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
+        """Numbers that the estimator itself learns, by name, where it starts; of most, none.
+
+        Args:
+            layers: names of the model's layers with weights, and the shapes of these.
+
+        Raises:
+            ValueError: if the estimator names a layer that is not there.
+        """
+        del layers
+        return {}
+
+    def optimizer(self) -> keras.optimizers.Optimizer | None:
+        """What changes the numbers of `parameters`, if there are any."""
+        return None
+
+    @abc.abstractmethod
+    def estimate(
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
+    ) -> tuple[Hypergradient, dict[str, Array]]:
+        """The outer gradient.
+
+        Args:
+            problem: what is differentiated.
+            outer: outer parameters by name.
+            weights: the model's weights by name.
+            rate: learning rate of the virtual step, a scalar.
+            seed: of noise.
+            own: the numbers of `parameters`.
+
+        Returns:
+            The estimate, and the gradients of `own`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(HypergradientEstimator):
+    """The exact gradient through one virtual step of SGD.
+
+    Args:
+        rate: its learning rate; `None` takes that of the model's optimizer at the time, so that a schedule of the one is a
+            schedule of the other.
+
+    Example:
+
+    >>> OneStep(rate=0.1).rate
+    0.1
+    """
+
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("rate", self.rate, allow_none=True)
+
+    def estimate(
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
+    ) -> tuple[Hypergradient, dict[str, Array]]:
+        del seed
+        alpha = rate_of(self.rate, rate)
+        ahead = virtual_step(problem, outer, weights, alpha)
+        loss, slope = judged(problem, ahead, list(weights))
+        return Hypergradient(mixed(problem, outer, weights, slope, alpha), loss, {}), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference(HypergradientEstimator):
+    """The gradient through one virtual step of SGD, its mixed derivative by a central difference: no second derivatives.
+
+    Args:
+        rate: as of `OneStep`.
+        width: length of the step in weights, from one side to the other, over the square root of their number. The
+            difference has an error of the order of its square; in float32 much smaller ones drown in rounding.
+
+    Example:
+
+    >>> FiniteDifference(width=1e-3).width
+    0.001
+    """
+
+    rate: float | None = None
+    width: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_positive("rate", self.rate, allow_none=True)
+        check_positive("width", self.width)
+
+    def estimate(
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
+    ) -> tuple[Hypergradient, dict[str, Array]]:
+        del seed
+        alpha = rate_of(self.rate, rate)
+        ahead = virtual_step(problem, outer, weights, alpha)
+        loss, slope = judged(problem, ahead, list(weights))
+        length = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(v)) for v in slope.values()]))
+        number = sum(math.prod(v.shape) for v in slope.values())
+        scale = 0.5 * self.width * math.sqrt(number) / tf.maximum(length, 1e-12)
+
+        def outer_gradient(sign: float) -> dict[str, Array]:
+            moved = {name: value + sign * scale * slope[name] for name, value in weights.items()}
+            return gradient(lambda values: problem.train(values, moved), outer)[1]
+
+        above, below = outer_gradient(1.0), outer_gradient(-1.0)
+        found = {name: -alpha * (above[name] - below[name]) / (2.0 * scale) for name in outer}
+        return Hypergradient(problem.mean(found), loss, {}), {}
+
+
+def virtual_step(problem: Bilevel, outer: Outer, weights: Weights, alpha: Array) -> dict[str, Array]:
+    """Weights after a step of SGD that is not taken."""
+    slope = problem.mean(gradient(lambda values: problem.train(outer, values), weights)[1])
+    return {name: value - alpha * slope[name] for name, value in weights.items()}
+
+
+def judged(problem: Bilevel, weights: Weights, names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+    """The meta loss at some weights, and its gradient by those that are named: no further down than the lowest of them."""
+    held = {name: value for name, value in weights.items() if name not in names}
+    chosen = {name: weights[name] for name in names}
+    return problem.mean(gradient(lambda values: problem.judge({**held, **values}), chosen))
+
+
+def mixed(problem: Bilevel, outer: Outer, weights: Weights, slope: Weights, alpha: Array) -> dict[str, Array]:
+    """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has; the others are not differentiated."""
+    held = {name: value for name, value in weights.items() if name not in slope}
+    chosen = {name: tf.convert_to_tensor(weights[name]) for name in slope}
+    watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
+    with tf.GradientTape() as above:
+        above.watch(watched)
+        with tf.GradientTape() as tape:
+            tape.watch(chosen)
+            loss = problem.train(watched, {**held, **chosen})
+        first = tape.gradient(loss, chosen, unconnected_gradients="zero")
+    upstream = {name: -alpha * value for name, value in slope.items()}
+    second = above.gradient(first, watched, output_gradients=upstream, unconnected_gradients="zero")
+    return problem.mean(second)
+
+
+def gradient(function: Callable[[Any], Array], values: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """A function's value, and its gradient by a dictionary of arrays."""
+    values = {name: tf.convert_to_tensor(value) for name, value in values.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = function(values)
+    return result, tape.gradient(result, values, unconnected_gradients="zero")
+
+
+def rate_of(given: float | None, rate: Array) -> Array:
+    """The learning rate of a virtual step: the one that was given, or that of the model's optimizer."""
+    return rate if given is None else tf.constant(given, rate.dtype)
+
+
+def check_positive(name: str, value: Any, allow_none: bool = False) -> None:
+    """Raises a `ValueError` if an argument is not a positive finite number."""
+    if value is None and allow_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")

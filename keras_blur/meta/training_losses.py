@@ -1,0 +1,239 @@
+"""Training losses with outer parameters of their own: what `BilevelTrainer` learns beside a model.
+
+Sources: weights of examples by a function of their loss, "Meta-Weight-Net" (Shu et al., NeurIPS 2019), as "Faster Meta
+Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021) takes it; a learned rotation of training images,
+"EvoGrad" (Bohdal et al., NeurIPS 2021).
+
+Each is a Keras model whose trainable weights are the outer parameters, and a function `training_loss` that is written as any
+Keras code: the trainer calls it in a scope in which variables have the values that an estimator wants them to have. A new
+one is a subclass with that one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_blur.distribution import share, total
+from keras_blur.meta.estimator import check_count
+
+Array = Any
+Losses = Callable[[Array, Array], Array]
+
+
+class TrainingLoss(keras.Model):
+    """A training loss with outer parameters, which are this model's trainable weights."""
+
+    def __init__(self, name: str | None = None):
+        super().__init__(name=name)
+        self.built = True
+
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+        """The loss of a batch.
+
+        Args:
+            model: the model that learns; call it with `training=True`.
+            x, y: the batch.
+            losses: from labels and predictions to the loss of each example, `[batch]`.
+
+        Returns:
+            A scalar.
+        """
+        return ops.mean(losses(y, model(x, training=True)))
+
+    def read(self) -> dict[str, Array]:
+        """Scalars to log, of the outer parameters as they are."""
+        return {}
+
+    def call(self, inputs: Array) -> Array:
+        return inputs
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class SampleWeightNet(TrainingLoss):
+    """A small network from the loss of an example to its weight, from 0 to 1: Meta-Weight-Net.
+
+    The loss is held, so that a model cannot learn to be judged. Weights are divided by their sum in the batch: that leaves
+    the scale of this network free, so that a large outer learning rate drives all weights to 1 and the method away.
+
+    Args:
+        hidden: units of the hidden layer.
+        seed: of its initial weights.
+
+    Example:
+
+    >>> net = SampleWeightNet(hidden=20)
+    >>> net(np.array([0.1, 2.0], "float32")).shape
+    TensorShape([2])
+    """
+
+    def __init__(self, hidden: int = 100, seed: int = 0, name: str | None = None):
+        check_count("hidden", hidden)
+        super().__init__(name=name)
+        self.hidden, self.seed = hidden, seed
+        self.first = keras.layers.Dense(hidden, "relu", kernel_initializer=keras.initializers.HeNormal(seed))
+        self.second = keras.layers.Dense(1, "sigmoid", kernel_initializer=keras.initializers.GlorotUniform(seed + 1))
+        self.first.build((None, 1))
+        self.second.build((None, hidden))
+
+    def call(self, inputs: Array) -> Array:
+        """Weights `[batch]` of losses `[batch]`."""
+        return self.second(self.first(ops.expand_dims(inputs, -1)))[:, 0]
+
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+        each = losses(y, model(x, training=True))
+        weights = self(ops.stop_gradient(each))
+        # Over replicas the sum is that of the whole batch, and has a derivative; each has its part of a mean.
+        replicas = share().count
+        whole = total([ops.sum(weights)])[0] if replicas > 1 else ops.sum(weights)
+        return replicas * ops.sum(weights * each) / ops.maximum(whole, 1e-8)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "seed": self.seed, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class LearnedRotation(TrainingLoss):
+    """Training images rotated by one learned angle.
+
+    Args:
+        degrees: the angle at the start, counterclockwise.
+
+    Example:
+
+    >>> turn = LearnedRotation(90.0)
+    >>> turn(np.eye(3, dtype="float32")[None, :, :, None])[0, :, :, 0].numpy().round(3).tolist()
+    [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, degrees: float = 0.0, name: str | None = None):
+        super().__init__(name=name)
+        self.degrees = degrees
+        start = keras.initializers.Constant(math.radians(degrees))
+        self.angle = self.add_weight(name="angle", shape=(), initializer=start)
+
+    def call(self, inputs: Array) -> Array:
+        """Images `[batch, height, width, channels]`, rotated around their middle; what comes from outside is 0."""
+        return rotated(inputs, self.angle)
+
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+        return ops.mean(losses(y, model(self(x), training=True)))
+
+    def read(self) -> dict[str, Array]:
+        return {"degrees": ops.convert_to_tensor(self.angle) * (180.0 / math.pi)}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"degrees": self.degrees, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+class Hyperparameters(TrainingLoss):
+    """Scalars of a training loss: those that are given are learned, from there on.
+
+    Args:
+        weight_decay: factor of half the sum of squares of the model's kernels, above 0.
+        label_smoothing: share of a label that is spread evenly over all classes, between 0 and 1; labels are integers.
+        class_weights: number of classes; the weight of each is learned, 1 at first, and 1 on average.
+
+    Raises:
+        ValueError: if none is given, or one is out of range.
+
+    Example:
+
+    >>> {name: round(float(value), 4) for name, value in Hyperparameters(weight_decay=1e-3).read().items()}
+    {'weight_decay': 0.001}
+    """
+
+    def __init__(
+        self,
+        weight_decay: float | None = None,
+        label_smoothing: float | None = None,
+        class_weights: int | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        if weight_decay is None and label_smoothing is None and class_weights is None:
+            raise ValueError("One of `weight_decay`, `label_smoothing` and `class_weights` must be given. Received none.")
+        if weight_decay is not None and not 0 < weight_decay < math.inf:
+            raise ValueError(f"`weight_decay` must be above 0, as its logarithm is learned. Received: {weight_decay!r}")
+        if label_smoothing is not None and not 0 < label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be between 0 and 1. Received: label_smoothing={label_smoothing!r}")
+        if class_weights is not None:
+            check_count("class_weights", class_weights)
+        self.given = {"weight_decay": weight_decay, "label_smoothing": label_smoothing, "class_weights": class_weights}
+        if weight_decay is not None:
+            start = keras.initializers.Constant(math.log(weight_decay))
+            self.log_decay = self.add_weight(name="log_decay", shape=(), initializer=start)
+        if label_smoothing is not None:
+            start = keras.initializers.Constant(math.log(label_smoothing / (1.0 - label_smoothing)))
+            self.smoothing_logit = self.add_weight(name="smoothing_logit", shape=(), initializer=start)
+        if class_weights is not None:
+            self.class_logits = self.add_weight(name="class_logits", shape=(class_weights,), initializer="zeros")
+
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+        prediction = model(x, training=True)
+        each = losses(y, prediction)
+        if self.given["label_smoothing"] is not None:
+            spread = ops.sigmoid(self.smoothing_logit)
+            classes = range(prediction.shape[-1])
+            even = sum(losses(ops.full_like(y, c), prediction) for c in classes) / len(classes)
+            each = (1.0 - spread) * each + spread * even
+        if self.given["class_weights"] is not None:
+            each = each * ops.take(self._weights_of_classes(), ops.cast(y, "int32"))
+        loss = ops.mean(each)
+        if self.given["weight_decay"] is not None:
+            kernels = [v for v in model.trainable_variables if len(v.shape) > 1]
+            loss = loss + 0.5 * ops.exp(self.log_decay) * sum(ops.sum(ops.square(v)) for v in kernels)
+        return loss
+
+    def _weights_of_classes(self) -> Array:
+        return self.given["class_weights"] * ops.softmax(self.class_logits)
+
+    def read(self) -> dict[str, Array]:
+        found = {}
+        if self.given["weight_decay"] is not None:
+            found["weight_decay"] = ops.exp(self.log_decay)
+        if self.given["label_smoothing"] is not None:
+            found["label_smoothing"] = ops.sigmoid(self.smoothing_logit)
+        if self.given["class_weights"] is not None:
+            found["largest_class_weight"] = ops.max(self._weights_of_classes())
+        return found
+
+    def get_config(self) -> dict[str, Any]:
+        return {**self.given, "name": self.name}
+
+
+def rotated(images: Array, angle: Array) -> Array:
+    """Images turned counterclockwise around their middle, with bilinear interpolation: differentiable in the angle.
+
+    Args:
+        images: `[batch, height, width, channels]` float numbers.
+        angle: in radians, a scalar.
+
+    Returns:
+        As `images`; 0 where a pixel comes from outside.
+    """
+    height, width = images.shape[1:3]
+    rows, columns = np.meshgrid(np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij")
+    angle = ops.cast(angle, images.dtype)
+    cosine, sine = ops.cos(angle), ops.sin(angle)
+    rows, columns = (ops.convert_to_tensor(one.reshape(-1), images.dtype) for one in (rows, columns))
+    # Where each pixel comes from: rows run downwards, so a counterclockwise turn has the sine with this sign.
+    row = cosine * rows + sine * columns + (height - 1) / 2
+    column = cosine * columns - sine * rows + (width - 1) / 2
+    flat = ops.reshape(images, (-1, height * width, images.shape[3]))
+    top, left = ops.stop_gradient(ops.floor(row)), ops.stop_gradient(ops.floor(column))
+    result = ops.zeros_like(flat)
+    for down in (0.0, 1.0):
+        for right in (0.0, 1.0):
+            r, c = top + down, left + right
+            inside = (r >= 0) & (r <= height - 1) & (c >= 0) & (c <= width - 1)
+            part = (1.0 - ops.abs(row - r)) * (1.0 - ops.abs(column - c)) * ops.cast(inside, images.dtype)
+            place = ops.clip(r, 0, height - 1) * width + ops.clip(c, 0, width - 1)
+            result = result + part[None, :, None] * ops.take(flat, ops.cast(place, "int32"), axis=1)
+    return ops.reshape(result, (-1, height, width, images.shape[3]))
