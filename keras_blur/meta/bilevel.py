@@ -266,13 +266,15 @@ class BilevelTrainer(OuterLoop):
             self._programs[turn] = tf.function(meta_step, autograph=False, reduce_retracing=False)
         return self._programs[turn]
 
-    def _step(self, seed: Array, train: Any, judge: Any = None) -> dict[str, tuple[Array, Array]]:
-        """A replica's program."""
+    def _step(self, seed: Array, train: Any, *judge: Any) -> dict[str, tuple[Array, Array]]:
+        """A replica's program; without a meta batch the outer parameters stay as they are."""
         found: dict[str, Array] = {}
-        parts = [lambda: found.update(self._change_outer(seed, train, judge)) if judge is not None else None,
-                 lambda: found.update(self._change_model(train))]  # fmt: skip
-        for part in parts if self.first == "meta" else reversed(parts):
-            part()
+        if self.first == "model":
+            found |= self._change_model(train)
+        for batch in judge:
+            found |= self._change_outer(seed, train, batch)
+        if self.first == "meta":
+            found |= self._change_model(train)
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
         one = tf.ones(())

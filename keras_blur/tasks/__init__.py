@@ -14,6 +14,7 @@ from keras_blur.tasks.episodes import episodes
 from keras_blur.tasks.functions import functions
 from keras_blur.tasks.images import images
 from keras_blur.tasks.mixture import Mixture, mixture
+from keras_blur.tasks.noise import noisy_labels
 from keras_blur.tasks.remember import remember
 from keras_blur.tasks.synthetic import classes, pose, sines
 
@@ -32,6 +33,7 @@ __all__ = [
     "functions",
     "images",
     "mixture",
+    "noisy_labels",
     "pose",
     "remember",
     "sines",

@@ -1,0 +1,46 @@
+"""Labels with mistakes in them, for learning that is to stand them.
+
+Source: the noise models of "Meta-Weight-Net" (Shu et al., NeurIPS 2019), section 4: uniform (symmetric) noise draws a label
+anew among all classes, the true one included; flips replace it by that of the next class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+KINDS = ("uniform", "flip")
+
+
+def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform", seed: int = 0) -> np.ndarray:
+    """Labels of which a share is wrong.
+
+    Args:
+        y: integer labels `[n]` from 0 to `classes - 1`.
+        classes: number of classes.
+        share: probability that a label is drawn anew (`"uniform"`: among all classes, so that a tenth of these of ten stay
+            right) or replaced by the next class (`"flip"`).
+        kind: `"uniform"` or `"flip"`.
+        seed: of the mistakes.
+
+    Returns:
+        Labels `[n]`, of the dtype of `y`.
+
+    Raises:
+        ValueError: if a label or an argument is out of range.
+
+    Example:
+
+    >>> noisy_labels(np.zeros(5, int), 3, 1.0, "flip").tolist()
+    [1, 1, 1, 1, 1]
+    """
+    y = np.asarray(y)
+    if y.dtype.kind not in "iu" or y.ndim != 1 or (y.size and (y.min() < 0 or y.max() >= classes)):
+        raise ValueError(f"`y` must be integer labels [n] from 0 to {classes - 1}. Received: {y!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"`share` must be from 0 to 1. Received: share={share!r}")
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={kind!r}")
+    rng = np.random.default_rng(seed)
+    chosen = rng.random(len(y)) < share
+    drawn = rng.integers(0, classes, len(y))
+    return np.where(chosen, drawn if kind == "uniform" else (y + 1) % classes, y).astype(y.dtype)
