@@ -83,8 +83,8 @@ or those that a sampler picks; EvoGrad no second derivative. Cross-entropy gives
 ARMS = {
     "cross-entropy": None,
     "Meta-Weight-Net": meta.OneStep(),
-    "FaMUS, last two layers": meta.LayerwiseMetaGradient("last:2"),
-    "FaMUS, sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
+    "FaMUS cut": meta.LayerwiseMetaGradient("last:2"),
+    "FaMUS sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
     "EvoGrad": meta.EvoGrad(),
 }
 
