@@ -45,7 +45,8 @@ def network(name: str) -> tuple[keras.Model, type[meta.TrainingLoss], int]:
     if name == "deep":
         layers = [keras.Input((32,)), *(dense(256, "relu") for _ in range(8)), dense(10)]
         return keras.Sequential(layers), meta.SampleWeightNet, 100
-    layers = [keras.Input((28, 28, 1)), conv(6, 5, padding="same", activation="relu"), pool(2), conv(16, 5, activation="relu"),
+    first = conv(6, 5, padding="same", activation="relu")
+    layers = [keras.Input((28, 28, 1)), first, pool(2), conv(16, 5, activation="relu"),
               pool(2), keras.layers.Flatten(), dense(120, "relu"), dense(84, "relu"), dense(10)]  # fmt: skip
     return keras.Sequential(layers), meta.LearnedRotation, 128
 

@@ -2,8 +2,8 @@
 
 Logical devices and workers must be set up before TensorFlow starts, so that tests cannot do this in their own process.
 
-The JSON gives `what` ("meta" or "fit"), `case`, and how it is run: `replicas` (0 for no strategy, 1 for a OneDeviceStrategy,
-more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For
+The JSON gives `what` ("meta", "fit", "bilevel"), `case`, and how it is run: `replicas` (0 for no strategy, 1 for a
+OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For
 "meta" also `epochs`, `checkpoint`, and `pause`, seconds to sleep after each epoch.
 """
 
@@ -102,6 +102,24 @@ def network():
     return model
 
 
+BILEVEL = {
+    "one step": lambda: meta.OneStep(rate=0.1),
+    "difference": lambda: meta.FiniteDifference(rate=0.1),
+    "cut": lambda: meta.LayerwiseMetaGradient("last:1", rate=0.1),
+    "evograd": lambda: meta.EvoGrad(3, sigma=0.1),
+}
+
+
+def reweighted():
+    """A network that learns with weights of examples."""
+    first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
+    chain = [keras.layers.Dense(16, "tanh", kernel_initializer=first), keras.layers.Dense(10, kernel_initializer=second)]
+    model = keras.Sequential([keras.Input((64,)), *chain])
+    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), BILEVEL[asked["case"]]())
+    made.compile(keras.optimizers.SGD(0.5, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9), LOSS)
+    return made
+
+
 def copies(variable):
     """A variable's value on each replica of this process."""
     value = variable.value
@@ -115,6 +133,11 @@ def main():
         if asked["what"] == "meta":
             model, options = trainer(), {"epochs": asked.get("epochs", 2), "steps_per_epoch": 2}
             options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [Pause()]}
+        elif asked["what"] == "bilevel":
+            digits = load_digits()
+            x, y = (digits.data / 16).astype("float32"), digits.target
+            model, options = reweighted(), {"x": x[:160], "y": y[:160], "meta_data": (x[160:], y[160:]), "batch_size": 32}
+            options["epochs"] = 2
         else:
             model, options = network(), {"batch_size": 32, "epochs": 2, "shuffle": False, **data()}
     history = model.fit(**options, verbose=0).history
@@ -122,7 +145,7 @@ def main():
         "values": np.concatenate([np.ravel(copies(v)[0]).astype("float64") for v in model.weights]).tolist(),
         "apart": [v.path for v in model.weights if any((one != copies(v)[0]).any() for one in copies(v)[1:])],
         "history": {name: [float(value) for value in column] for name, column in history.items()},
-        "predicted": [] if asked["what"] == "meta" else model.predict(options["x"][:20], verbose=0).tolist(),
+        "predicted": [] if asked["what"] != "fit" else model.predict(options["x"][:20], verbose=0).tolist(),
     }
     print(json.dumps(found))
 

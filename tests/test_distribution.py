@@ -109,6 +109,14 @@ def test_fit_does_not_depend_on_the_number_of_replicas(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["one step", "difference", "cut", "evograd"])
+def test_bilevel_training_does_not_depend_on_the_number_of_replicas(case):
+    alone = run(what="bilevel", case=case, replicas=0)
+    for count in (2, 4) if case == "one step" else (2,):
+        assert_same(run(what="bilevel", case=case, replicas=count), alone, 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "what", "case"), [(2, "meta", "pes"), (4, "meta", "unroll"), (2, "fit", "errors")])
 def test_several_machines_train_as_one_device_does(workers, what, case):
     alone = run(what=what, case=case, replicas=0)

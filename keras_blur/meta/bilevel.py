@@ -118,6 +118,11 @@ class BilevelTrainer(OuterLoop):
         learnt = estimator.parameters(shapes)
         if learnt and self.runner.replicas > 1:
             raise ValueError("`estimator` must have no sampler on several replicas: its branches cannot add up over them.")
+        saved = {id(variable) for variable in model.weights}
+        self._seeds = [
+            v for v in model.non_trainable_variables if id(v) not in saved
+        ]  # of dropout: Keras does not save them
+        self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
         self._own = {name: self.counter(name, value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
@@ -233,6 +238,8 @@ class BilevelTrainer(OuterLoop):
 
     def rewind(self) -> None:
         self._streams: list[Any] = [None, None]
+        for variable, kept in zip(self._seeds, self._kept_seeds, strict=True):
+            variable.assign(kept.value)
 
     def _next(self, which: int, done: int) -> Any:
         if self._streams[which] is None:
@@ -255,7 +262,8 @@ class BilevelTrainer(OuterLoop):
 
     def _program(self, turn: bool) -> Any:
         if turn not in self._programs:
-            inner = compiled(self._step, jit_compile=self.jit_step)
+            # Nothing that adds up over replicas may stand in a function of its own.
+            inner = compiled(self._step, jit_compile=self.jit_step) if self.runner.replicas == 1 else self._step
 
             def step(seed: Array, *batches: Any) -> dict[str, Array]:
                 return self.count_step(inner(seed, *batches))
@@ -296,6 +304,8 @@ class BilevelTrainer(OuterLoop):
         self._apply(self.optimizer, slope, self._trained)
         for variable, value in zip(self._buffers(), kept[0], strict=True):
             variable.assign(mean(value) if value.dtype.is_floating else value)
+        for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
+            kept_seed.assign(variable.value)
         return {"loss": loss}
 
     def _change_outer(self, seed: Array, batch: Any, judge: Any) -> dict[str, Array]:
@@ -415,9 +425,7 @@ def _source(name: str, data: Any, batch: int, replicas: int) -> _Arrays | _Batch
     if batch % replicas:
         raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
     if len(x) != len(y) or len(x) < batch:
-        raise ValueError(
-            f"`{name}` must be as many inputs as labels, at least a batch of {batch}. Received: {len(x)}, {len(y)}"
-        )
+        raise ValueError(f"`{name}` must be pairs of inputs and labels, at least {batch}. Received: {len(x)} and {len(y)}")
     x = x.astype("float32") if x.dtype.kind == "f" else x
     for values in (x, y):
         if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -59,11 +59,13 @@ class SampleWeightNet(TrainingLoss):
     """A small network from the loss of an example to its weight, from 0 to 1: Meta-Weight-Net.
 
     The loss is held, so that a model cannot learn to be judged. Weights are divided by their sum in the batch: that leaves
-    the scale of this network free, so that a large outer learning rate drives all weights to 1 and the method away.
+    the scale of this network free, so that a large outer learning rate drives all weights to 1 and the method away. At first
+    all weights are 1/2, which is the plain mean: begun from random numbers, half of the networks would prefer large losses,
+    and some would be saturated before the meta data could tell.
 
     Args:
         hidden: units of the hidden layer.
-        seed: of its initial weights.
+        seed: of the initial weights of its hidden layer.
 
     Example:
 
@@ -77,7 +79,7 @@ class SampleWeightNet(TrainingLoss):
         super().__init__(name=name)
         self.hidden, self.seed = hidden, seed
         self.first = keras.layers.Dense(hidden, "relu", kernel_initializer=keras.initializers.HeNormal(seed))
-        self.second = keras.layers.Dense(1, "sigmoid", kernel_initializer=keras.initializers.GlorotUniform(seed + 1))
+        self.second = keras.layers.Dense(1, "sigmoid", kernel_initializer="zeros")
         self.first.build((None, 1))
         self.second.build((None, hidden))
 

@@ -1,0 +1,302 @@
+"""Outer parameters learned inside one training run: it learns, it resumes, it touches nothing that it should not."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_blur import meta, random, tasks
+from keras_blur.meta.training_losses import rotated
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def blobs(count, seed, noise=0.0):
+    """Six classes around a circle."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 6, count)
+    angle = truth * (math.pi / 3)
+    x = np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.12 * rng.standard_normal((count, 2))
+    return x.astype("float32"), truth, tasks.noisy_labels(truth, 6, noise, seed=seed)
+
+
+def network(seed=0, *, extras=False):
+    first, second = (keras.initializers.GlorotUniform(10 * seed + number) for number in (1, 2))
+    between = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.2, seed=1)] if extras else []
+    return keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(32, "relu", kernel_initializer=first), *between,
+         keras.layers.Dense(6, kernel_initializer=second)]
+    )  # fmt: skip
+
+
+def trainer(estimator=None, *, extras=False, rate=1e-2, meta_rate=3e-3, seed=0, jit_compile=False, **options):
+    made = meta.BilevelTrainer(network(extras=extras), meta.SampleWeightNet(20), estimator, seed=seed, **options)
+    made.compile(keras.optimizers.Adam(rate), keras.optimizers.Adam(meta_rate), LOSS, ["accuracy"], jit_compile=jit_compile)
+    return made
+
+
+def state(made):
+    return [np.array(v.value) for v in [*made.weights, *made.optimizer.variables, *made.meta_optimizer.variables]]
+
+
+def assert_equal(one, other):
+    for first, second in zip(state(one), state(other), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+ESTIMATORS = {
+    "one step": meta.OneStep(rate=0.1),
+    "difference": meta.FiniteDifference(rate=0.1),
+    "evograd": meta.EvoGrad(4, sigma=0.05),
+    "cut": meta.LayerwiseMetaGradient("last:1", rate=0.1),
+    "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1), rate=0.1),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_wrong_labels_come_to_weigh_less(name):
+    x, truth, y = blobs(600, 0, noise=0.6)
+    clean = blobs(100, 1)[:2]
+    made = trainer(ESTIMATORS[name], jit_compile=True, meta_rate=1e-2)
+    history = made.fit(x, y, meta_data=clean, batch_size=50, epochs=20, verbose=0).history
+    assert set(history) == {"loss", "meta_loss", "skipped", *made.estimator.logged}
+    weights = made.learned(LOSS.call(y, made.predict(x, verbose=0))).numpy()
+    right = y == truth
+    assert weights[right].mean() > (1.05 if name == "evograd" else 1.3) * weights[~right].mean()
+    assert sum(history["skipped"]) == 0.0
+
+
+def test_compiled_is_uncompiled():
+    x, _, y = blobs(200, 0, noise=0.4)
+    runs = [trainer(jit_compile=jit) for jit in (False, True)]
+    for made in runs:
+        made.fit(x, y, meta_data=(x, y), batch_size=20, epochs=1, verbose=0)
+    for one, other in zip(*map(state, runs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_virtual_passes_leave_no_trace():
+    x, _, y = blobs(100, 0)
+    # With an outer rate of 0 only the model's own steps are left, and these must be those of Keras.
+    made, plain = trainer(extras=True, meta_rate=0.0), network(extras=True)
+    made._training_loss = meta.TrainingLoss().training_loss  # the plain mean
+    made.fit(x, y, meta_data=(x, y), batch_size=25, epochs=2, verbose=0)
+    plain.compile(keras.optimizers.Adam(1e-2), LOSS)
+    for step in range(8):  # the same batches
+        batch = next(iter(made._sources[0].stream(random.fold_in(random.seed_of(made.seed), 0), step, 0, 1)))
+        plain.train_on_batch(*batch)
+    for one, other in zip(made.model.weights, plain.weights, strict=True):
+        np.testing.assert_allclose(np.array(one.value), np.array(other.value), rtol=2e-5, atol=1e-6, err_msg=one.path)
+
+
+@pytest.mark.parametrize("first", ["meta", "model"])
+def test_resume_is_bit_for_bit(tmp_path, first):
+    x, _, y = blobs(100, 0, noise=0.3)
+    path = str(tmp_path / "run.weights.h5")
+    options = {"meta_data": (x[:40], y[:40]), "batch_size": 20, "meta_every": 2, "verbose": 0}
+    sampler = ESTIMATORS["sampler"]
+    unbroken, broken, resumed = (trainer(sampler, extras=True, first=first) for _ in range(3))
+    unbroken.fit(x, y, epochs=3, **options)
+    broken.fit(x, y, epochs=1, checkpoint=path, **options)
+    history = resumed.fit(x, y, epochs=3, checkpoint=path, **options)
+    assert history.epoch == [1, 2]
+    assert_equal(resumed, unbroken)
+    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
+        trainer().fit(x, y, epochs=3, checkpoint=path, **options)
+
+
+def test_outer_parameters_change_in_their_turn_alone():
+    x, _, y = blobs(100, 0)
+    made, seen = trainer(), []
+
+    class See(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(float(tf.reduce_sum(tf.abs(made.meta_model.first.kernel))))
+
+    made.fit(x, y, meta_data=(x, y), batch_size=10, meta_every=4, callbacks=[See()], verbose=0)
+    moved = np.flatnonzero(np.diff(seen)) + 1
+    assert moved.tolist() == [4, 8]
+
+
+def test_datasets_and_variables():
+    x, _, y = blobs(120, 0)
+    scale = keras.Variable(0.0, name="scale")
+    model = network()
+
+    def training_loss(model, x, y, losses):
+        return keras.ops.exp(scale) * keras.ops.mean(losses(y, model(x, training=True)))
+
+    made = meta.BilevelTrainer(model, [scale], meta.OneStep(), training_loss=training_loss)
+    made.compile(keras.optimizers.SGD(0.05), keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(40)
+    history = made.fit(data, meta_data=data, epochs=10, validation_data=data, verbose=0).history
+    assert float(made.learned["0_scale"]) > 0.1  # a larger step would have been better
+    assert history["val_accuracy"][-1] > history["val_accuracy"][0]
+    assert len(history["loss"]) == 10
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    x, _, y = blobs(40, 0)
+    scale = keras.Variable(0.0, name="scale")
+
+    def training_loss(model, x, y, losses):
+        return keras.ops.mean(losses(y, model(x, training=True))) + 0.0 * keras.ops.sqrt(scale) * model.weights[0][0, 0]
+
+    made = meta.BilevelTrainer(network(), [scale], training_loss=training_loss)
+    made.compile(keras.optimizers.SGD(0.0), keras.optimizers.Adam(1e-2), LOSS)
+    history = made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0).history
+    assert history["skipped"] == [1.0]
+    assert float(scale.numpy()) == 0.0
+
+
+def test_rotation_turns_counterclockwise_and_has_a_derivative():
+    image = np.zeros((1, 5, 5, 1), "float32")
+    image[0, 2, 4] = 1.0  # in the east
+    north = rotated(tf.constant(image), math.pi / 2).numpy()[0, :, :, 0]
+    assert north[0, 2] == pytest.approx(1.0, abs=1e-6)
+    assert north.sum() == pytest.approx(1.0, abs=1e-5)
+    images = tf.constant(np.random.default_rng(0).random((2, 7, 6, 3)))
+    weights = tf.constant(np.random.default_rng(1).random((2, 7, 6, 3)))
+    np.testing.assert_array_equal(rotated(images, 0.0), images)
+
+    def loss(angle):
+        return tf.reduce_sum(weights * rotated(images, angle))
+
+    angle = tf.constant(0.3, tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(angle)
+        value = loss(angle)
+    quotient = (float(loss(angle + 1e-6)) - float(loss(angle - 1e-6))) / 2e-6
+    assert float(tape.gradient(value, angle)) == pytest.approx(quotient, rel=1e-6)
+
+
+class Turn(meta.TrainingLoss):
+    """Points of the plane turned by a learned angle."""
+
+    def __init__(self):
+        super().__init__()
+        self.angle = self.add_weight(name="angle", shape=(), initializer="zeros")
+
+    def training_loss(self, model, x, y, losses):
+        cosine, sine = keras.ops.cos(self.angle), keras.ops.sin(self.angle)
+        turned = keras.ops.stack([cosine * x[:, 0] - sine * x[:, 1], sine * x[:, 0] + cosine * x[:, 1]], axis=1)
+        return keras.ops.mean(losses(y, model(turned, training=True)))
+
+    def read(self):
+        return {"degrees": keras.ops.convert_to_tensor(self.angle) * (180 / math.pi)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evograd", "one step"])
+def test_a_learned_rotation_of_blobs(name):
+    estimator = {"evograd": meta.EvoGrad(), "one step": meta.OneStep()}[name]
+    turn = math.radians(30.0)
+    matrix = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]], "float32")
+    for seed in range(3):
+        (x, y, _), (valid, valid_y, _), (test, test_y, _) = (blobs(2000, 10 * seed + part) for part in range(3))
+        made = meta.BilevelTrainer(network(seed), Turn(), estimator, first="model", seed=seed)
+        made.compile(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
+        plain = network(seed)
+        plain.compile(keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
+        plain.fit(x, y, batch_size=128, epochs=20, verbose=0)
+        assert plain.evaluate(test @ matrix, test_y, verbose=0)[1] <= 0.6
+        data = (valid @ matrix, valid_y)
+        history = made.fit(x, y, meta_data=data, batch_size=128, epochs=100, verbose=0).history
+        assert made.evaluate(test @ matrix, test_y, verbose=0, return_dict=True)["accuracy"] >= 0.95
+        assert 12 <= float(made.meta_model.read()["degrees"]) <= 40
+        assert history["degrees"][0] < history["degrees"][-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "sign"),
+    [({"weight_decay": 1e-2}, "weight_decay", -1), ({"label_smoothing": 0.3}, "label_smoothing", -1)],
+)
+def test_hyperparameters_that_hurt_shrink(options, name, sign):
+    x, _, y = blobs(300, 0)
+    model = network()
+    made = meta.BilevelTrainer(model, meta.Hyperparameters(**options), meta.OneStep(rate=0.1))
+    made.compile(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(3e-2), LOSS)
+    start = float(made.meta_model.read()[name])
+    history = made.fit(x, y, meta_data=blobs(300, 1)[:2], batch_size=50, epochs=20, verbose=0).history
+    assert sign * (float(made.meta_model.read()[name]) - start) > 0.1 * start
+    assert name in history
+
+
+def test_a_class_that_many_get_by_mistake_weighs_least():
+    x, truth, _ = blobs(1500, 0)
+    wrong = np.where(np.random.default_rng(0).random(len(truth)) < 0.4, 2, truth)
+    made = meta.BilevelTrainer(network(), meta.Hyperparameters(class_weights=6), meta.OneStep(rate=0.1))
+    made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(3e-2), LOSS)
+    made.fit(x, wrong, meta_data=blobs(600, 1)[:2], batch_size=100, epochs=5, verbose=0)
+    assert int(tf.argmin(made.meta_model.class_logits)) == 2
+
+
+@pytest.mark.parametrize(
+    "made",
+    [meta.SampleWeightNet(7, seed=3), meta.LearnedRotation(20.0), meta.Hyperparameters(weight_decay=0.1, class_weights=3)],
+)
+def test_what_was_learned_is_saved(tmp_path, made):
+    path = str(tmp_path / "learned.keras")
+    made.trainable_variables[0].assign(made.trainable_variables[0] + 0.25)
+    made.save(path)
+    again = keras.models.load_model(path)
+    assert type(again) is type(made)
+    for one, other in zip(again.weights, made.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_equal_losses_have_equal_weights_and_these_sum_to_one():
+    net = meta.SampleWeightNet(5)
+    assert net(np.array([0.1, 3.0], "float32")).numpy().tolist() == [0.5, 0.5]  # at first it is the plain mean
+    net.second.kernel.assign(np.linspace(-1, 1, 5)[:, None])
+    weights = net(np.array([1.0, 1.0, 3.0], "float32")).numpy()
+    assert weights[0] == weights[1] != weights[2]
+    x, _, y = blobs(10, 0)
+    model = network()
+    each = LOSS.call(y, model(x))
+    loss = net.training_loss(model, x, y, LOSS.call)
+    share = net(each) / tf.reduce_sum(net(each))
+    assert float(loss) == pytest.approx(float(tf.reduce_sum(share * each)), rel=1e-5)
+
+
+def test_noise_is_as_often_as_it_says():
+    y = np.arange(50000) % 10
+    assert np.mean(tasks.noisy_labels(y, 10, 0.6) == y) == pytest.approx(0.46, abs=0.01)
+    flipped = tasks.noisy_labels(y, 10, 0.4, "flip", seed=1)
+    assert set(np.unique((flipped - y) % 10)) == {0, 1}
+    assert np.mean(flipped != y) == pytest.approx(0.4, abs=0.01)
+    for options, message in (
+        ({"share": 1.5}, "`share` must be from 0 to 1"),
+        ({"share": 0.1, "kind": "x"}, "`kind` must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.noisy_labels(y, 10, **options)
+    with pytest.raises(ValueError, match="`y` must be integer labels"):
+        tasks.noisy_labels(y, 9, 0.1)
+
+
+X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: meta.BilevelTrainer(None, meta.SampleWeightNet()), "`model` must be a built Keras model"),
+        (lambda: trainer(first="last"), "`first` must be one of 'meta', 'model'"),
+        (lambda: trainer(meta.Unroll(3)), "`estimator` must be one of OneStep"),
+        (lambda: trainer(meta.EvoGrad(scope=("no",))), "`scope` must be names of layers with weights"),
+        (lambda: meta.BilevelTrainer(network(), [keras.Variable(1.0)]), "`meta_model` must be a TrainingLoss, or a list"),
+        (lambda: meta.BilevelTrainer(network(), meta.TrainingLoss()), "`meta_model` must have something to learn"),
+        (lambda: trainer().compile("sgd"), "`loss` must be given"),
+        (lambda: trainer().fit(X, Y, meta_data=X, batch_size=4), "`meta_data` must be a tf.data.Dataset or"),
+        (lambda: trainer().fit(X, Y, meta_data=(X, Y)), "`x` must be pairs of inputs and labels, at least 32. Received: 8"),
+        (lambda: trainer().fit(X + np.nan, Y, meta_data=(X, Y), batch_size=4), "`x` must be finite"),
+        (lambda: meta.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
+        (lambda: meta.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be between 0 and 1"),
+    ],
+)
+def test_a_wrong_argument_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

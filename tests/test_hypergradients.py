@@ -1,0 +1,324 @@
+"""Estimators of the hypergradient: against differences of the loss itself, against each other, and where they cannot go."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_blur import meta, random
+from keras_blur.meta.evograd import named
+from keras_blur.meta.hypergradient import Bilevel, mixed
+
+LAYERS = {"low": ("a", "b"), "middle": ("c",), "high": ("d",)}
+SEED, RATE = random.seed_of(3), 0.3
+
+
+@tf.custom_gradient
+def once(x):
+    """A hyperbolic tangent whose gradient cannot be differentiated."""
+    y = tf.tanh(x)
+
+    @tf.custom_gradient
+    def backward(upstream):
+        def refuse(*_):
+            raise RuntimeError("no second derivative")
+
+        return upstream * (1.0 - y * y), refuse
+
+    return y, lambda upstream: backward(upstream)
+
+
+def problem(dtype="float64", activation=tf.tanh):
+    """A network of three layers, a training loss with weights of examples and a scalar, and a meta loss."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return tf.constant(rng.standard_normal(shape), dtype)
+
+    x, y, meta_x, meta_y = draw(6, 3), draw(6, 2), draw(5, 3), draw(5, 2)
+    weights = {"a": draw(3, 4), "b": draw(4), "c": draw(4, 4), "d": draw(4, 2)}
+    outer = {"examples": draw(6), "scale": tf.constant(0.7, dtype)}
+
+    def predict(w, inputs):
+        hidden = activation(inputs @ w["a"] + w["b"])
+        return tf.tanh(hidden @ w["c"]) @ w["d"]
+
+    def train(outer, w):
+        each = tf.reduce_mean(tf.square(predict(w, x * outer["scale"]) - y), axis=-1)
+        return tf.reduce_mean(tf.sigmoid(outer["examples"]) * each)
+
+    def judge(w):
+        return tf.reduce_mean(tf.square(predict(w, meta_x) - meta_y))
+
+    return Bilevel(train, judge, LAYERS), outer, weights
+
+
+def estimate(estimator, found):
+    bilevel, outer, weights = found
+    own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
+    rate = tf.constant(RATE, weights["a"].dtype)
+    return estimator.estimate(bilevel, outer, weights, rate, SEED, own)[0]
+
+
+def flat(gradients):
+    return np.concatenate([np.ravel(gradients[name]) for name in sorted(gradients)])
+
+
+def difference(function, outer, name, index):
+    """The central difference of a function of outer parameters."""
+    results = []
+    for width in (1e-5, -1e-5):
+        moved = np.array(outer[name])
+        moved[index] += width
+        results.append(float(function({**outer, name: tf.constant(moved)})))
+    return (results[0] - results[1]) / 2e-5
+
+
+def after_a_step(bilevel, weights):
+    def function(outer):
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss = bilevel.train(outer, weights)
+        slope = tape.gradient(loss, weights)
+        return bilevel.judge({name: weights[name] - RATE * slope[name] for name in weights})
+
+    return function
+
+
+def test_one_step_is_the_derivative_of_the_loss_after_it():
+    bilevel, outer, weights = found = problem()
+    got, function = estimate(meta.OneStep(), found), after_a_step(bilevel, weights)
+    for name, index in (("examples", 0), ("examples", 4), ("scale", ())):
+        assert float(np.array(got.gradients[name])[index]) == pytest.approx(
+            difference(function, outer, name, index), rel=1e-6
+        )
+    assert float(got.loss) == pytest.approx(float(function(outer)), rel=1e-12)
+
+
+def test_a_rate_of_its_own_takes_the_place_of_the_optimizers():
+    found = problem()
+    np.testing.assert_allclose(
+        flat(estimate(meta.OneStep(rate=RATE), found).gradients), flat(estimate(meta.OneStep(), found).gradients), rtol=1e-12
+    )
+    assert np.abs(flat(estimate(meta.OneStep(rate=0.1), found).gradients)).max() > 0
+
+
+def test_the_difference_quotient_comes_close_to_the_exact_gradient():
+    found = problem()
+    exact = flat(estimate(meta.OneStep(), found).gradients)
+    wide, narrow = (flat(estimate(meta.FiniteDifference(width=width), found).gradients) for width in (1e-2, 1e-3))
+    error_wide, error_narrow = (np.linalg.norm(one - exact) / np.linalg.norm(exact) for one in (wide, narrow))
+    assert error_narrow < 1e-4
+    assert error_wide / error_narrow == pytest.approx(100, rel=0.2)  # of second order in the width
+
+
+def test_all_layers_are_the_exact_gradient_and_parts_sum_to_it():
+    found = problem()
+    exact = flat(estimate(meta.OneStep(), found).gradients)
+    np.testing.assert_allclose(flat(estimate(meta.LayerwiseMetaGradient(None), found).gradients), exact, rtol=1e-10)
+    np.testing.assert_allclose(flat(estimate(meta.LayerwiseMetaGradient("last:3"), found).gradients), exact, rtol=1e-10)
+    parts = [flat(estimate(meta.LayerwiseMetaGradient((layer,)), found).gradients) for layer in LAYERS]
+    np.testing.assert_allclose(sum(parts), exact, rtol=1e-10)
+    assert all(np.abs(part).max() > 1e-4 for part in parts)
+
+
+def test_the_head_alone_is_the_gradient_of_the_heads_weights():
+    bilevel, outer, weights = found = problem()
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        loss = bilevel.train(outer, weights)
+    slope = tape.gradient(loss, weights)
+    ahead = {name: weights[name] - RATE * slope[name] for name in weights}  # the step is that of all layers
+
+    def function(values):
+        with tf.GradientTape() as inner:
+            inner.watch(weights["d"])
+            loss = bilevel.train(values, weights)
+        step = RATE * (inner.gradient(loss, weights["d"]) - slope["d"])
+        return bilevel.judge({**ahead, "d": ahead["d"] - step})
+
+    got = estimate(meta.LayerwiseMetaGradient("last:1"), found).gradients
+    for name, index in (("examples", 1), ("scale", ())):
+        assert float(np.array(got[name])[index]) == pytest.approx(difference(function, outer, name, index), rel=1e-6)
+
+
+def test_the_cut_does_not_compute_what_it_leaves_out():
+    found = problem(activation=once)
+    held = {"examples": found[1]["examples"]}  # what does not enter below the cut
+    bilevel = found[0]._replace(train=lambda outer, w: found[0].train({**found[1], **outer}, w))
+    cut = estimate(meta.LayerwiseMetaGradient("last:2"), (bilevel, held, found[2]))
+    assert np.abs(flat(cut.gradients)).max() > 1e-4
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        estimate(meta.OneStep(), (bilevel, held, found[2]))
+
+
+def test_first_order_estimators_need_no_second_derivative():
+    found, smooth = problem(activation=once), problem()
+    for estimator in (meta.EvoGrad(5, sigma=0.1), meta.FiniteDifference()):
+        got = flat(estimate(estimator, found).gradients)
+        np.testing.assert_allclose(got, flat(estimate(estimator, smooth).gradients), rtol=1e-10)
+        assert np.abs(got).max() > 1e-6
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        estimate(meta.OneStep(), found)
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "normal"])
+@pytest.mark.parametrize("scope", [None, ("middle", "high")])
+def test_evograd_is_the_derivative_of_the_loss_of_the_merged_candidates(noise, scope):
+    bilevel, outer, weights = found = problem()
+    estimator = meta.EvoGrad(4, sigma=0.2, temperature=0.3, noise=noise, scope=scope)
+    names = named(LAYERS, scope or tuple(LAYERS), "scope")
+    drawn = [
+        {n: tf.cast(estimator._drawn(random.fold_in(SEED, k, place), tuple(weights[n].shape)), "float64")
+         for place, n in enumerate(names)} for k in range(4)
+    ]  # fmt: skip
+
+    def function(values):
+        candidates = [{**weights, **{n: weights[n] + 0.2 * eps[n] for n in names}} for eps in drawn]
+        shares = np.exp([-float(bilevel.train(values, one)) / 0.3 for one in candidates])
+        shares /= shares.sum()
+        return bilevel.judge({n: sum(s * c[n] for s, c in zip(shares, candidates, strict=True)) for n in weights})
+
+    got = estimate(estimator, found)
+    for name, index in (("examples", 2), ("scale", ())):
+        assert float(np.array(got.gradients[name])[index]) == pytest.approx(
+            difference(function, outer, name, index), rel=1e-5
+        )
+    assert float(got.loss) == pytest.approx(float(function(outer)), rel=1e-10)
+    assert 1.0 <= float(got.logs["candidates"]) <= 4.0
+
+
+def test_a_population_of_one_has_no_gradient():
+    assert np.array_equal(flat(estimate(meta.EvoGrad(1), problem()).gradients), np.zeros(7))
+
+
+def test_small_perturbations_move_as_theory_says():
+    """The mean over draws of the merged displacement is -sigma^2 (K - 1) / (K tau) times the gradient."""
+    sigma, tau, population = 0.02, 0.5, 3
+    slope = tf.constant([1.0, -2.0, 0.5], tf.float64)
+    size = 200_000
+    eps = 2.0 * tf.cast(random.integers(SEED, (size, population, 3), 2), tf.float64) - 1.0
+    # By the estimator: with the meta loss <u, theta>, the merged candidate's loss is <u, theta*>.
+    estimator = meta.EvoGrad(population, sigma=sigma, temperature=tau)
+    moved = []
+    for number in range(200):
+        seen = {}
+
+        def judge(w, seen=seen):
+            seen["theta"] = w["theta"]
+            return tf.reduce_sum(w["theta"])
+
+        bilevel = Bilevel(lambda outer, w: outer["l"] * tf.reduce_sum(slope * w["theta"]), judge, {"one": ("theta",)})
+        estimator.estimate(bilevel, {"l": tf.ones((), tf.float64)}, {"theta": tf.zeros(3, tf.float64)}, None,
+                           random.fold_in(SEED, number), {})  # fmt: skip
+        shares = [tf.cast(estimator._drawn(random.fold_in(SEED, number, k, 0), (3,)), tf.float64) for k in range(population)]
+        weighing = tf.nn.softmax(tf.stack([-tf.reduce_sum(slope * sigma * one) / tau for one in shares]))
+        np.testing.assert_allclose(seen["theta"], sigma * tf.linalg.matvec(tf.stack(shares), weighing, transpose_a=True))
+        moved.append(np.array(seen["theta"]))
+    weighing = tf.nn.softmax(-tf.reduce_sum(sigma * eps * slope, axis=-1) / tau, axis=-1)  # the same, of many draws
+    mean = tf.reduce_mean(tf.reduce_sum(sigma * weighing[..., None] * eps, axis=1), axis=0)
+    theory = -(sigma**2) * (population - 1) / (population * tau) * np.array(slope)
+    spread = float(tf.math.reduce_std(tf.reduce_sum(sigma * weighing[..., None] * eps, axis=1))) / size**0.5
+    np.testing.assert_allclose(mean, theory, rtol=0.05, atol=4 * spread)
+    assert np.abs(np.mean(moved, axis=0) - theory).max() < 5 * np.std(moved) / len(moved) ** 0.5
+
+
+def test_the_sampler_gates_what_it_says_and_learns_from_its_losses():
+    bilevel, outer, weights = problem("float32")
+    sampler = meta.GradientSampler(target=1, hidden=4, distance_weight=0.0, count_weight=0.0)
+    estimator = meta.LayerwiseMetaGradient(None, sampler)
+    own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
+    rate = tf.constant(RATE)
+    seen = set()
+    for number in range(12):
+        seed = random.fold_in(SEED, number)
+        got, changes = estimator.estimate(bilevel, outer, weights, rate, seed, own)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss = bilevel.train(outer, weights)
+        slope = tape.gradient(loss, weights)
+        gates = estimator._gates(sampler, tuple(LAYERS), list(LAYERS.values()), slope, seed, own).numpy()
+        seen.add(tuple(gates.tolist()))
+        chosen = tuple(layer for layer, gate in zip(LAYERS, gates, strict=True) if gate)
+        wanted = meta.LayerwiseMetaGradient(chosen).estimate(bilevel, outer, weights, rate, seed, {})[0]
+        np.testing.assert_allclose(flat(got.gradients), flat(wanted.gradients), rtol=1e-4, atol=1e-7)
+        assert float(got.logs["layers"]) == sum(gates)
+        assert float(got.logs["depth"]) == len(LAYERS) - list(gates).index(1.0)
+        assert any(np.abs(value).max() > 0 for value in changes.values()) or sum(gates) == 1
+    assert len(seen) > 2
+
+
+def test_the_samplers_count_is_drawn_to_its_target():
+    bilevel, outer, weights = problem("float32")
+    shapes = {layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()}
+    counts = {}
+    for target in (1, 3):
+        sampler = meta.GradientSampler(target=target, hidden=8, temperature=1.0, distance_weight=0.0, count_weight=1.0)
+        estimator = meta.LayerwiseMetaGradient(None, sampler)
+        own, logs = estimator.parameters(shapes), []
+
+        @tf.function
+        def step(own, seed, estimator=estimator):
+            found, changes = estimator.estimate(bilevel, outer, weights, tf.constant(RATE), seed, own)
+            return found.logs["layers"], changes
+
+        for number in range(200):
+            count, changes = step(own, random.fold_in(SEED, number))
+            own = {name: own[name] - 0.1 * changes[name] for name in own}
+            logs.append(float(count))
+        counts[target] = np.mean(logs[-50:])
+    assert counts[1] < 1.4
+    assert counts[3] > 2.6
+
+
+def test_the_third_loss_is_the_distance_at_the_last_layer():
+    bilevel, outer, weights = problem("float32")
+    shapes = {layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()}
+    rate, results = tf.constant(RATE), []
+    for weight in (0.0, 0.5):
+        sampler = meta.GradientSampler(hidden=4, distance_weight=weight, count_weight=0.0)
+        estimator = meta.LayerwiseMetaGradient(None, sampler)
+        results.append(estimator.estimate(bilevel, outer, weights, rate, SEED, estimator.parameters(shapes))[0].gradients)
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        loss = bilevel.train(outer, weights)
+    slope = tape.gradient(loss, weights)
+    ahead = {name: weights[name] - RATE * slope[name] for name in weights}
+    with tf.GradientTape() as tape:
+        tape.watch(ahead)
+        loss = bilevel.judge(ahead)
+    judged = tf.reduce_mean(tape.gradient(loss, ahead["d"]), axis=0)
+    with tf.GradientTape() as above:
+        above.watch(outer)
+        with tf.GradientTape() as inner:
+            inner.watch(weights["d"])
+            loss = bilevel.train(outer, weights)
+        pooled = tf.reduce_mean(inner.gradient(loss, weights["d"]), axis=0)
+        distance = 0.5 * tf.reduce_sum(tf.square(pooled - judged))
+    wanted = above.gradient(distance, outer)
+    np.testing.assert_allclose(flat(results[1]) - flat(results[0]), flat(wanted), rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_compiles_whole():
+    bilevel, outer, weights = problem("float32")
+    run = tf.function(lambda o, w: mixed(bilevel, o, w, w, tf.constant(RATE)), jit_compile=True)
+    plain = mixed(bilevel, outer, weights, weights, tf.constant(RATE))
+    np.testing.assert_allclose(flat(run(outer, weights)), flat(plain), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: meta.EvoGrad(0), "`population` must be a positive integer. Received: population=0"),
+        (lambda: meta.EvoGrad(sigma=-1.0), "`sigma` must be a positive number"),
+        (lambda: meta.EvoGrad(noise="uniform"), "`noise` must be one of 'rademacher', 'normal'"),
+        (lambda: meta.OneStep(rate=0.0), "`rate` must be a positive number"),
+        (lambda: meta.FiniteDifference(width=float("nan")), "`width` must be a positive number"),
+        (lambda: meta.LayerwiseMetaGradient("first:2"), "`layers` must be 'last:N', names of layers, or None"),
+        (lambda: meta.LayerwiseMetaGradient(("no",)).parameters(LAYERS), "`layers` must be names of layers with weights"),
+        (lambda: meta.EvoGrad(scope=("no",)).parameters(LAYERS), "`scope` must be names of layers with weights"),
+        (lambda: meta.GradientSampler(momentum=-1), "`momentum` must be a number of at least 0"),
+    ],
+)
+def test_a_wrong_argument_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
