@@ -296,6 +296,36 @@ def meta_step(
     return Program(trainer._step_of(0).python_function, calls, META)
 
 
+def bilevel_step(estimator: Any, meta_model: str = "SampleWeightNet") -> Program:
+    """A step of `BilevelTrainer`, of a network with running statistics."""
+    init = [keras.initializers.GlorotUniform(seed) for seed in range(2)]
+    # No bias below the normalisation: its gradient is nothing but rounding.
+    dense = [
+        keras.layers.Dense(units, use_bias=units == 3, kernel_initializer=one)
+        for units, one in zip((8, 3), init, strict=True)
+    ]
+    images = meta_model == "LearnedRotation"
+    flat = [keras.layers.Flatten()] if images else []
+    shape = (5, 5, 1) if images else (4,)
+    middle = [keras.layers.BatchNormalization(), keras.layers.Activation("tanh")]
+    model = keras.Sequential([keras.Input(shape), *flat, dense[0], *middle, dense[1]])
+    options = {"weight_decay": 0.1, "label_smoothing": 0.1, "class_weights": 3} if meta_model == "Hyperparameters" else {}
+    trainer = meta.BilevelTrainer(model, getattr(meta, meta_model)(**options), estimator)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)
+    trainer.compile(keras.optimizers.SGD(0.1, momentum=0.9), adam, loss, jit_compile=False)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, *shape)).astype("float32"), rng.integers(0, 3, 30)
+    trainer.fit(x, y, meta_data=(x[::-1], y[::-1]), batch_size=6, steps_per_epoch=1, verbose=0)
+    calls = [
+        (random.fold_in(random.seed_of(0), number), trainer._next(0, number), trainer._next(1, number))
+        for number in range(CALLS)
+    ]
+    # Sample weights begin equal, so that the first outer gradients are small sums of large terms; a difference rounds more.
+    tolerance = 1e-2 if isinstance(estimator, meta.FiniteDifference) else 1e-3
+    return Program(trainer._program(True).python_function, calls, tolerance)
+
+
 # Evaluation: what the library itself compiles, recorded while it runs.
 
 
@@ -440,6 +470,16 @@ def _rows() -> dict[str, Callable[[], Program]]:
     for key in (tasks.LabelPermutation(), tasks.Compose([])):
         of = tasks.augment(tasks.functions("blobs3"), key)
         add(f"meta-step, unroll, {type(key).__name__}", meta_step, meta.Unroll(2), RULE, of)
+
+    bilevel = {
+        "one step": meta.OneStep(), "difference": meta.FiniteDifference(width=0.1), "evograd": meta.EvoGrad(3, sigma=0.1),
+        "cut": meta.LayerwiseMetaGradient("last:1"),
+        "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4)),
+    }  # fmt: skip
+    for name, one in bilevel.items():
+        add(f"bilevel step, {name}", bilevel_step, one)
+    for model in ("LearnedRotation", "Hyperparameters"):
+        add(f"bilevel step, {model}", bilevel_step, meta.OneStep(), model)
 
     for place in ("learn", "score"):
         for rule in COVER:

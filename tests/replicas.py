@@ -3,8 +3,8 @@
 Logical devices and workers must be set up before TensorFlow starts, so that tests cannot do this in their own process.
 
 The JSON gives `what` ("meta", "fit", "bilevel"), `case`, and how it is run: `replicas` (0 for no strategy, 1 for a
-OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For
-"meta" also `epochs`, `checkpoint`, and `pause`, seconds to sleep after each epoch.
+OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a
+MultiWorkerMirroredStrategy. For "meta" also `epochs`, `checkpoint`, and `pause`, seconds to sleep after each epoch.
 """
 
 import json

@@ -51,9 +51,33 @@ def test_fit_by_a_genome_file_without_twin(tmp_path, capsys):
     assert "Keras SGD" not in out
 
 
+def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
+    paths = {
+        "json": str(tmp_path / "r.json"),
+        "save": str(tmp_path / "r.keras"),
+        "checkpoint": str(tmp_path / "r.weights.h5"),
+    }
+    asked = ["reweight", "--epochs=12", "--seed=1", *(f"--{name}={path}" for name, path in paths.items())]
+    assert cli.run(asked) == 0
+    assert "of their labels wrong; 200 clean ones" in capsys.readouterr().out
+    results = json.loads(pathlib.Path(paths["json"]).read_text())["results"]
+    plain, learned = (results[name]["history"]["val_accuracy"] for name in ("equal weights", "meta_weight_net"))
+    assert len(plain) == len(learned) == 12
+    assert learned[-1] > plain[-1]
+    assert results["meta_weight_net"]["weights"]["right"] > 2 * results["meta_weight_net"]["weights"]["wrong"]
+    images = load_images()
+    x_test = np.reshape(images.x_test, (len(images.x_test), -1)) / images.scale
+    scores = keras.models.load_model(paths["save"]).predict(x_test, verbose=0)
+    assert np.mean(scores.argmax(axis=1) == images.y_test) == pytest.approx(learned[-1])
+    assert (tmp_path / "r.weights.h5").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["reweight", "--clean=1437"], "--clean must leave a batch"),
+        (["reweight", "--save=x.h5"], "--save must name a .keras file"),
+        (["reweight", "--noise=1.5"], "noise"),
         (["fit", "--hidden=a,b"], "--hidden must be positive whole numbers"),
         (["fit", "--hidden=0"], "--hidden must be positive whole numbers"),
         (["fit", "--epochs=0"], "epochs"),

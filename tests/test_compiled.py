@@ -10,7 +10,7 @@ from keras_blur.tasks import episodes, functions, images
 
 QUICK = (
     "network.step, default", "train_step, structural layers", "test_step, orthogonal", "meta-step, cma, three",
-    "meta-step, unroll, values", "meta-step, warpgrad, start leap",
+    "meta-step, unroll, values", "meta-step, warpgrad, start leap", "bilevel step, sampler",
 )  # fmt: skip
 
 

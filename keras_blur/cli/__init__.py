@@ -16,6 +16,7 @@ from absl import flags
 COMMANDS = {
     "fit": "train a network by a genome on images, beside Keras SGD",
     "meta-train": "find a genome on images or toy tasks, from random numbers",
+    "reweight": "train on labels of which some are wrong, with weights of examples learned from a few right ones",
     "evaluate": "how a genome learns, over seeds and steps",
     "compare": "a genome beside tuned optimizers, on images or toy tasks",
     "zoo": "the trained genomes of the package, and their cards",
