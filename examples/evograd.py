@@ -47,12 +47,12 @@ right way.
 POPULATIONS = (2, 10, 100)
 
 
-def line(trials):
+def line(trials, populations):
     """Quality of the mean over trials, for three sizes of the population."""
     rates = np.linspace(0.1, 2.0, 100).astype("float32")
     truth = (rates - 1.0) / (rates + 1.0) ** 3
     found = {"truth": truth.tolist(), "lambda": rates.tolist()}
-    for population in POPULATIONS:
+    for population in populations:
         estimator = meta.EvoGrad(population, sigma=1.0, temperature=0.5, noise="normal")
 
         def estimate(number, estimator=estimator):
@@ -166,10 +166,12 @@ def main(argv):
     del argv
     parts, document = _PART.value or ["line", "rotation"], {}
     if "line" in parts:
-        document["line"] = line(3 if _QUICK.value else 100)
+        quick = _QUICK.value
+        document["line"] = line(3 if quick else 100, POPULATIONS[:2] if quick else POPULATIONS)
         print("line: error of the mean, deviation of one estimate, correlation, share of right signs")
-        for name in map(str, POPULATIONS):
-            row = document["line"][name]
+        for name, row in document["line"].items():
+            if name in ("truth", "lambda"):
+                continue
             numbers = "  ".join(f"{row[key]:.3f}" for key in ("error", "deviation", "correlation", "signs"))
             print(f"  K = {name:<4} {numbers}")
     if "rotation" in parts:
@@ -195,7 +197,7 @@ def draw(document):
     for axis, (part, found) in zip(axes[0], document.items(), strict=True):
         if part == "line":
             style.line(axis, 6, found["lambda"], np.array(found["truth"]), "true derivative")
-            for index, name in enumerate(map(str, POPULATIONS)):
+            for index, name in enumerate(one for one in found if one not in ("truth", "lambda")):
                 style.line(axis, index, found["lambda"], np.array(found[name]["mean"]), f"EvoGrad, K = {name}")
             axis.set_xlabel("lambda")
             axis.set_ylabel("derivative, mean of the trials")

@@ -27,10 +27,8 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _DATA = flags.DEFINE_string("data", "digits", "Image set of the few-shot episodes, such as omniglot.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
-_RATES = flags.DEFINE_list("rates", ["0.01", "0.02", "0.04"], "Sines: rates of meta-training to choose from.")
-_TEST_RATES = flags.DEFINE_list(
-    "test_rates", ["0.005", "0.01", "0.015", "0.02"], "Sines: rates on new tasks to choose from."
-)
+_RATES = flags.DEFINE_list("rates", ["0.02", "0.04", "0.08", "0.16"], "Sines: rates of meta-training to choose from.")
+_TEST_RATES = flags.DEFINE_list("test_rates", ["0.005", "0.01", "0.02", "0.04"], "Sines: rates on new tasks to choose from.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
 
 """
