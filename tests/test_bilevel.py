@@ -198,8 +198,9 @@ def test_a_learned_rotation_of_blobs(name):
         (x, y, _), (valid, valid_y, _), (test, test_y, _) = (blobs(2000, 10 * seed + part) for part in range(3))
         made = meta.BilevelTrainer(network(seed), Turn(), estimator, first="model", seed=seed)
         made.compile(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
+        keras.utils.set_random_seed(seed)
         plain = network(seed)
-        plain.compile(keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
+        plain.compile(keras.optimizers.Adam(1e-2), LOSS, metrics=["accuracy"])
         plain.fit(x, y, batch_size=128, epochs=20, verbose=0)
         assert plain.evaluate(test @ matrix, test_y, verbose=0)[1] <= 0.6
         data = (valid @ matrix, valid_y)
