@@ -107,6 +107,27 @@ def test_resume_is_bit_for_bit(tmp_path, first):
         trainer().fit(x, y, epochs=3, checkpoint=path, **options)
 
 
+def test_a_seeded_dataset_resumes_bit_for_bit(tmp_path):
+    x, _, y = blobs(100, 0, noise=0.3)
+    path, runs = str(tmp_path / "run.weights.h5"), [trainer() for _ in range(3)]
+    for made, epochs, checkpoint in zip(runs, (3, 1, 3), (None, path, path), strict=True):
+        keras.utils.set_random_seed(0)  # as a new process would
+        data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(100, 1).batch(20)
+        made.fit(data, meta_data=(x, y), batch_size=20, epochs=epochs, checkpoint=checkpoint, verbose=0)
+    assert_equal(runs[2], runs[0])
+
+
+def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
+    x, _, y = blobs(40, 0)
+    scale = keras.Variable(0.0, name="scale")
+    made = meta.BilevelTrainer(
+        network(), [scale], training_loss=lambda model, x, y, losses: scale + keras.ops.mean(losses(y, model(x)))
+    )
+    made.compile("sgd", "sgd", LOSS)
+    with pytest.raises(ValueError, match=r"SaveLearned needs something that has `save\(path\)`"):
+        made.fit(x, y, meta_data=(x, y), batch_size=20, callbacks=[meta.SaveLearned(tmp_path / "s.json")], verbose=0)
+
+
 def test_outer_parameters_change_in_their_turn_alone():
     x, _, y = blobs(100, 0)
     made, seen = trainer(), []
@@ -293,7 +314,11 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
         (lambda: trainer().compile("sgd"), "`loss` must be given"),
         (lambda: trainer().fit(X, Y, meta_data=X, batch_size=4), "`meta_data` must be a tf.data.Dataset or"),
         (lambda: trainer().fit(X, Y, meta_data=(X, Y)), "`x` must be pairs of inputs and labels, at least 32. Received: 8"),
-        (lambda: trainer().fit(X + np.nan, Y, meta_data=(X, Y), batch_size=4), "`x` must be finite"),
+        (lambda: trainer().fit(X + np.nan, Y, meta_data=(X, Y), batch_size=4), "In the training data: `x` must be finite"),
+        (
+            lambda: trainer().fit(X, Y, meta_data=(X, Y + 6), batch_size=4),
+            "In `meta_data`: Labels must be integers from 0",
+        ),
         (lambda: meta.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
         (lambda: meta.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be between 0 and 1"),
     ],

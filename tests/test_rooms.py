@@ -30,7 +30,7 @@ BELOW = {
     "distribution": set(),
     "tasks": {"random"},
     "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files"},
-    "meta": {"learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
+    "meta": {"checks", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
     "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files"},
 }
 TOP = {"__init__", "cli"}  # may import all

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -131,3 +131,12 @@ def draw_kernel(
         tasks = (leading[1] * share.count, *leading[2:])
     kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(shape[0]) ** 0.5
     return tf.broadcast_to(kernel, (*leading, *shape))
+
+
+def leaves(layer: Any) -> Iterator[keras.layers.Layer]:
+    """The layers of a model and of the models in it."""
+    for own in layer.layers:
+        if isinstance(own, keras.Model):
+            yield from leaves(own)
+        else:
+            yield own

@@ -11,7 +11,7 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import updates
-from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model
+from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, leaves
 
 _START, _WARP = "start_", "warp_"
 
@@ -275,15 +275,6 @@ def _spread(value: Array, leading: tuple[int, ...], rank: int) -> Array:
     own, given = value.shape[value.shape.rank - rank :], value.shape[: value.shape.rank - rank]
     value = tf.reshape(value, (*given, *[1] * (len(leading) - len(given)), *own))
     return tf.broadcast_to(value, (*leading, *own))
-
-
-def leaves(layer: Any) -> Iterator[keras.layers.Layer]:
-    """The layers of a model and of the models in it."""
-    for own in layer.layers:
-        if isinstance(own, keras.Model):
-            yield from leaves(own)
-        else:
-            yield own
 
 
 def _names(model: keras.Model, warp: Sequence[str]) -> dict[int, str]:

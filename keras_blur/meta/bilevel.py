@@ -23,9 +23,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import Classes, checked
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean
-from keras_blur.learners.warp import leaves
+from keras_blur.learners.base import leaves
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
@@ -155,6 +156,7 @@ class BilevelTrainer(OuterLoop):
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
+        self._loss_of = keras.losses.get(loss)
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
         self.jit_step = bool(jit_compile) and self.runner.replicas == 1 and not self.runner.compiles
@@ -168,7 +170,6 @@ class BilevelTrainer(OuterLoop):
                 if self.runner.replicas > 1 and (one.clipnorm or one.clipvalue or one.global_clipnorm):
                     raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
                 one.build(list(variables.values()))
-        self._loss_of = keras.losses.get(loss)
         self._programs = {}
 
     def fit(
@@ -190,7 +191,8 @@ class BilevelTrainer(OuterLoop):
         """Trains, with the progress bar and the callbacks of Keras.
 
         Args:
-            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated.
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated. A run that is resumed goes
+                through those before again, without learning; it sees the same ones if the dataset gives them again.
             y: labels that go with arrays.
             meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
             batch_size: examples of a batch, where arrays are given.
@@ -204,17 +206,24 @@ class BilevelTrainer(OuterLoop):
         Raises:
             ValueError: if data are missing, not finite, or fewer than a batch; or the checkpoint is of another trainer.
         """
+        if not self.compiled:
+            raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
         check_count("meta_every", meta_every)
         data = (x, y) if y is not None else x
         self._sources = [
-            _source("x", data, batch_size, self.runner.replicas),
-            _source("meta_data", meta_data, meta_batch_size or batch_size, self.runner.replicas),
+            _source("x", data, batch_size, self.runner.replicas, self._classes),
+            _source("meta_data", meta_data, meta_batch_size or batch_size, self.runner.replicas, self._classes),
         ]
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
         self.meta_every, self._validation = meta_every, validation_data
         return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+
+    def _classes(self) -> int | None:
+        """Number of classes if labels are integers, else `None`."""
+        sparse = isinstance(self._loss_of, keras.losses.SparseCategoricalCrossentropy)
+        return int(self.model.output_shape[-1]) if sparse else None
 
     @property
     def learned(self) -> Any:
@@ -271,7 +280,7 @@ class BilevelTrainer(OuterLoop):
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
 
-            self._programs[turn] = tf.function(meta_step, autograph=False, reduce_retracing=False)
+            self._programs[turn] = tf.function(meta_step, autograph=False)
         return self._programs[turn]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> dict[str, tuple[Array, Array]]:
@@ -359,8 +368,7 @@ class BilevelTrainer(OuterLoop):
         """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share."""
         touched = [] if sound is None else [*variables.values(), *optimizer.variables]
         before = [tf.identity(variable.value) for variable in touched]
-        shares = {n: g / self.runner.replicas if self.runner.replicas > 1 else g for n, g in gradients.items()}
-        optimizer.apply([shares[name] for name in variables], list(variables.values()))
+        optimizer.apply([gradients[name] / self.runner.replicas for name in variables], list(variables.values()))
         for variable, old in zip(touched, before, strict=True):
             variable.assign(tf.where(sound, variable.value, old))
 
@@ -403,19 +411,23 @@ class _Batches:
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""
         del seed
-        skipped = done % self.steps if self.steps else done
-        parts = self.dataset.repeat().skip(skipped).map(lambda x, y: (x[index::count], y[index::count]))
+        parts = self.dataset.repeat().skip(done).map(lambda x, y: (x[index::count], y[index::count]))
         return parts.prefetch(2)
 
 
-def _source(name: str, data: Any, batch: int, replicas: int) -> _Arrays | _Batches:
+def _source(name: str, data: Any, batch: int, replicas: int, classes: Classes) -> _Arrays | _Batches:
     """Where batches come from.
 
     Raises:
-        ValueError: if data are neither a dataset nor two arrays, or are too few or not finite.
+        ValueError: if data are neither a dataset nor two arrays, are too few or not finite, or a label is out of range.
     """
     if isinstance(data, tf.data.Dataset):
-        return _Batches(data)
+        size = tf.nest.flatten(data.element_spec)[0].shape[0]
+        if replicas > 1 and (size is None or size % replicas):
+            raise ValueError(
+                f"Batches of `{name}` must be a multiple of the {replicas} replicas. Received batches of {size}"
+            )
+        return _Batches(checked(data, None, None, classes))
     if not isinstance(data, tuple) or len(data) != 2:
         raise ValueError(
             f"`{name}` must be a tf.data.Dataset or come with labels, as a pair of arrays. Received: {type(data)}"
@@ -427,7 +439,8 @@ def _source(name: str, data: Any, batch: int, replicas: int) -> _Arrays | _Batch
     if len(x) != len(y) or len(x) < batch:
         raise ValueError(f"`{name}` must be pairs of inputs and labels, at least {batch}. Received: {len(x)} and {len(y)}")
     x = x.astype("float32") if x.dtype.kind == "f" else x
-    for values in (x, y):
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError(f"`{name}` must be finite. Received an array with NaN or infinite numbers.")
+    try:
+        checked(x, y, None, classes)
+    except ValueError as error:
+        raise ValueError(f"In {'`meta_data`' if name == 'meta_data' else 'the training data'}: {error}") from error
     return _Arrays((x, y), batch)

@@ -165,6 +165,10 @@ class SaveLearned(keras.callbacks.Callback):
         super().__init__()
         self.path = path
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not hasattr(self.model.learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.runner.writes_files:
             save(self.model, self.path)

@@ -34,7 +34,6 @@ from keras_blur.meta.hypergradient import (
     Outer,
     Weights,
     check_positive,
-    gradient,
     judged,
 )
 
@@ -108,11 +107,8 @@ class EvoGrad(HypergradientEstimator):
         }
         loss, slope = judged(problem, {**weights, **merged}, names)
         gains = self.sigma * tf.stack([tf.add_n([tf.reduce_sum(slope[n] * eps[n]) for n in names]) for eps in noise])
-        _, found = gradient(  # of sum_k gains_k softmax_k by the losses: K numbers
-            lambda values: tf.reduce_sum(gains * tf.nn.softmax(-values["losses"] / self.temperature)),
-            {"losses": problem.mean(own_losses)},
-        )
-        gradients = tape.gradient(own_losses, watched, output_gradients=found["losses"], unconnected_gradients="zero")
+        by_losses = -weighing * (gains - tf.reduce_sum(gains * weighing)) / self.temperature  # sum_k gains_k dw_k / dl
+        gradients = tape.gradient(own_losses, watched, output_gradients=by_losses, unconnected_gradients="zero")
         effective = 1.0 / tf.reduce_sum(tf.square(weighing))  # K if all weigh the same, 1 if one takes all
         return Hypergradient(problem.mean(gradients), loss, {"candidates": effective}), {}
 

@@ -35,14 +35,12 @@ from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
     Hypergradient,
-    HypergradientEstimator,
     Outer,
+    VirtualStep,
     Weights,
     check_positive,
-    gradient,
     judged,
     mixed,
-    rate_of,
 )
 
 
@@ -84,14 +82,14 @@ class GradientSampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerwiseMetaGradient(HypergradientEstimator):
+class LayerwiseMetaGradient(VirtualStep):
     """The gradient through one virtual step of SGD, of some layers.
 
     Args:
         layers: names of those that take part, or `"last:N"` for the last N with weights; `None` for all. With a sampler,
             those among which it chooses.
         sampler: what chooses among them in each step; `None` takes them all. The last layer always takes part.
-        rate: learning rate of the virtual step; `None` takes that of the model's optimizer.
+        rate: as of `VirtualStep`.
 
     Example:
 
@@ -101,10 +99,9 @@ class LayerwiseMetaGradient(HypergradientEstimator):
 
     layers: str | tuple[str, ...] | None = "last:2"
     sampler: GradientSampler | None = None
-    rate: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("rate", self.rate, allow_none=True)
+        super().__post_init__()
         if isinstance(self.layers, str) and not (
             self.layers.startswith("last:") and self.layers[5:].isdigit() and int(self.layers[5:]) > 0
         ):
@@ -143,9 +140,8 @@ class LayerwiseMetaGradient(HypergradientEstimator):
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
-        alpha, chosen = rate_of(self.rate, rate), self.chosen(problem.layers)
-        training = problem.mean(gradient(lambda values: problem.train(outer, values), weights)[1])
-        ahead = {name: value - alpha * training[name] for name, value in weights.items()}
+        chosen = self.chosen(problem.layers)
+        alpha, training, ahead = self.ahead(problem, outer, weights, rate)
         if self.sampler is None:
             names = [name for layer in chosen for name in problem.layers[layer]]
             loss, slope = judged(problem, ahead, names)

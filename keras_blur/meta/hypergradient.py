@@ -110,12 +110,32 @@ class HypergradientEstimator(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneStep(HypergradientEstimator):
-    """The exact gradient through one virtual step of SGD.
+class VirtualStep(HypergradientEstimator):
+    """An estimator that looks ahead by one step of SGD which is not taken.
 
     Args:
         rate: its learning rate; `None` takes that of the model's optimizer at the time, so that a schedule of the one is a
             schedule of the other.
+    """
+
+    rate: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            check_positive("rate", self.rate)
+
+    def ahead(
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array
+    ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """The step's learning rate, the training gradient, and the weights after the step."""
+        alpha = rate if self.rate is None else tf.constant(self.rate, rate.dtype)
+        training = problem.mean(gradient(lambda values: problem.train(outer, values), weights)[1])
+        return alpha, training, {name: value - alpha * training[name] for name, value in weights.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(VirtualStep):
+    """The exact gradient through one virtual step of SGD; arguments as `VirtualStep`.
 
     Example:
 
@@ -123,27 +143,21 @@ class OneStep(HypergradientEstimator):
     0.1
     """
 
-    rate: float | None = None
-
-    def __post_init__(self) -> None:
-        check_positive("rate", self.rate, allow_none=True)
-
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
         del seed
-        alpha = rate_of(self.rate, rate)
-        ahead = virtual_step(problem, outer, weights, alpha)
+        alpha, _, ahead = self.ahead(problem, outer, weights, rate)
         loss, slope = judged(problem, ahead, list(weights))
         return Hypergradient(mixed(problem, outer, weights, slope, alpha), loss, {}), {}
 
 
 @dataclasses.dataclass(frozen=True)
-class FiniteDifference(HypergradientEstimator):
+class FiniteDifference(VirtualStep):
     """The gradient through one virtual step of SGD, its mixed derivative by a central difference: no second derivatives.
 
     Args:
-        rate: as of `OneStep`.
+        rate: as of `VirtualStep`.
         width: length of the step in weights, from one side to the other, over the square root of their number. The
             difference has an error of the order of its square; in float32 much smaller ones drown in rounding.
 
@@ -153,19 +167,17 @@ class FiniteDifference(HypergradientEstimator):
     0.001
     """
 
-    rate: float | None = None
     width: float = 1e-2
 
     def __post_init__(self) -> None:
-        check_positive("rate", self.rate, allow_none=True)
+        super().__post_init__()
         check_positive("width", self.width)
 
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
         del seed
-        alpha = rate_of(self.rate, rate)
-        ahead = virtual_step(problem, outer, weights, alpha)
+        alpha, _, ahead = self.ahead(problem, outer, weights, rate)
         loss, slope = judged(problem, ahead, list(weights))
         length = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(v)) for v in slope.values()]))
         number = sum(math.prod(v.shape) for v in slope.values())
@@ -178,12 +190,6 @@ class FiniteDifference(HypergradientEstimator):
         above, below = outer_gradient(1.0), outer_gradient(-1.0)
         found = {name: -alpha * (above[name] - below[name]) / (2.0 * scale) for name in outer}
         return Hypergradient(problem.mean(found), loss, {}), {}
-
-
-def virtual_step(problem: Bilevel, outer: Outer, weights: Weights, alpha: Array) -> dict[str, Array]:
-    """Weights after a step of SGD that is not taken."""
-    slope = problem.mean(gradient(lambda values: problem.train(outer, values), weights)[1])
-    return {name: value - alpha * slope[name] for name, value in weights.items()}
 
 
 def judged(problem: Bilevel, weights: Weights, names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
@@ -218,14 +224,7 @@ def gradient(function: Callable[[Any], Array], values: Mapping[str, Array]) -> t
     return result, tape.gradient(result, values, unconnected_gradients="zero")
 
 
-def rate_of(given: float | None, rate: Array) -> Array:
-    """The learning rate of a virtual step: the one that was given, or that of the model's optimizer."""
-    return rate if given is None else tf.constant(given, rate.dtype)
-
-
-def check_positive(name: str, value: Any, allow_none: bool = False) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Raises a `ValueError` if an argument is not a positive finite number."""
-    if value is None and allow_none:
-        return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
