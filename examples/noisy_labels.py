@@ -16,7 +16,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
 
 from keras_blur import files, meta, tasks
@@ -37,8 +36,7 @@ _ARMS = flags.DEFINE_list("arms", [], "Names of the arms; all by default.")
 
 Ten Gaussian classes in 32 dimensions, whose labels are drawn anew for six tenths of 10,000 examples; a hundred examples are
 known to be right. Or images, of which ten thousand are used and a thousand are clean. A network can learn the mistakes by
-heart: its last accuracy falls below its best one. The learned arms see the same batches; cross-entropy, by the `fit` of
-Keras, the same examples in an order of its own.
+heart: its last accuracy falls below its best one. All arms start from the same weights and see the same batches.
 """
 
 
@@ -78,7 +76,8 @@ def network(shape, seed):
 ## The arms
 
 Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
-or those that a sampler picks; EvoGrad no second derivative. Cross-entropy gives all examples the weight 1.
+or those that a sampler picks; EvoGrad no second derivative. Cross-entropy gives all examples the weight 1: the same trainer,
+in which the turn of the weights never comes.
 """
 
 ARMS = {
@@ -91,17 +90,20 @@ ARMS = {
 
 
 class Timed(keras.callbacks.Callback):
-    """Seconds of the median epoch but the first, which compiles."""
+    """Seconds of the median step, from the second epoch on: the first one compiles."""
 
     def on_train_begin(self, logs=None):
-        self.ends = []
+        self.steps = []
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.ends.append(time.perf_counter())
+    def on_train_batch_begin(self, batch, logs=None):
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps.append(time.perf_counter() - self._begin)
 
     @property
     def seconds(self):
-        return float(np.median(np.diff(self.ends)))
+        return float(np.median(self.steps[len(self.steps) // self.params["epochs"] :]))
 
 
 def run(name, noise, seed):
@@ -112,18 +114,15 @@ def run(name, noise, seed):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model, estimator, timed = network(x.shape[1:], seed), ARMS[name], Timed()
     optimizer = keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
-    keras.utils.set_random_seed(seed)
-    train = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed).batch(batch, drop_remainder=True)
-    options = {"epochs": epochs, "validation_data": test, "callbacks": [timed], "verbose": 0}
+    trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator or meta.OneStep(), seed=seed)
+    trainer.compile(optimizer, keras.optimizers.Adam(3e-4 if estimator else 0.0), loss, ["accuracy"])
+    history = trainer.fit(
+        x, y, meta_data=clean, batch_size=batch, epochs=epochs, meta_every=1 if estimator else 10**9,
+        validation_data=test, callbacks=[timed], verbose=0,
+    ).history  # fmt: skip
     result = {}
-    if estimator is None:
-        model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=True)
-        history = model.fit(train, shuffle=False, validation_batch_size=500, **options).history
-    else:
-        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator, seed=seed)
-        trainer.compile(optimizer, keras.optimizers.Adam(3e-4), loss, ["accuracy"])
-        history = trainer.fit(train, meta_data=clean, meta_batch_size=batch, **options).history
-        each = loss.call(y, tf.concat([model(part) for part in np.array_split(x, 20)], axis=0))
+    if estimator:
+        each = loss.call(y, model.predict(x, batch_size=500, verbose=0))
         weights, right = trainer.learned(each).numpy(), y == truth
         result = {"right": weights[right].tolist(), "wrong": weights[~right].tolist()}
         result["skipped"] = float(np.mean(history["skipped"]))
@@ -146,7 +145,7 @@ def main(argv):
         raise app.UsageError(f"--arms must be some of {', '.join(ARMS)}. Received: {', '.join(unknown)}")
     for noise in map(float, _NOISE.value):
         print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; {seeds} seeds")
-        print("  last accuracy (mean of three epochs), best, mean weight of right over wrong examples, time of an epoch")
+        print("  last accuracy (mean of three epochs), best, mean weight of right over wrong, time of a step over the first arm's")
         found = document[f"{noise:g}"] = {name: [] for name in _ARMS.value or ARMS}
         for seed in range(seeds):  # arms in turn, so that they meet the same load of the machine
             for name, runs in found.items():
