@@ -145,7 +145,7 @@ def main(argv):
         raise app.UsageError(f"--arms must be some of {', '.join(ARMS)}. Received: {', '.join(unknown)}")
     for noise in map(float, _NOISE.value):
         print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; {seeds} seeds")
-        print("  last accuracy (mean of three epochs), best, weight of right over wrong, time of a step over that of the first")
+        print("  last accuracy (mean of three epochs), best, right over wrong weight, time of a step over the first's")
         found = document[f"{noise:g}"] = {name: [] for name in _ARMS.value or ARMS}
         for seed in range(seeds):  # arms in turn, so that they meet the same load of the machine
             for name, runs in found.items():
