@@ -7,7 +7,7 @@ weights of examples, batch 100; LeNet at 28x28 with a learned rotation, batch 12
 turns in blocks of five steps; printed are medians over rounds of the time over that of plain training in the same round, the
 10 % and 90 % quantiles, and the same over the exact step.
 
-Memory is the peak above the process before the network is built, in MB, for three steps of a large batch, 3,000 examples, so
+Memory is the peak above the process before the network is built, in MB, for three steps of a large batch, so
 that what a step holds stands out from the program and its compilation; each in a process of its own.
 """
 
@@ -32,7 +32,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 20, "Blocks of each estimator.", lower_
 _NETWORK = flags.DEFINE_multi_enum("network", None, ["deep", "conv", "lenet"], "What to run; all by default.")
 _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in some more processes.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: network,place of a candidate whose memory to print.")
-_BLOCK, _LARGE = 5, 3000
+_BLOCK, _LARGE = 5, {"deep": 30000, "conv": 3000, "lenet": 3000}
 
 _WEIGHTS: dict[str, HypergradientEstimator] = {
     "exact one step (Meta-Weight-Net)": meta.OneStep(),
@@ -70,7 +70,7 @@ def runner(name: str, estimator: HypergradientEstimator | None, batch: int | Non
     keras.utils.set_random_seed(0)
     model, of, usual = network(name)
     batch, rng = batch or usual, np.random.default_rng(0)
-    x = rng.standard_normal((batch if batch == _LARGE else 20 * batch, *model.input_shape[1:])).astype("float32")
+    x = rng.standard_normal((batch if batch == _LARGE[name] else 20 * batch, *model.input_shape[1:])).astype("float32")
     y = rng.integers(0, 10, len(x))
     trainer = meta.BilevelTrainer(model, of(), estimator or meta.OneStep(), first="model" if name == "lenet" else "meta")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -92,9 +92,9 @@ def main(argv: list[str]) -> None:
     """Measures and prints."""
     del argv
     if _MEMORY_OF.value:
-        name, place = _MEMORY_OF.value.split(",")
+        asked, which = _MEMORY_OF.value.split(",")
         with PeakMemory() as peak:
-            runner(name, [None, *ESTIMATORS[name].values()][int(place)], _LARGE)
+            runner(asked, [None, *ESTIMATORS[asked].values()][int(which)], _LARGE[asked])
         print(peak.megabytes)
         return
     for name in _NETWORK.value or list(ESTIMATORS):
@@ -107,16 +107,15 @@ def main(argv: list[str]) -> None:
                 for _ in range(_BLOCK):
                     trainer.meta_train_step()
                 times[label].append(time.perf_counter() - begin)
-        print(f"{name}: time over plain training, 10 % to 90 %, time over the exact step, memory of {_LARGE} examples in MB")
+        print(f"{name}: time over plain training, 10 % to 90 %, time over the exact step, MB for {_LARGE[name]} examples")
         exact = next(iter(ESTIMATORS[name]))
         for place, label in enumerate(candidates):
             ratios = np.array(times[label]) / np.array(times["plain training"])
             against = np.median(np.array(times[label]) / np.array(times[exact]))
             low, high = np.quantile(ratios, [0.1, 0.9])
-            megabytes = f"{memory_of(name, place):.0f}" if _MEMORY.value else ""
-            print(
-                f"  {label:<36} {np.median(ratios):5.2f}   {low:.2f} to {high:.2f}   {against:.2f}   {megabytes}", flush=True
-            )
+            columns = [f"{label:<35}", f"{np.median(ratios):.2f}", f"{low:.2f} to {high:.2f}", f"{against:.2f}"]
+            columns += [f"{memory_of(name, place):.0f}"] if _MEMORY.value else []
+            print(" ", "   ".join(columns), flush=True)
 
 
 if __name__ == "__main__":
