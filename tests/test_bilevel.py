@@ -283,6 +283,40 @@ def test_equal_losses_have_equal_weights_and_these_sum_to_one():
     assert float(loss) == pytest.approx(float(tf.reduce_sum(share * each)), rel=1e-5)
 
 
+class SmallLoss(meta.TrainingLoss):
+    """A rule made by hand: the half of a batch with the smaller losses counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = self.add_weight(shape=(), initializer="zeros", name="unused")
+
+    def training_loss(self, model, x, y, losses):
+        each = losses(y, model(x, training=True))
+        small = tf.cast(each <= tf.sort(each)[each.shape[0] // 2], each.dtype)
+        return tf.reduce_sum(small * each) / tf.reduce_sum(small) + 0.0 * self.unused
+
+
+def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses():
+    """A network that was taught the mistakes: a rule that trusts small losses keeps them, a learned one turns around."""
+    x, truth, _ = blobs(600, 0)
+    y = tasks.noisy_labels(truth, 6, 0.4, "flip", seed=0)
+    wrong, losses = y != truth, {}
+    for name, made in (("by hand", SmallLoss()), ("learned", meta.SampleWeightNet(20))):
+        model = network()
+        model.compile(keras.optimizers.Adam(1e-2), LOSS)
+        model.fit(x, (truth + 1) % 6, batch_size=50, epochs=10, verbose=0)
+        before = LOSS.call(y, model(x)).numpy()
+        assert before[wrong].mean() < 0.1 < 3.0 < before[~wrong].mean()
+        tuned = meta.BilevelTrainer(model, made, meta.OneStep())
+        tuned.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-2), LOSS)
+        tuned.fit(x, y, meta_data=blobs(100, 1)[:2], batch_size=50, epochs=4, verbose=0)
+        each = LOSS.call(y, model(x)).numpy()
+        losses[name] = each[~wrong].mean() / before[~wrong].mean()
+    weights = made(each).numpy()
+    assert weights[~wrong].mean() > 1.5 * weights[wrong].mean()
+    assert losses["learned"] < 0.8 < 0.85 < losses["by hand"]
+
+
 def test_noise_is_as_often_as_it_says():
     y = np.arange(50000) % 10
     assert np.mean(tasks.noisy_labels(y, 10, 0.6) == y) == pytest.approx(0.46, abs=0.01)

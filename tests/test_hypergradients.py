@@ -223,6 +223,35 @@ def test_small_perturbations_move_as_theory_says():
     assert np.abs(np.mean(moved, axis=0) - theory).max() < 5 * np.std(moved) / len(moved) ** 0.5
 
 
+def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
+    """Of the loss after a step of size a on theta' H theta / 2, it is 2 a_eff theta' H (I - a H) H^2 theta, which is positive
+    where a is small; the loss after the step falls with a. examples/learn_a_gate.py shows it in a network."""
+    sigma, tau, population, size = 0.02, 0.5, 2, 100_000
+    h, theta = np.array([1.0, 0.5, 2.0]), np.array([1.0, -1.0, 0.5])
+
+    def loss(values):
+        return 0.5 * tf.reduce_sum(h * tf.square(values))
+
+    bilevel = Bilevel(
+        lambda outer, w: loss(w["theta"] * (1.0 - outer["a"] * h)), lambda w: loss(w["theta"]), {"one": ("theta",)}
+    )
+    estimator, start = meta.EvoGrad(population, sigma=sigma, temperature=tau), {"theta": tf.constant(theta)}
+    rate = tf.constant(0.1, tf.float64)
+
+    def draw(number):
+        seed = random.fold_in(SEED, number)
+        return estimator.estimate(bilevel, {"a": rate}, start, None, seed, {})[0].gradients["a"]
+
+    draws = tf.function(lambda: tf.vectorized_map(draw, tf.range(size)))()
+    effective = sigma**2 * (population - 1) / (population * tau)
+    theory = 2.0 * effective * np.sum(h * theta * (1.0 - 0.1 * h) * h**2 * theta)
+    assert float(tf.reduce_mean(draws)) == pytest.approx(theory, rel=0.05)
+    with tf.GradientTape() as tape:
+        tape.watch(rate)
+        after = loss(theta * (1.0 - rate * h))
+    assert float(tape.gradient(after, rate)) < 0.0 < theory
+
+
 def test_the_sampler_gates_what_it_says_and_learns_from_its_losses():
     bilevel, outer, weights = problem("float32")
     sampler = meta.GradientSampler(target=1, hidden=4, distance_weight=0.0, count_weight=0.0)
