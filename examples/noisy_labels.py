@@ -77,7 +77,8 @@ def network(shape, seed):
 
 Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
 or those that a sampler picks; EvoGrad no second derivative. Cross-entropy gives all examples the weight 1: the same trainer,
-in which the turn of the weights never comes.
+in which the turn of the weights never comes. The last arm has no clean data: the network learns plainly for two epochs, and
+examples whose loss is by then in the lower of two heaps take their place.
 """
 
 ARMS = {
@@ -86,11 +87,12 @@ ARMS = {
     "FaMUS cut": meta.LayerwiseMetaGradient("last:2"),
     "FaMUS sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
     "EvoGrad": meta.EvoGrad(),
+    "FaMUS without clean data": meta.LayerwiseMetaGradient("last:2"),
 }
 
 
 class Timed(keras.callbacks.Callback):
-    """Seconds of the median step, from the second epoch on: the first one compiles."""
+    """Seconds of the median step; the first ones, of which one compiles, do not count."""
 
     def on_train_begin(self, logs=None):
         self.steps = []
@@ -103,7 +105,7 @@ class Timed(keras.callbacks.Callback):
 
     @property
     def seconds(self):
-        return float(np.median(self.steps[len(self.steps) // self.params["epochs"] :]))
+        return float(np.median(self.steps[len(self.steps) // 20 + 1 :]))
 
 
 def run(name, noise, seed):
@@ -113,22 +115,34 @@ def run(name, noise, seed):
     epochs, batch = (2 if _QUICK.value else 25), 100
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model, estimator, timed = network(x.shape[1:], seed), ARMS[name], Timed()
-    optimizer = keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
-    trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator or meta.OneStep(), seed=seed)
-    trainer.compile(optimizer, keras.optimizers.Adam(3e-4 if estimator else 0.0), loss, ["accuracy"])
-    history = trainer.fit(
-        x, y, meta_data=clean, batch_size=batch, epochs=epochs, meta_every=1 if estimator else 10**9,
-        validation_data=test, callbacks=[timed], verbose=0,
-    ).history  # fmt: skip
+
+    def train(estimator, meta_data, epochs, callbacks=()):
+        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator or meta.OneStep(), seed=seed)
+        optimizer = keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
+        trainer.compile(optimizer, keras.optimizers.Adam(3e-4 if estimator else 0.0), loss, ["accuracy"])
+        history = trainer.fit(
+            x, y, meta_data=meta_data, batch_size=batch, epochs=epochs, meta_every=1 if estimator else 10**9,
+            validation_data=test, callbacks=callbacks, verbose=0,
+        ).history  # fmt: skip
+        return trainer, history["val_accuracy"], history["skipped"]
+
+    before = []
+    if name.endswith("without clean data"):
+        _, before, _ = train(None, (x, y), 1 if _QUICK.value else 2)
+        chosen = meta.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
+        clean = (x[chosen], y[chosen])
+    trainer, curve, skipped = train(estimator, clean, epochs - len(before), [timed])
+    curve = before + curve
     result = {}
     if estimator:
         each = loss.call(y, model.predict(x, batch_size=500, verbose=0))
         weights, right = trainer.learned(each).numpy(), y == truth
         result = {"right": weights[right].tolist(), "wrong": weights[~right].tolist()}
-        result["skipped"] = float(np.mean(history["skipped"]))
-    last = float(np.mean(history["val_accuracy"][-3:]))
-    return {**result, "last": last, "best": max(history["val_accuracy"]), "curve": history["val_accuracy"],
-            "seconds": timed.seconds}  # fmt: skip
+        result["skipped"] = float(np.mean(skipped))
+    if before:
+        result |= {"taken": float(np.mean(chosen)), "taken right": float(np.mean((y == truth)[chosen]))}
+    last = float(np.mean(curve[-3:]))
+    return {**result, "last": last, "best": max(curve), "curve": curve, "seconds": timed.seconds}
 
 
 def said(values):
@@ -156,6 +170,9 @@ def main(argv):
             times = np.median([one["seconds"] / other["seconds"] for one, other in zip(runs, base, strict=True)])
             columns = [said([one[key] for one in runs]) for key in ("last", "best")]
             print(f"  {name:<24} {'   '.join(columns)}   {said(ratio) if ratio else '':<18} {times:.2f}", flush=True)
+            if "taken" in runs[0]:
+                shares = [said([one[key] for one in runs]) for key in ("taken", "taken right")]
+                print(f"    taken as clean: {shares[0]} of all, of these right {shares[1]}")
     if _JSON.value:
         files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
     if _PLOT.value:

@@ -317,6 +317,30 @@ def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses()
     assert losses["learned"] < 0.8 < 0.85 < losses["by hand"]
 
 
+def test_a_pseudo_clean_split_finds_most_right_labels():
+    x, truth, y = blobs(600, 0, noise=0.6)
+    model = network()
+    model.compile(keras.optimizers.Adam(1e-2), LOSS)
+    model.fit(x, y, batch_size=50, epochs=5, verbose=0)
+    chosen = meta.PseudoCleanSplit().split(model, x, y, LOSS)
+    right = y == truth
+    assert right[chosen].mean() > 0.9 > 0.6 > right.mean()
+    assert chosen[right].mean() > 0.8
+    order = np.random.default_rng(0).permutation(len(x))
+    np.testing.assert_array_equal(meta.PseudoCleanSplit().split(model, x[order], y[order], LOSS), chosen[order])
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [([1.0, np.nan], "`losses` must be finite"), ([1.0, 1.0], "not all the same"), ([[1.0]], r"\[n\]")],
+)
+def test_losses_that_cannot_be_split_are_refused(losses, message):
+    with pytest.raises(ValueError, match=message):
+        meta.PseudoCleanSplit().probabilities(np.array(losses))
+    with pytest.raises(ValueError, match="`threshold` must be between 0 and 1"):
+        meta.PseudoCleanSplit(threshold=1.0)
+
+
 def test_noise_is_as_often_as_it_says():
     y = np.arange(50000) % 10
     assert np.mean(tasks.noisy_labels(y, 10, 0.6) == y) == pytest.approx(0.46, abs=0.01)

@@ -224,8 +224,8 @@ def test_small_perturbations_move_as_theory_says():
 
 
 def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
-    """Of the loss after a step of size a on theta' H theta / 2, it is 2 a_eff theta' H (I - a H) H^2 theta, which is positive
-    where a is small; the loss after the step falls with a. examples/learn_a_gate.py shows it in a network."""
+    """Of a step of size a on theta' H theta / 2 it is 2 a_eff theta' H (I - a H) H^2 theta, positive where a is small; the
+    loss after the step falls with a. examples/learn_a_gate.py shows it in a network."""
     sigma, tau, population, size = 0.02, 0.5, 2, 100_000
     h, theta = np.array([1.0, 0.5, 2.0]), np.array([1.0, -1.0, 0.5])
 

@@ -8,6 +8,7 @@ from keras_blur.meta.evograd import EvoGrad
 from keras_blur.meta.evolution import Evolution
 from keras_blur.meta.famus import GradientSampler, LayerwiseMetaGradient
 from keras_blur.meta.hypergradient import FiniteDifference, OneStep
+from keras_blur.meta.pseudo_clean import PseudoCleanSplit
 from keras_blur.meta.trainer import MetaTrainer
 from keras_blur.meta.training_losses import Hyperparameters, LearnedRotation, SampleWeightNet, TrainingLoss
 from keras_blur.meta.unroll import TruncatedUnroll, Unroll
@@ -32,6 +33,7 @@ __all__ = [
     "MetaValidate",
     "OfflineWarpGrad",
     "OneStep",
+    "PseudoCleanSplit",
     "SampleWeightNet",
     "SaveLearned",
     "TrainingLoss",

@@ -81,14 +81,14 @@ def _as_they_are(images: np.ndarray) -> np.ndarray:
 
 
 def _digits(convert: Callable[[np.ndarray], np.ndarray]) -> Images:
-    data = _needs("sklearn.datasets", "scikit-learn").load_digits()
+    data = needs("sklearn.datasets", "scikit-learn").load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))  # neighbours in the file share a writer
     x, y = convert(data.images.astype(np.uint8)[order][..., None]), data.target.astype(np.int64)[order]
     return Images("digits", x[:-_DIGITS_TEST], y[:-_DIGITS_TEST], x[-_DIGITS_TEST:], y[-_DIGITS_TEST:], 10, 16.0)
 
 
 def _prepared(name: str, data_dir: str | os.PathLike[str] | None, convert: Callable[[np.ndarray], np.ndarray]) -> Images:
-    tfds = _needs("tensorflow_datasets", "tensorflow-datasets")
+    tfds = needs("tensorflow_datasets", "tensorflow-datasets")
     folder = os.path.expanduser(
         os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
     )
@@ -139,7 +139,8 @@ def _batches(tfds: ModuleType, builder: Any, split: str) -> Iterator[dict[str, n
         raise ValueError(f"The split {split!r} in {os.fspath(builder.data_path)!r} could not be read: {error}") from error
 
 
-def _needs(module: str, distribution: str) -> ModuleType:
+def needs(module: str, distribution: str) -> ModuleType:
+    """A module of the extra `data`; an `ImportError` names the install command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
