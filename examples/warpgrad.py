@@ -75,8 +75,8 @@ def adam_start(rate):
 
 
 def tuned(of, arm, starts, rates, test_rates, at, batch, seed):
-    """The curve on test episodes of the optimizer of the start and the rates that are best on validation episodes at the last
-    step: with the smallest loss, of classes with the highest accuracy."""
+    """The curve on test episodes of the optimizer of the start and the rates that are best on validation episodes at the
+    last step: with the smallest loss, of classes with the highest accuracy."""
     best, quality = None, "accuracy" if of.kind == "classes" else "r2"
     for (name, start_optimizer), rate in itertools.product(starts.items(), rates):
         learner, learned, seconds = meta_trained(
