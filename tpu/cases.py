@@ -84,8 +84,8 @@ class Gaussians(tasks.Tasks):
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
-    optimizer = model.optimizer.variables if model.optimizer else []
-    return [*model.variables, *model.metrics_variables, *optimizer]
+    optimizers = [one for one in (model.optimizer, getattr(model, "meta_optimizer", None)) if one]
+    return [*model.variables, *model.metrics_variables, *(variable for one in optimizers for variable in one.variables)]
 
 
 def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None) -> Case:
@@ -122,6 +122,22 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
     return Case(tf.function(one_step_on_data, autograph=False), (batch,), _variables(made))
 
 
+def bilevel(size: Size) -> Case:
+    """A step of `BilevelTrainer`: weights of examples by the exact gradient through one step, then the model's own."""
+    dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
+    layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
+    model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])
+    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), meta.OneStep(rate=0.1), seed=3)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, jit_compile=False)
+    batch = size.batch * size.tasks
+    drawn = [Gaussians(size.sizes[0], size.sizes[-1]).examples(random.seed_of(number), batch, "train") for number in (1, 2)]
+    train, judge = ((x.numpy(), tf.argmax(y, -1).numpy()) for x, y in drawn)
+    made._open(train, judge, batch, batch)
+    made.rewind()
+    return Case(made._program(True), (random.seed_of(5), made._next(0, 0), made._next(1, 0)), _variables(made))
+
+
 def _estimator(kind: Any, size: Size) -> Any:
     # A difference of two losses over a small sigma would be rounding magnified.
     noise: dict[str, Any] = {"pairs": size.population // 2, "sigma": 0.2}
@@ -146,6 +162,7 @@ CASES: dict[str, Callable[[Size], Case]] = {
     "es": lambda size: _meta(size, _estimator(meta.ES, size)),
     "pes": lambda size: _meta(size, _estimator(meta.PES, size)),
     "cma": lambda size: _meta(size, _estimator(meta.Evolution, size)),
+    "bilevel": bilevel,
     "warpgrad": lambda size: _meta(size, meta.WarpGrad(size.steps, start="leap"), learner=_warped(size)),
 }
 

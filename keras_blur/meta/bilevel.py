@@ -209,16 +209,20 @@ class BilevelTrainer(OuterLoop):
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
         check_count("meta_every", meta_every)
-        data = (x, y) if y is not None else x
-        self._sources = [
-            _source("x", data, batch_size, self.runner.replicas, self._classes),
-            _source("meta_data", meta_data, meta_batch_size or batch_size, self.runner.replicas, self._classes),
-        ]
+        self._open((x, y) if y is not None else x, meta_data, batch_size, meta_batch_size or batch_size)
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
         self.meta_every, self._validation = meta_every, validation_data
         return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+
+    def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
+        """Checks both kinds of data and keeps where their batches come from."""
+        replicas = self.runner.replicas
+        self._sources = [
+            _source("x", train, batch_size, replicas, self._classes),
+            _source("meta_data", judge, meta_batch_size, replicas, self._classes),
+        ]
 
     def _classes(self) -> int | None:
         """Number of classes if labels are integers, else `None`."""
