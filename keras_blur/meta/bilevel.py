@@ -275,8 +275,8 @@ class BilevelTrainer(OuterLoop):
 
     def _program(self, turn: bool) -> Any:
         if turn not in self._programs:
-            # Nothing that adds up over replicas may stand in a function of its own.
-            inner = compiled(self._step, jit_compile=self.jit_step) if self.runner.replicas == 1 else self._step
+            # Nothing that adds up over replicas, or that a strategy compiles, may stand in a function of its own.
+            inner = compiled(self._step, jit_compile=True) if self.jit_step else self._step
 
             def step(seed: Array, *batches: Any) -> dict[str, Array]:
                 return self.count_step(inner(seed, *batches))
