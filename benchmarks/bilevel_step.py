@@ -69,8 +69,8 @@ def runner(name: str, estimator: HypergradientEstimator | None, batch: int | Non
     """A trainer that has made its first steps, with its estimator in each step or, for the plain one, in none."""
     keras.utils.set_random_seed(0)
     model, of, usual = network(name)
-    batch, rng = batch or usual, np.random.default_rng(0)
-    x = rng.standard_normal((batch if batch == _LARGE[name] else 20 * batch, *model.input_shape[1:])).astype("float32")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch or 20 * usual, *model.input_shape[1:])).astype("float32")
     y = rng.integers(0, 10, len(x))
     trainer = meta.BilevelTrainer(model, of(), estimator or meta.OneStep(), first="model" if name == "lenet" else "meta")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -78,7 +78,7 @@ def runner(name: str, estimator: HypergradientEstimator | None, batch: int | Non
     if estimator is None:
         trainer.meta_step.assign(1)  # the turn of the outer parameters, each 10**6th step, has been
     every = 1 if estimator else 10**6
-    trainer.fit(x, y, meta_data=(x, y), batch_size=batch, steps_per_epoch=3, meta_every=every, verbose=0)
+    trainer.fit(x, y, meta_data=(x, y), batch_size=batch or usual, steps_per_epoch=3, meta_every=every, verbose=0)
     return trainer
 
 

@@ -102,8 +102,11 @@ class Losses:
     def one_step(self, s, weights, train, valid, count, seed):
         """The exact derivative through one step."""
         del seed
-        after = lambda outer: self.stepped(outer["s"], weights, train, count)  # noqa: E731
-        return gradient(lambda outer: self.loss(after(outer), valid, count), {"s": s})[1]["s"]
+
+        def judged(outer):
+            return self.loss(self.stepped(outer["s"], weights, train, count), valid, count)
+
+        return gradient(judged, {"s": s})[1]["s"]
 
 
 ARMS = {"EvoGrad": Losses.evograd, "EvoGrad, attached": Losses.attached, "one step": Losses.one_step}

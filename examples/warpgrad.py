@@ -7,6 +7,7 @@ Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 20
         [--data omniglot] [--data_dir DIR] [--seeds 3] [--rates ...] [--test_rates ...]
 """
 
+import functools
 import itertools
 import json
 import os
@@ -64,16 +65,6 @@ def sgd(rate):
     return keras.optimizers.SGD(rate, global_clipnorm=10.0)
 
 
-def sgd_start(rate):
-    """Of the start: plain steps."""
-    return lambda: keras.optimizers.SGD(rate)
-
-
-def adam_start(rate):
-    """Of the start, where the size of a step should not depend on the length of the path."""
-    return lambda: keras.optimizers.Adam(rate)
-
-
 def tuned(of, arm, starts, rates, test_rates, at, batch, seed):
     """The curve on test episodes of the optimizer of the start and the rates that are best on validation episodes at the
     last step: with the smallest loss, of classes with the highest accuracy."""
@@ -109,11 +100,9 @@ def sines(seeds):
     rates, test_rates = ([float(rate) for rate in flag.value] for flag in (_RATES, _TEST_RATES))
     rates, test_rates = ([0.02], [0.01, 0.02]) if quick else (rates, test_rates)
     its = 3 if quick else 400
+    starts = {"SGD 0.3": functools.partial(keras.optimizers.SGD, 0.3)}
     return {
-        name: [
-            tuned(of, {**common, **arm, "its": its}, {"SGD 0.3": sgd_start(0.3)}, rates, test_rates, at, 16, seed)
-            for seed in range(seeds)
-        ]
+        name: [tuned(of, {**common, **arm, "its": its}, starts, rates, test_rates, at, 16, seed) for seed in range(seeds)]
         for name, arm in arms.items()
     }
 
@@ -135,8 +124,8 @@ def classes(seeds):
     of = tasks.episodes(_DATA.value, ways, shots, size=size, data_dir=_DATA_DIR.value)
     common = {"hidden": (64, 64), "activation": "relu", "order": "exact", "steps": 5 if quick else 100, "per_step": 4,
               "warp_rate": 1e-3, "its": 3 if quick else _META_STEPS.value}  # fmt: skip
-    plain = {f"SGD {rate:g}": sgd_start(rate) for rate in (0.3, 1.0)}
-    adam = {f"Adam {rate:g}": adam_start(rate) for rate in (1e-3, 3e-3)}
+    plain = {f"SGD {rate:g}": functools.partial(keras.optimizers.SGD, rate) for rate in (0.3, 1.0)}
+    adam = {f"Adam {rate:g}": functools.partial(keras.optimizers.Adam, rate) for rate in (1e-3, 3e-3)}
     arms = {
         "Reptile": ({"warps": False, "start": "reptile"}, plain),
         "Leap": ({"warps": False, "start": "leap"}, adam),

@@ -30,7 +30,7 @@ from keras_blur.learners.base import leaves
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
-from keras_blur.meta.training_losses import TrainingLoss
+from keras_blur.meta.training_losses import TrainingLoss, per_example
 
 Array = Any
 ORDERS = ("meta", "model")
@@ -362,9 +362,7 @@ class BilevelTrainer(OuterLoop):
 
     def _each(self, y: Array, prediction: Array) -> Array:
         """The loss of each example, `[batch]`."""
-        of = self._loss_of.call if isinstance(self._loss_of, keras.losses.Loss) else self._loss_of
-        values = of(y, tf.cast(prediction, tf.float32))
-        return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+        return per_example(self._loss_of, y, prediction)
 
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None

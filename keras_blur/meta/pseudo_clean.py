@@ -15,9 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur.meta.training_losses import per_example
 from keras_blur.tasks.datasets import needs
-
-Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ class PseudoCleanSplit:
         )
         # Ten iterations are the source's; they need not converge, of which scikit-learn would warn.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", needs("sklearn.exceptions", "scikit-learn").ConvergenceWarning)
             mixture.fit(scaled)
         return mixture.predict_proba(scaled)[:, int(np.argmin(mixture.means_))]
 
@@ -87,9 +86,7 @@ class PseudoCleanSplit:
             Booleans `[n]`.
 
         Raises:
-            ValueError: if a loss is not finite, or no example stands out.
+            ValueError: if a loss is not finite, or all are the same.
         """
-        of = keras.losses.get(loss)
         prediction = model.predict(x, batch_size=batch_size, verbose=0)
-        each = np.asarray((of.call if isinstance(of, keras.losses.Loss) else of)(y, prediction))
-        return self.probabilities(each.reshape(len(each), -1).mean(axis=1)) > self.threshold
+        return self.probabilities(np.array(per_example(keras.losses.get(loss), y, prediction))) > self.threshold

@@ -26,6 +26,13 @@ Array = Any
 Losses = Callable[[Array, Array], Array]
 
 
+def per_example(loss: Any, y: Array, prediction: Array) -> Array:
+    """What a Keras loss, an instance or a function, says of each example, `[batch]`, in float32."""
+    of = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    values = of(y, ops.cast(prediction, "float32"))
+    return ops.mean(values, axis=tuple(range(1, len(values.shape)))) if len(values.shape) > 1 else values
+
+
 class TrainingLoss(keras.Model):
     """A training loss with outer parameters, which are this model's trainable weights."""
 
