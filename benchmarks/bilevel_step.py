@@ -1,11 +1,12 @@
 """What a step of `BilevelTrainer` costs over plain training: time and memory, by estimator.
 
-    python benchmarks/bilevel_step.py [--rounds 20] [--network deep|conv|lenet ...] [--nomemory]
+    python benchmarks/bilevel_step.py [--rounds 20] [--network deep|conv|lenet ...] [--nojit_compile] [--nomemory]
 
 Three networks: eight dense layers of 256 units and the small convolutional one of examples/noisy_labels.py, both with
 weights of examples, batch 100; LeNet at 28x28 with a learned rotation, batch 128. Data are random numbers. Estimators take
 turns in blocks of five steps; printed are medians over rounds of the time over that of plain training in the same round, the
-10 % and 90 % quantiles, and the same over the exact step.
+10 % and 90 % quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile` neither; last
+comes the time of a step compiled the other way over this one's.
 
 Memory is the peak above the process before the network is built, in MB, for three steps of a large batch, so
 that what a step holds stands out from the program and its compilation; each in a process of its own.
@@ -30,6 +31,7 @@ from keras_blur.meta.hypergradient import HypergradientEstimator
 
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Blocks of each estimator.", lower_bound=3)
 _NETWORK = flags.DEFINE_multi_enum("network", None, ["deep", "conv", "lenet"], "What to run; all by default.")
+_JIT = flags.DEFINE_boolean("jit_compile", True, "Whether XLA compiles the steps.")
 _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in some more processes.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: network,place of a candidate whose memory to print.")
 _BLOCK, _LARGE = 5, {"deep": 30000, "conv": 3000, "lenet": 3000}
@@ -65,7 +67,9 @@ def network(name: str) -> tuple[keras.Model, type[meta.TrainingLoss], int]:
     return keras.Sequential(layers), meta.LearnedRotation, 128
 
 
-def runner(name: str, estimator: HypergradientEstimator | None, batch: int | None = None) -> meta.BilevelTrainer:
+def runner(
+    name: str, estimator: HypergradientEstimator | None, jit_compile: bool, batch: int | None = None
+) -> meta.BilevelTrainer:
     """A trainer that has made its first steps, with its estimator in each step or, for the plain one, in none."""
     keras.utils.set_random_seed(0)
     model, of, usual = network(name)
@@ -74,7 +78,7 @@ def runner(name: str, estimator: HypergradientEstimator | None, batch: int | Non
     y = rng.integers(0, 10, len(x))
     trainer = meta.BilevelTrainer(model, of(), estimator or meta.OneStep(), first="model" if name == "lenet" else "meta")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trainer.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-4), loss)
+    trainer.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-4), loss, jit_compile=jit_compile)
     if estimator is None:
         trainer.meta_step.assign(1)  # the turn of the outer parameters, each 10**6th step, has been
     every = 1 if estimator else 10**6
@@ -84,7 +88,7 @@ def runner(name: str, estimator: HypergradientEstimator | None, batch: int | Non
 
 def memory_of(name: str, place: int) -> float:
     """Peak memory of a candidate in MB, from a process of its own."""
-    asked = [sys.executable, __file__, f"--memory_of={name},{place}"]
+    asked = [sys.executable, __file__, f"--memory_of={name},{place}", f"--jit_compile={_JIT.value}"]
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -94,27 +98,32 @@ def main(argv: list[str]) -> None:
     if _MEMORY_OF.value:
         asked, which = _MEMORY_OF.value.split(",")
         with PeakMemory() as peak:
-            runner(asked, [None, *ESTIMATORS[asked].values()][int(which)], _LARGE[asked])
+            runner(asked, [None, *ESTIMATORS[asked].values()][int(which)], _JIT.value, _LARGE[asked])
         print(peak.megabytes)
         return
     for name in _NETWORK.value or list(ESTIMATORS):
         candidates: dict[str, HypergradientEstimator | None] = {"plain training": None, **ESTIMATORS[name]}
-        made = {label: runner(name, estimator) for label, estimator in candidates.items()}
-        times: dict[str, list[float]] = {label: [] for label in made}
+        ways = (_JIT.value, not _JIT.value)
+        made = {(label, way): runner(name, estimator, way) for label, estimator in candidates.items() for way in ways}
+        times: dict[tuple[str, bool], list[float]] = {key: [] for key in made}
         for _ in range(_ROUNDS.value):
-            for label, trainer in made.items():
+            for key, trainer in made.items():
                 begin = time.perf_counter()
                 for _ in range(_BLOCK):
                     trainer.meta_train_step()
-                times[label].append(time.perf_counter() - begin)
-        print(f"{name}: time over plain training, 10 % to 90 %, time over the exact step, MB for {_LARGE[name]} examples")
+                times[key].append(time.perf_counter() - begin)
+        kind = "by XLA" if _JIT.value else "without XLA"
+        print(f"{name}, {kind}: time over plain training, 10 % to 90 %, over the exact step, of the other kind over this one"
+              + (f", MB for {_LARGE[name]} examples" if _MEMORY.value else ""))  # fmt: skip
         exact = next(iter(ESTIMATORS[name]))
         for place, label in enumerate(candidates):
-            ratios = np.array(times[label]) / np.array(times["plain training"])
-            against = np.median(np.array(times[label]) / np.array(times[exact]))
+            own = np.array(times[label, _JIT.value])
+            ratios = own / np.array(times["plain training", _JIT.value])
+            against = np.median(own / np.array(times[exact, _JIT.value]))
+            other = np.median(np.array(times[label, not _JIT.value]) / own)
             low, high = np.quantile(ratios, [0.1, 0.9])
             columns = [f"{label:<35}", f"{np.median(ratios):.2f}", f"{low:.2f} to {high:.2f}", f"{against:.2f}"]
-            columns += [f"{memory_of(name, place):.0f}"] if _MEMORY.value else []
+            columns += [f"{other:.2f}"] + ([f"{memory_of(name, place):.0f}"] if _MEMORY.value else [])
             print(" ", "   ".join(columns), flush=True)
 
 

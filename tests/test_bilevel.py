@@ -1,6 +1,7 @@
 """Outer parameters learned inside one training run: it learns, it resumes, it touches nothing that it should not."""
 
 import math
+import signal
 
 import keras
 import numpy as np
@@ -61,7 +62,7 @@ def test_wrong_labels_come_to_weigh_less(name):
     clean = blobs(100, 1)[:2]
     made = trainer(ESTIMATORS[name], jit_compile=True, meta_rate=1e-2)
     history = made.fit(x, y, meta_data=clean, batch_size=50, epochs=20, verbose=0).history
-    assert set(history) == {"loss", "meta_loss", "skipped", *made.estimator.logged}
+    assert set(history) == {"loss", "accuracy", "meta_loss", "skipped", *made.estimator.logged}
     weights = made.learned(LOSS.call(y, made.predict(x, verbose=0))).numpy()
     right = y == truth
     assert weights[right].mean() > (1.05 if name == "evograd" else 1.3) * weights[~right].mean()
@@ -126,6 +127,54 @@ def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
     made.compile("sgd", "sgd", LOSS)
     with pytest.raises(ValueError, match=r"SaveLearned needs something that has `save\(path\)`"):
         made.fit(x, y, meta_data=(x, y), batch_size=20, callbacks=[meta.SaveLearned(tmp_path / "s.json")], verbose=0)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_metrics_of_training_are_those_of_keras(jit_compile):
+    x, truth, y = blobs(100, 0, noise=0.3)
+    model = network()
+    made = meta.BilevelTrainer(model, meta.SampleWeightNet(20))
+    wanted = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
+    made.compile(keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.0), LOSS, wanted, jit_compile=jit_compile)
+    history = made.fit(x, y, meta_data=(x, truth), batch_size=25, epochs=2, validation_data=(x, truth), verbose=0).history
+    prediction = model.predict(x, verbose=0)
+    order = np.argsort(-prediction, axis=1)
+    for labels, prefix in ((y, ""), (truth, "val_")):
+        assert history[f"{prefix}accuracy"] == pytest.approx([np.mean(order[:, 0] == labels)] * 2, abs=1e-6)
+        top = np.mean((order[:, :2] == labels[:, None]).any(axis=1))
+        assert history[f"{prefix}top"] == pytest.approx([top] * 2, abs=1e-6)
+
+
+def test_metrics_of_training_go_on_within_an_epoch(tmp_path):
+    x, _, y = blobs(100, 0, noise=0.3)
+    path = str(tmp_path / "run.weights.h5")
+    options = {"meta_data": (x, y), "batch_size": 20, "epochs": 2, "verbose": 0}
+
+    class Leave(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    unbroken, broken, resumed = (trainer() for _ in range(3))
+    wanted = unbroken.fit(x, y, **options).history
+    with pytest.raises(SystemExit):
+        broken.fit(x, y, checkpoint=path, callbacks=[Leave()], **options)
+    found = resumed.fit(x, y, checkpoint=path, **options).history
+    assert found["accuracy"] == wanted["accuracy"]
+    assert_equal(resumed, unbroken)
+
+
+def test_metrics_of_a_loss_that_asks_for_no_others():
+    x, _, y = blobs(100, 0)
+    model, scale = network(), keras.Variable(1.0, name="scale")
+
+    def training_loss(model, x, y, losses):
+        return scale * keras.ops.mean(keras.ops.square(model(x, training=True) - keras.ops.one_hot(y, 6)))
+
+    made = meta.BilevelTrainer(model, [scale], training_loss=training_loss)
+    made.compile(keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.0), LOSS, ["accuracy"])
+    history = made.fit(x, y, meta_data=(x, y), batch_size=25, verbose=0).history
+    assert history["accuracy"] == pytest.approx([np.mean(model.predict(x, verbose=0).argmax(1) == y)], abs=1e-6)
 
 
 def test_outer_parameters_change_in_their_turn_alone():

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_blur import meta, random
 from keras_blur.meta.evograd import named
-from keras_blur.meta.hypergradient import Bilevel, mixed
+from keras_blur.meta.hypergradient import Bilevel, LookAhead
 
 LAYERS = {"low": ("a", "b"), "middle": ("c",), "high": ("d",)}
 SEED, RATE = random.seed_of(3), 0.3
@@ -277,6 +277,39 @@ def test_the_sampler_gates_what_it_says_and_learns_from_its_losses():
     assert len(seen) > 2
 
 
+def test_a_branch_of_the_sampler_computes_its_own_layers_alone():
+    """Nor is a loss computed in it, or its way forward: those are made once, outside."""
+    bilevel, outer, weights = problem("float32", activation=tf.nn.relu)
+    held = {"examples": outer["examples"]}  # a scale of inputs would need the layers below the cut
+    bilevel = bilevel._replace(train=lambda values, w, train=bilevel.train: train({**outer, **values}, w))
+    estimator = meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4))
+    own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
+
+    @tf.function
+    def step(seed):
+        return estimator.estimate(bilevel, held, weights, tf.constant(RATE), seed, own)
+
+    graph = step.get_concrete_function(tf.TensorSpec(SEED.shape, SEED.dtype)).graph.as_graph_def()
+    library = {one.signature.name: one for one in graph.library.function}
+    cases = [[library[one.name] for one in node.attr["branches"].list.func] for node in graph.node if "Case" in node.op]
+    assert [len(branches) for branches in cases] == [3, 3]
+
+    def products(function):
+        """Products of those operations that the results come from: others are not executed."""
+        nodes = {node.name: node for node in function.node_def}
+        reached, ahead = set(), [value.split(":")[0] for value in [*function.ret.values(), *function.control_ret.values()]]
+        while ahead:
+            name = ahead.pop()
+            if name in nodes and name not in reached:
+                reached.add(name)
+                ahead += [value.split(":")[0].lstrip("^") for value in nodes[name].input]
+        return sum(nodes[name].op == "MatMul" for name in reached)
+
+    # Of the meta loss, from the head: a product for its weights; then one for what goes below it and one for weights again.
+    # Of the mixed derivative, in the other direction: of each layer its change of outputs, and what comes from below.
+    assert [[products(branch) for branch in branches] for branches in cases] == [[5, 3, 1], [5, 3, 1]]
+
+
 def test_the_samplers_count_is_drawn_to_its_target():
     bilevel, outer, weights = problem("float32")
     shapes = {layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()}
@@ -328,11 +361,14 @@ def test_the_third_loss_is_the_distance_at_the_last_layer():
     np.testing.assert_allclose(flat(results[1]) - flat(results[0]), flat(wanted), rtol=1e-3, atol=1e-6)
 
 
-def test_mixed_compiles_whole():
+def test_a_look_ahead_compiles_whole():
     bilevel, outer, weights = problem("float32")
-    run = tf.function(lambda o, w: mixed(bilevel, o, w, w, tf.constant(RATE)), jit_compile=True)
-    plain = mixed(bilevel, outer, weights, weights, tf.constant(RATE))
-    np.testing.assert_allclose(flat(run(outer, weights)), flat(plain), rtol=1e-4, atol=1e-6)
+
+    def back(outer, weights):
+        return LookAhead(bilevel, outer, weights, tf.constant(RATE)).mixed(weights)
+
+    run = tf.function(back, jit_compile=True)
+    np.testing.assert_allclose(flat(run(outer, weights)), flat(back(outer, weights)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

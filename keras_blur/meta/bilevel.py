@@ -25,7 +25,7 @@ import tensorflow as tf
 from keras_blur import random
 from keras_blur.checks import Classes, checked
 from keras_blur.compiling import compiled
-from keras_blur.distribution import mean
+from keras_blur.distribution import mean, total
 from keras_blur.learners.base import leaves
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
@@ -64,7 +64,7 @@ class BilevelTrainer(OuterLoop):
     >>> trainer.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
     >>> history = trainer.fit(x, y, meta_data=(x, y), batch_size=2, epochs=1, verbose=0).history
     >>> sorted(history)
-    ['candidates', 'loss', 'meta_loss', 'skipped']
+    ['accuracy', 'candidates', 'loss', 'meta_loss', 'skipped']
     """
 
     def __init__(
@@ -117,8 +117,6 @@ class BilevelTrainer(OuterLoop):
         }
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
-        if learnt and self.runner.replicas > 1:
-            raise ValueError("`estimator` must have no sampler on several replicas: its branches cannot add up over them.")
         saved = {id(variable) for variable in model.weights}
         self._seeds = [
             v for v in model.non_trainable_variables if id(v) not in saved
@@ -130,6 +128,8 @@ class BilevelTrainer(OuterLoop):
         self.built = True
         self._programs: dict[bool, Any] = {}
         self._validation: Any = None
+        self._measures = False
+        self._metric_state: list[keras.Variable] = []
 
     # What a person asks of it.
 
@@ -148,7 +148,8 @@ class BilevelTrainer(OuterLoop):
             optimizer: any Keras optimizer, of the model.
             meta_optimizer: any Keras optimizer, of the outer parameters; Adam at 1e-3 by default.
             loss: a Keras loss or its name: of each example in training, of the batch on meta data.
-            metrics: of validation, as in Keras; training has none, since its labels may be wrong.
+            metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
+                prediction of which a training loss asks the loss first.
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it.
 
         Raises:
@@ -171,6 +172,7 @@ class BilevelTrainer(OuterLoop):
                     raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
                 one.build(list(variables.values()))
         self._programs = {}
+        self._measures, self._metric_state = metrics is not None, []
 
     def fit(
         self,
@@ -214,6 +216,7 @@ class BilevelTrainer(OuterLoop):
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
         self.meta_every, self._validation = meta_every, validation_data
+        self._make_metric_state()
         return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
@@ -223,6 +226,24 @@ class BilevelTrainer(OuterLoop):
             _source("x", train, batch_size, replicas, self._classes),
             _source("meta_data", judge, meta_batch_size, replicas, self._classes),
         ]
+
+    def _make_metric_state(self) -> None:
+        """Makes the variables of the metrics of training: apart from those of `evaluate`, and saved with all others."""
+        if self._metric_state or not self._measures:
+            return
+        x, y = (tf.zeros((2, *spec.shape[1:]), spec.dtype) for spec in self._sources[0].spec)
+        with self.runner.scope():
+            self.compute_metrics(x, y, tf.zeros((2, *self.model.output_shape[1:])))  # Keras makes them when it sees data
+            self.reset_metrics()
+        self._metric_state = [
+            self.counter(f"metric_{place}", np.array(v.value)) for place, v in enumerate(self.metrics_variables)
+        ]
+        self._programs = {}
+
+    def start_means(self) -> None:
+        super().start_means()
+        for variable in self._metric_state:
+            variable.assign(tf.zeros_like(variable.value))
 
     def _classes(self) -> int | None:
         """Number of classes if labels are integers, else `None`."""
@@ -279,7 +300,8 @@ class BilevelTrainer(OuterLoop):
             inner = compiled(self._step, jit_compile=True) if self.jit_step else self._step
 
             def step(seed: Array, *batches: Any) -> dict[str, Array]:
-                return self.count_step(inner(seed, *batches))
+                found, metrics = inner(seed, *batches)
+                return {**self.count_step(found), **metrics}
 
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
@@ -287,30 +309,33 @@ class BilevelTrainer(OuterLoop):
             self._programs[turn] = tf.function(meta_step, autograph=False)
         return self._programs[turn]
 
-    def _step(self, seed: Array, train: Any, *judge: Any) -> dict[str, tuple[Array, Array]]:
-        """A replica's program; without a meta batch the outer parameters stay as they are."""
+    def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
+        """A replica's program, its values with weights and the metrics of training; without a meta batch the outer
+        parameters stay as they are."""
         found: dict[str, Array] = {}
         if self.first == "model":
-            found |= self._change_model(train)
+            loss, metrics = self._change_model(train)
         for batch in judge:
             found |= self._change_outer(seed, train, batch)
         if self.first == "meta":
-            found |= self._change_model(train)
+            loss, metrics = self._change_model(train)
+        found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
         one = tf.ones(())
-        return {
+        values = {
             name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
             for name in self.logged
         }
+        return values, metrics
 
-    def _change_model(self, batch: Any) -> dict[str, Array]:
-        """The step that is taken."""
+    def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
+        """The step that is taken: its loss, and the metrics of training."""
         kept: list[Any] = []
 
         def train(weights: Mapping[str, Array]) -> Array:
-            loss, buffers = self._pass(_values(self.outer), weights, batch)
-            kept.append(buffers)
+            loss, *others = self._pass(_values(self.outer), weights, batch)
+            kept.extend(others)
             return loss
 
         loss, slope = mean(gradient(train, _values(self._trained)))
@@ -319,7 +344,23 @@ class BilevelTrainer(OuterLoop):
             variable.assign(mean(value) if value.dtype.is_floating else value)
         for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
             kept_seed.assign(variable.value)
-        return {"loss": loss}
+        return loss, self._measure(batch[1], kept[1])
+
+    def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
+        """The metrics of training so far in the epoch; what a batch adds to their state is added up over replicas."""
+        before = [tf.convert_to_tensor(variable.value) for variable in self._metric_state]
+        if not before:
+            return {}
+        with keras.StatelessScope(list(zip(self.metrics_variables, before, strict=True))) as scope:
+            self.compute_metrics(None, y, prediction)
+        after = [tf.convert_to_tensor(scope.get_current_value(variable)) for variable in self.metrics_variables]
+        added = total([new - old for new, old in zip(after, before, strict=True)])
+        after = [old + new for old, new in zip(before, added, strict=True)]
+        for variable, value in zip(self._metric_state, after, strict=True):
+            variable.assign(value)
+        with keras.StatelessScope(list(zip(self.metrics_variables, after, strict=True))):
+            results = self.get_metrics_result()
+        return {name: value for name, value in results.items() if name not in self.logged}
 
     def _change_outer(self, seed: Array, batch: Any, judge: Any) -> dict[str, Array]:
         """An estimate, and the step of the outer parameters; one that is not finite is skipped and counted."""
@@ -348,12 +389,24 @@ class BilevelTrainer(OuterLoop):
         mapping += [(variable, tf.convert_to_tensor(variable.value)) for variable in self._buffers()]
         return keras.StatelessScope(mapping, collect_losses=True)
 
-    def _pass(self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any) -> tuple[Array, list[Array]]:
-        """The training loss, and what the model's buffers would be."""
+    def _pass(
+        self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any
+    ) -> tuple[Array, list[Array], Array]:
+        """The training loss, what the model's buffers would be, and its prediction."""
+        predictions: list[Array] = []
+
+        def each(y: Array, prediction: Array) -> Array:
+            predictions.append(prediction)
+            return self._each(y, prediction)
+
         with self._scope(outer, weights) as scope:
-            loss = self._training_loss(self.model, *batch, self._each)
+            loss = self._training_loss(self.model, *batch, each)
             loss = loss + sum(self.model.losses)
-        return loss, [scope.get_current_value(variable) for variable in self._buffers()]
+        buffers = [scope.get_current_value(variable) for variable in self._buffers()]
+        if not predictions:  # a loss of its own kind
+            with self._scope(outer, weights):
+                predictions.append(self.model(batch[0], training=False))
+        return loss, buffers, predictions[0]
 
     def _judge(self, weights: Mapping[str, Array], batch: Any) -> Array:
         x, y = batch
@@ -385,6 +438,7 @@ class _Arrays:
     def __init__(self, arrays: tuple[np.ndarray, ...], batch: int):
         self.arrays, self.batch = arrays, batch
         self.steps = len(arrays[0]) // batch
+        self.spec = tuple(tf.TensorSpec((batch, *array.shape[1:]), array.dtype) for array in arrays)
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""
@@ -408,6 +462,7 @@ class _Batches:
 
     def __init__(self, dataset: tf.data.Dataset):
         self.dataset = dataset
+        self.spec = dataset.element_spec
         self.steps = max(0, int(dataset.cardinality()))
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:

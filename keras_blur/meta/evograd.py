@@ -34,7 +34,7 @@ from keras_blur.meta.hypergradient import (
     Outer,
     Weights,
     check_positive,
-    judged,
+    gradient,
 )
 
 NOISES = ("rademacher", "normal")
@@ -105,7 +105,7 @@ class EvoGrad(HypergradientEstimator):
             + self.sigma * tf.add_n([share * eps[name] for share, eps in zip(tf.unstack(weighing), noise, strict=True)])
             for name in names
         }
-        loss, slope = judged(problem, {**weights, **merged}, names)
+        loss, slope = problem.mean(gradient(lambda values: problem.judge({**weights, **values}), merged))
         gains = self.sigma * tf.stack([tf.add_n([tf.reduce_sum(slope[n] * eps[n]) for n in names]) for eps in noise])
         by_losses = -weighing * (gains - tf.reduce_sum(gains * weighing)) / self.temperature  # sum_k gains_k dw_k / dl
         gradients = tape.gradient(own_losses, watched, output_gradients=by_losses, unconnected_gradients="zero")

@@ -6,9 +6,10 @@ virtual step itself is always that of all layers; what is left out is only the w
 
 A fixed cut (`layers`) leaves out the lower layers, and then neither the meta loss nor the virtual step is differentiated
 below it. With a `GradientSampler` a small network for each layer looks at that layer's training gradient and says whether
-the layer takes part (equations 8 and 9). A gate that multiplies a part by zero saves nothing; so the program has one branch
-for each lowest layer that a sample can have, of which only the one that is needed is executed. What saves time is that the
-lowest layer which takes part is high.
+the layer takes part (equations 8 and 9). A gate that multiplies a part by zero saves nothing; so each of the two ways back
+has one branch for each lowest layer that a sample can have, of which only the one that is needed is executed. What saves
+time is that the lowest layer which takes part is high. All branches begin at passes that are made once, outside, and what
+replicas add up stands between them: their gates are the same, being drawn from one seed and the mean gradient.
 
 The sampler is learned too, by three losses (equations 10 to 12): the meta loss; (sum of gates - target)^2; and the squared
 distance between the pooled gradients of training and meta loss at the last layer. A gate that is open multiplies its layer's
@@ -20,6 +21,7 @@ the training gradient of the last layer; the meta side is held.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,12 +37,11 @@ from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
     Hypergradient,
+    LookAhead,
     Outer,
     VirtualStep,
     Weights,
     check_positive,
-    judged,
-    mixed,
 )
 
 
@@ -141,52 +142,50 @@ class LayerwiseMetaGradient(VirtualStep):
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
         chosen = self.chosen(problem.layers)
-        alpha, training, ahead = self.ahead(problem, outer, weights, rate)
+        parts = [problem.layers[layer] for layer in chosen]
+        names = [name for own_names in parts for name in own_names]
+        ahead = self.ahead(problem, outer, weights, rate, names)
         if self.sampler is None:
-            names = [name for layer in chosen for name in problem.layers[layer]]
-            loss, slope = judged(problem, ahead, names)
-            return Hypergradient(mixed(problem, outer, weights, slope, alpha), loss, {}), {}
-        return self._sampled(self.sampler, problem, outer, weights, alpha, training, ahead, chosen, seed, own)
+            loss, slope = problem.mean((ahead.loss, ahead.slope(names)))
+            return Hypergradient(problem.mean(ahead.mixed(slope)), loss, {}), {}
+        return self._sampled(self.sampler, problem, ahead, chosen, parts, seed, own)
 
     def _sampled(
-        self, sampler: GradientSampler, problem: Bilevel, outer: Outer, weights: Weights, alpha: Array, training: Weights,
-        ahead: Weights, chosen: tuple[str, ...], seed: Array, own: Mapping[str, Array],
+        self, sampler: GradientSampler, problem: Bilevel, ahead: LookAhead, chosen: tuple[str, ...],
+        parts: Sequence[tuple[str, ...]], seed: Array, own: Mapping[str, Array],
     ) -> tuple[Hypergradient, dict[str, Array]]:  # fmt: skip
-        parts = [problem.layers[layer] for layer in chosen]
+        training = ahead.training
         watched = {name: tf.convert_to_tensor(value) for name, value in own.items()}
         with tf.GradientTape() as tape:
             tape.watch(watched)
             gates = self._gates(sampler, chosen, parts, training, seed, watched)
         lowest = tf.argmax(tf.cast(gates > 0.5, tf.int32), output_type=tf.int32)  # the first open one; the last always is
-        last = parts[-1]
+        names = [name for own_names in parts for name in own_names]
+        above = [[name for own_names in parts[first:] for name in own_names] for first in range(len(parts))]
 
-        def branch(first: int) -> Callable[[], Any]:
-            names = [name for names in parts[first:] for name in names]
+        def of_lowest(back: Callable[[list[str]], Any]) -> Any:
+            return tf.switch_case(lowest, [functools.partial(back, some) for some in above])
 
-            def run() -> Any:
-                loss, slope = judged(problem, ahead, names)
-                products = [
-                    tf.add_n([tf.reduce_sum(slope[name] * training[name]) for name in names]) for names in parts[first:]
-                ]
-                held = tf.stack([tf.zeros((), loss.dtype)] * first + products)
-                kept = {
-                    name: gate * slope[name]
-                    for gate, names in zip(tf.unstack(gates)[first:], parts[first:], strict=True)
-                    for name in names
-                }
-                # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
-                for name in last:
-                    apart = pooled(training[name]) - pooled(slope[name])
-                    factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-                    kept[name] = kept[name] - factor * tf.broadcast_to(apart, slope[name].shape) / alpha
-                return loss, held, mixed(problem, outer, weights, kept, alpha)
+        def slope_of(some: list[str]) -> dict[str, Array]:
+            return {**{name: tf.zeros_like(training[name]) for name in names}, **ahead.slope(some)}
 
-            return run
-
-        loss, products, found = tf.switch_case(lowest, [branch(first) for first in range(len(chosen))])
+        loss, slope = problem.mean((ahead.loss, of_lowest(slope_of)))
+        products = tf.stack(
+            [tf.add_n([tf.reduce_sum(slope[name] * training[name]) for name in own_names]) for own_names in parts]
+        )
+        kept = {
+            name: gate * slope[name] for gate, own_names in zip(tf.unstack(gates), parts, strict=True) for name in own_names
+        }
+        # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
+        for name in parts[-1]:
+            apart = pooled(training[name]) - pooled(slope[name])
+            factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
+            kept[name] = kept[name] - factor * tf.broadcast_to(apart, slope[name].shape) / ahead.alpha
+        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some})))
+        # Below the lowest open gate the way back was not taken, and no gate is moved by it.
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
-        by_gates = alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
+        by_gates = ahead.alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
         changes = tape.gradient(gates, watched, output_gradients=by_gates, unconnected_gradients="zero")
         depth = tf.cast(len(chosen) - lowest, tf.float32)
         return Hypergradient(found, loss, {"layers": count, "depth": depth}), changes

@@ -125,12 +125,52 @@ class VirtualStep(HypergradientEstimator):
             check_positive("rate", self.rate)
 
     def ahead(
-        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array
-    ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """The step's learning rate, the training gradient, and the weights after the step."""
-        alpha = rate if self.rate is None else tf.constant(self.rate, rate.dtype)
-        training = problem.mean(gradient(lambda values: problem.train(outer, values), weights)[1])
-        return alpha, training, {name: value - alpha * training[name] for name, value in weights.items()}
+        self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, names: Sequence[str] | None = None
+    ) -> LookAhead:
+        """The step; `names` as of `LookAhead`."""
+        return LookAhead(problem, outer, weights, rate if self.rate is None else tf.constant(self.rate, rate.dtype), names)
+
+
+class LookAhead:
+    """A virtual step of SGD, the meta loss after it, and the two ways back, each of as many layers as are wanted.
+
+    Both losses are computed once, when this is made, and both ways back begin there: also those in a branch of a
+    conditional, where a compiler could not know that it repeats what has been computed outside. What a way back has no use
+    for, a traced function does not keep.
+
+    Args:
+        problem, outer, weights: as of `HypergradientEstimator.estimate`.
+        alpha: the learning rate, a scalar.
+        names: the weights by which the meta loss will be differentiated; `None` for all.
+
+    Attributes:
+        training: the training gradient by all weights, a mean over replicas.
+        weights: those after the step.
+        loss: the meta loss there, of a replica's own batch.
+    """
+
+    def __init__(self, problem: Bilevel, outer: Outer, weights: Weights, alpha: Array, names: Sequence[str] | None = None):
+        self.alpha = alpha
+        self._outer = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
+        with tf.GradientTape(persistent=True) as self._above:
+            self._above.watch(self._outer)
+            self._first = gradient(lambda values: problem.train(self._outer, values), weights)[1]
+        self.training: dict[str, Array] = problem.mean(self._first)
+        self.weights = {name: value - alpha * self.training[name] for name, value in weights.items()}
+        with tf.GradientTape(persistent=True) as self._below:
+            self._below.watch(self.weights if names is None else {name: self.weights[name] for name in names})
+            self.loss = problem.judge(self.weights)
+
+    def slope(self, names: Sequence[str]) -> dict[str, Array]:
+        """The gradient of the meta loss by some weights, of a replica's own batch: no further down than the lowest."""
+        chosen = {name: self.weights[name] for name in names}
+        return self._below.gradient(self.loss, chosen, unconnected_gradients="zero")
+
+    def mixed(self, slope: Weights) -> dict[str, Array]:
+        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch."""
+        first = {name: self._first[name] for name in slope}
+        upstream = {name: -self.alpha * value for name, value in slope.items()}
+        return self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +187,9 @@ class OneStep(VirtualStep):
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
         del seed
-        alpha, _, ahead = self.ahead(problem, outer, weights, rate)
-        loss, slope = judged(problem, ahead, list(weights))
-        return Hypergradient(mixed(problem, outer, weights, slope, alpha), loss, {}), {}
+        ahead = self.ahead(problem, outer, weights, rate)
+        loss, slope = problem.mean((ahead.loss, ahead.slope(list(weights))))
+        return Hypergradient(problem.mean(ahead.mixed(slope)), loss, {}), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +217,8 @@ class FiniteDifference(VirtualStep):
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
         del seed
-        alpha, _, ahead = self.ahead(problem, outer, weights, rate)
-        loss, slope = judged(problem, ahead, list(weights))
+        ahead = self.ahead(problem, outer, weights, rate)
+        loss, slope = problem.mean((ahead.loss, ahead.slope(list(weights))))
         length = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(v)) for v in slope.values()]))
         number = sum(math.prod(v.shape) for v in slope.values())
         scale = 0.5 * self.width * math.sqrt(number) / tf.maximum(length, 1e-12)
@@ -188,31 +228,8 @@ class FiniteDifference(VirtualStep):
             return gradient(lambda values: problem.train(values, moved), outer)[1]
 
         above, below = outer_gradient(1.0), outer_gradient(-1.0)
-        found = {name: -alpha * (above[name] - below[name]) / (2.0 * scale) for name in outer}
+        found = {name: -ahead.alpha * (above[name] - below[name]) / (2.0 * scale) for name in outer}
         return Hypergradient(problem.mean(found), loss, {}), {}
-
-
-def judged(problem: Bilevel, weights: Weights, names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
-    """The meta loss at some weights, and its gradient by those that are named: no further down than the lowest of them."""
-    held = {name: value for name, value in weights.items() if name not in names}
-    chosen = {name: weights[name] for name in names}
-    return problem.mean(gradient(lambda values: problem.judge({**held, **values}), chosen))
-
-
-def mixed(problem: Bilevel, outer: Outer, weights: Weights, slope: Weights, alpha: Array) -> dict[str, Array]:
-    """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has; the others are not differentiated."""
-    held = {name: value for name, value in weights.items() if name not in slope}
-    chosen = {name: tf.convert_to_tensor(weights[name]) for name in slope}
-    watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-    with tf.GradientTape() as above:
-        above.watch(watched)
-        with tf.GradientTape() as tape:
-            tape.watch(chosen)
-            loss = problem.train(watched, {**held, **chosen})
-        first = tape.gradient(loss, chosen, unconnected_gradients="zero")
-    upstream = {name: -alpha * value for name, value in slope.items()}
-    second = above.gradient(first, watched, output_gradients=upstream, unconnected_gradients="zero")
-    return problem.mean(second)
 
 
 def gradient(function: Callable[[Any], Array], values: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:

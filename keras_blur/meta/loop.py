@@ -68,6 +68,10 @@ class OuterLoop(keras.Model):
         """The logs of an epoch, with those of a validation if there is one."""
         return logs
 
+    def start_means(self) -> None:
+        """Begins the running means of an epoch."""
+        self.sums.assign(tf.zeros_like(self.sums.value))
+
     def count_step(self, found: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
         """Inside a step: moves the counters on and gives the running means.
 
@@ -121,7 +125,7 @@ class OuterLoop(keras.Model):
                 if not first:
                     self.epoch.assign(epoch)
                     self.epoch_step.assign(0)
-                    self.sums.assign(tf.zeros_like(self.sums.value))
+                    self.start_means()
                 followed.on_epoch_begin(epoch)
                 for step in range(first, steps_per_epoch):
                     followed.on_train_batch_begin(step)
