@@ -37,8 +37,8 @@ def numbered(sizes, ways=2, shots=1):
     return EpisodeTasks(splits, ways, shots, "numbers")
 
 
-def write_set(folder, train, test, shape=(6, 6, 3)):
-    """A prepared set with the given labels, an image each."""
+def write_set(folder, train, test, shape=(6, 6, 3), kin=None):
+    """A prepared set with the given labels, an image each, and the feature `kin`, a function of a label, if there is one."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
@@ -46,14 +46,17 @@ def write_set(folder, train, test, shape=(6, 6, 3)):
         split: {"image": rng.integers(0, 256, (len(labels), *shape), dtype=np.uint8), "label": np.array(labels)}
         for split, labels in (("train", train), ("test", test))
     }
+    features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(num_classes=100)}
+    if kin:
+        features["kin"] = tfds.features.Tensor(shape=(), dtype=np.int64)
+        for part in parts.values():
+            part["kin"] = np.array([kin(label) for label in part["label"]])
     tfds.dataset_builders.store_as_tfds_dataset(
         name="tiny_letters",
         version="1.0.0",
         data_dir=str(folder),
         split_datasets={split: tf.data.Dataset.from_tensor_slices(columns) for split, columns in parts.items()},
-        features=tfds.features.FeaturesDict(
-            {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(num_classes=100)}
-        ),
+        features=tfds.features.FeaturesDict(features),
         disable_shuffling=True,
     )
     return parts
@@ -203,6 +206,63 @@ def test_prepared_set_in_colour_resized(tmp_path):
     assert sorted(label) == [0, 1, 2]
     assert sorted(one for found in label.values() for one in found) == [7, 8, 9]
     assert tasks.episodes("tiny_letters", ways=2, data_dir=tmp_path).features == 36  # left as they are
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classes_of_an_episode_are_of_one_group(tmp_path):
+    """Groups of ten classes, but the first of three: too few for four ways."""
+
+    def kin(label):
+        return 0 if label < 3 else 1 + (label - 3) // 10
+
+    write_set(tmp_path, list(range(83)) * 2, list(range(83, 93)) * 2, shape=(2, 2, 1), kin=kin)
+    some = tasks.episodes("tiny_letters", ways=4, group="kin", data_dir=tmp_path)
+    assert some.name == "tiny_letters 2x2, 4 ways of one kin, 1 shots"
+    groups = {split: {kin(label) for label in some.classes(split)} for split in SPLITS}
+    assert [len(groups[split]) for split in SPLITS] == [7, 2, 1]
+    assert len(set().union(*groups.values())) == 10
+    label_of = {row.tobytes(): label for known in some._splits.values()
+                for row, label in zip(known.images.numpy(), np.repeat(known.labels, known.counts), strict=True)}  # fmt: skip
+    seen, orders = [], set()
+    draw = tf.function(lambda seed: some.examples(seed, 4, "train"))
+    for number in range(300):
+        x, y = draw(random.seed_of(number))
+        labels = [label_of[row.tobytes()] for row in x.numpy()]
+        assert len(set(labels)) == 4 == len(set(y.numpy().argmax(1)))
+        assert len({kin(label) for label in labels}) == 1
+        seen += labels
+        orders.add(tuple(labels))
+    assert len(orders) > 290  # any classes of a group, in any order
+    drawn = sorted(groups["train"] - {0})
+    shares = np.bincount([kin(label) for label in seen], minlength=10)[drawn] / len(seen)
+    assert shares == pytest.approx([1 / len(drawn)] * len(drawn), abs=0.06)
+    assert 0 not in {kin(label) for label in seen}
+    whole = {
+        kin(label_of[row.tobytes()])
+        for n in range(20)
+        for row in some.resampled().examples(random.seed_of(n), 4, "train")[0].numpy()
+    }
+    assert whole == groups["train"]  # and without groups any
+    for options, message in (
+        ({"ways": 11}, "`ways` must be at most 10, the largest number of classes of a group in the split 'train'"),
+        (
+            {"group": "tribe"},
+            "`group` must be a feature of 'tiny_letters', one of image, kin, label. Received: group='tribe'",
+        ),
+        ({"group": "image"}, "`group` must be the name of an integer feature, one number an image."),
+        ({"exclusive": False}, "`exclusive` must be True with `group`"),
+        ({"name": "digits", "ways": 2}, "`group` must be None for the digits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.episodes(**{"name": "tiny_letters", "ways": 4, "group": "kin", "data_dir": tmp_path} | options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_class_in_two_groups_is_refused(tmp_path):
+    turn = iter(range(100))
+    write_set(tmp_path, [0, 1] * 4, [2, 3] * 4, shape=(2, 2, 1), kin=lambda label: next(turn) % 3)
+    with pytest.raises(ValueError, match="`group` must be the same in all images of a class; 'kin' is not"):
+        tasks.episodes("tiny_letters", ways=2, group="kin", data_dir=tmp_path)
 
 
 def test_standardised_by_the_classes_of_meta_training():

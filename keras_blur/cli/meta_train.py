@@ -71,6 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("shots", 1, "Examples of each class in a few-shot episode.", lower_bound=1, **define)
     flags.DEFINE_enum("synthetic", None, _SYNTHETIC, "A set of made tasks in the place of --data.", **define)
     flags.DEFINE_boolean("exclusive", True, "Few-shot: any classes in any order; else fixed groups of them.", **define)
+    flags.DEFINE_string("group", None, "Few-shot: classes of an episode share this feature, as alphabet.", **define)
     flags.DEFINE_list("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.", **define)
     flags.DEFINE_multi_string("hidden", ["64,64"], "Units of the hidden layers; repeat for several networks.", **define)
     flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2, **define)
@@ -291,7 +292,7 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
         return [tasks.functions(names, relabel=relabel) for names in by_outputs.values()]
     sides: list[int | None] = [*sizes] or [None]
     if flag["ways"]:
-        few = {"exclusive": flag["exclusive"], "data_dir": flag["data_dir"]}
+        few = {"exclusive": flag["exclusive"], "group": flag["group"], "data_dir": flag["data_dir"]}
         return [tasks.episodes(flag["data"], flag["ways"], flag["shots"], size=side, **few) for side in sides]
     options = {"relabel": flag["relabel"], "permute": flag["permute"], "data_dir": flag["data_dir"]}
     plain = [tasks.images(flag["data"], size=side, **options) for side in sides]

@@ -31,6 +31,7 @@ class Images:
         y_test: their labels.
         classes: number of classes.
         scale: the largest value a pixel can have.
+        groups: of each class the group that it belongs to, `[classes]`, -1 where a class has no image; or `None`.
     """
 
     name: str
@@ -40,12 +41,14 @@ class Images:
     y_test: np.ndarray
     classes: int
     scale: float
+    groups: np.ndarray | None = None
 
 
 def load_images(
     name: str = "digits",
     data_dir: str | os.PathLike[str] | None = None,
     *,
+    group: str | None = None,
     convert: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Images:
     """Loads an image set.
@@ -55,6 +58,8 @@ def load_images(
             the features `image` and `label`, prepared on disk.
         data_dir: folder of prepared sets; `None` takes the environment variable `TFDS_DATA_DIR`, then the default of
             `tensorflow_datasets`.
+        group: name of an integer feature of the set that is the same in all images of a class, such as the `alphabet` of
+            omniglot's characters; `None` for no groups.
         convert: of images `[n, height, width, channels]`, some at a time as they are read, to what is kept of them: a set
             may be larger than memory before it is made smaller. `None` keeps them as they are.
 
@@ -63,7 +68,8 @@ def load_images(
 
     Raises:
         ImportError: if scikit-learn or tensorflow_datasets is not installed; it names the install command.
-        ValueError: if the data are missing or are not labelled images of one size; it names the folder.
+        ValueError: if the data are missing or are not labelled images of one size; it names the folder. Or if there is no
+            such group.
 
     Example:
 
@@ -72,8 +78,10 @@ def load_images(
     ((1437, 8, 8, 1), 10)
     """
     if name == "digits":
+        if group is not None:
+            raise ValueError(f"`group` must be None for the digits, which have none. Received: group={group!r}")
         return _digits(convert or _as_they_are)
-    return _prepared(name, data_dir, convert or _as_they_are)
+    return _prepared(name, data_dir, group, convert or _as_they_are)
 
 
 def _as_they_are(images: np.ndarray) -> np.ndarray:
@@ -87,7 +95,9 @@ def _digits(convert: Callable[[np.ndarray], np.ndarray]) -> Images:
     return Images("digits", x[:-_DIGITS_TEST], y[:-_DIGITS_TEST], x[-_DIGITS_TEST:], y[-_DIGITS_TEST:], 10, 16.0)
 
 
-def _prepared(name: str, data_dir: str | os.PathLike[str] | None, convert: Callable[[np.ndarray], np.ndarray]) -> Images:
+def _prepared(
+    name: str, data_dir: str | os.PathLike[str] | None, group: str | None, convert: Callable[[np.ndarray], np.ndarray]
+) -> Images:
     tfds = needs("tensorflow_datasets", "tensorflow-datasets")
     folder = os.path.expanduser(
         os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
@@ -116,19 +126,38 @@ def _prepared(name: str, data_dir: str | os.PathLike[str] | None, convert: Calla
         raise ValueError(
             f"The set {name!r} must have the features `image`, all of one size, and `label`, a class. It has: {features}"
         )
-    train_x, train_y = _arrays(tfds, builder, "train", convert)
-    test_x, test_y = _arrays(tfds, builder, test, convert)
-    return Images(name, train_x, train_y, test_x, test_y, int(features["label"].num_classes), 255.0)
+    if group is not None and group not in features:
+        raise ValueError(f"`group` must be a feature of {name!r}, one of {', '.join(features)}. Received: group={group!r}")
+    if group is not None and (features[group].shape != () or not np.issubdtype(features[group].np_dtype, np.integer)):
+        raise ValueError(f"`group` must be the name of an integer feature, one number an image. Received: group={group!r}")
+    classes = int(features["label"].num_classes)
+    train_x, train_y, *of_train = _arrays(tfds, builder, "train", group, convert)
+    test_x, test_y, *of_test = _arrays(tfds, builder, test, group, convert)
+    groups = None
+    if group is not None:
+        groups = _of_classes(group, np.concatenate([train_y, test_y]), np.concatenate([*of_train, *of_test]), classes)
+    return Images(name, train_x, train_y, test_x, test_y, classes, 255.0, groups)
 
 
 def _arrays(
-    tfds: ModuleType, builder: Any, split: str, convert: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    parts = [(convert(batch["image"]), batch["label"]) for batch in _batches(tfds, builder, split)]
+    tfds: ModuleType, builder: Any, split: str, group: str | None, convert: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    """Images, labels, and groups if there are any, of the images of a split."""
+    names = ["label"] if group is None else ["label", group]
+    parts = [(convert(batch["image"]), *(batch[name] for name in names)) for batch in _batches(tfds, builder, split)]
     if not parts:
         raise ValueError(f"The split {split!r} in {os.fspath(builder.data_path)!r} has no images.")
-    x, y = zip(*parts, strict=True)
-    return np.concatenate(x), np.concatenate(y).astype(np.int64)
+    x, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return [x, *(column.astype(np.int64) for column in columns)]
+
+
+def _of_classes(name: str, labels: np.ndarray, groups: np.ndarray, classes: int) -> np.ndarray:
+    """The group of each class, from that of each image."""
+    found = np.full(classes, -1)
+    found[labels] = groups
+    if not np.array_equal(found[labels], groups):
+        raise ValueError(f"`group` must be the same in all images of a class; {name!r} is not.")
+    return found
 
 
 def _batches(tfds: ModuleType, builder: Any, split: str) -> Iterator[dict[str, np.ndarray]]:

@@ -35,17 +35,24 @@ class _Classes:
     labels: np.ndarray  # the classes' labels in the set, ascending
     starts: np.ndarray  # where each class begins
     counts: np.ndarray  # how many images it has
+    groups: np.ndarray  # which group it belongs to; all to one where there are none
 
 
 class EpisodeTasks(Tasks):
     """See `episodes`."""
 
     def __init__(
-        self, splits: dict[str, tuple[np.ndarray, np.ndarray]], ways: int, shots: int, name: str, exclusive: bool = True
+        self,
+        splits: dict[str, tuple[np.ndarray, np.ndarray]],
+        ways: int,
+        shots: int,
+        name: str,
+        exclusive: bool = True,
+        groups: np.ndarray | None = None,
     ):
         self.name, self.outputs, self.shots, self.exclusive = name, ways, shots, exclusive
         self.features = int(splits["train"][0].shape[1])
-        self._splits = {split: _by_class(*splits[split]) for split in SPLITS}
+        self._splits = {split: _by_class(*splits[split], groups) for split in SPLITS}
 
     def classes(self, split: str) -> tuple[int, ...]:
         """The labels, in the image set, of the classes of a split.
@@ -59,6 +66,9 @@ class EpisodeTasks(Tasks):
         """The same tasks, any classes in any order as the outputs of an episode."""
         made = copy.copy(self)
         made.exclusive = True
+        made._splits = {
+            split: dataclasses.replace(known, groups=np.zeros_like(known.groups)) for split, known in self._splits.items()
+        }
         return made
 
     def available(self, split: str) -> int:
@@ -77,18 +87,25 @@ class EpisodeTasks(Tasks):
             group = random.integers(random.fold_in(seed, 0), (), len(known.labels) // self.outputs)
             chosen = group * self.outputs + tf.range(self.outputs)
         else:
-            chosen = random.permutation(random.fold_in(seed, 0), len(known.labels))[: self.outputs]
-        # The images of a class in random order: the first of a sort by random keys, behind which the places are that
-        # only larger classes fill.
+            chosen = self._drawn(random.fold_in(seed, 0), known)
+        # The images of a class in random order; the places that only larger classes fill are missing.
         most = int(known.counts.max())
-        keys = tf.cast(random.bits(random.fold_in(seed, 1), (self.outputs, most)), tf.int64)
         missing = tf.range(most) >= tf.gather(tf.constant(known.counts, tf.int32), chosen)[:, None]
-        order = tf.math.top_k(-(keys + _BEYOND * tf.cast(missing, tf.int64)), each).indices
+        order = _first_of_random_order(random.fold_in(seed, 1), missing, each)
         place = tf.gather(tf.constant(known.starts, tf.int32), chosen)[:, None] + order
         place = tf.reshape(tf.transpose(place), (-1,))[:count]
         label = tf.range(count) % self.outputs
         x = tf.ensure_shape(tf.gather(known.images, place), (count, self.features))
         return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
+
+    def _drawn(self, seed: Array, known: _Classes) -> Array:
+        """The places of an episode's classes, `[ways]`: any of one group, of those that have enough."""
+        groups, sizes = np.unique(known.groups, return_counts=True)
+        large = groups[sizes >= self.outputs]
+        if len(groups) == 1:
+            return random.permutation(seed, len(known.labels))[: self.outputs]
+        group = tf.gather(tf.constant(large), random.integers(random.fold_in(seed, 0), (), len(large)))
+        return _first_of_random_order(random.fold_in(seed, 1), tf.constant(known.groups) != group, self.outputs)
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
         """One episode.
@@ -131,12 +148,20 @@ class EpisodeTasks(Tasks):
 
     def _drawable(self, split: str) -> _Classes:
         known = self._classes(split)
-        if self.outputs > len(known.labels):
+        _, sizes = np.unique(known.groups, return_counts=True)
+        if self.outputs > sizes.max():
+            what = "the number of classes" if len(sizes) == 1 else "the largest number of classes of a group"
             raise ValueError(
-                f"`ways` must be at most {len(known.labels)}, the number of classes in the split {split!r} of {self.name}. "
+                f"`ways` must be at most {sizes.max()}, {what} in the split {split!r} of {self.name}. "
                 f"Received: ways={self.outputs}"
             )
         return known
+
+
+def _first_of_random_order(seed: Array, missing: Array, count: int) -> Array:
+    """The first places of a random order of the last axis, behind which those are that are missing."""
+    keys = tf.cast(random.bits(seed, tuple(missing.shape)), tf.int64)
+    return tf.math.top_k(-(keys + _BEYOND * tf.cast(missing, tf.int64)), count).indices
 
 
 def episodes(
@@ -147,6 +172,7 @@ def episodes(
     size: int | None = None,
     standardize: bool = True,
     exclusive: bool = True,
+    group: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> EpisodeTasks:
     """Few-shot episodes on an image set: each has `ways` classes of the split, drawn at random, as its outputs.
@@ -167,14 +193,17 @@ def episodes(
         exclusive: whether meta-training draws any classes in any order. Otherwise an episode has one of fixed groups of
             neighbouring classes in a fixed order, which a learner can know by heart ("non-mutually-exclusive" tasks): the
             case that `tasks.augment` is for. Meta-validation and meta-test draw any classes anyway.
+        group: name of an integer feature of the set by which classes are grouped, such as `"alphabet"` of omniglot. Then
+            all classes of an episode are of one group, those with fewer classes than `ways` are left out, and splits share
+            no group. `None` draws from all classes.
         data_dir: folder of prepared sets.
 
     Returns:
         `EpisodeTasks`.
 
     Raises:
-        ValueError: if data are missing or an argument does not fit them. That another split than `"train"` has too few
-            classes is said when it is drawn from.
+        ValueError: if data are missing or an argument does not fit them, or they have no such group. That another split
+            than `"train"` has too few classes is said when it is drawn from.
 
     Example:
 
@@ -193,8 +222,10 @@ def episodes(
     def shrink(x: np.ndarray) -> np.ndarray:
         return resized(x, size or min(_SIZE, *x.shape[1:3])).mean(-1)
 
-    loaded = load_images(name, data_dir, convert=shrink)
-    side, scale = loaded.x_train.shape[1], loaded.scale
+    if group is not None and not exclusive:
+        raise ValueError(f"`exclusive` must be True with `group`, of whose classes any are drawn. Received: group={group!r}")
+    loaded = load_images(name, data_dir, group=group, convert=shrink)
+    side, scale, groups = loaded.x_train.shape[1], loaded.scale, loaded.groups
     splits = _split_by_class(loaded)
     del loaded  # a large set is here once, and changed in place from now on
     most = len(np.unique(splits["train"][1]))
@@ -209,31 +240,39 @@ def episodes(
         for x, _ in splits.values():
             x -= mean
             x /= deviation
-    return EpisodeTasks(splits, ways, shots, f"{name} {side}x{side}, {ways} ways, {shots} shots", exclusive)
+    of_a_group = "" if group is None else f" of one {group}"
+    title = f"{name} {side}x{side}, {ways} ways{of_a_group}, {shots} shots"
+    made = EpisodeTasks(splits, ways, shots, title, exclusive, groups)
+    made.available("train")  # raises where no group has enough classes
+    return made
 
 
 def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of pixels and labels of meta-training, meta-validation and meta-test, which share no class."""
-    own = not np.intersect1d(loaded.y_train, loaded.y_test).size
-    pooled = loaded.y_train if own else np.concatenate([loaded.y_train, loaded.y_test])
-    labels = np.random.default_rng(0).permutation(np.unique(pooled))
-    held = round(len(labels) * (0.25 if own else 0.2))
+    """Rows of pixels and labels of meta-training, meta-validation and meta-test, which share no class, nor a group."""
+    of_train, of_test = loaded.y_train, loaded.y_test
+    if loaded.groups is not None:
+        of_train, of_test = loaded.groups[of_train], loaded.groups[of_test]
+    own = not np.intersect1d(of_train, of_test).size
+    pooled = of_train if own else np.concatenate([of_train, of_test])
+    units = np.random.default_rng(0).permutation(np.unique(pooled))  # classes, or groups of them
+    held = round(len(units) * (0.25 if own else 0.2))
     chosen = {
-        "train": labels[held:] if own else labels[2 * held :],
-        "validation": labels[:held],
-        "test": np.unique(loaded.y_test) if own else labels[held : 2 * held],
+        "train": units[held:] if own else units[2 * held :],
+        "validation": units[:held],
+        "test": np.unique(of_test) if own else units[held : 2 * held],
     }
 
     def taken(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first, second = np.isin(loaded.y_train, some), np.isin(loaded.y_test, some)
+        first, second = np.isin(of_train, some), np.isin(of_test, some)
         x = np.concatenate([loaded.x_train[first], loaded.x_test[second]])
         return x.reshape(len(x), -1), np.concatenate([loaded.y_train[first], loaded.y_test[second]])
 
     return {split: taken(some) for split, some in chosen.items()}
 
 
-def _by_class(x: np.ndarray, y: np.ndarray) -> _Classes:
+def _by_class(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None) -> _Classes:
     order = np.argsort(y, kind="stable")
     labels, starts, counts = np.unique(y[order], return_index=True, return_counts=True)
+    own = np.zeros_like(labels) if groups is None else groups[labels]
     with tf.device("CPU"):  # where streams are made. An array would be written into the graph of each of them
-        return _Classes(tf.constant(x[order]), labels, starts, counts)
+        return _Classes(tf.constant(x[order]), labels, starts, counts, own)
