@@ -122,14 +122,16 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
     return Case(tf.function(one_step_on_data, autograph=False), (batch,), _variables(made))
 
 
-def bilevel(size: Size) -> Case:
-    """A step of `BilevelTrainer`: weights of examples by the exact gradient through one step, then the model's own."""
+def bilevel(size: Size, estimator: Any) -> Case:
+    """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own; metrics of training included."""
     dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
     layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
     model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])
-    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), meta.OneStep(rate=0.1), seed=3)
+    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), estimator, seed=3)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, jit_compile=False)
+    made.compile(
+        keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, ["accuracy"], jit_compile=False
+    )
     batch = size.batch * size.tasks
     drawn = [Gaussians(size.sizes[0], size.sizes[-1]).examples(random.seed_of(number), batch, "train") for number in (1, 2)]
     train, judge = ((x.numpy(), tf.argmax(y, -1).numpy()) for x, y in drawn)
@@ -162,7 +164,8 @@ CASES: dict[str, Callable[[Size], Case]] = {
     "es": lambda size: _meta(size, _estimator(meta.ES, size)),
     "pes": lambda size: _meta(size, _estimator(meta.PES, size)),
     "cma": lambda size: _meta(size, _estimator(meta.Evolution, size)),
-    "bilevel": bilevel,
+    "bilevel": lambda size: bilevel(size, meta.OneStep(rate=0.1)),
+    "famus": lambda size: bilevel(size, meta.LayerwiseMetaGradient(None, meta.GradientSampler(1, hidden=8), rate=0.1)),
     "warpgrad": lambda size: _meta(size, meta.WarpGrad(size.steps, start="leap"), learner=_warped(size)),
 }
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-NAMES = ("fit", "unroll", "truncated", "es", "pes", "cma", "warpgrad", "bilevel")
+NAMES = ("fit", "unroll", "truncated", "es", "pes", "cma", "warpgrad", "bilevel", "famus")
 CONTROLS = ("undivided", "unreduced", "printing", "python", "large")  # wrong on purpose: each must be refused
 KINDS = ("v4", "v5e", "v5p", "v6e")
 FROM_MIRRORED, FROM_ONE_DEVICE = 1e-6, 1e-4  # of the largest number among what has one scale

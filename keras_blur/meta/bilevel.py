@@ -216,16 +216,16 @@ class BilevelTrainer(OuterLoop):
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
         self.meta_every, self._validation = meta_every, validation_data
-        self._make_metric_state()
         return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
-        """Checks both kinds of data and keeps where their batches come from."""
+        """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
         replicas = self.runner.replicas
         self._sources = [
             _source("x", train, batch_size, replicas, self._classes),
             _source("meta_data", judge, meta_batch_size, replicas, self._classes),
         ]
+        self._make_metric_state()
 
     def _make_metric_state(self) -> None:
         """Makes the variables of the metrics of training: apart from those of `evaluate`, and saved with all others."""
