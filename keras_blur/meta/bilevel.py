@@ -236,7 +236,7 @@ class BilevelTrainer(OuterLoop):
             self.compute_metrics(x, y, tf.zeros((2, *self.model.output_shape[1:])))  # Keras makes them when it sees data
             self.reset_metrics()
         self._metric_state = [
-            self.counter(f"metric_{place}", np.array(v.value)) for place, v in enumerate(self.metrics_variables)
+            self.counter(f"metric_{place}", np.zeros(v.shape, v.dtype)) for place, v in enumerate(self.metrics_variables)
         ]
         self._programs = {}
 
