@@ -123,15 +123,13 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
 
 
 def bilevel(size: Size, estimator: Any) -> Case:
-    """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own; metrics of training included."""
+    """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own; metrics included."""
     dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
     layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
     model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])
     made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), estimator, seed=3)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    made.compile(
-        keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, ["accuracy"], jit_compile=False
-    )
+    made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, ["accuracy"], jit_compile=False)
     batch = size.batch * size.tasks
     drawn = [Gaussians(size.sizes[0], size.sizes[-1]).examples(random.seed_of(number), batch, "train") for number in (1, 2)]
     train, judge = ((x.numpy(), tf.argmax(y, -1).numpy()) for x, y in drawn)

@@ -112,6 +112,10 @@ class LayerwiseMetaGradient(VirtualStep):
     def logged(self) -> tuple[str, ...]:
         return ("layers", "depth") if self.sampler else ()
 
+    @property
+    def branches(self) -> bool:
+        return self.sampler is not None
+
     def chosen(self, layers: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the layers that take part, of all with weights."""
         every = tuple(layers)

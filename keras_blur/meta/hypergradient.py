@@ -74,6 +74,11 @@ class HypergradientEstimator(abc.ABC):
         """Names of what `logs` of an estimate has."""
         return ()
 
+    @property
+    def branches(self) -> bool:
+        """Whether a step has branches of which one is executed."""
+        return False
+
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
         """Numbers that the estimator itself learns, by name, where it starts; of most, none.
 
