@@ -3,13 +3,14 @@ Title: Warped gradient descent
 Description: Layers that are held while a task is learned, and bend the surface on which the others descend.
 Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020).
 
-    python examples/warpgrad.py [--quick] [--part sines|classes ...] [--plot FILE.png] [--json FILE]
+    python examples/warpgrad.py [--quick] [--part sines|classes ...] [--arm NAME ...] [--plot FILE.png] [--json FILE]
         [--data omniglot] [--data_dir DIR] [--seeds 3] [--rates ...] [--test_rates ...]
 """
 
 import functools
 import itertools
 import json
+import math
 import os
 import time
 
@@ -29,35 +30,21 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _DATA = flags.DEFINE_string("data", "digits", "Image set of the few-shot episodes, such as omniglot.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
-_RATES = flags.DEFINE_list("rates", ["0.02", "0.04", "0.08", "0.16"], "Sines: rates of meta-training to choose from.")
-_TEST_RATES = flags.DEFINE_list("test_rates", ["0.005", "0.01", "0.02", "0.04"], "Sines: rates on new tasks to choose from.")
-_META_STEPS = flags.DEFINE_integer("meta_steps", 400, "Classes: meta-steps of an arm.", lower_bound=1)
+_ARM = flags.DEFINE_multi_string("arm", None, "Arms to run, by name; all by default.")
+_RATES = flags.DEFINE_list("rates", ["0.04", "0.08", "0.16", "0.32"], "Sines: rates of meta-training to choose from.")
+_TEST_RATES = flags.DEFINE_list("test_rates", ["0.02", "0.04", "0.08", "0.16"], "Sines: rates on new tasks to choose from.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
 
 """
 ## Sines
 
-A task is a sine of random amplitude and phase, learned by 50 steps of SGD on batches of 16 points. Both arms learn the
-start of the network by Reptile: after each run it moves three tenths of the way to where the run led. One arm has two linear
+A task is a sine of random amplitude and phase, learned by 50 steps of SGD on batches of 16 points. All arms learn the start
+of the network by Reptile: after each run it moves three tenths of the way to where the run led. Two of them have two linear
 layers more, the warps, at first the identity and held while a task is learned; they learn from every theta that a run
 passes, at no more memory for fifty steps than for one. Rates are chosen for each arm alone on validation tasks: that of
-meta-training, and that of the tasks to come. Both are scored on other tasks.
+meta-training, and that of the tasks to come; once for the error after the last step and once for the area under the curve,
+since those want different rates. All are scored on other tasks.
 """
-
-
-def meta_trained(of, hidden, activation, rate, *, warps, order, start, steps, its, batch, per_step,
-                 start_optimizer, warp_rate, seed):  # fmt: skip
-    """A learner with learned start, and with learned warps if there are any; and the seconds that took."""
-    model, names = learners.warped(of.features, hidden, of.outputs, activation, warps=warps, seed=seed)
-    learner = learners.Warp(model, names, sgd(rate), loss="squared" if of.kind == "values" else "cross_entropy")
-    run = meta.MetaTrainer(
-        of, learner, meta.WarpGrad(steps, order=order, start=start), tasks_per_step=per_step, batch_size=batch,
-        query_size=100, seed=seed,
-    )  # fmt: skip
-    run.compile(keras.optimizers.Adam(warp_rate), start_optimizer=start_optimizer(), jit_compile=not _QUICK.value)
-    begin = time.perf_counter()
-    run.fit(1, its, verbose=0)
-    return learner, run.learned, time.perf_counter() - begin
 
 
 def sgd(rate):
@@ -65,82 +52,152 @@ def sgd(rate):
     return keras.optimizers.SGD(rate, global_clipnorm=10.0)
 
 
-def tuned(of, arm, starts, rates, test_rates, at, batch, seed):
-    """The curve on test episodes of the optimizer of the start and the rates that are best on validation episodes at the
-    last step: with the smallest loss, of classes with the highest accuracy."""
-    best, quality = None, "accuracy" if of.kind == "classes" else "r2"
-    for (name, start_optimizer), rate in itertools.product(starts.items(), rates):
-        learner, learned, seconds = meta_trained(
-            of, rate=rate, seed=seed, batch=batch, start_optimizer=start_optimizer, **arm
+def tuned(of, network, loss, estimator, runs, start_optimizers, rates, test_rates, at, seed, *,
+          batch, per_step, warp_rate, measures, jit_compile):  # fmt: skip
+    """By measure, the curve on test episodes of the optimizer of the start and the rates that are best on validation
+    episodes: by the quality or the loss after the last step (`last`), or the area under the curve of the loss (`area`).
+
+    A network is meta-trained for each optimizer of the start and each rate, on so many runs of `per_step` tasks.
+    """
+    quality = "accuracy" if of.kind == "classes" else "r2"
+    shape = {"at": at, "batch_size": batch, "query_size": 100, "episodes": 20 if _QUICK.value else 100}
+    shape["jit_compile"] = jit_compile
+    best = {}
+    for (name, start_optimizer), rate in itertools.product(start_optimizers.items(), rates):
+        model, warps = network(seed)
+        learner = learners.Warp(model, warps, sgd(rate), loss=loss)
+        trainer = meta.MetaTrainer(
+            of, learner, estimator, tasks_per_step=per_step, batch_size=batch, query_size=100, seed=seed
         )
+        trainer.compile(keras.optimizers.Adam(warp_rate), start_optimizer=start_optimizer(), jit_compile=jit_compile)
+        begin = time.perf_counter()
+        trainer.fit(1, runs * estimator.pieces, verbose=0)
+        seconds = time.perf_counter() - begin
         for other in test_rates:
-            again = learners.Warp(learner.model, learner.warp, sgd(other), loss=learner.loss)
-            shape = {"at": at, "batch_size": batch, "query_size": 100, "episodes": 20 if _QUICK.value else 100}
-            found = adaptation_curve(again, learned, of, split="validation", **shape)
-            score = -found["mean_accuracy"][-1] if of.kind == "classes" else found["mean_loss"][-1]
-            if best is None or score < best[0]:
-                curve = adaptation_curve(again, learned, of, split="test", **shape)
-                kept = {name: curve[name] for name in ("steps", "mean_loss", f"mean_{quality}", "area")}
-                best = score, {**kept, "start": name, "rates": [rate, other], "seconds": seconds}
-    return best[1]
+            again = learners.Warp(model, warps, sgd(other), loss=loss)
+            found = adaptation_curve(again, trainer.learned, of, split="validation", **shape)
+            last = -found["mean_accuracy"][-1] if of.kind == "classes" else found["mean_loss"][-1]
+            for measure, score in (("last", last), ("area", found["area"])):
+                if measure in measures and (measure not in best or score < best[measure][0]):
+                    chosen = {"start": name, "rates": [rate, other], "seconds": seconds}
+                    best[measure] = score, again, trainer.learned, chosen
+    curves = {}
+    for measure, (_, learner, learned, chosen) in best.items():
+        curve = adaptation_curve(learner, learned, of, split="test", **shape)
+        kept = {name: curve[name] for name in ("steps", "mean_loss", f"mean_{quality}", "area")}
+        curves[measure] = {**kept, **chosen}
+    return curves
+
+
+def asked(arms):
+    """The arms that are to be run."""
+    return {name: arm for name, arm in arms.items() if not _ARM.value or name in _ARM.value}
 
 
 def sines(seeds):
-    """Test curves by arm and seed."""
+    """Test curves by arm, seed and measure."""
     quick = _QUICK.value
-    of, at = tasks.functions("sine"), [0, 1, 2, 5, 10, 20, 35, 50]
-    at = [0, 2, 5] if quick else at
-    common = {"hidden": (32, 32), "activation": "tanh", "start": "reptile", "steps": at[-1], "per_step": 8,
-              "warp_rate": 3e-3}  # fmt: skip
-    arms = {
-        "Reptile": {"warps": False, "order": "exact"},
-        "warps and Reptile": {"warps": True, "order": "exact"},
-        "first-order warps and Reptile": {"warps": True, "order": "first"},
-    }
+    of, at = tasks.functions("sine"), [0, 2, 5] if quick else [0, 1, 2, 5, 10, 20, 35, 50]
     rates, test_rates = ([float(rate) for rate in flag.value] for flag in (_RATES, _TEST_RATES))
     rates, test_rates = ([0.02], [0.01, 0.02]) if quick else (rates, test_rates)
-    its = 3 if quick else 400
     starts = {"SGD 0.3": functools.partial(keras.optimizers.SGD, 0.3)}
-    return {
-        name: [tuned(of, {**common, **arm, "its": its}, starts, rates, test_rates, at, 16, seed) for seed in range(seeds)]
-        for name, arm in arms.items()
-    }
+    arms = asked({
+        "Reptile": (False, "exact"),
+        "warps and Reptile": (True, "exact"),
+        "first-order warps and Reptile": (True, "first"),
+    })  # fmt: skip
+
+    def run(warps, order, seed):
+        def network(seed):
+            return learners.warped(1, (32, 32), 1, "tanh", warps=warps, seed=seed)
+
+        estimator = meta.WarpGrad(at[-1], order=order, start="reptile")
+        return tuned(
+            of, network, "squared", estimator, 3 if quick else 1600, starts, rates, test_rates, at, seed,
+            batch=16, per_step=8, warp_rate=3e-3, measures=("last", "area"), jit_compile=not quick,
+        )  # fmt: skip
+
+    return {name: [run(*arm, seed) for seed in range(seeds)] for name, arm in arms.items()}
 
 
 """
 ## Classes of an image set
 
-Twenty ways and fifteen shots (on the digits two and five), a hundred steps: too many for a gradient through all of them.
-Leap moves the start down the path of each run, Reptile to its end. The paper has a convolutional network at 28x28 on
-Omniglot; here it is a dense one at 14x14, so that two cores are enough, and only the order of the arms can be compared. Each
-arm chooses on validation classes: the optimizer of its start, the rate of meta-training and that on new classes.
+Twenty ways and fifteen shots (on the digits two and five), a hundred steps: too many for a gradient through all of them. As
+in the paper a task is an alphabet of Omniglot, twenty of its characters, and alphabets of testing are new; the network is a
+convolutional one with a warp after each block; and warps learn offline: a run fills a buffer, of which ten outer steps use
+ten places each. Images are 14x14 and there are three blocks of 32 filters in place of four of 64 at 28x28, so that two cores
+are enough, and every arm sees 60 times four tasks in place of 1,000 times twenty: only the order of arms can be compared.
+
+Leap moves the start down the path of each run, Reptile to its end. Arms without warps choose on validation alphabets the
+optimizer of their start, the rate of meta-training and that on new tasks; those with warps, whose meta-training takes eight
+times as long, only the last, and begin from the settings that their start chose most often without warps.
 """
 
 
+def convolutional(features, ways, *, warps, seed):
+    """Blocks of convolution, pooling, normalisation and ReLU, a linear warp at first the identity after each; and the
+    warps' names."""
+    side, filters, names = math.isqrt(features), 8 if _QUICK.value else 32, []
+    made = [keras.Input((features,)), keras.layers.Reshape((side, side, 1))]
+    for block in range(3):
+        drawn = keras.initializers.GlorotUniform(seed * 1000 + block)
+        made += [
+            keras.layers.Conv2D(filters, 3, padding="same", kernel_initializer=drawn, name=f"task_{block}"),
+            keras.layers.MaxPooling2D(2, padding="same"),
+            keras.layers.BatchNormalization(momentum=0.9),  # or a hundred steps would not forget how it began
+            keras.layers.ReLU(),
+        ]
+        if warps:
+            names.append(f"warp_{block}")
+            made.append(keras.layers.Conv2D(filters, 3, padding="same", name=names[-1]))
+    drawn = keras.initializers.GlorotUniform(seed * 1000 + 99)
+    model = keras.Sequential([*made, keras.layers.Flatten(), keras.layers.Dense(ways, kernel_initializer=drawn)])
+    for name in names:
+        kernel = np.zeros((3, 3, filters, filters), "float32")
+        kernel[1, 1] = np.eye(filters)
+        model.get_layer(name).set_weights([kernel, np.zeros(filters, "float32")])
+    return model, names
+
+
 def classes(seeds):
-    """Test curves by arm and seed."""
+    """Test curves by arm, seed and measure."""
     quick = _QUICK.value
     ways, shots, size = (2, 5, None) if _DATA.value == "digits" else (20, 15, 14)
-    of = tasks.episodes(_DATA.value, ways, shots, size=size, data_dir=_DATA_DIR.value)
-    common = {"hidden": (64, 64), "activation": "relu", "order": "exact", "steps": 5 if quick else 100, "per_step": 4,
-              "warp_rate": 1e-3, "its": 3 if quick else _META_STEPS.value}  # fmt: skip
-    plain = {f"SGD {rate:g}": functools.partial(keras.optimizers.SGD, rate) for rate in (0.3, 1.0)}
-    adam = {f"Adam {rate:g}": functools.partial(keras.optimizers.Adam, rate) for rate in (1e-3, 3e-3)}
-    arms = {
-        "Reptile": ({"warps": False, "start": "reptile"}, plain),
-        "Leap": ({"warps": False, "start": "leap"}, adam),
-        "Warp-Leap": ({"warps": True, "start": "leap"}, adam),
-        "warps and Reptile": ({"warps": True, "start": "reptile"}, plain),
-    }
-    at = [0, 2, 5] if quick else [0, 1, 2, 5, 10, 20, 50, 100]
-    rates, test_rates = ([0.1], [0.1]) if quick else ([0.1, 0.3], [0.1, 0.3])
-    runs = {}
-    for name, (arm, starts) in arms.items():
-        chosen = dict(list(starts.items())[:1]) if quick else starts
-        runs[name] = [tuned(of, {**common, **arm}, chosen, rates, test_rates, at, 20, seed) for seed in range(seeds)]
-        last = [run["mean_accuracy"][-1] for run in runs[name]]
-        print(f"  {name:<20} {said(last)}    {[(run['start'], *run['rates']) for run in runs[name]]}", flush=True)
-    return runs
+    group = "alphabet" if _DATA.value == "omniglot" else None
+    of = tasks.episodes(_DATA.value, ways, shots, size=size, group=group, data_dir=_DATA_DIR.value)
+    at = [0, 2, 4] if quick else [0, 1, 2, 5, 10, 20, 50, 100]
+    sgds = {rate: {f"SGD {rate:g}": functools.partial(keras.optimizers.SGD, rate)} for rate in (0.01, 0.05, 0.5, 1.0)}
+    adam = {"Adam 0.003": functools.partial(keras.optimizers.Adam, 3e-3)}
+    arms = asked({
+        "Reptile": (False, "reptile", sgds[0.5] | sgds[1.0], [0.1, 0.3]),
+        "Leap": (False, "leap", sgds[0.01] | sgds[0.05] | adam, [0.1, 0.3]),
+        "Warp-Leap": (True, "leap", sgds[0.01], [0.1]),
+        "warps and Reptile": (True, "reptile", sgds[1.0], [0.1]),
+    })  # fmt: skip
+
+    def run(warps, start, start_optimizers, rates, seed):
+        def network(seed):
+            return convolutional(of.features, ways, warps=warps, seed=seed)
+
+        thetas = 2 if quick else 10
+        estimator = meta.OfflineWarpGrad(at[-1], start=start, thetas=thetas) if warps else meta.WarpGrad(at[-1], start=start)
+        start_optimizers = dict(list(start_optimizers.items())[:1]) if quick else start_optimizers
+        return tuned(
+            of, network, "cross_entropy", estimator, 2 if quick else 60, start_optimizers, rates[:1] if quick else rates,
+            [0.1] if quick else [0.1, 0.3], at, seed, batch=20, per_step=4, warp_rate=1e-3, measures=("last",),
+            jit_compile=False,  # on a CPU, XLA's convolutions are slow
+        )  # fmt: skip
+
+    found = {}
+    for name, arm in arms.items():
+        found[name] = [run(*arm, seed) for seed in range(seeds)]
+        last = [one["last"]["mean_accuracy"][-1] for one in found[name]]
+        print(
+            f"  {name:<20} {said(last)}    {[(one['last']['start'], *one['last']['rates']) for one in found[name]]}",
+            flush=True,
+        )
+    return found
 
 
 def said(values):
@@ -155,10 +212,17 @@ def main(argv):
     parts, document = _PART.value or ["sines", "classes"], {}
     if "sines" in parts:
         document["sines"] = sines(seeds)
-        print(f"sines: squared error after the last step, area under the curve, rates, seconds; {seeds} seeds")
+        print(f"sines: squared error after the last step, area under the curve, each with what it chose; {seeds} seeds")
         for name, runs in document["sines"].items():
-            last, area = said([run["mean_loss"][-1] for run in runs]), said([run["area"] for run in runs])
-            print(f"  {name:<30} {last}    {area}    {[run['rates'] for run in runs]} {[round(r['seconds']) for r in runs]}")
+            last, area = [run["last"] for run in runs], [run["area"] for run in runs]
+            print(f"  {name:<30} {said([run['mean_loss'][-1] for run in last])}    {said([run['area'] for run in area])}")
+            print(f"    {[run['rates'] for run in last]} {[run['rates'] for run in area]}, seconds "
+                  f"{[round(run['seconds']) for run in last]}")  # fmt: skip
+            first = document["sines"].get("Reptile", runs)
+            errors = [one["last"]["mean_loss"][-1] / run["mean_loss"][-1] for one, run in zip(first, last, strict=True)]
+            areas = [1 - run["area"] / one["area"]["area"] for one, run in zip(first, area, strict=True)]
+            print(f"    by seed, error of Reptile over this one's: {', '.join(f'{error:.1f}' for error in errors)}; "
+                  f"area lower by {', '.join(f'{share:.0%}' for share in areas)}")  # fmt: skip
     if "classes" in parts:
         print(f"{_DATA.value}: accuracy on new classes after the last step, what each seed chose; {seeds} seeds")
         document["classes"] = classes(seeds)
@@ -175,9 +239,9 @@ def draw(document):
     for axis, (part, arms) in zip(axes[0], document.items(), strict=True):
         key, label = labels[part]
         for index, (name, runs) in enumerate(arms.items()):
-            values = np.array([run[key] for run in runs])
+            values = np.array([run["last"][key] for run in runs])
             spread = None if part == "sines" else values.std(axis=0, ddof=1)
-            style.line(axis, index, runs[0]["steps"], values.mean(axis=0), name, spread)
+            style.line(axis, index, runs[0]["last"]["steps"], values.mean(axis=0), name, spread)
         if part == "sines":
             axis.set_yscale("log")
         axis.set_xlabel("steps on a new task")
