@@ -119,7 +119,7 @@ def run(name, noise, seed):
     def train(estimator, meta_data, epochs, callbacks=()):
         trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator or meta.OneStep(), seed=seed)
         optimizer = keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
-        # All arms as TensorFlow's graph: a sampler's step is not compiled by XLA, and convolutions are slow with it on a CPU.
+        # All arms as TensorFlow's graph: a sampler's step is not compiled by XLA, which makes convolutions slow on a CPU.
         meta_optimizer = keras.optimizers.Adam(3e-4 if estimator else 0.0)
         trainer.compile(optimizer, meta_optimizer, loss, ["accuracy"], jit_compile=False)
         history = trainer.fit(

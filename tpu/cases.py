@@ -84,7 +84,8 @@ class Gaussians(tasks.Tasks):
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
-    optimizers = [one for one in (model.optimizer, getattr(model, "meta_optimizer", None)) if one]
+    names = ("optimizer", "meta_optimizer", "own_optimizer")
+    optimizers = [one for one in (getattr(model, name, None) for name in names) if one]
     return [*model.variables, *model.metrics_variables, *(variable for one in optimizers for variable in one.variables)]
 
 
