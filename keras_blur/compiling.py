@@ -41,6 +41,46 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
     return call
 
 
+def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A branch of a conditional that has its own copy of each constant that it takes from outside.
+
+    What a branch takes from outside is an argument of it. Gradients of gradients take shapes from outside; XLA has to know
+    them when it compiles, and of an argument, on a TPU, does not.
+
+    Args:
+        function: of no arguments, to a nest of tensors.
+
+    Example:
+
+    >>> shape = tf.constant([1])
+    >>> choose = tf.function(lambda x: tf.cond(x > 0.0, with_own_constants(lambda: tf.reshape(x, shape)), lambda: x[None]))
+    >>> choose(tf.constant(2.0)).numpy().tolist()
+    [2.0]
+    """
+
+    def branch() -> Any:
+        if tf.executing_eagerly():
+            return function()
+        traced = tf.function(function, autograph=False).get_concrete_function()
+        given = zip(traced.inputs, traced.captured_inputs, strict=True)
+        inside = {}
+        for placeholder, outside in given:
+            value = None if outside.dtype == tf.resource else tf.get_static_value(outside)
+            inside[placeholder.name] = tf.identity(outside) if value is None else tf.constant(value)
+        graph = traced.graph.as_graph_def()
+        arguments = {name.split(":")[0] for name in inside}
+        nodes = [node for node in graph.node if node.name not in arguments]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        names = [output.name for output in traced.outputs]
+        results = tf.graph_util.import_graph_def(graph, inside, names, name="branch")
+        for result, output in zip(results, traced.outputs, strict=True):
+            result.set_shape(output.shape)
+        return tf.nest.pack_sequence_as(traced.structured_outputs, results)
+
+    return branch
+
+
 def operations(function: Any) -> collections.Counter[str]:
     """How often each operation stands in a traced function and all that it calls.
 

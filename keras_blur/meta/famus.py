@@ -31,6 +31,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.compiling import with_own_constants
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.evograd import named
 from keras_blur.meta.hypergradient import (
@@ -168,7 +169,7 @@ class LayerwiseMetaGradient(VirtualStep):
         above = [[name for own_names in parts[first:] for name in own_names] for first in range(len(parts))]
 
         def of_lowest(back: Callable[[list[str]], Any]) -> Any:
-            return tf.switch_case(lowest, [functools.partial(back, some) for some in above])
+            return tf.switch_case(lowest, [with_own_constants(functools.partial(back, some)) for some in above])
 
         def slope_of(some: list[str]) -> dict[str, Array]:
             return {**{name: tf.zeros_like(training[name]) for name in names}, **ahead.slope(some)}
