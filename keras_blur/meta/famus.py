@@ -8,8 +8,8 @@ A fixed cut (`layers`) leaves out the lower layers, and then neither the meta lo
 below it. With a `GradientSampler` a small network for each layer looks at that layer's training gradient and says whether
 the layer takes part (equations 8 and 9). A gate that multiplies a part by zero saves nothing; so each of the two ways back
 has one branch for each lowest layer that a sample can have, of which only the one that is needed is executed. What saves
-time is that the lowest layer which takes part is high. All branches begin at passes that are made once, outside, and what
-replicas add up stands between them: their gates are the same, being drawn from one seed and the mean gradient.
+time is that the lowest layer which takes part is high. All branches begin at passes that are made once, outside. On several
+replicas there are none, and a closed gate saves nothing: losses add up over replicas, which a branch cannot.
 
 The sampler is learned too, by three losses (equations 10 to 12): the meta loss; (sum of gates - target)^2; and the squared
 distance between the pooled gradients of training and meta loss at the last layer. A gate that is open multiplies its layer's
@@ -32,6 +32,7 @@ import tensorflow as tf
 
 from keras_blur import random
 from keras_blur.compiling import with_own_constants
+from keras_blur.distribution import share
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.evograd import named
 from keras_blur.meta.hypergradient import (
@@ -168,7 +169,11 @@ class LayerwiseMetaGradient(VirtualStep):
         names = [name for own_names in parts for name in own_names]
         above = [[name for own_names in parts[first:] for name in own_names] for first in range(len(parts))]
 
+        branches = share().count == 1
+
         def of_lowest(back: Callable[[list[str]], Any]) -> Any:
+            if not branches:
+                return back(names)
             return tf.switch_case(lowest, [with_own_constants(functools.partial(back, some)) for some in above])
 
         def slope_of(some: list[str]) -> dict[str, Array]:
@@ -178,6 +183,7 @@ class LayerwiseMetaGradient(VirtualStep):
         products = tf.stack(
             [tf.add_n([tf.reduce_sum(slope[name] * training[name]) for name in own_names]) for own_names in parts]
         )
+        products = tf.where(tf.range(len(parts)) < lowest, 0.0, products)  # no gate is moved by a way back not taken
         kept = {
             name: gate * slope[name] for gate, own_names in zip(tf.unstack(gates), parts, strict=True) for name in own_names
         }
@@ -187,7 +193,6 @@ class LayerwiseMetaGradient(VirtualStep):
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
             kept[name] = kept[name] - factor * tf.broadcast_to(apart, slope[name].shape) / ahead.alpha
         found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some})))
-        # Below the lowest open gate the way back was not taken, and no gate is moved by it.
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
         by_gates = ahead.alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
