@@ -27,7 +27,7 @@ from keras_blur.report.episodes import adaptation_curve
 _QUICK = flags.DEFINE_boolean("quick", False, "Small numbers everywhere.")
 _PART = flags.DEFINE_multi_enum("part", None, ["sines", "classes"], "What to run; all by default.")
 _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
-_JSON = flags.DEFINE_string("json", None, "File for the numbers.")
+_JSON = flags.DEFINE_string("json", None, "File for the numbers; what it has already is not run again.")
 _DATA = flags.DEFINE_string("data", "digits", "Image set of the few-shot episodes, such as omniglot.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
 _ARM = flags.DEFINE_multi_string("arm", None, "Arms to run, by name; all by default.")
@@ -94,6 +94,34 @@ def asked(arms):
     return {name: arm for name, arm in arms.items() if not _ARM.value or name in _ARM.value}
 
 
+def every(part, arms, run, seeds):
+    """Test curves by arm, seed and measure, saved one by one."""
+    document, found = saved(), {}
+    for name, arm in arms.items():
+        known = document.setdefault(part, {}).setdefault(name, [])
+        while len(known) < seeds:
+            known.append(run(*arm, len(known)))
+            if _JSON.value:
+                files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
+            print(
+                f"  {part}: {name}, seed {len(known) - 1}, {known[-1]['last']['seconds']:.0f} s of meta-training", flush=True
+            )
+        found[name] = known[:seeds]
+    return found
+
+
+def saved():
+    """What the file of numbers has, with the settings that they are from."""
+    settings = {"quick": _QUICK.value, "data": _DATA.value, "rates": _RATES.value, "test_rates": _TEST_RATES.value}
+    if not _JSON.value or not os.path.exists(_JSON.value):
+        return {"settings": settings}
+    with open(_JSON.value) as file:
+        document = json.load(file)
+    if document["settings"] != settings:
+        raise app.UsageError(f"--json={_JSON.value} has numbers of other settings: {document['settings']}, not {settings}")
+    return document
+
+
 def sines(seeds):
     """Test curves by arm, seed and measure."""
     quick = _QUICK.value
@@ -117,7 +145,7 @@ def sines(seeds):
             batch=16, per_step=8, warp_rate=3e-3, measures=("last", "area"), jit_compile=not quick,
         )  # fmt: skip
 
-    return {name: [run(*arm, seed) for seed in range(seeds)] for name, arm in arms.items()}
+    return every("sines", arms, run, seeds)
 
 
 """
@@ -189,15 +217,7 @@ def classes(seeds):
             jit_compile=False,  # on a CPU, XLA's convolutions are slow
         )  # fmt: skip
 
-    found = {}
-    for name, arm in arms.items():
-        found[name] = [run(*arm, seed) for seed in range(seeds)]
-        last = [one["last"]["mean_accuracy"][-1] for one in found[name]]
-        print(
-            f"  {name:<20} {said(last)}    {[(one['last']['start'], *one['last']['rates']) for one in found[name]]}",
-            flush=True,
-        )
-    return found
+    return every("classes", arms, run, seeds)
 
 
 def said(values):
@@ -224,10 +244,12 @@ def main(argv):
             print(f"    by seed, error of Reptile over this one's: {', '.join(f'{error:.1f}' for error in errors)}; "
                   f"area lower by {', '.join(f'{share:.0%}' for share in areas)}")  # fmt: skip
     if "classes" in parts:
-        print(f"{_DATA.value}: accuracy on new classes after the last step, what each seed chose; {seeds} seeds")
         document["classes"] = classes(seeds)
-    if _JSON.value:
-        files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
+        print(f"{_DATA.value}: accuracy on new classes after the last step, what each seed chose; {seeds} seeds")
+        for name, runs in document["classes"].items():
+            last = [run["last"] for run in runs]
+            print(f"  {name:<20} {said([run['mean_accuracy'][-1] for run in last])}    "
+                  f"{[(run['start'], *run['rates']) for run in last]}")  # fmt: skip
     if _PLOT.value:
         draw(document)
 

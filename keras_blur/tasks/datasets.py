@@ -127,7 +127,8 @@ def _prepared(
             f"The set {name!r} must have the features `image`, all of one size, and `label`, a class. It has: {features}"
         )
     if group is not None and group not in features:
-        raise ValueError(f"`group` must be a feature of {name!r}, one of {', '.join(features)}. Received: group={group!r}")
+        known = ", ".join(sorted(features))
+        raise ValueError(f"`group` must be a feature of {name!r}, one of {known}. Received: group={group!r}")
     if group is not None and (features[group].shape != () or not np.issubdtype(features[group].np_dtype, np.integer)):
         raise ValueError(f"`group` must be the name of an integer feature, one number an image. Received: group={group!r}")
     classes = int(features["label"].num_classes)
