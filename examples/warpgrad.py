@@ -4,7 +4,7 @@ Description: Layers that are held while a task is learned, and bend the surface 
 Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020).
 
     python examples/warpgrad.py [--quick] [--part sines|classes ...] [--arm NAME ...] [--plot FILE.png] [--json FILE]
-        [--data omniglot] [--data_dir DIR] [--seeds 3] [--rates ...] [--test_rates ...]
+        [--data omniglot] [--data_dir DIR] [--seeds 3] [--rates ...] [--test_rates ...] [--meta_steps 1600]
 """
 
 import functools
@@ -33,6 +33,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
 _ARM = flags.DEFINE_multi_string("arm", None, "Arms to run, by name; all by default.")
 _RATES = flags.DEFINE_list("rates", ["0.04", "0.08", "0.16", "0.32"], "Sines: rates of meta-training to choose from.")
 _TEST_RATES = flags.DEFINE_list("test_rates", ["0.02", "0.04", "0.08", "0.16"], "Sines: rates on new tasks to choose from.")
+_META_STEPS = flags.DEFINE_integer("meta_steps", 1600, "Sines: steps of meta-training.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
 
 """
@@ -112,7 +113,7 @@ def every(part, arms, run, seeds):
 
 def saved():
     """What the file of numbers has, with the settings that they are from."""
-    settings = {"quick": _QUICK.value, "data": _DATA.value, "rates": _RATES.value, "test_rates": _TEST_RATES.value}
+    settings = {flag.name: flag.value for flag in (_QUICK, _DATA, _RATES, _TEST_RATES, _META_STEPS)}
     if not _JSON.value or not os.path.exists(_JSON.value):
         return {"settings": settings}
     with open(_JSON.value) as file:
@@ -141,7 +142,7 @@ def sines(seeds):
 
         estimator = meta.WarpGrad(at[-1], order=order, start="reptile")
         return tuned(
-            of, network, "squared", estimator, 3 if quick else 1600, starts, rates, test_rates, at, seed,
+            of, network, "squared", estimator, 3 if quick else _META_STEPS.value, starts, rates, test_rates, at, seed,
             batch=16, per_step=8, warp_rate=3e-3, measures=("last", "area"), jit_compile=not quick,
         )  # fmt: skip
 
@@ -200,7 +201,7 @@ def classes(seeds):
     arms = asked({
         "Reptile": (False, "reptile", sgds[0.5] | sgds[1.0], [0.1, 0.3]),
         "Leap": (False, "leap", sgds[0.01] | sgds[0.05] | adam, [0.1, 0.3]),
-        "Warp-Leap": (True, "leap", sgds[0.01], [0.1]),
+        "Warp-Leap": (True, "leap", adam, [0.1]),
         "warps and Reptile": (True, "reptile", sgds[1.0], [0.1]),
     })  # fmt: skip
 
