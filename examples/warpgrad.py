@@ -159,7 +159,7 @@ ten places each. Images are 14x14 and there are three blocks of 32 filters in pl
 are enough, and every arm sees 60 times four tasks in place of 1,000 times twenty: only the order of arms can be compared.
 
 Leap moves the start down the path of each run, Reptile to its end. Arms without warps choose on validation alphabets the
-optimizer of their start, the rate of meta-training and that on new tasks; those with warps, whose meta-training takes eight
+optimizer of their start, the rate of meta-training and that on new tasks; those with warps, whose meta-training takes six
 times as long, only the last, and begin from the settings that their start chose most often without warps.
 """
 
