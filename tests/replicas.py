@@ -62,10 +62,9 @@ def strategy():
 
 
 class Pause(keras.callbacks.Callback):
-    """Sleeps after each epoch, so that a test can kill this process between two."""
+    """Sleeps after each epoch, before its checkpoint, so that a test can kill this process between two."""
 
     def on_epoch_end(self, epoch, logs=None):
-        print(f"epoch {epoch} done", file=sys.stderr, flush=True)
         time.sleep(asked.get("pause", 0.0))
 
 

@@ -129,16 +129,14 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path):
     unbroken, broken = (str(tmp_path / name) for name in ("a.weights.h5", "b.weights.h5"))
     wanted = run_workers(2, what="meta", case="truncated", epochs=3, checkpoint=unbroken)
     port = free_ports(2)
-    processes = [
-        start(worker=number, workers=2, port=port, what="meta", case="truncated", epochs=3, checkpoint=broken, pause=60)
-        for number in range(2)
-    ]
-    for line in processes[1].stderr:
-        if line.startswith("epoch 0"):
-            break
-    deadline = time.time() + 60
+    options = {"workers": 2, "port": port, "what": "meta", "case": "truncated", "epochs": 3}
+    # An epoch's checkpoint is written after its pause: once the first is there, the second is a pause away.
+    processes = [start(worker=number, **options, checkpoint=broken, pause=20) for number in range(2)]
+    deadline = time.time() + 300
     while not pathlib.Path(broken).exists() and time.time() < deadline:
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.1)
+    assert pathlib.Path(broken).exists()
     for process in reversed(processes):
         process.send_signal(signal.SIGKILL)
         process.communicate()
