@@ -12,7 +12,7 @@ import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUN = (
-    "--tpu=none", "--functions=xor", "--hidden=8", "--epochs=3", "--steps_per_epoch=40", "--members=2", "--unroll=3",
+    "--tpu=none", "--functions=xor", "--hidden=8", "--epochs=3", "--steps_per_epoch=160", "--members=2", "--unroll=3",
     "--nojit_compile",
 )  # fmt: skip
 
