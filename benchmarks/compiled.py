@@ -7,7 +7,7 @@ A TPU runs nothing that XLA did not compile, with every shape known beforehand. 
 - it is lowered from shapes and dtypes alone, since a lowering from values can hide that a shape hangs on one of them;
 - all shapes, inside too, are static, and every operation has a TPU kernel;
 - three steps with different values, each from the same variables as the uncompiled step, give what that gives: results and
-  variables, relative to the largest number of each array;
+  variables, relative to the largest number of each array, or of the parameters that it is one of;
 - these steps trace nothing anew.
 
 Exit status 1 if a program fails, or if 50 unrolled steps compile in more than 1.5 times the time of 5. Left out are Keras
@@ -137,9 +137,10 @@ def _difference(
     results = [*map(np.array, tf.nest.flatten(plain(*arguments)))]
     wanted = [*results, *values()]
     scales = [*map(_largest, results)]
-    # An optimizer's slots of one kind are parts of one gradient: what is small in it is small beside the whole.
-    slots = [re.search(r"_(momentum|velocity)(:0)?$", variable.name) for variable in variables]
-    kinds = [slot[1] if slot else variable.name for slot, variable in zip(slots, variables, strict=True)]
+    # An optimizer's slots of one kind are parts of one gradient, outer parameters parts of one learner: what is small in
+    # it is small beside the whole. Prototypes' last bias has a derivative of zero: rounding is all that it moves by.
+    parts = [re.search(r"(?<=/)outer(?=_)|(?<=_)(momentum|velocity)(?=(:0)?$)", variable.name) for variable in variables]
+    kinds = [part[0] if part else variable.name for part, variable in zip(parts, variables, strict=True)]
     for kind in kinds:
         scales.append(max(_largest(v) for other, v in zip(kinds, wanted[len(results) :], strict=True) if other == kind))
     return max(map(_apart, got, wanted, scales))
