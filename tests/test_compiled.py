@@ -46,6 +46,19 @@ class Forgetful:
         return self.traced * x
 
 
+class Outer:
+    """Two outer parameters, the lesser of which moves by other random numbers when compiled."""
+
+    def __init__(self, size):
+        self.size = size
+        self.kernel = tf.Variable(tf.ones(3), name="trainer/outer_kernel")
+        self.bias = tf.Variable(tf.zeros(3), name="trainer/outer_bias")
+
+    def __call__(self, x):
+        self.bias.assign(self.size * tf.random.stateless_uniform([3], [1, 2]))
+        return x * self.kernel
+
+
 @pytest.mark.parametrize(
     ("program", "said"),
     [
@@ -54,10 +67,22 @@ class Forgetful:
         (Program(lambda x: tf.boolean_mask(x, x > 0), X), "shapes are not static"),
         (Program(Forgetful(), [X[0], (tf.constant([1.0]),)]), "2 traces"),
         (Program(lambda x: x + tf.random.stateless_uniform([3], [1, 2]), X), "compiled differs"),
+        (Program(Outer(1e-2), X), "compiled differs"),
+        (Program(Outer(1e-9), X), None),
         (Program(lambda x, n: tf.zeros(n), [(*X[0], tf.constant(3))]), "must be a compile-time constant"),
         (Program(lambda x: x, [(3.0,)]), "an argument is no tensor"),
     ],
-    ids=["right", "python", "dynamic", "retraced", "other random numbers", "a size from a value", "no tensor"],
+    ids=[
+        "right",
+        "python",
+        "dynamic",
+        "retraced",
+        "other random numbers",
+        "another outer parameter",
+        "rounding of one",
+        "a size from a value",
+        "no tensor",
+    ],
 )
 def test_the_check_sees_what_is_wrong(program, said):
     failures = "; ".join(check(program)["failures"])

@@ -127,20 +127,22 @@ def test_several_machines_train_as_one_device_does(workers, what, case):
 @pytest.mark.slow
 def test_killed_workers_go_on_to_the_same_bits(tmp_path):
     unbroken, broken = (str(tmp_path / name) for name in ("a.weights.h5", "b.weights.h5"))
-    wanted = run_workers(2, what="meta", case="truncated", epochs=3, checkpoint=unbroken)
+    options = {"what": "meta", "case": "truncated", "epochs": 3}
+    wanted = run_workers(2, **options, checkpoint=unbroken)
     port = free_ports(2)
-    options = {"workers": 2, "port": port, "what": "meta", "case": "truncated", "epochs": 3}
     # An epoch's checkpoint is written after its pause: once the first is there, the second is a pause away.
-    processes = [start(worker=number, **options, checkpoint=broken, pause=20) for number in range(2)]
-    deadline = time.time() + 300
-    while not pathlib.Path(broken).exists() and time.time() < deadline:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
-    assert pathlib.Path(broken).exists()
-    for process in reversed(processes):
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    found = run_workers(2, what="meta", case="truncated", epochs=3, checkpoint=broken)
+    processes = [start(worker=n, workers=2, port=port, **options, checkpoint=broken, pause=20) for n in range(2)]
+    try:
+        deadline = time.time() + 300
+        while not pathlib.Path(broken).exists():
+            assert time.time() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    found = run_workers(2, **options, checkpoint=broken)
     for one, other in zip(found, wanted, strict=True):
         assert one["values"] == other["values"]
         assert len(one["history"]["loss"]) == 2  # the epochs that were left

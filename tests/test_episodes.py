@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from task_harness import rows, same, take
 
 from keras_blur import random, tasks
 from keras_blur.tasks.datasets import Images, load_images
@@ -12,18 +13,6 @@ from keras_blur.tasks.episodes import EpisodeTasks, _split_by_class
 
 SHAPE = {"steps": 3, "batch": 15, "query": 12}
 SPLITS = ("train", "validation", "test")
-
-
-def take(stream, count):
-    return [{name: value.numpy() for name, value in episode.items()} for episode in stream.take(count)]
-
-
-def same(first, second):
-    return all(np.array_equal(first[name], second[name]) for name in first)
-
-
-def rows(arrays):
-    return {row.tobytes() for row in arrays}
 
 
 def numbered(sizes, ways=2, shots=1):

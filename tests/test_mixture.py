@@ -5,19 +5,12 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from task_harness import same, take
 
 from keras_blur import tasks
 
 SHAPE = {"steps": 2, "batch": 4, "query": 6}
 XOR, CIRCLE, BLOBS, SINE = (tasks.functions(name) for name in ("xor", "circle", "blobs5", "sine"))
-
-
-def take(stream, count):
-    return [{name: value.numpy() for name, value in episode.items()} for episode in stream.take(count)]
-
-
-def same(first, second):
-    return all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("given", [{XOR: 3, BLOBS: 1}, [[XOR, 3], [BLOBS, 1]], [(XOR, np.float32(0.75)), (BLOBS, 0.25)]])

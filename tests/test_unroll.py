@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from rule_table import SINGLE
 
-from keras_blur import Genome, Rule, random
+from keras_blur import Genome, Rule, compiling, random
 from keras_blur.learners import Blur
 from keras_blur.meta import Unroll
 from keras_blur.meta.estimator import accuracy, cross_entropy, start
@@ -116,9 +116,7 @@ def operations(steps, jit):
     rule = Rule()
     outer, data = outer_of(rule, dtype="float32"), episodes("float32", steps)
     compiled = tf.function(lambda o, d: Unroll(steps)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)
-    concrete = compiled.get_concrete_function(outer, data)
-    definition = concrete.graph.as_graph_def()
-    return len(definition.node) + sum(len(function.node_def) for function in definition.library.function)
+    return compiling.operations(compiled.get_concrete_function(outer, data)).total()
 
 
 def test_the_graph_does_not_grow_with_the_unroll():

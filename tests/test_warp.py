@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from gradient_harness import draw_episodes
 
-from keras_blur import learners, meta, random, tasks
+from keras_blur import compiling, learners, meta, random, tasks
 from keras_blur.distribution import Share
 from keras_blur.meta.estimator import over_tasks, start
 from keras_blur.report.episodes import adaptation_curve
@@ -229,8 +229,7 @@ def nodes(steps, order):
     learner, data = warp("float32"), episodes("float32", steps=steps + 1)
     outer = drawn(learner, dtype="float32")
     step = tf.function(lambda o, e: meta.WarpGrad(steps, order=order, start="leap")(learner, o, e, SEED)[0], autograph=False)
-    graph = step.get_concrete_function(outer, data).graph.as_graph_def()
-    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+    return compiling.operations(step.get_concrete_function(outer, data)).total()
 
 
 @pytest.mark.parametrize("order", ["exact", "first"])
