@@ -11,11 +11,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files, random
+from keras_blur import arguments, files, random
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import MetaLearner
-from keras_blur.meta.estimator import InnerLoop, check_count, start
-from keras_blur.tasks.base import Tasks
+from keras_blur.meta.estimator import InnerLoop, start
+from keras_blur.tasks.base import Tasks, check_split
 
 
 class UnrollCurriculum(keras.callbacks.Callback):
@@ -38,12 +38,18 @@ class UnrollCurriculum(keras.callbacks.Callback):
 
     def __init__(self, stages: Sequence[tuple[int, int]]):
         super().__init__()
-        self.stages = [(int(epoch), int(steps)) for epoch, steps in stages]
+        pairs = stages if isinstance(stages, (tuple, list)) else ()
+        if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"`stages` must be a list of (epoch, steps) pairs. {arguments.received('stages', stages)}")
+        for epoch, steps in pairs:
+            arguments.integer("stages", epoch, 0)
+            arguments.count("stages", steps)
+        self.stages = [(int(epoch), int(steps)) for epoch, steps in pairs]
         starts = [epoch for epoch, _ in self.stages]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"`stages` must be (epoch, steps) pairs in rising order from epoch 0. Received: {stages!r}")
-        if any(steps < 1 for _, steps in self.stages):
-            raise ValueError(f"`stages` must have at least one step each. Received: {stages!r}")
+        if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(
+                f"`stages` must begin at epoch 0 and go on in rising order. {arguments.received('stages', stages)}"
+            )
 
     def steps_at(self, epoch: int) -> int:
         """Unrolled steps in an epoch."""
@@ -94,10 +100,14 @@ class MetaValidate(keras.callbacks.Callback):
         seed: int = 0,
     ):
         super().__init__()
-        check_count("episodes", episodes)
+        arguments.count("episodes", episodes)
         if steps is not None:
-            check_count("steps", steps)
-        self.tasks = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+            arguments.count("steps", steps)
+        self.tasks = [tasks] if isinstance(tasks, Tasks) else tasks
+        if not isinstance(self.tasks, (tuple, list)) or not all(isinstance(one, Tasks) for one in self.tasks):
+            raise ValueError(f"`tasks` must be a task distribution or a list of them. {arguments.received('tasks', tasks)}")
+        check_split(split)
+        arguments.integer("seed", seed, 0)
         self.learner, self.steps, self.episodes = learner, steps, episodes
         self.split, self.path, self.seed = split, path, seed
         self.best: float | None = None
