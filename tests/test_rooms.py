@@ -20,7 +20,7 @@ BELOW = {
     "rule": {"genome", "options"},
     "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},
-    "checks": set(),
+    "checks": {"feedback", "random"},
     "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution"},
     "conversion": {"models", "layers", "genome", "options"},
     "conformance": {"network", "layers", "genome", "options"},
@@ -28,10 +28,10 @@ BELOW = {
     "random": set(),
     "compiling": set(),
     "distribution": set(),
-    "tasks": {"random"},
-    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files"},
+    "tasks": {"random", "checks"},
+    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files", "checks"},
     "meta": {"checks", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
-    "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files"},
+    "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files", "checks"},
 }
 TOP = {"__init__", "cli"}  # may import all
 

@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Share, mean, share
 from keras_blur.genome import Genome
@@ -120,6 +121,8 @@ class MetaTrainer(OuterLoop):
         self.families = [(one, other) for one in several for other in learners]
         for one, other in self.families:
             other.check(one.kind, one.outputs)
+        for one in several:
+            check_tasks(one, batch_size, query_size)
         if clipnorm is not None and not clipnorm > 0:
             raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
         estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import Expected, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner, Optimizer
@@ -150,6 +151,12 @@ def _prepared(
             f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
             f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
         )
+    if isinstance(data, Tasks):
+        check_tasks(data, batch_size, 1, split)
+    else:
+        expected = Expected(outputs=(data.classes,), labels="classes", classes=data.classes)
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+            checked_arrays(x, y, None, expected, within="data")
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     if isinstance(data, Tasks):
         return _Episodes(data, batch_size, seeds, seed, steps, split), at
