@@ -140,7 +140,8 @@ def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
         raise ValueError(
             f"`validation_data` must be (x, y), (x, y, sample_weight) or a dataset. Received: a tuple of {len(data)}"
         )
-    x, y, weight = checked(*keras.utils.unpack_x_y_sample_weight(data), expected, within="validation_data")
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, weight = checked(x, y, weight, expected, within="validation_data")
     return (x, y) if weight is None else (x, y, weight)
 
 
@@ -167,7 +168,7 @@ def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected
     if not isinstance(class_weight, Mapping) or not class_weight:
         raise ValueError(f"{wanted} Received: class_weight={class_weight!r}")
     for label, weight in class_weight.items():
-        whole = isinstance(label, (numbers.Real, np.bool_)) and math.isfinite(label) and label == int(label) >= 0
+        whole = isinstance(label, numbers.Real) and float(label).is_integer() and float(label) >= 0
         if not whole or (expected.classes is not None and label >= expected.classes):
             limit = "" if expected.classes is None else f" below {expected.classes}"
             raise ValueError(f"{wanted[:-1]}, with class numbers{limit}. Received: the class {label!r}")
@@ -222,8 +223,8 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         "query_y": (query, tasks.outputs),
     }
     if not isinstance(episode, Mapping) or set(episode) != set(wanted):
-        found = sorted(episode) if isinstance(episode, Mapping) else type(episode).__name__
-        raise ValueError(f"{named} must give episodes with x, y, query_x and query_y. Received: {found}")
+        came = sorted(episode) if isinstance(episode, Mapping) else type(episode).__name__
+        raise ValueError(f"{named} must give episodes with x, y, query_x and query_y. Received: {came}")
     for name, shape in wanted.items():
         value = np.asarray(episode[name])
         if value.shape != shape:
@@ -255,15 +256,16 @@ class CheckedModel(keras.Model):
         """The data that the model takes."""
         raise NotImplementedError
 
-    def evaluate(
-        self, x: Any = None, y: Any = None, batch_size: int | None = None, verbose: Any = "auto", sample_weight: Any = None,
-        *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras, with the data checked as in `fit`."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` checked it
-            x, y, sample_weight = checked(x, y, sample_weight, self._expected)
+        given = inspect.signature(keras.Model.evaluate).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        others = given.pop("kwargs", {})
+        if not others.get("_use_cached_eval_dataset"):  # `fit` checked it
+            data = checked(given.get("x"), given.get("y"), given.get("sample_weight"), self._expected)
+            given["x"], given["y"], given["sample_weight"] = data
         with plain_errors():
-            return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
+            return super().evaluate(**given, **others)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Keras, with the inputs checked as in `fit`."""

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.checks import Expected, checked, plain_errors
+from keras_blur.checks import Expected, checked, checked_arrays, plain_errors
 from keras_blur.meta.estimator import check_count
 
 Array = Any
@@ -97,7 +97,7 @@ def source(
     check_count("batch_size", batch)
     if batch % replicas:
         raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
-    x, y = (np.asarray(one) for one in checked(*data, None, expected, within=within)[:2])
+    x, y = (np.asarray(one) for one in checked_arrays(data[0], data[1], None, expected(), within)[:2])
     if len(x) < batch:
         raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")
     return Arrays((x.astype("float32") if x.dtype.kind == "f" else x, y), batch)
