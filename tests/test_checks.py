@@ -478,6 +478,15 @@ def test_tasks_are_checked_where_they_are_taken(fault, takes):
         takes(own)
 
 
+def test_what_is_no_task_distribution():
+    for takes, name in ((meta_trainer, "tasks"), (compared, "data"), (scored, "tasks")):
+        for wrong in (None, "digits", X):
+            with pytest.raises(ValueError, match=f"`{name}` must be .*task distribution"):
+                takes(wrong)
+    with pytest.raises(ValueError, match="`tasks` must be one or more task distributions"):
+        meta_trainer([])
+
+
 def test_an_unknown_kind_and_bits():
     with pytest.raises(ValueError, match=r"must have a `kind`, one of 'classes'.*Received: kind='labels'"):
         checks.check_tasks(Own(kind="labels"), 4, 4)

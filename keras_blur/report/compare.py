@@ -141,6 +141,8 @@ def _prepared(
 ) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
     check_genome(genome, hidden, axes)
+    if not isinstance(data, (Images, Tasks)):
+        raise ValueError(f"`data` must be a task distribution or an image set. Received: data={data!r}")
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):

@@ -207,6 +207,8 @@ def _scored(
 
 def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> dict[str, Array]:
     """The outer parameters `[1, ...]` of what was learned, after a look at what was given."""
+    if not isinstance(tasks, Tasks):
+        raise ValueError(f"`tasks` must be a task distribution. Received: tasks={tasks!r}")
     learner.check(tasks.kind, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
