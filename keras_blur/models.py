@@ -20,7 +20,7 @@ from keras import ops
 
 from keras_blur import distribution, network
 from keras_blur import feedback as feedbacks
-from keras_blur.checks import checked
+from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
 from keras_blur.genome import Genome
 from keras_blur.layers.connection import Connection
 from keras_blur.layers.dense import Dense
@@ -29,10 +29,11 @@ from keras_blur.options import Rule
 from keras_blur.rule import SharedBatch
 
 Array = Any
+_TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class Sequential(keras.Model):
+class Sequential(CheckedModel):
     """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
 
     Args:
@@ -443,30 +444,39 @@ class Sequential(keras.Model):
             variable.assign(old * variable + (1.0 - old) * value)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        """As in Keras. Data are checked first: a label out of range or a number that is not finite is an error.
+        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that aren't finite.
 
-        Arrays are checked before the first step; batches of a `tf.data.Dataset`, a `PyDataset` or a generator as they come.
+        Arrays and the element specs of datasets are checked before the first step, the batches of a `tf.data.Dataset`, a
+        `PyDataset` or a generator as they arrive; so are `validation_data`.
+
+        Raises:
+            ValueError: if data don't fit the model or the loss.
         """
-        if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
-            kwargs.setdefault("shuffle", False)  # Keras warns of its own default there
-        return super().fit(self._checked(x, y, kwargs.get("sample_weight")), y, *args, **kwargs)
-
-    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, with the data checked as in `fit`."""
-        return super().train_on_batch(self._checked(x, y, sample_weight), y, sample_weight, *args, **kwargs)
-
-    def _checked(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if not self.compiled:
             raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
-        return checked(x, y, sample_weight, self._classes)
+        given = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs).arguments
+        del given["self"]
+        if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
+            given.setdefault("shuffle", False)  # Keras warns of its own default there
+        weight = given.get("sample_weight")
+        check_class_weight(given.get("class_weight"), weight, self._expected())
+        given["x"], given["y"], given["sample_weight"] = checked(x, y, weight, self._expected)
+        if given.get("validation_data") is not None:
+            given["validation_data"] = checked_validation(given["validation_data"], self._expected)
+        with plain_errors():
+            return super().fit(**given)
 
-    def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        features = None if self._input_batch_shape is None else self._input_batch_shape[1:]
+        text = any(isinstance(layer, _TEXT) for layer in self._chain[:1])
+        if not self.compiled or not self._synaptic():
+            return Expected(features, text=text)
+        units = self._synaptic()[-1].units
         error = self.rule.feedback == "error"
-        kind = feedbacks.target_kind(self.rule.keras_loss or self._shown_loss) if error else self.target_kind()
-        if kind != "classes" or not self._synaptic():
-            return None
-        return max(2, self._synaptic()[-1].units)
+        loss = (self.rule.keras_loss if error else None) or self._shown_loss
+        kind = feedbacks.target_kind(loss) if error else self.target_kind()
+        return Expected(features, (units,), kind, max(2, units), getattr(loss, "ignore_class", None), text)
 
     # What a person sees and what is saved.
 

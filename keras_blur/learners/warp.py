@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
+from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, leaves
@@ -151,6 +152,9 @@ class Warp(MetaLearner):
 
         Returns:
             An ordinary Keras model, compiled; `learned` is not changed.
+
+        Raises:
+            ValueError: if data don't fit the model or the loss.
         """
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
@@ -159,6 +163,7 @@ class Warp(MetaLearner):
         if loss is None:
             losses = {"squared": keras.losses.MeanSquaredError(), "cross_entropy": _CROSS_ENTROPY}
             loss = losses[self.loss]
+        x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
         kind = type(self.optimizer)
         model.compile(optimizer or kind.from_config(self.optimizer.get_config()), loss)
         data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed).repeat()

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, random
+from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
 from keras_blur.learners.base import leaves
@@ -37,7 +38,7 @@ _TRAIN, _META, _NOISE = range(3)
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class BilevelTrainer(OuterLoop):
+class BilevelTrainer(CheckedModel, OuterLoop):
     """Trains a model and, at the same time, outer parameters of its training loss on meta data.
 
     Args:
@@ -195,8 +196,8 @@ class BilevelTrainer(OuterLoop):
         """Trains, with the progress bar and the callbacks of Keras.
 
         Args:
-            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated. A run that is resumed goes
-                through those before again, without learning; it sees the same ones if the dataset gives them again.
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` or `PyDataset` of batches `(x, y)`, which is repeated. A resumed run
+                skips the batches that were seen before; it sees the same ones if the dataset repeats its order.
             y: labels that go with arrays.
             meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
             batch_size: examples of a batch, where arrays are given.
@@ -208,7 +209,8 @@ class BilevelTrainer(OuterLoop):
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
-            ValueError: if data are missing, not finite, or fewer than a batch; or the checkpoint is of another trainer.
+            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch; or the checkpoint is
+                of another trainer.
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
@@ -217,15 +219,17 @@ class BilevelTrainer(OuterLoop):
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
-        self.meta_every, self._validation = meta_every, validation_data
-        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+        self.meta_every = meta_every
+        self._validation = None if validation_data is None else checked_validation(validation_data, self._expected)
+        with plain_errors():
+            return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
         replicas = self.runner.replicas
         self._sources = [
-            batches.source("x", train, batch_size, replicas, self._classes),
-            batches.source("meta_data", judge, meta_batch_size, replicas, self._classes),
+            batches.source("x", train, batch_size, replicas, self._expected),
+            batches.source("meta_data", judge, meta_batch_size, replicas, self._expected, within="meta_data"),
         ]
         self._make_metric_state()
 
@@ -247,10 +251,9 @@ class BilevelTrainer(OuterLoop):
         for variable in self._metric_state:
             variable.assign(tf.zeros_like(variable.value))
 
-    def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
-        sparse = isinstance(self._loss_of, keras.losses.SparseCategoricalCrossentropy)
-        return int(self.model.output_shape[-1]) if sparse else None
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        return model_expects(self.model, self._loss_of if self.compiled else None)
 
     @property
     def learned(self) -> Any:

@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Share, mean, share
 from keras_blur.genome import Genome
@@ -100,14 +101,16 @@ class MetaTrainer(OuterLoop):
         weights: Sequence[float] | None = None
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
-        several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+        several: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         learners = [learner] if isinstance(learner, MetaLearner) else list(learner)
         for name, value in (
             ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-        if not several or any(one.kind != several[0].kind for one in several):
+        if not several or not all(isinstance(one, Tasks) for one in several):
+            raise ValueError(f"`tasks` must be one or more task distributions, or a mixture. Received: tasks={tasks!r}")
+        if any(one.kind != several[0].kind for one in several):
             raise ValueError(
                 "`tasks` must be one or more task distributions of one kind, classes or values. "
                 f"Received: {', '.join(f'{one.name} ({one.kind})' for one in several)}"
@@ -120,6 +123,8 @@ class MetaTrainer(OuterLoop):
         self.families = [(one, other) for one in several for other in learners]
         for one, other in self.families:
             other.check(one.kind, one.outputs)
+        for one in several:
+            check_tasks(one, batch_size, query_size)
         if clipnorm is not None and not clipnorm > 0:
             raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
         estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import Expected, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner, Optimizer
@@ -140,6 +141,8 @@ def _prepared(
 ) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
     check_genome(genome, hidden, axes)
+    if not isinstance(data, (Images, Tasks)):
+        raise ValueError(f"`data` must be a task distribution or an image set. Received: data={data!r}")
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):
@@ -150,6 +153,12 @@ def _prepared(
             f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
             f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
         )
+    if isinstance(data, Tasks):
+        check_tasks(data, batch_size, 1, split)
+    else:
+        expected = Expected(outputs=(data.classes,), labels="classes", classes=data.classes)
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+            checked_arrays(x, y, None, expected, within="data")
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     if isinstance(data, Tasks):
         return _Episodes(data, batch_size, seeds, seed, steps, split), at

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import Array, MetaLearner
 from keras_blur.meta.estimator import InnerLoop, over_tasks, start
@@ -92,6 +93,7 @@ def adaptation_curve(
     if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
         raise ValueError(f"`at` must be two or more ascending numbers of steps. Received: at={at!r}")
     outer = over_tasks(_outer(learner, learned, tasks, episodes))
+    check_tasks(tasks, batch_size, query_size, split)
     stream = tasks.dataset(seed, steps=at[-1], batch=batch_size, query=query_size, split=split)
     drawn = next(iter(stream.batch(episodes)))
     inner = InnerLoop(at[-1], loss=loss, kind=tasks.kind)
@@ -186,6 +188,7 @@ def _scored(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores with supports that are changed."""
     outer = _outer(learner, learned, tasks, episodes)
+    check_tasks(tasks, batch_size, query_size, split)
     inner = InnerLoop(steps, loss=loss, kind=tasks.kind)
 
     def score(outer: Mapping[str, Array], drawn: Mapping[str, Array], number: Array) -> tuple[Array, Array]:
@@ -204,6 +207,8 @@ def _scored(
 
 def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> dict[str, Array]:
     """The outer parameters `[1, ...]` of what was learned, after a look at what was given."""
+    if not isinstance(tasks, Tasks):
+        raise ValueError(f"`tasks` must be a task distribution. Received: tasks={tasks!r}")
     learner.check(tasks.kind, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")

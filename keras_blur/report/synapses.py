@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import network, random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur
@@ -104,6 +105,7 @@ def trace_synapses(
     learner, outer = learner_of(genome, hidden)
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}")
+    check_tasks(tasks, batch_size, 1, split)
     episode = next(iter(tasks.dataset(seed, steps=steps, batch=batch_size, query=1, split=split)))
     state = learner.init(outer, random.seed_of(seed), tasks.features, tasks.outputs)
 
