@@ -25,6 +25,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur.checks import check_output
 from keras_blur.files import read_text, write_text
 from keras_blur.options import Rule, integer, real
 
@@ -323,7 +324,15 @@ class Genome:
         return cls.from_dict(document, source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the genome to a JSON file, to a temporary name first, then renamed."""
+        """Writes the genome to a JSON file, to a temporary name first, then renamed.
+
+        Args:
+            path: the file, with the ending `.json`.
+
+        Raises:
+            ValueError: if the path has another ending, is a folder, or lies in no folder that can be written.
+        """
+        check_output("path", path, (".json",))
         write_text(path, self.to_json() + "\n")
 
     @classmethod
