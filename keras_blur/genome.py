@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
+from keras_blur.checks import check_output
 from keras_blur.files import read_text, write_text
 from keras_blur.options import Rule
 
@@ -318,7 +319,15 @@ class Genome:
         return cls.from_dict(document, source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the genome to a JSON file, to a temporary name first, then renamed."""
+        """Writes the genome to a JSON file, to a temporary name first, then renamed.
+
+        Args:
+            path: the file, with the ending `.json`.
+
+        Raises:
+            ValueError: if the path has another ending, is a folder, or lies in no folder that can be written.
+        """
+        check_output("path", path, (".json",))
         write_text(path, self.to_json() + "\n")
 
     @classmethod

@@ -17,12 +17,12 @@ BELOW = {
     "files": set(),
     "feedback": set(),
     "options": {"feedback"},
-    "genome": {"options", "files"},
+    "genome": {"options", "files", "checks"},
     "genomes": {"genome", "options", "files"},
     "rule": {"genome", "options"},
     "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},
-    "checks": {"feedback", "random"},
+    "checks": {"feedback", "random", "files"},
     "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution"},
     "conversion": {"models", "layers", "genome", "options"},
     "conformance": {"network", "layers", "genome", "options"},
@@ -35,7 +35,7 @@ BELOW = {
     "meta": {"checks", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
     "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files", "checks"},
 }
-TOP = {"__init__", "cli"}  # may import all
+TOP = {"__init__", "__main__", "cli"}  # may import all
 
 
 def rooms_imported(tree: ast.AST) -> set[str]:

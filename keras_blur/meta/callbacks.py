@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files, random
+from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
+from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.tasks.base import Tasks, check_split
@@ -160,8 +162,12 @@ class MetaValidate(keras.callbacks.Callback):
 
 def save(trainer: Any, path: str | os.PathLike[str]) -> None:
     """Writes what was learned, whole or not at all."""
+    learned = trainer.learned
+    if isinstance(learned, Genome):  # its own `save` renames
+        learned.save(path)
+        return
     with files.replacing(path) as temporary:
-        trainer.learned.save(temporary)
+        learned.save(temporary)
 
 
 class SaveLearned(keras.callbacks.Callback):
@@ -169,6 +175,10 @@ class SaveLearned(keras.callbacks.Callback):
 
     Args:
         path: the file: of genomes `.json`, of other learners `.keras`.
+
+    Raises:
+        ValueError: when training begins, if the file has another ending or cannot be written, or if nothing that is learned
+            can be saved.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -176,8 +186,10 @@ class SaveLearned(keras.callbacks.Callback):
         self.path = path
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if not hasattr(self.model.learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
+        learned = self.model.learned
+        if not hasattr(learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
+        check_output("path", self.path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.runner.writes_files:

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import network, random
+from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner
@@ -196,13 +197,14 @@ def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Fi
 
     Args:
         trace: from `trace_decisions`.
-        path: file of the picture; its ending names the format.
+        path: file of the picture: .png, .pdf or .svg.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
+        ValueError: if the file has another ending or cannot be written.
 
     Example:
 
@@ -215,6 +217,7 @@ def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Fi
     >>> [axis.get_title().splitlines()[0] for axis in figure.axes]
     ['step 0', 'step 2']
     """
+    check_output("path", path, style.ENDINGS)
     rows, steps, coordinates = trace["rows"], trace["steps"], trace["axis"]
     made, axes = style.figure(columns=len(steps), rows=len(rows), width=1.5, height=1.62)
     width, height = made.get_size_inches()
