@@ -7,6 +7,7 @@ Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Opti
         [--data mnist] [--data_dir DIR] [--seeds 5] [--seed 0] [--epochs 5]
 """
 
+import functools
 import json
 import math
 import os
@@ -48,16 +49,16 @@ right way.
 POPULATIONS = (2, 10, 100)
 
 
-def line(trials, populations, seed):
-    """Quality of the mean over trials of a seed, for three sizes of the population."""
+def line(trials, populations, seeds):
+    """By seed, the quality of the mean over trials for each size of the population."""
     rates = np.linspace(0.1, 2.0, 100).astype("float32")
     truth = (rates - 1.0) / (rates + 1.0) ** 3
-    found = {"truth": truth.tolist(), "lambda": rates.tolist()}
+    found = [{"truth": truth.tolist(), "lambda": rates.tolist()} for _ in seeds]
     for population in populations:
         estimator = meta.EvoGrad(population, sigma=1.0, temperature=0.5, noise="normal")
 
-        def estimate(number, estimator=estimator):
-            own = random.fold_in(random.seed_of(seed), number)
+        def estimate(number, seed, estimator=estimator):
+            own = random.fold_in(seed, number)
             problem = Bilevel(
                 lambda outer, weights: (weights["x"] - 1.0) ** 2 + outer["rate"] * weights["x"] ** 2,
                 lambda weights: (weights["x"] - 0.5) ** 2, {"line": ("x",)},
@@ -67,16 +68,19 @@ def line(trials, populations, seed):
             return estimator.estimate(problem, outer, {"x": start}, tf.ones(()), own, {})[0].gradients["rate"]
 
         count = trials * len(rates)
-        run = tf.function(
-            lambda numbers, one=estimate: tf.map_fn(one, numbers, fn_output_signature=tf.float32), jit_compile=True
-        )
-        drawn = run(tf.range(count)).numpy().reshape(trials, len(rates))
-        mean = drawn.mean(axis=0)
-        found[str(population)] = {
-            "error": float(np.sqrt(np.mean((mean - truth) ** 2))), "deviation": float(drawn.std(axis=0, ddof=1).mean()),
-            "correlation": float(np.corrcoef(mean, truth)[0, 1]), "signs": float(np.mean((mean > 0) == (truth > 0))),
-            "mean": mean.tolist(),
-        }  # fmt: skip
+
+        @functools.partial(tf.function, jit_compile=True)
+        def run(numbers, seed, one=estimate):
+            return tf.map_fn(lambda number: one(number, seed), numbers, fn_output_signature=tf.float32)
+
+        for own, seed in zip(found, seeds, strict=True):
+            drawn = run(tf.range(count), random.seed_of(seed)).numpy().reshape(trials, len(rates))
+            mean = drawn.mean(axis=0)
+            own[str(population)] = {
+                "error": float(np.sqrt(np.mean((mean - truth) ** 2))), "deviation": float(drawn.std(axis=0, ddof=1).mean()),
+                "correlation": float(np.corrcoef(mean, truth)[0, 1]), "signs": float(np.mean((mean > 0) == (truth > 0))),
+                "mean": mean.tolist(),
+            }  # fmt: skip
     return found
 
 
@@ -85,8 +89,8 @@ def line(trials, populations, seed):
 
 Training images are upright; those for validation and for testing are rotated by 30 degrees. The network sees training images
 through a rotation by a learned angle, 0 at first, which changes so that the loss on validation images would fall. A second
-arm learns the angle by the exact gradient through one step of SGD. The third has no rotation: it is Keras's own `fit`. All see
-the same batches in the same order.
+arm learns the angle by the exact gradient through one step of SGD. The third has no rotation: it is Keras's own `fit`. All
+see the same batches in the same order.
 """
 
 ANGLE = 30.0
@@ -174,7 +178,7 @@ def main(argv):
     if "line" in parts:
         quick = _QUICK.value
         how = (3, POPULATIONS[:2]) if quick else (100, POPULATIONS)
-        document["line"] = [line(*how, seed) for seed in seeds]
+        document["line"] = line(*how, seeds)
         print(f"line, seeds {seeds[0]} to {seeds[-1]}: error of the mean of {how[0]} trials, deviation of one estimate, "
               "correlation, share of right signs")  # fmt: skip
         for name in map(str, how[1]):

@@ -90,10 +90,10 @@ def network(shape, seed):
 ## The arms
 
 Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
-or those that a sampler picks; EvoGrad no second derivative. Cross-entropy is Keras's own `fit` on the noisy labels. "Clean data
-alone" is the same on the clean examples, for as many steps: the other arms have those too. In the last arm there are no clean
-data: the network learns by cross-entropy for two epochs, and examples whose loss is by then in the lower of two heaps take
-their place. All arms start from the same weights, have the same optimizer, and see the noisy batches in the same order.
+or those that a sampler picks; EvoGrad no second derivative. Cross-entropy is Keras's own `fit` on the noisy labels. "Clean
+data alone" is the same on the clean examples, for as many steps: the other arms have those too. In the last arm there are no
+clean data: the network learns by cross-entropy for two epochs, and examples whose loss is by then in the lower of two heaps
+take their place. All arms start from the same weights, have the same optimizer, and see the noisy batches in the same order.
 """
 
 ARMS = {

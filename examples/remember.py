@@ -70,16 +70,14 @@ def references(units, items):
     }
 
 
-def hopfield(patterns, cue, shown, sweeps=20):
-    """Outer products are the synapses; units with hidden bits then change in turn, until none does or the sweeps are over."""
+def hopfield(patterns, cue, shown, most=20):
+    """Synapses are outer products. Hidden bits change together, step by step, until none does or `most` steps are over."""
     synapses = np.einsum("epi,epj->eij", patterns, patterns) * (1 - np.eye(patterns.shape[-1]))
-    states = np.where(shown > 0, cue, np.where(np.einsum("eqi,eij->eqj", cue, synapses) > 0, 1.0, -1.0))
-    for _ in range(sweeps):
-        before = states.copy()
-        for unit in range(states.shape[-1]):
-            field = np.einsum("eqi,ei->eq", states, synapses[:, :, unit])
-            flipped = np.where(field == 0, states[..., unit], np.sign(field))
-            states[..., unit] = np.where(shown[..., unit] > 0, cue[..., unit], flipped)
+    states = cue
+    for _ in range(most):
+        field = np.einsum("eqi,eij->eqj", states, synapses)
+        tied = np.where(states == 0, -1.0, states)
+        before, states = states, np.where(shown > 0, cue, np.where(field == 0, tied, np.sign(field)))
         if np.array_equal(before, states):
             break
     return states
