@@ -222,7 +222,8 @@ def classes(seeds):
         start_optimizers = dict(list(start_optimizers.items())[:1]) if quick else start_optimizers
         return tuned(
             of, network, "cross_entropy", estimator, times * (2 if quick else 60), start_optimizers,
-            rates[:1] if quick else rates, [0.1] if quick else [0.1, 0.3], at, seed, batch=20, per_step=4, warp_rate=1e-3, measures=("last",),
+            rates[:1] if quick else rates, [0.1] if quick else [0.1, 0.3], at, seed, batch=20, per_step=4,
+            warp_rate=1e-3, measures=("last",),
             jit_compile=False,  # on a CPU, XLA's convolutions are slow
         )  # fmt: skip
 
