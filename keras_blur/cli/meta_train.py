@@ -38,7 +38,7 @@ ESTIMATORS: dict[str, Any] = {
     "warpgrad_offline": meta.OfflineWarpGrad,
 }
 
-# What learned best in trials: normalised sums on both passes and synapses of unit norm (sections 3.4 and C.6).
+# Normalised sums on both passes and synapses of unit norm, as in sections 3.4 and C.6 of the paper.
 RULE: dict[str, Any] = {
     "last_activation": "linear",
     "normalize_activations": "both",

@@ -1,7 +1,9 @@
 """A genome beside tuned optimizers, on the same batches from the same initial networks.
 
-Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that any optimizer at any rate has at
-each step, so it is tuned for every step on its own, which no single run could be: to be above it is to be faster than all.
+Optimizers train plain networks of the genome's nonlinearity: where a rule normalises its sums over the batch, they have no
+batch normalisation to match it. Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that
+any optimizer at any rate has at each step, so it is tuned for every step on its own, which no single run could be: to be
+above it is to be faster than all of them in such networks.
 Seeds and rates run side by side on leading axes of one compiled program. Seconds are measured apart, each learner
 with one rate and all seeds, since a wider program costs less a network: the median of some compiled blocks, shared out to
 the seeds.
