@@ -188,11 +188,12 @@ class LayerwiseMetaGradient(VirtualStep):
             name: gate * slope[name] for gate, own_names in zip(tf.unstack(gates), parts, strict=True) for name in own_names
         }
         # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
+        distance = {}
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-            kept[name] = kept[name] - factor * tf.broadcast_to(apart, slope[name].shape) / ahead.alpha
-        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some})))
+            distance[name] = factor * tf.broadcast_to(apart, slope[name].shape)
+        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
         by_gates = ahead.alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)

@@ -171,10 +171,17 @@ class LookAhead:
         chosen = {name: self.weights[name] for name in names}
         return self._below.gradient(self.loss, chosen, unconnected_gradients="zero")
 
-    def mixed(self, slope: Weights) -> dict[str, Array]:
-        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch."""
+    def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
+        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch.
+
+        Args:
+            slope: v.
+            beside: arrays by the names of some of these weights: grad_lambda < grad_w L_train, beside > is added.
+        """
         first = {name: self._first[name] for name in slope}
         upstream = {name: -self.alpha * value for name, value in slope.items()}
+        for name, value in (beside or {}).items():
+            upstream[name] = upstream[name] + value
         return self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
 
 
