@@ -65,7 +65,7 @@ def test_an_update_has_a_derivative_where_gradients_are_zero(name):
             new, *_ = updates.updated(optimizer, rate, tf.constant(0), (tf.ones(3),), zeros, zeros, (gradient,))
         return new[0], tape.gradient(new[0], gradient)
 
-    new, slope = both(derivative, tf.constant([0.0, 0.0, 1e-3]))
+    _, slope = both(derivative, tf.constant([0.0, 0.0, 1e-3]))
     slope = slope.numpy()
     assert slope[0] == slope[1]
     if name == "adam":  # first / epsilon, the way through the root of the second moment having no part in it

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.files import write_text
+from keras_blur.files import exists, write_text
 from keras_blur.meta.callbacks import save
 from keras_blur.options import Rule
 
@@ -217,18 +218,20 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
     ).history
     seconds = time.perf_counter() - begin
-    save(trainer, output)  # also where a checkpoint left no epoch to do
+    writes = trainer.sound or not exists(output)
+    if writes:  # also where a checkpoint left no epoch to do
+        save(trainer, output)
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip
-    print(f"wrote {output}")
+    print(f"wrote {output}" if writes else f"left {output} as it was: the last step was finite for no member")
     if flag["json"]:
         document = {
             "flags": flag,
             "seconds": seconds,
-            "scores": scores,
-            "history": {key: [float(value) for value in column] for key, column in history.items()},
+            "scores": [_finite(score) for score in scores],
+            "history": {key: [_finite(value) for value in column] for key, column in history.items()},
         }
         write_text(flag["json"], json.dumps(document, indent=1) + "\n")
     return 0
@@ -319,3 +322,8 @@ def tensorboard(folder: str) -> keras.callbacks.Callback:
     if importlib.util.find_spec("tensorboard") is None:
         raise ImportError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard")
     return keras.callbacks.TensorBoard(folder, write_graph=False)
+
+
+def _finite(value: float) -> float | None:
+    """The number for JSON: `None` stands for what is not finite."""
+    return float(value) if math.isfinite(value) else None

@@ -325,12 +325,17 @@ class BilevelTrainer(OuterLoop):
         found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
-        one = tf.ones(())
-        values = {
-            name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
-            for name in self.logged
-        }
-        return values, metrics
+        return {name: self._weighed(name, found) for name in self.logged}, metrics
+
+    def _weighed(self, name: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+        """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
+        if name not in found:
+            return tf.zeros(()), tf.zeros(())
+        value, weight = tf.cast(found[name], tf.float32), tf.ones(())
+        if name == "meta_loss" or name in self.estimator.logged:
+            weight = weight - found["skipped"]
+            value = tf.where(weight > 0, value, 0.0)
+        return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""
