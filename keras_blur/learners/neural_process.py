@@ -76,7 +76,7 @@ class NeuralProcess(MetaLearner):
         return dense.fill(keras.Model([support_x, support_y, query_x], decoded), outer)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, "encoder", "decoder")
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL

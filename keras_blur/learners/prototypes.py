@@ -67,7 +67,7 @@ class Prototypes(MetaLearner):
         return dense.sequential(_NAME, outer, self.activation)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, _NAME)
 
     def check(self, kind: str, outputs: int) -> None:
         if kind != "classes":

@@ -25,7 +25,7 @@ import tensorflow as tf
 from keras_blur import random
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
-from keras_blur.learners.base import leaves
+from keras_blur.learners.base import places
 from keras_blur.meta import batches
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
@@ -110,11 +110,8 @@ class BilevelTrainer(OuterLoop):
         self.outer = {f"{place}_{variable.name}": variable for place, variable in enumerate(variables)}
         self._trained = {f"{place}_{v.name}": v for place, v in enumerate(model.trainable_variables)}
         names = {id(variable): name for name, variable in self._trained.items()}
-        self._weights_of_layers = {
-            layer.name: tuple(names[id(v)] for v in layer.trainable_variables)
-            for layer in leaves(model)
-            if layer.trainable_variables
-        }
+        trained = {path: tuple(names[id(v)] for v in own.weights if id(v) in names) for path, own in places(model).items()}
+        self._weights_of_layers = {path: own for path, own in trained.items() if own}
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
         saved = {id(variable) for variable in model.weights}
@@ -122,7 +119,7 @@ class BilevelTrainer(OuterLoop):
             v for v in model.non_trainable_variables if id(v) not in saved
         ]  # of dropout: Keras does not save them
         self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
-        self._own = {name: self.counter(name, value) for name, value in learnt.items()}
+        self._own = {name: self.counter(name.replace("/", "."), value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True

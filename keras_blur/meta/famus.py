@@ -33,8 +33,8 @@ import tensorflow as tf
 from keras_blur import random
 from keras_blur.compiling import with_own_constants
 from keras_blur.distribution import share
+from keras_blur.learners.base import resolve
 from keras_blur.meta.estimator import check_count
-from keras_blur.meta.evograd import named
 from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
@@ -89,8 +89,8 @@ class LayerwiseMetaGradient(VirtualStep):
     """The gradient through one virtual step of SGD, of some layers.
 
     Args:
-        layers: names of those that take part, or `"last:N"` for the last N with weights; `None` for all. With a sampler,
-            those among which it chooses.
+        layers: those that take part, by their paths, such as `"block/dense"`, or by names that no other layer has; or
+            `"last:N"` for the last N with weights; `None` for all. With a sampler, those among which it chooses.
         sampler: what chooses among them in each step; `None` takes them all. The last layer always takes part.
         rate: as of `VirtualStep`.
 
@@ -125,8 +125,8 @@ class LayerwiseMetaGradient(VirtualStep):
             return every
         if isinstance(self.layers, str):
             return every[-int(self.layers[5:]) :]
-        named(layers, self.layers, "layers")  # raises where one is unknown
-        return tuple(name for name in every if name in self.layers)
+        wanted = resolve(self.layers, every, "layers")
+        return tuple(path for path in every if path in wanted)
 
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
         chosen = self.chosen(layers)

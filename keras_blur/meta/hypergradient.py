@@ -41,7 +41,7 @@ class Bilevel(NamedTuple):
     Attributes:
         train: from outer parameters and weights to the training loss, a scalar.
         judge: from weights to the loss on the meta batch, a scalar.
-        layers: names of the layers with weights, from first to last, and the names of their weights.
+        layers: paths of the layers with weights, from first to last, and the names of their weights.
         mean: of a nest, over replicas; each has its own part of the batches.
     """
 
@@ -83,7 +83,7 @@ class HypergradientEstimator(abc.ABC):
         """Numbers that the estimator itself learns, by name, where it starts; of most, none.
 
         Args:
-            layers: names of the model's layers with weights, and the shapes of these.
+            layers: paths of the model's layers with weights, and the shapes of these.
 
         Raises:
             ValueError: if the estimator names a layer that is not there.

@@ -147,9 +147,10 @@ class MetaTrainer(OuterLoop):
                 self.evolution[name] = self.counter(f"evolution_{name}", np.asarray(value))
         else:
             for name, numbers in begin.items():
-                made = self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
+                own = f"outer_{name.replace('/', '.')}"  # Keras's names have no slashes
+                made = self.add_weight(name=own, shape=numbers.shape, initializer="zeros")
                 made.assign(numbers)
-                setattr(self, f"outer_{name}", made)  # where Keras finds what to save
+                setattr(self, own, made)  # where Keras finds what to save
                 self.outer[name] = made
         self.drawn = self.counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
