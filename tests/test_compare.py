@@ -92,8 +92,6 @@ def test_other_optimizers_are_refused(optimizer):
 def test_learner_errors():
     with pytest.raises(ValueError, match=r"`activation` must be one of.*'swish'"):
         Optimizer(keras.optimizers.SGD(0.1), activation="swish")
-    with pytest.raises(ValueError, match="`outputs` must be at least 2"):
-        Optimizer(keras.optimizers.SGD(0.1)).init({}, random.seed_of(0), 5, 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)

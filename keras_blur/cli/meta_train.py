@@ -253,12 +253,17 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     seconds = time.perf_counter() - begin
     if stopped and int(trainer.meta_step.numpy()) == before:
         return interrupted("no meta-step was done, nothing was kept")
-    save(trainer, output)  # also where a checkpoint left no epoch to do
+    writes = trainer.sound or not exists(output)
+    if writes:  # also where a checkpoint left no epoch to do
+        save(trainer, output)
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip
-    wrote(output)
+    if writes:
+        wrote(output)
+    else:
+        print(f"left {output} as it was: the last step was finite for no member")
     if flag["json"]:
         document: dict[str, Any] = {
             "flags": flag,

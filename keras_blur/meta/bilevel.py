@@ -26,7 +26,7 @@ from keras_blur import arguments, random
 from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
-from keras_blur.learners.base import leaves
+from keras_blur.learners.base import places
 from keras_blur.meta import batches
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
@@ -110,11 +110,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self.outer = {f"{place}_{variable.name}": variable for place, variable in enumerate(variables)}
         self._trained = {f"{place}_{v.name}": v for place, v in enumerate(model.trainable_variables)}
         names = {id(variable): name for name, variable in self._trained.items()}
-        self._weights_of_layers = {
-            layer.name: tuple(names[id(v)] for v in layer.trainable_variables)
-            for layer in leaves(model)
-            if layer.trainable_variables
-        }
+        trained = {path: tuple(names[id(v)] for v in own.weights if id(v) in names) for path, own in places(model).items()}
+        self._weights_of_layers = {path: own for path, own in trained.items() if own}
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
         saved = {id(variable) for variable in model.weights}
@@ -122,7 +119,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             v for v in model.non_trainable_variables if id(v) not in saved
         ]  # of dropout: Keras does not save them
         self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
-        self._own = {name: self.counter(name, value) for name, value in learnt.items()}
+        self._own = {name: self.counter(name.replace("/", "."), value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True
@@ -327,12 +324,17 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
-        one = tf.ones(())
-        values = {
-            name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
-            for name in self.logged
-        }
-        return values, metrics
+        return {name: self._weighed(name, found) for name in self.logged}, metrics
+
+    def _weighed(self, name: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+        """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
+        if name not in found:
+            return tf.zeros(()), tf.zeros(())
+        value, weight = tf.cast(found[name], tf.float32), tf.ones(())
+        if name == "meta_loss" or name in self.estimator.logged:
+            weight = weight - found["skipped"]
+            value = tf.where(weight > 0, value, 0.0)
+        return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""

@@ -134,13 +134,19 @@ class MetaValidate(keras.callbacks.Callback):
 
         if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
             before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
-            self.best = self._score({name: own[0] for name, own in before.items()})[1]
+            quality = self._score({name: own[0] for name, own in before.items()})[1]
+            self.best = quality if np.isfinite(quality) else None
 
     def _scorer(self, learner: MetaLearner, inner: InnerLoop) -> Callable[..., Any]:
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
             state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
             loss, quality, _ = inner.objective(learner, outer, episodes, state)
-            return tf.reduce_mean(loss), tf.reduce_mean(quality)
+            sound = tf.math.is_finite(loss)
+            worst = -np.inf if inner.kind == "values" else 0.0
+            quality = tf.reduce_mean(tf.where(sound, quality, worst))
+            nothing = tf.constant(np.nan, quality.dtype)
+            quality = tf.where(tf.reduce_any(sound) & tf.math.is_finite(quality), quality, nothing)
+            return tf.reduce_mean(loss), quality
 
         return score
 
@@ -173,6 +179,8 @@ def save(trainer: Any, path: str | os.PathLike[str]) -> None:
 class SaveLearned(keras.callbacks.Callback):
     """Writes what the best member learned after each epoch.
 
+    After an epoch whose loss is NaN, or whose last step is sound for no member, it leaves the file as it is.
+
     Args:
         path: the file: of genomes `.json`, of other learners `.keras`.
 
@@ -192,7 +200,7 @@ class SaveLearned(keras.callbacks.Callback):
         check_output("path", self.path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.model.runner.writes_files:
+        if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
             save(self.model, self.path)
 
 

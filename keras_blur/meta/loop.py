@@ -64,6 +64,11 @@ class OuterLoop(keras.Model):
     def learned(self) -> Any:
         """What was learned, as something that has `save(path)`."""
 
+    @property
+    def sound(self) -> bool:
+        """Whether what was learned so far is of use: `SaveLearned` writes no other."""
+        return True
+
     def validate(self, logs: dict[str, float]) -> dict[str, float]:
         """The logs of an epoch, with those of a validation if there is one."""
         return logs
@@ -77,13 +82,17 @@ class OuterLoop(keras.Model):
 
         Args:
             found: by the names in `logged`, values and their weights, whose weighted sums are kept.
+
+        Returns:
+            The means; that of nothing is NaN.
         """
         both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
         sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
         self.sums.assign(sums)
         self.meta_step.assign(self.meta_step + 1)
         self.epoch_step.assign(self.epoch_step + 1)
-        means = tf.math.divide_no_nan(sums[:, 0], sums[:, 1])
+        none = tf.equal(sums[:, 1], 0.0)
+        means = tf.where(none, np.nan, sums[:, 0] / tf.where(none, 1.0, sums[:, 1]))
         return dict(zip(self.logged, tf.unstack(means), strict=True))
 
     def run_epochs(
@@ -137,7 +146,10 @@ class OuterLoop(keras.Model):
                 if saving and terminated() and step + 1 < steps_per_epoch:
                     saving.write()
                 else:
+                    if verbose and logs.get("skipped") == 1.0:
+                        print(f"\nEpoch {epoch + 1} skipped all of its outer steps: no loss and gradient was finite.")
                     followed.on_epoch_end(epoch, self.validate(logs))
+                    _forget_nan(callbacks)
                 if self.stop_training or terminated():
                     break
         followed.on_train_end(logs)
@@ -151,6 +163,14 @@ class OuterLoop(keras.Model):
                 self.load_weights(copy)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
+
+
+def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Takes a NaN that counts as the best value so far from Keras's callbacks: no later value is better than NaN."""
+    for callback in callbacks:
+        best = getattr(callback, "best", None)
+        if isinstance(best, float | np.floating) and np.isnan(best):
+            callback.best = None
 
 
 @contextlib.contextmanager

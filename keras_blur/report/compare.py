@@ -28,8 +28,9 @@ from keras_blur import random
 from keras_blur.checks import Expected, check_output, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
-from keras_blur.learners import Blur, Learner, Optimizer
+from keras_blur.learners import Blur, Learner, Optimizer, updates
 from keras_blur.learners.blur import check_genome
+from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
@@ -238,6 +239,7 @@ def _prepared(
             checked_arrays(x, y, None, expected, within="data")
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     if isinstance(data, Tasks):
+        Blur(tuple(hidden), genome.rule).check(data.kind, data.outputs)
         return _Episodes(data, batch_size, seeds, seed, steps, split), at
     return _Passes(data, batch_size, seeds, seed), at
 
@@ -310,7 +312,7 @@ class _Episodes(_Source):
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
         self.x, self.signs = drawn["x"], drawn["y"]
-        self.test_x, self.test_y = drawn["query_x"], drawn["query_y"].argmax(-1)
+        self.test_x, self.test_y = drawn["query_x"], classes_of(drawn["query_y"]).numpy()
         self.features, self.classes = tasks.features, tasks.outputs
 
     def reader(self) -> Callable[[int], tuple[Array, Array]]:
@@ -346,8 +348,11 @@ def _curves(
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
         prediction = learner.predict(outer, state, x[None])
         y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
-        right = tf.cast(tf.equal(tf.argmax(prediction, -1, tf.int32), y), tf.float32)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=prediction)
+        right = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
+        signs = tf.one_hot(y, data.classes, on_value=1.0, off_value=-1.0)
+        if data.classes == 1:  # one output tells two classes
+            signs = 2.0 * tf.cast(y, tf.float32)[..., None] - 1.0
+        losses = updates.losses("cross_entropy", prediction, signs)
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
         return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
 
