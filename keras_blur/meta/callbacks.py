@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_blur import files, random
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import MetaLearner
+from keras_blur.meta import settings
 from keras_blur.meta.estimator import InnerLoop, check_count, start
 from keras_blur.tasks.base import Tasks
 
@@ -49,6 +50,10 @@ class UnrollCurriculum(keras.callbacks.Callback):
         """Unrolled steps in an epoch."""
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
+    def get_config(self) -> dict[str, Any]:
+        """The stages, which a checkpoint remembers."""
+        return {"stages": [list(stage) for stage in self.stages]}
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         fresh = int(self.model.epoch_step.numpy()) == 0  # not one that a resumed run goes on with
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
@@ -69,7 +74,8 @@ class MetaValidate(keras.callbacks.Callback):
         steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
         episodes: episodes of each task distribution.
         split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
-        path: file for what was learned with the best score so far, or `None`.
+        path: file for the parameters with the best score so far, or `None`. A file that is already there is replaced, but a
+            resumed run reads it first and replaces it by a better one only.
         seed: of the episodes and initial networks.
 
     Raises:
@@ -104,6 +110,8 @@ class MetaValidate(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
+        if self.path is not None:
+            _check_learned_path(trainer.learned, self.path)
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
@@ -145,20 +153,33 @@ class MetaValidate(keras.callbacks.Callback):
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                save(self.model, self.path)
+                files.save(self.model.learned, self.path)
 
 
-def save(trainer: Any, path: str | os.PathLike[str]) -> None:
-    """Writes what was learned, whole or not at all."""
-    with files.replacing(path) as temporary:
-        trainer.learned.save(temporary)
+def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
+    """Raises before training what `learned.save(path)` would raise after it."""
+    files.check_output(path)
+    if isinstance(learned, keras.Model) and not os.fspath(path).endswith(".keras"):
+        raise ValueError(f"`path` of a learned Keras model must end with .keras. Received: path={os.fspath(path)!r}")
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes what the best member learned after each epoch.
+    """Writes the parameters that the best member learned after each epoch.
+
+    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
 
     Args:
-        path: the file: of genomes `.json`, of other learners `.keras`.
+        path: the file: `.json` for a genome, `.keras` for any other learner.
+
+    Raises:
+        ValueError: at the start of training, if the learned parameters are plain variables, which cannot be saved, or the
+            suffix is wrong.
+        OSError: at the start of training, if the file cannot be written; later, if the disk is full.
+
+    Example:
+
+    >>> SaveLearned("genome.json").path
+    'genome.json'
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -166,24 +187,27 @@ class SaveLearned(keras.callbacks.Callback):
         self.path = path
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if not hasattr(self.model.learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
+        learned = self.model.learned
+        if not hasattr(learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
+        _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.runner.writes_files:
-            save(self.model, self.path)
+            files.save(self.model.learned, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch: `MetaTrainer.fit` adds it.
+    """Writes everything that a resumed run needs after each epoch: `fit` of a trainer adds it.
 
     Args:
         path: a `.weights.h5` file.
+        made_with: the settings of the run, which the file carries.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, made_with: Mapping[str, Any]):
         super().__init__()
-        self.path = path
+        self.path, self.made_with = path, dict(made_with)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.write()
@@ -191,5 +215,6 @@ class Checkpoint(keras.callbacks.Callback):
     def write(self) -> None:
         """Writes it now."""
         if self.model.runner.writes_files:
-            with files.replacing(self.path) as temporary:
-                self.model.save_weights(temporary, overwrite=True)
+            memory = files.Memory(self.path)
+            self.model.save_weights(memory)
+            settings.write(self.path, memory, self.made_with)
