@@ -104,7 +104,7 @@ def test_resume_is_bit_for_bit(tmp_path, first):
     history = resumed.fit(x, y, epochs=3, checkpoint=path, **options)
     assert history.epoch == [1, 2]
     assert_equal(resumed, unbroken)
-    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
+    with pytest.raises(ValueError, match=r"was made with .*; this run has "):
         trainer().fit(x, y, epochs=3, checkpoint=path, **options)
 
 

@@ -173,21 +173,6 @@ def test_sigterm_without_a_checkpoint_ends_the_process_as_ever():
     assert done.returncode == -signal.SIGTERM
 
 
-def test_checkpoint_errors(tmp_path):
-    path = tmp_path / "run.weights.h5"
-    made = trainer()
-    made.fit(1, 2, checkpoint=path, verbose=0)
-    with pytest.raises(ValueError, match="`steps_per_epoch` must be what it was before, 2"):
-        trainer().fit(2, 3, checkpoint=path, verbose=0)
-    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
-        trainer(members=3).fit(2, 2, checkpoint=path, verbose=0)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="does not fit this trainer, or is damaged"):
-        trainer().fit(2, 2, checkpoint=path, verbose=0)
-    with pytest.raises(ValueError, match=r"must end with \.weights\.h5"):
-        trainer().fit(2, 2, checkpoint=tmp_path / "run.h5", verbose=0)
-
-
 def test_a_diverged_member_is_skipped_counted_and_does_not_spread():
     population = Genome.random(RULE, 0, std=0.5, synapse_update=-0.01, population=(2,))
     broken = population.replace(nu=population.nu * np.array([1.0, np.finfo("float32").max], "float32")[:, None, None])

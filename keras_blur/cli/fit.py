@@ -13,7 +13,7 @@ from keras_blur import genomes
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import PICTURES, Flags, When
 from keras_blur.conversion import copy_kernels
-from keras_blur.files import replacing
+from keras_blur.files import save
 from keras_blur.genome import Genome
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential
@@ -119,8 +119,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         plot_fits(drawn, flag["plot"], f"{images.name}, hidden {','.join(flag['hidden'])}")
         wrote(flag["plot"])
     if flag["save"]:
-        with replacing(flag["save"]) as temporary:
-            model.save(temporary)
+        save(model, flag["save"])
         wrote(flag["save"])
     if not stopped:
         return 0

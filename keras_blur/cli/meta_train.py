@@ -17,8 +17,7 @@ import keras
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
-from keras_blur.files import exists
-from keras_blur.meta.callbacks import save
+from keras_blur.files import exists, save
 from keras_blur.options import Rule
 
 USAGE = "[flags]"
@@ -255,7 +254,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
         return interrupted("no meta-step was done, nothing was kept")
     writes = trainer.sound or not exists(output)
     if writes:  # also where a checkpoint left no epoch to do
-        save(trainer, output)
+        save(trainer.learned, output)
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "

@@ -11,7 +11,7 @@ import numpy as np
 from keras_blur import meta
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import Flags, When
-from keras_blur.files import replacing
+from keras_blur.files import save
 from keras_blur.meta.hypergradient import HypergradientEstimator
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels
@@ -128,8 +128,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
         kept.append(flag["json"])
     if flag["save"] and trainer is not None:
-        with replacing(flag["save"]) as temporary:
-            trainer.model.save(temporary)
+        save(trainer.model, flag["save"])
         wrote(flag["save"])
         kept.append(flag["save"])
     if flag["checkpoint"] and results.get(flag["method"], {}).get("history"):

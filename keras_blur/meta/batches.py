@@ -28,6 +28,11 @@ class Arrays:
         self.steps = len(arrays[0]) // batch
         self.spec = tuple(tf.TensorSpec((batch, *array.shape[1:]), array.dtype) for array in arrays)
 
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on."""
+        x, y = self.arrays
+        return {"x": x, "y": y, "batch_size": self.batch}
+
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""
         whole, rest = divmod(done, self.steps)
@@ -52,6 +57,11 @@ class Batches:
         self.dataset = dataset
         self.spec = dataset.element_spec
         self.steps = max(0, int(dataset.cardinality()))
+
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on, as far as a dataset says."""
+        shapes = [f"{one.dtype.name} {one.shape}" for one in tf.nest.flatten(self.spec)]
+        return {"dataset": shapes, "batches": self.steps}
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""

@@ -14,6 +14,7 @@ over the batch stands in the equations, and a step does what one device would do
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from keras_blur.checks import CheckedModel, Expected, checked_validation, model_
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
 from keras_blur.learners.base import places
-from keras_blur.meta import batches
+from keras_blur.meta import batches, settings
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
 from keras_blur.meta.training_losses import TrainingLoss, per_example
@@ -157,6 +158,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
         self._loss_of = keras.losses.get(loss)
+        self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, "metrics": metrics}))
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
         alone = self.runner.replicas == 1 and not self.runner.compiles
@@ -206,8 +208,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
-            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch; or the checkpoint is
-                of another trainer.
+            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch, or if the
+                checkpoint was made with other settings or is damaged.
+            OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
@@ -271,6 +274,22 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return {**logs, **{f"val_{name}": value for name, value in found.items()}}
 
     # One step.
+
+    def settings(self) -> dict[str, Any]:
+        train, judge = self._sources
+        learned = isinstance(self.meta_model, TrainingLoss)
+        return {
+            "model": self.model, "meta_model": self.meta_model, "training_loss": None if learned else self._training_loss,
+            "estimator": self.estimator, "first": self.first, "judge_training": self.judge_training, "seed": self.seed,
+            **json.loads(self._compiled_with), "meta_every": self.meta_every, "data": train.settings(),
+            "meta_data": judge.settings(),
+        }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {
+            "optimizer": (self.optimizer, list(self._trained.values())),
+            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
+        }
 
     def rewind(self) -> None:
         self._streams: list[Any] = [None, None]

@@ -14,8 +14,8 @@ import tensorflow as tf
 from keras_blur import arguments, files, random
 from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
-from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
+from keras_blur.meta import settings
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.tasks.base import Tasks, check_split
 
@@ -57,6 +57,10 @@ class UnrollCurriculum(keras.callbacks.Callback):
         """Unrolled steps in an epoch."""
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
+    def get_config(self) -> dict[str, Any]:
+        """The stages, which a checkpoint remembers."""
+        return {"stages": [list(stage) for stage in self.stages]}
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         fresh = int(self.model.epoch_step.numpy()) == 0  # not one that a resumed run goes on with
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
@@ -77,7 +81,8 @@ class MetaValidate(keras.callbacks.Callback):
         steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
         episodes: episodes of each task distribution.
         split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
-        path: file for what was learned with the best score so far, or `None`.
+        path: file for the parameters with the best score so far, or `None`. A file that is already there is replaced, but a
+            resumed run reads it first and replaces it by a better one only.
         seed: of the episodes and initial networks.
 
     Raises:
@@ -116,6 +121,8 @@ class MetaValidate(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
+        if self.path is not None:
+            _check_learned_path(trainer.learned, self.path)
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
@@ -163,30 +170,33 @@ class MetaValidate(keras.callbacks.Callback):
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                save(self.model, self.path)
+                files.save(self.model.learned, self.path)
 
 
-def save(trainer: Any, path: str | os.PathLike[str]) -> None:
-    """Writes what was learned, whole or not at all."""
-    learned = trainer.learned
-    if isinstance(learned, Genome):  # its own `save` renames
-        learned.save(path)
-        return
-    with files.replacing(path) as temporary:
-        learned.save(temporary)
+def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
+    """Raises before training what saving would raise after it."""
+    check_output("path", path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes what the best member learned after each epoch.
+    """Writes the parameters that the best member learned after each epoch.
+
+    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
 
     After an epoch whose loss is NaN, or whose last step is sound for no member, it leaves the file as it is.
 
     Args:
-        path: the file: of genomes `.json`, of other learners `.keras`.
+        path: the file: `.json` for a genome, `.keras` for any other learner.
 
     Raises:
-        ValueError: when training begins, if the file has another ending or cannot be written, or if nothing that is learned
-            can be saved.
+        ValueError: at the start of training, if what is learned cannot be saved, the file has another ending, or it cannot
+            be written.
+        OSError: during training, if the disk is full.
+
+    Example:
+
+    >>> SaveLearned("genome.json").path
+    'genome.json'
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -197,23 +207,24 @@ class SaveLearned(keras.callbacks.Callback):
         learned = self.model.learned
         if not hasattr(learned, "save"):
             raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
-        check_output("path", self.path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
+        _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
-            save(self.model, self.path)
+            files.save(self.model.learned, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch: `MetaTrainer.fit` adds it.
+    """Writes everything that a resumed run needs after each epoch: `fit` of a trainer adds it.
 
     Args:
         path: a `.weights.h5` file.
+        made_with: the settings of the run, which the file carries.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, made_with: Mapping[str, Any]):
         super().__init__()
-        self.path = path
+        self.path, self.made_with = path, dict(made_with)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.write()
@@ -221,5 +232,6 @@ class Checkpoint(keras.callbacks.Callback):
     def write(self) -> None:
         """Writes it now."""
         if self.model.runner.writes_files:
-            with files.replacing(self.path) as temporary:
-                self.model.save_weights(temporary, overwrite=True)
+            memory = files.Memory(self.path)
+            self.model.save_weights(memory)
+            settings.write(self.path, memory, self.made_with)

@@ -19,6 +19,7 @@ the variables with the same numbers. What a step does depends on the number of r
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from keras_blur.distribution import Share, mean, share
 from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
+from keras_blur.meta import settings
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
@@ -138,6 +140,8 @@ class MetaTrainer(OuterLoop):
                 f"`tasks_per_step` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
                 f"tasks_per_step={tasks_per_step}"
             )
+        self._given_estimator = estimator
+        self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
         self.members, self.tasks_per_step = members, tasks_per_step
@@ -323,17 +327,38 @@ class MetaTrainer(OuterLoop):
         Args:
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: meta-steps of each.
-            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch; where
-                it exists, meta-training goes on from it, to the same result as if it had never stopped. SIGTERM, the sign
-                that a machine is about to go, writes it after the present step and ends the process, with exit status
-                143; but under several workers, which do not get it at the same step, it ends the process at once.
+            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch. If it
+                exists, meta-training resumes from it and ends with the result of an unbroken run. It carries the settings
+                of its run. Other settings are an error; another learning rate, number or schedule, is used from there on,
+                with a warning. The learning rate that a callback set before the interruption goes on; all other states of
+                callbacks start anew. SIGTERM writes the checkpoint after the present step and ends the process with exit
+                status 143; under several workers, which do not get it at the same step, it ends the process at once.
             callbacks: Keras callbacks.
             verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
 
         Raises:
-            ValueError: if the checkpoint is of another trainer, or was written with another `steps_per_epoch`.
+            ValueError: if the checkpoint was made with other settings, each of which is named, or is damaged.
+            OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose)
+
+    def settings(self) -> dict[str, Any]:
+        tasks = list({id(of): of for of, _ in self.families}.values())
+        learners = list({id(learner): learner for _, learner in self.families}.values())
+        return {
+            "tasks": tasks, "weights": self.weights_of_families, "learner": learners, "estimator": self._given_estimator,
+            "members": self.members, "tasks_per_step": self.tasks_per_step, "batch_size": self.batch_size,
+            "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
+        }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        if self.evolution:
+            return {}
+        names = ("optimizer", "start_optimizer")
+        return {
+            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
+            for one, own in self._groups()
+        }
 
     def rewind(self) -> None:
         self._streams = {}
