@@ -132,6 +132,12 @@ class Genome:
             raise AttributeError(f"A Genome does not change; use `genome.replace({name}=...)` for another one.")
         super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[type[Genome], tuple[Rule, dict[str, Any]]]:
+        return type(self), (self._rule, dict(self._arrays))
+
+    def __copy__(self) -> Genome:
+        return self
+
     def __deepcopy__(self, memo: Any) -> Genome:
         return self
 

@@ -302,10 +302,11 @@ def needed(command, flag):
 
 def test_every_command_that_writes_is_tried():
     assert {(command, flag) for command, flag, *_ in OUTPUTS} >= {
-        ("fit", "json"), ("fit", "plot"), ("fit", "save"), ("compare", "json"), ("compare", "plot"),
-        ("evaluate", "json"), ("evaluate", "plot"), ("evaluate", "decisions"), ("evaluate", "synapses"), ("reweight", "json"),
-        ("reweight", "save"), ("reweight", "checkpoint"), ("zoo", "save"), ("zoo", "plot"), ("conformance", "json"),
-        ("meta-train", "genome"), ("meta-train", "model"), ("meta-train", "checkpoint"), ("meta-train", "json"), ("meta-train", "csv"),
+        ("fit", "json"), ("fit", "plot"), ("fit", "save"), ("compare", "json"),
+        ("compare", "plot"), ("evaluate", "json"), ("evaluate", "plot"), ("evaluate", "decisions"),
+        ("evaluate", "synapses"), ("reweight", "json"), ("reweight", "save"), ("reweight", "checkpoint"),
+        ("zoo", "save"), ("zoo", "plot"), ("conformance", "json"), ("meta-train", "genome"),
+        ("meta-train", "model"), ("meta-train", "checkpoint"), ("meta-train", "json"), ("meta-train", "csv"),
     }  # fmt: skip
 
 
