@@ -222,20 +222,6 @@ def _keep_permissions(temporary: str, target: str) -> None:
     os.chmod(temporary, stat.S_IMODE(old.st_mode))
 
 
-def save(saved: Any, path: Path) -> None:
-    """Writes something that has `save(path)`, such as a Keras model, whole or not at all.
-
-    Args:
-        saved: the object.
-        path: the file, which is replaced if it exists.
-
-    Raises:
-        OSError: as of `replacing`.
-    """
-    with replacing(path) as temporary:
-        saved.save(temporary)
-
-
 @contextlib.contextmanager
 def local(path: Path) -> Iterator[str]:
     """A local path where the contents of `path` can be read."""

@@ -25,8 +25,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur import arguments
 from keras_blur.files import read_text, write_text
-from keras_blur.options import Rule, integer, real
+from keras_blur.options import Rule
 
 FORMAT = "keras_blur.genome"
 VERSION = 1
@@ -242,17 +243,11 @@ class Genome:
         >>> Genome.random(Rule(states=3), seed=1, population=(5,)).mu.shape
         (5, 3, 3)
         """
-        integer("seed", seed, 0)
-        real("std", std, low=0.0)
-        real("synapse_update", synapse_update)
-        try:
-            population = tuple(population)
-            for size in population:
-                integer("population", size, 1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`population` must be a tuple of positive sizes. Received: population={population!r}"
-            ) from error
+        arguments.instance("rule", rule, Rule, "a keras_blur.Rule")
+        arguments.integer("seed", seed, 0)
+        arguments.real("std", std, low=0.0)
+        arguments.real("synapse_update", synapse_update)
+        population = arguments.counts("population", population)
         leading = (() if rule.layers is None else (rule.layers,)) + population
         rng = np.random.default_rng(seed)
         arrays = {}
@@ -336,7 +331,7 @@ class Genome:
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"Genome file {os.fspath(path)!r} could not be read: {error}.") from error
+            raise ValueError(f"Genome file {os.fspath(path)!r} could not be read: {error}") from error
         return cls.from_json(text, source=f"Genome file {os.fspath(path)!r}")
 
     def get_config(self) -> dict[str, Any]:

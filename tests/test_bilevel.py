@@ -386,7 +386,7 @@ def test_a_pseudo_clean_split_finds_most_right_labels():
 def test_losses_that_cannot_be_split_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
         meta.PseudoCleanSplit().probabilities(np.array(losses))
-    with pytest.raises(ValueError, match="`threshold` must be between 0 and 1"):
+    with pytest.raises(ValueError, match="`threshold` must be a number between 0 and 1"):
         meta.PseudoCleanSplit(threshold=1.0)
 
 
@@ -397,7 +397,7 @@ def test_noise_is_as_often_as_it_says():
     assert set(np.unique((flipped - y) % 10)) == {0, 1}
     assert np.mean(flipped != y) == pytest.approx(0.4, abs=0.01)
     for options, message in (
-        ({"share": 1.5}, "`share` must be from 0 to 1"),
+        ({"share": 1.5}, "`share` must be a finite number of at least 0 and at most 1"),
         ({"share": 0.1, "kind": "x"}, "`kind` must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -427,7 +427,7 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
             "In `meta_data`: Labels must be integers from 0",
         ),
         (lambda: meta.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
-        (lambda: meta.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be between 0 and 1"),
+        (lambda: meta.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be a number between 0 and 1"),
     ],
 )
 def test_a_wrong_argument_is_named(make, message):

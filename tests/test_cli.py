@@ -84,7 +84,7 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
         (["fit", "--learning_rate=0"], "--learning_rate must be above 0"),
         (["fit", "--nonsense=1"], "nonsense"),
         (["fit", "extra"], "takes flags only"),
-        (["fit", "--genome=nowhere"], "No genome named 'nowhere'"),
+        (["fit", "--genome=nowhere"], "Received: name='nowhere'"),
         (["fit", "--json=/no/such/folder/f.json"], "there is no folder '/no/such/folder'"),
         (["fit", "--save=model.h5"], "--save must name a .keras file"),
         (["fit", "--data=mnist", "--data_dir=/no/such/folder"], "not prepared in '/no/such/folder'"),

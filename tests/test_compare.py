@@ -170,7 +170,7 @@ def test_shell(tmp_path, capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], "--genome must be given"),
-        (["--genome=nowhere"], "No genome named"),
+        (["--genome=nowhere"], "Received: name='nowhere'"),
         (["--genome=backprop", "--plot=/no/such/folder/c.png"], "there is no folder"),
     ],
 )

@@ -6,11 +6,13 @@ import os
 import pathlib
 import resource
 import stat
+import types
 
 import keras
 import pytest
 
 from keras_blur import Genome, Rule, files, genomes
+from keras_blur.meta import callbacks
 from keras_blur.report import style
 
 
@@ -84,7 +86,7 @@ def keras_model():
 WRITERS = {
     "a.txt": lambda path: files.write_text(path, "new" * 4000),
     "genome.json": lambda path: Genome.random(Rule(), seed=0).save(path),
-    "model.keras": lambda path: files.save(keras_model(), path),
+    "model.keras": lambda path: callbacks.save(types.SimpleNamespace(learned=keras_model()), path),
     "picture.png": picture,
     "picture.svg": picture,
 }

@@ -162,9 +162,9 @@ def test_tasks_of_other_sizes_are_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: learners.Prototypes((0,)), "`hidden` must be positive integers"),
-        (lambda: learners.Prototypes((4,), 0), "`dimensions` must be positive integers"),
-        (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be positive integers"),
+        (lambda: learners.Prototypes((0,)), "`hidden` must be a sequence of positive integers"),
+        (lambda: learners.Prototypes((4,), 0), "`dimensions` must be a positive integer"),
+        (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be a positive integer"),
         (lambda: learners.NeuralProcess(activation="swish"), "`activation` must be one of"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1), loss="hinge"), "`loss` must be one of"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1), activation="relu_tanh"), "`activation` must be one of"),

@@ -186,11 +186,11 @@ def test_only_labelled_bits_are_scored():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tasks.remember(1), "`units` must be an integer from 2"),
+        (lambda: tasks.remember(1), "`units` must be an integer of at least 2"),
         (lambda: tasks.remember(4, cue=0.0), "`cue` must be a share"),
         (lambda: tasks.remember(4, cue=1.0), "`cue` must be a share"),
-        (lambda: learners.OnlineRule(neuron=0), "`neuron` must be positive integers"),
-        (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be positive integers"),
+        (lambda: learners.OnlineRule(neuron=0), "`neuron` must be a positive integer"),
+        (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be a sequence of positive integers"),
         (lambda: learners.OnlineRule().check("classes", 2), "needs tasks of bits"),
         (lambda: learners.OnlineRule().parameters(keras.Sequential([keras.Input((2,))])), "must have an OnlineCell"),
         (lambda: keras.layers.RNN(learners.OnlineCell(4))(tf.zeros((1, 2, 4))), r"2 \* units \+ 1 = 9"),

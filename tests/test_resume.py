@@ -224,11 +224,8 @@ def test_where_a_checkpoint_cannot_be_written_is_said_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"must end with \.weights\.h5"):
         run(made, tmp_path / "run.h5", 1)
     for name in ("absent/g.json", "."):
-        for callback in (meta.SaveLearned(tmp_path / name), meta.MetaValidate(digits(), path=tmp_path / name)):
-            with pytest.raises(OSError, match="folder"):
-                made.fit(1, 1, callbacks=[callback], verbose=0)
-    with pytest.raises(ValueError, match=r"must end with \.keras"):
-        trainer(learner=learners.Prototypes((4,))).fit(1, 1, callbacks=[meta.SaveLearned(tmp_path / "m.json")], verbose=0)
+        with pytest.raises(OSError, match="folder"):
+            made.fit(1, 1, callbacks=[meta.MetaValidate(digits(), path=tmp_path / name)], verbose=0)
     assert int(made.meta_step.value) == 0
 
 

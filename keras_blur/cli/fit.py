@@ -14,7 +14,7 @@ from absl import flags
 from keras_blur import genomes
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
 from keras_blur.conversion import copy_kernels
-from keras_blur.files import save, write_text
+from keras_blur.files import write_text
 from keras_blur.genome import Genome
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential
@@ -103,5 +103,5 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         histories = {name: result["history"] for name, result in results.items()}
         plot_fits(histories, flag["plot"], f"{images.name}, hidden {','.join(flag['hidden'])}")
     if flag["save"]:
-        save(model, flag["save"])
+        model.save(flag["save"])
     return 0

@@ -18,7 +18,8 @@ from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.files import save, write_text
+from keras_blur.files import write_text
+from keras_blur.meta.callbacks import save
 from keras_blur.options import Rule
 
 USAGE = "[flags]"
@@ -216,7 +217,7 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
     ).history
     seconds = time.perf_counter() - begin
-    save(trainer.learned, output)  # also where a checkpoint left no epoch to do
+    save(trainer, output)  # also where a checkpoint left no epoch to do
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "

@@ -12,7 +12,7 @@ from absl import flags
 
 from keras_blur import meta
 from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.files import save, write_text
+from keras_blur.files import write_text
 from keras_blur.meta.hypergradient import HypergradientEstimator
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels
@@ -107,5 +107,5 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
     if flag["json"]:
         write_text(flag["json"], json.dumps({"flags": flag, "results": results}, indent=1) + "\n")
     if flag["save"]:
-        save(trainer.model, flag["save"])
+        trainer.model.save(flag["save"])
     return 0

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import feedback, network
+from keras_blur import arguments, feedback, network
 from keras_blur.distribution import ALL, Share
 from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
@@ -51,17 +51,15 @@ class Blur(MetaLearner):
         compute_dtype: str | None = None,
         std: float = 0.5,
     ):
+        if compute_dtype is not None:
+            arguments.choice("compute_dtype", compute_dtype, ("bfloat16", "float16"))
+        arguments.real("std", std, low=0.0)
         self.compute_dtype, self.std = compute_dtype, std
-        if compute_dtype not in (None, "bfloat16", "float16"):
-            raise ValueError(
-                f"`compute_dtype` must be 'bfloat16', 'float16' or None. Received: compute_dtype={compute_dtype!r}"
-            )
-        self.hidden = tuple(int(units) for units in hidden)
-        self.rule = rule or Rule()
+        self.hidden = arguments.counts("hidden", hidden)
+        self.rule = Rule() if rule is None else rule
+        arguments.instance("rule", self.rule, Rule, "a keras_blur.Rule or None")
         if self.rule.keep_neurons:
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
-        if any(units < 1 for units in self.hidden):
-            raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
 
     def units(self, outputs: int) -> tuple[int, ...]:
         """Units of each layer."""
@@ -89,7 +87,10 @@ class Blur(MetaLearner):
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         genome = Genome.load(learned) if isinstance(learned, (str, os.PathLike)) else learned
         if not isinstance(genome, Genome) or genome.rule != self.rule or len(genome.population) > 1:
-            raise ValueError(f"A genome of the learner's rule is needed, single or one population. Received: {genome!r}")
+            raise ValueError(
+                "`start` must be a genome of the learner's rule, single or one population. "
+                f"{arguments.received('start', genome)}"
+            )
         return genome.by_member()
 
     def shares_outer(self, other: Learner) -> bool:

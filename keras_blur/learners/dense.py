@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur import rule as equations
 from keras_blur.learners.base import keras_model
 from keras_blur.options import ACTIVATIONS
@@ -22,11 +23,9 @@ KERAS_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu_tanh")  
 
 def check(activation: str, known: Sequence[str] = KERAS_ACTIVATIONS, **units: Sequence[int]) -> None:
     """Raises a `ValueError` if a nonlinearity is unknown or numbers of units are not positive integers."""
-    if activation not in known:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, known))}. Received: {activation!r}")
+    arguments.choice("activation", activation, known)
     for name, numbers in units.items():
-        if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in numbers):
-            raise ValueError(f"`{name}` must be positive integers. Received: {name}={numbers!r}")
+        arguments.counts(name, numbers)
 
 
 def draw(name: str, sizes: Sequence[int], activation: str, members: int, seed: Sequence[int]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
@@ -44,7 +45,8 @@ class NeuralProcess(MetaLearner):
     """
 
     def __init__(self, hidden: tuple[int, ...] = (64,), representation: int = 64, activation: str = "relu"):
-        dense.check(activation, hidden=hidden, representation=(representation,))
+        dense.check(activation, hidden=hidden)
+        arguments.count("representation", representation)
         self.hidden, self.representation, self.activation = tuple(hidden), representation, activation
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:

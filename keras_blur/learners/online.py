@@ -26,6 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model
@@ -68,8 +69,12 @@ class OnlineRule(MetaLearner):
         self, *, neuron: int = 4, synapse: int = 2, hidden: int = 24, types: int = 1, embedding: int = 4,
         ticks: tuple[int, int] = (2, 3), plastic: bool = True, units: int = 16,
     ):  # fmt: skip
-        dense.check("tanh", neuron=(neuron,), synapse=(synapse,), hidden=(hidden,), types=(types,), embedding=(embedding,))
-        dense.check("tanh", units=(units,), ticks=ticks)
+        sizes = {"neuron": neuron, "synapse": synapse, "hidden": hidden, "types": types, "embedding": embedding}
+        for name, value in (*sizes.items(), ("units", units)):
+            arguments.count(name, value)
+        if len(arguments.counts("ticks", ticks)) != 2:
+            raise ValueError(f"`ticks` must be two positive integers. {arguments.received('ticks', ticks)}")
+        arguments.flag("plastic", plastic)
         self.neuron, self.synapse, self.hidden, self.types, self.embedding = neuron, synapse, hidden, types, embedding
         self.ticks, self.plastic, self.units = (ticks[STORE], ticks[RECALL]), plastic, units
 

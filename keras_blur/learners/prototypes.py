@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
@@ -47,7 +48,8 @@ class Prototypes(MetaLearner):
     """
 
     def __init__(self, hidden: tuple[int, ...] = (64,), dimensions: int = 64, activation: str = "relu"):
-        dense.check(activation, hidden=hidden, dimensions=(dimensions,))
+        dense.check(activation, hidden=hidden)
+        arguments.count("dimensions", dimensions)
         self.hidden, self.dimensions, self.activation = tuple(hidden), dimensions, activation
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:

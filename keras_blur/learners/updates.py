@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_blur import arguments
+
 Array = Any
 
 LOSSES = {"cross_entropy": "classes", "squared": "values"}  # and the kind of tasks that each is for
@@ -41,8 +43,7 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
 
 def check_loss(loss: str, kind: str | None = None) -> None:
     """Raises a `ValueError` if a loss is unknown, or not for tasks of a kind."""
-    if loss not in LOSSES:
-        raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={loss!r}")
+    arguments.choice("loss", loss, tuple(LOSSES))
     if kind is not None and LOSSES[loss] != kind:
         wanted = next(one for one, of in LOSSES.items() if of == kind)
         raise ValueError(f"`loss` of the learner must be {wanted!r} for tasks of {kind}. Received: loss={loss!r}")

@@ -18,8 +18,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
-from keras_blur.learners import updates
+from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, leaves
 
 _START, _WARP = "start_", "warp_"
@@ -259,6 +260,12 @@ def warped(
     >>> names
     ['warp_0', 'warp_1']
     """
+    arguments.count("features", features)
+    hidden = arguments.counts("hidden", hidden)
+    arguments.count("outputs", outputs)
+    arguments.choice("activation", activation, dense.KERAS_ACTIVATIONS)
+    arguments.flag("warps", warps)
+    arguments.integer("seed", seed, 0)
     layers: list[Any] = [keras.Input((features,))]
     for index, units in enumerate((*hidden, outputs)):
         drawn = keras.initializers.GlorotUniform(seed * 1000 + index)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.checks import Classes, checked
-from keras_blur.meta.estimator import check_count
 
 Array = Any
 
@@ -86,7 +85,7 @@ def source(name: str, data: Any, batch: int, replicas: int, classes: Classes) ->
             f"`{name}` must be a tf.data.Dataset or come with labels, as a pair of arrays. Received: {type(data)}"
         )
     x, y = (np.asarray(one) for one in data)
-    check_count("batch_size", batch)
+    arguments.count("batch_size", batch)
     if batch % replicas:
         raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
     if len(x) != len(y) or len(x) < batch:

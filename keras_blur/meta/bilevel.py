@@ -23,12 +23,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
 from keras_blur.learners.base import leaves
 from keras_blur.meta import batches, settings
-from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
 from keras_blur.meta.training_losses import TrainingLoss, per_example
@@ -217,7 +216,7 @@ class BilevelTrainer(OuterLoop):
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
-        check_count("meta_every", meta_every)
+        arguments.count("meta_every", meta_every)
         self._open((x, y) if y is not None else x, meta_data, batch_size, meta_batch_size or batch_size)
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:

@@ -11,12 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files, random
+from keras_blur import arguments, files, random
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import MetaLearner
 from keras_blur.meta import settings
-from keras_blur.meta.estimator import InnerLoop, check_count, start
-from keras_blur.tasks.base import Tasks
+from keras_blur.meta.estimator import InnerLoop, start
+from keras_blur.tasks.base import Tasks, check_split
 
 
 class UnrollCurriculum(keras.callbacks.Callback):
@@ -39,12 +39,18 @@ class UnrollCurriculum(keras.callbacks.Callback):
 
     def __init__(self, stages: Sequence[tuple[int, int]]):
         super().__init__()
-        self.stages = [(int(epoch), int(steps)) for epoch, steps in stages]
+        pairs = stages if isinstance(stages, (tuple, list)) else ()
+        if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"`stages` must be a list of (epoch, steps) pairs. {arguments.received('stages', stages)}")
+        for epoch, steps in pairs:
+            arguments.integer("stages", epoch, 0)
+            arguments.count("stages", steps)
+        self.stages = [(int(epoch), int(steps)) for epoch, steps in pairs]
         starts = [epoch for epoch, _ in self.stages]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"`stages` must be (epoch, steps) pairs in rising order from epoch 0. Received: {stages!r}")
-        if any(steps < 1 for _, steps in self.stages):
-            raise ValueError(f"`stages` must have at least one step each. Received: {stages!r}")
+        if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(
+                f"`stages` must begin at epoch 0 and go on in rising order. {arguments.received('stages', stages)}"
+            )
 
     def steps_at(self, epoch: int) -> int:
         """Unrolled steps in an epoch."""
@@ -100,10 +106,14 @@ class MetaValidate(keras.callbacks.Callback):
         seed: int = 0,
     ):
         super().__init__()
-        check_count("episodes", episodes)
+        arguments.count("episodes", episodes)
         if steps is not None:
-            check_count("steps", steps)
-        self.tasks = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+            arguments.count("steps", steps)
+        self.tasks = [tasks] if isinstance(tasks, Tasks) else tasks
+        if not isinstance(self.tasks, (tuple, list)) or not all(isinstance(one, Tasks) for one in self.tasks):
+            raise ValueError(f"`tasks` must be a task distribution or a list of them. {arguments.received('tasks', tasks)}")
+        check_split(split)
+        arguments.integer("seed", seed, 0)
         self.learner, self.steps, self.episodes = learner, steps, episodes
         self.split, self.path, self.seed = split, path, seed
         self.best: float | None = None
@@ -111,7 +121,7 @@ class MetaValidate(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
         if self.path is not None:
-            _check_learned_path(trainer.learned, self.path)
+            files.check_output(self.path)
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
@@ -153,33 +163,20 @@ class MetaValidate(keras.callbacks.Callback):
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                files.save(self.model.learned, self.path)
+                save(self.model, self.path)
 
 
-def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
-    """Raises before training what `learned.save(path)` would raise after it."""
-    files.check_output(path)
-    if isinstance(learned, keras.Model) and not os.fspath(path).endswith(".keras"):
-        raise ValueError(f"`path` of a learned Keras model must end with .keras. Received: path={os.fspath(path)!r}")
+def save(trainer: Any, path: str | os.PathLike[str]) -> None:
+    """Writes what was learned, whole or not at all."""
+    with files.replacing(path) as temporary:
+        trainer.learned.save(temporary)
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes the parameters that the best member learned after each epoch.
-
-    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
+    """Writes what the best member learned after each epoch.
 
     Args:
-        path: the file: `.json` for a genome, `.keras` for any other learner.
-
-    Raises:
-        ValueError: at the start of training, if the learned parameters are plain variables, which cannot be saved, or the
-            suffix is wrong.
-        OSError: at the start of training, if the file cannot be written; later, if the disk is full.
-
-    Example:
-
-    >>> SaveLearned("genome.json").path
-    'genome.json'
+        path: the file: of genomes `.json`, of other learners `.keras`. A file that is already there is replaced.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -187,14 +184,12 @@ class SaveLearned(keras.callbacks.Callback):
         self.path = path
 
     def on_train_begin(self, logs: Any = None) -> None:
-        learned = self.model.learned
-        if not hasattr(learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
-        _check_learned_path(learned, self.path)
+        if not hasattr(self.model.learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.runner.writes_files:
-            files.save(self.model.learned, self.path)
+            save(self.model, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):

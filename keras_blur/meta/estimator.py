@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners.base import Learner
 
@@ -117,13 +118,11 @@ class InnerLoop:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        if not self.along >= 0.0 or not math.isfinite(self.along):
-            raise ValueError(f"`along` must be a finite number of at least 0. Received: along={self.along!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={self.loss!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={self.kind!r}")
+        arguments.count("steps", self.steps)
+        arguments.real("along", self.along, low=0.0)
+        arguments.choice("loss", self.loss, LOSSES)
+        arguments.choice("kind", self.kind, KINDS)
+        arguments.flag("recompute", self.recompute)
         if self.kind == "values" and self.loss not in ("auto", "squared"):
             raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
 
@@ -325,7 +324,7 @@ class Pieces(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("total", self.total)
+        arguments.count("total", self.total)
         if self.total % self.steps:
             raise ValueError(f"`total` must be a multiple of steps={self.steps}. Received: total={self.total!r}")
 
@@ -381,9 +380,3 @@ def state_dtype(state: Any) -> tf.DType:
 def _as_float(leaf: Array, dtype: tf.DType) -> Array:
     """A tensor that can have a gradient: integers as numbers of the given type."""
     return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises a `ValueError` if an argument is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")

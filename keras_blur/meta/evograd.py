@@ -24,8 +24,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.meta.estimator import check_count
+from keras_blur import arguments, random
 from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
@@ -33,7 +32,6 @@ from keras_blur.meta.hypergradient import (
     HypergradientEstimator,
     Outer,
     Weights,
-    check_positive,
     gradient,
 )
 
@@ -64,11 +62,10 @@ class EvoGrad(HypergradientEstimator):
     scope: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_count("population", self.population)
-        check_positive("sigma", self.sigma)
-        check_positive("temperature", self.temperature)
-        if self.noise not in NOISES:
-            raise ValueError(f"`noise` must be one of {', '.join(map(repr, NOISES))}. Received: noise={self.noise!r}")
+        arguments.count("population", self.population)
+        arguments.positive("sigma", self.sigma)
+        arguments.positive("temperature", self.temperature)
+        arguments.choice("noise", self.noise, NOISES)
 
     @property
     def logged(self) -> tuple[str, ...]:

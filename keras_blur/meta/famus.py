@@ -30,10 +30,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.compiling import with_own_constants
 from keras_blur.distribution import share
-from keras_blur.meta.estimator import check_count
 from keras_blur.meta.evograd import named
 from keras_blur.meta.hypergradient import (
     Array,
@@ -43,7 +42,6 @@ from keras_blur.meta.hypergradient import (
     Outer,
     VirtualStep,
     Weights,
-    check_positive,
 )
 
 
@@ -74,14 +72,12 @@ class GradientSampler:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_count("target", self.target)
-        check_count("hidden", self.hidden)
-        check_positive("temperature", self.temperature)
-        check_positive("learning_rate", self.learning_rate)
+        arguments.count("target", self.target)
+        arguments.count("hidden", self.hidden)
+        arguments.positive("temperature", self.temperature)
+        arguments.positive("learning_rate", self.learning_rate)
         for name in ("count_weight", "distance_weight", "momentum"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"`{name}` must be a number of at least 0. Received: {name}={value!r}")
+            arguments.real(name, getattr(self, name), low=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
+
 Array = Any
 Outer = Mapping[str, Array]
 Weights = Mapping[str, Array]
@@ -127,7 +129,7 @@ class VirtualStep(HypergradientEstimator):
 
     def __post_init__(self) -> None:
         if self.rate is not None:
-            check_positive("rate", self.rate)
+            arguments.positive("rate", self.rate)
 
     def ahead(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, names: Sequence[str] | None = None
@@ -216,7 +218,7 @@ class FiniteDifference(VirtualStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("width", self.width)
+        arguments.positive("width", self.width)
 
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
@@ -244,9 +246,3 @@ def gradient(function: Callable[[Any], Array], values: Mapping[str, Array]) -> t
         tape.watch(values)
         result = function(values)
     return result, tape.gradient(result, values, unconnected_gradients="zero")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises a `ValueError` if an argument is not a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")

@@ -7,6 +7,7 @@ needs to be general rather than to know the set.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
 
@@ -97,17 +98,18 @@ def images(
     >>> tasks.features, tasks.outputs
     (64, 5)
     """
+    for option, value in (("size", size), ("crop", crop), ("project", project)):
+        if value is not None:
+            arguments.count(option, value)
+    for option, value in (("standardize", standardize), ("relabel", relabel), ("permute", permute)):
+        arguments.flag(option, value)
     loaded = load_images(name, data_dir)
-    kept = range(loaded.classes) if classes is None else list(classes)
-    wrong = [c for c in kept if not 0 <= c < loaded.classes]
-    if wrong or len(set(kept)) != len(kept) or len(kept) < 2:
+    kept = list(range(loaded.classes) if classes is None else _labels(classes))
+    if any(c not in range(loaded.classes) for c in kept) or len(set(kept)) != len(kept) or len(kept) < 2:
         raise ValueError(
             f"`classes` must be at least two different classes of {name}, from 0 to {loaded.classes - 1}. "
-            f"Received: classes={list(kept)}"
+            f"{arguments.received('classes', classes)}"
         )
-    for option, value in (("size", size), ("crop", crop), ("project", project)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{option}` must be a positive integer. Received: {option}={value!r}")
     train, test = (
         _flat(loaded, x, y, kept, size, crop) for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_test, loaded.y_test))
     )
@@ -123,6 +125,14 @@ def images(
     shape = f"{size}x{size}" if size else f"{crop}x{crop}" if crop else "x".join(map(str, loaded.x_train.shape[1:3]))
     label = f"{name} {shape}, {len(kept)} classes"
     return ImageTasks(arrays, len(kept), label, relabel=relabel, permute=permute, project=project)
+
+
+def _labels(classes: Any) -> Sequence[int]:
+    """The class numbers that a user gave, or none where they are no sequence of integers."""
+    try:
+        return [operator.index(one) for one in classes if not isinstance(one, (bool, np.bool_))]
+    except TypeError:
+        return ()
 
 
 def _flat(
