@@ -170,7 +170,7 @@ class OuterLoop(keras.Model):
         fixed = {
             "trainer": type(self).__name__,
             **settings.described(self.settings()),
-            **{name: _without_rate(one) for name, one in optimizers.items()},
+            **{name: one if rates[name] is None else _without_rate(one) for name, one in optimizers.items()},
             "steps_per_epoch": steps_per_epoch,
             "precision": self.dtype_policy.name,
         }
@@ -260,9 +260,9 @@ def _warn(sentence: str) -> None:
 
 
 def _rate(config: dict[str, Any]) -> Any:
-    """The learning rate in the description of an optimizer, or of one that it wraps."""
-    if "learning_rate" in config:
-        return config["learning_rate"]
+    """The learning rate in the description of an optimizer, or of one that it wraps; `None` if it has several."""
+    if "learning_rate" in config or "inner_optimizer" not in config:
+        return config.get("learning_rate")
     return _rate(config["inner_optimizer"]["config"])
 
 
@@ -280,7 +280,8 @@ def _with_rate(config: Any, rate: Any) -> Any:
 
 def _state(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables of an optimizer but its learning rate."""
-    return [variable for variable in optimizer.variables if variable is not optimizer.learning_rate]
+    rate = optimizer.learning_rate
+    return [variable for variable in optimizer.variables if variable is not rate]
 
 
 def _named(rate: Any) -> str:
