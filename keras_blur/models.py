@@ -479,7 +479,8 @@ class Sequential(CheckedModel):
             self._follow(result.state, prepared, shared)
         for variable, value in zip(self._neurons, result.state.neurons[1:], strict=True):
             variable.assign(value)
-        self.learning_step.assign(step + 1)
+        with tf.control_dependencies([x]):  # a batch that can't be read is no step
+            self.learning_step.assign(step + 1)
         loss_value = self.compute_loss(x=x, y=y, y_pred=result.output, sample_weight=sample_weight, training=True)
         self._loss_tracker.update_state(
             loss_value * distribution.replicas(),  # Keras divides losses by it
