@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -81,7 +82,7 @@ def source(name: str, data: Any, batch: int, replicas: int, classes: Classes) ->
         raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
     if len(x) != len(y) or len(x) < batch:
         raise ValueError(f"`{name}` must be pairs of inputs and labels, at least {batch}. Received: {len(x)} and {len(y)}")
-    x = x.astype("float32") if x.dtype.kind == "f" else x
+    x = x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x
     try:
         checked(x, y, None, classes)
     except ValueError as error:

@@ -14,6 +14,7 @@ over the batch stands in the equations, and a step does what one device would do
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,8 +29,8 @@ from keras_blur.distribution import mean, total
 from keras_blur.learners.base import leaves
 from keras_blur.meta import batches
 from keras_blur.meta.estimator import check_count
-from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
-from keras_blur.meta.loop import OuterLoop
+from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
+from keras_blur.meta.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
 from keras_blur.meta.training_losses import TrainingLoss, per_example
 
 Array = Any
@@ -78,9 +79,10 @@ class BilevelTrainer(OuterLoop):
         judge_training: bool = True,
         seed: int = 0,
     ):
-        super().__init__(name="bilevel_trainer")
         if not isinstance(model, keras.Model) or not model.built or not model.trainable_variables:
             raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
+        super().__init__(name="bilevel_trainer", dtype=model.dtype_policy)
+        self.autocast = False  # the model casts its own inputs
         if first not in ORDERS:
             raise ValueError(f"`first` must be one of {', '.join(map(repr, ORDERS))}. Received: first={first!r}")
         estimator = estimator or OneStep()
@@ -127,7 +129,7 @@ class BilevelTrainer(OuterLoop):
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True
         self._programs: dict[bool, Any] = {}
-        self._validation: Any = None
+        self._validation: dict[str, Any] | None = None
         self._measures = False
         self._metric_state: list[keras.Variable] = []
 
@@ -140,7 +142,11 @@ class BilevelTrainer(OuterLoop):
         loss: Any = None,
         metrics: Any = None,
         *,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
         jit_compile: bool = True,
+        auto_scale_loss: bool = True,
     ) -> None:
         """Configures training.
 
@@ -150,6 +156,9 @@ class BilevelTrainer(OuterLoop):
             loss: a Keras loss or its name: of each example in training, of the batch on meta data.
             metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
                 prediction of which a training loss asks the loss first.
+            weighted_metrics: metrics that take the sample weights of validation data.
+            run_eagerly: whether a step runs without `tf.function` and XLA, for debugging.
+            steps_per_execution: steps between calls of the batch callbacks.
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
                 sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
                 without.
@@ -159,23 +168,40 @@ class BilevelTrainer(OuterLoop):
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
+        check_count("steps_per_execution", steps_per_execution)
         self._loss_of = keras.losses.get(loss)
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
-        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
+        scaling = auto_scale_loss and self.dtype_policy.name == "mixed_float16"
+        if scaling and not isinstance(meta_optimizer, keras.optimizers.LossScaleOptimizer):
+            meta_optimizer = keras.optimizers.LossScaleOptimizer(meta_optimizer)
+        super().compile(
+            optimizer=optimizer, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution, jit_compile=bool(jit_compile) and not run_eagerly,
+            auto_scale_loss=auto_scale_loss,
+        )  # fmt: skip
         alone = self.runner.replicas == 1 and not self.runner.compiles
-        self.jit_step = bool(jit_compile) and alone and not self.estimator.branches
+        self.jit_step = bool(jit_compile) and not run_eagerly and alone and not self.estimator.branches
         self.meta_optimizer, self.own_optimizer = meta_optimizer, self.estimator.optimizer()
-        with self.runner.scope():
-            for one, variables in (
-                (self.optimizer, self._trained), (self.meta_optimizer, self.outer), (self.own_optimizer, self._own),
-            ):  # fmt: skip
-                if one is None:
-                    continue
-                if self.runner.replicas > 1 and (one.clipnorm or one.clipvalue or one.global_clipnorm):
-                    raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
-                one.build(list(variables.values()))
+        if not hasattr(self.optimizer, "learning_rate") and getattr(self.estimator, "rate", 1.0) is None:
+            raise ValueError(
+                "`rate` of the estimator must be given with an optimizer that has no learning rate of its own. Received: "
+                f"rate=None with {type(plain(self.optimizer)).__name__}"
+            )
+        for one in (self.optimizer, self.meta_optimizer):
+            if self.runner.replicas > 1 and clips(one):
+                raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
+        self.build_optimizers()
+        if self.own_optimizer is not None:
+            with self.runner.scope():
+                self.own_optimizer.build(list(self._own.values()))
         self._programs = {}
-        self._measures, self._metric_state = metrics is not None, []
+        self._measures, self._metric_state = metrics is not None or weighted_metrics is not None, []
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {
+            "optimizer": (self.optimizer, list(self._trained.values())),
+            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
+        }
 
     def fit(
         self,
@@ -188,7 +214,11 @@ class BilevelTrainer(OuterLoop):
         epochs: int = 1,
         steps_per_epoch: int | None = None,
         meta_every: int = 1,
+        initial_epoch: int = 0,
         validation_data: Any = None,
+        validation_batch_size: int | None = None,
+        validation_steps: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
@@ -205,7 +235,12 @@ class BilevelTrainer(OuterLoop):
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: steps of an epoch; `None` for one pass over the training data, what is left over left out.
             meta_every: outer parameters change in every so many-th step.
-            validation_data: a pair of arrays, or a dataset, for `evaluate` after each epoch.
+            initial_epoch: number of the first epoch, where no checkpoint says another.
+            validation_data: for `evaluate` after an epoch: a tuple of arrays, inputs, labels and, if wanted, sample weights,
+                or a dataset of such batches.
+            validation_batch_size: examples of a validation batch, where arrays are given; `None` for `batch_size`.
+            validation_steps: batches of a validation; `None` for all.
+            validation_freq: epochs from one validation to the next, or the epochs, counted from 1, that have one.
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
@@ -218,8 +253,16 @@ class BilevelTrainer(OuterLoop):
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
-        self.meta_every, self._validation = meta_every, validation_data
-        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+        self.meta_every, self._validation = meta_every, None
+        if validation_data is not None:
+            check_frequency(validation_freq)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+            self._validation = {
+                "x": x, "y": y, "sample_weight": sample_weight, "steps": validation_steps,
+                "batch_size": None if y is None else validation_batch_size or batch_size,
+            }  # fmt: skip
+        self._validation_freq = validation_freq
+        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose, initial_epoch)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
@@ -264,11 +307,12 @@ class BilevelTrainer(OuterLoop):
         """The model's prediction."""
         return self.model(inputs, training=training)
 
-    def validate(self, logs: dict[str, float]) -> dict[str, float]:
-        if self._validation is None:
+    def validate(self, epoch: int, logs: dict[str, float], callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+        often = self._validation_freq
+        wanted = (epoch + 1) % often == 0 if isinstance(often, int) else epoch + 1 in often
+        if self._validation is None or not wanted:
             return logs
-        data = self._validation if isinstance(self._validation, tuple) else (self._validation,)
-        found = self.evaluate(*data, batch_size=None if len(data) == 1 else 512, verbose=0, return_dict=True)
+        found = self.evaluate(**self._validation, callbacks=callbacks, verbose=0, return_dict=True)
         return {**logs, **{f"val_{name}": value for name, value in found.items()}}
 
     # One step.
@@ -309,7 +353,7 @@ class BilevelTrainer(OuterLoop):
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
 
-            self._programs[turn] = tf.function(meta_step, autograph=False)
+            self._programs[turn] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
         return self._programs[turn]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
@@ -325,29 +369,31 @@ class BilevelTrainer(OuterLoop):
         found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
-        one = tf.ones(())
+        sizes = {"loss": _size(train), "meta_loss": _size(judge[0]) if judge else 0.0}  # a short batch weighs less
         values = {
-            name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
+            name: (tf.cast(found[name], tf.float32), tf.convert_to_tensor(sizes.get(name, 1.0)))
+            if name in found
+            else (tf.zeros(()), tf.zeros(()))
             for name in self.logged
         }
         return values, metrics
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""
-        kept: list[Any] = []
-
-        def train(weights: Mapping[str, Array]) -> Array:
-            loss, *others = self._pass(_values(self.outer), weights, batch)
-            kept.extend(others)
-            return loss
-
-        loss, slope = mean(gradient(train, _values(self._trained)))
+        weights, scale = _values(self._trained), loss_scale(self.optimizer)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss, buffers, prediction = self._pass(_values(self.outer), weights, batch)
+            differentiated = scaled(loss, scale)
+        found = tape.gradient(differentiated, weights)  # None of a weight that is not used: Keras leaves it as it is
+        used = {name: value for name, value in found.items() if value is not None}
+        loss, slope = mean((loss, unscaled(used, scale)))
         self._apply(self.optimizer, slope, self._trained)
-        for variable, value in zip(self._buffers(), kept[0], strict=True):
+        for variable, value in zip(self._buffers(), buffers, strict=True):
             variable.assign(mean(value) if value.dtype.is_floating else value)
         for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
             kept_seed.assign(variable.value)
-        return loss, self._measure(batch[1], kept[1])
+        return loss, self._measure(batch[1], prediction)
 
     def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
         """The metrics of training so far in the epoch; what a batch adds to their state is added up over replicas."""
@@ -369,9 +415,9 @@ class BilevelTrainer(OuterLoop):
         """An estimate, and the step of the outer parameters; one that is not finite is skipped and counted."""
         problem = Bilevel(
             lambda outer, weights: self._pass(outer, weights, batch)[0], lambda weights: self._judge(weights, judge),
-            self._weights_of_layers, mean,
+            self._weights_of_layers, mean, loss_scale(self.meta_optimizer),
         )  # fmt: skip
-        rate = tf.cast(self.optimizer.learning_rate, tf.float32)
+        rate = tf.convert_to_tensor(getattr(self.optimizer, "learning_rate", math.nan))  # a MultiOptimizer has none
         own = _values(self._own)
         found, changes = self.estimator.estimate(problem, _values(self.outer), _values(self._trained), rate, seed, own)
         every = [found.loss, *found.gradients.values(), *changes.values()]
@@ -404,7 +450,9 @@ class BilevelTrainer(OuterLoop):
 
         with self._scope(outer, weights) as scope:
             loss = self._training_loss(self.model, *batch, each)
-            loss = loss + sum(self.model.losses)
+            others = self.model.losses
+            dtype = widest([loss, *others])
+            loss = tf.add_n([tf.cast(tf.reduce_sum(one), dtype) for one in (loss, *others)])
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
         if not predictions:  # a loss of its own kind
             with self._scope(outer, weights):
@@ -423,12 +471,24 @@ class BilevelTrainer(OuterLoop):
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
     ) -> None:
-        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share."""
+        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share.
+
+        An optimizer that scales the loss skips the step itself, and lowers its scale.
+        """
+        parts = {name: value / self.runner.replicas for name, value in gradients.items()}
         touched = [] if sound is None else [*variables.values(), *optimizer.variables]
+        if sound is not None and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            parts = {name: tf.where(sound, value, math.nan) for name, value in parts.items()}
+            touched = []
         before = [tf.identity(variable.value) for variable in touched]
-        optimizer.apply([gradients[name] / self.runner.replicas for name in variables], list(variables.values()))
+        apply_scaled(optimizer, [parts.get(name) for name in variables], list(variables.values()))
         for variable, old in zip(touched, before, strict=True):
             variable.assign(tf.where(sound, variable.value, old))
+
+
+def _size(batch: Any) -> Array:
+    """The number of examples of a batch."""
+    return tf.cast(tf.shape(batch[0])[0], tf.float32)
 
 
 def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:

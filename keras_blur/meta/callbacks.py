@@ -155,7 +155,7 @@ def save(trainer: Any, path: str | os.PathLike[str]) -> None:
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes what the best member learned after each epoch.
+    """Writes what the best member learned after each epoch and at the end.
 
     Args:
         path: the file: of genomes `.json`, of other learners `.keras`.
@@ -170,6 +170,10 @@ class SaveLearned(keras.callbacks.Callback):
             raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.model.runner.writes_files:
+            save(self.model, self.path)
+
+    def on_train_end(self, logs: Any = None) -> None:  # averages of `use_ema` are in place now
         if self.model.runner.writes_files:
             save(self.model, self.path)
 
