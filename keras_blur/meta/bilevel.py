@@ -387,8 +387,9 @@ class BilevelTrainer(OuterLoop):
             differentiated = scaled(loss, scale)
         found = tape.gradient(differentiated, weights)  # None of a weight that is not used: Keras leaves it as it is
         used = {name: value for name, value in found.items() if value is not None}
-        loss, slope = mean((loss, unscaled(used, scale)))
-        self._apply(self.optimizer, slope, self._trained)
+        if scale is not None or self.runner.replicas > 1:  # else the sparse gradient of a lookup stays, as in Keras
+            loss, used = mean((loss, unscaled(used, scale)))
+        self._apply(self.optimizer, used, self._trained)
         for variable, value in zip(self._buffers(), buffers, strict=True):
             variable.assign(mean(value) if value.dtype.is_floating else value)
         for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
@@ -475,7 +476,9 @@ class BilevelTrainer(OuterLoop):
 
         An optimizer that scales the loss skips the step itself, and lowers its scale.
         """
-        parts = {name: value / self.runner.replicas for name, value in gradients.items()}
+        parts = dict(gradients)
+        if self.runner.replicas > 1:
+            parts = {name: value / self.runner.replicas for name, value in gradients.items()}
         touched = [] if sound is None else [*variables.values(), *optimizer.variables]
         if sound is not None and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             parts = {name: tf.where(sound, value, math.nan) for name, value in parts.items()}
