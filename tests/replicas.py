@@ -107,6 +107,7 @@ BILEVEL = {
     "cut": lambda: meta.LayerwiseMetaGradient("last:1", rate=0.1),
     "sampler": lambda: meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4), rate=0.1),
     "evograd": lambda: meta.EvoGrad(3, sigma=0.1),
+    "scaled": lambda: meta.OneStep(rate=0.1),
 }
 
 
@@ -116,7 +117,11 @@ def reweighted():
     chain = [keras.layers.Dense(16, "tanh", kernel_initializer=first), keras.layers.Dense(10, kernel_initializer=second)]
     model = keras.Sequential([keras.Input((64,)), *chain])
     made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), BILEVEL[asked["case"]]())
-    made.compile(keras.optimizers.SGD(0.5, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9), LOSS, ["accuracy"])
+    optimizers = [keras.optimizers.SGD(0.5, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9)]
+    if asked["case"] == "scaled":
+        inner = keras.optimizers.SGD(0.5, momentum=0.9, use_ema=True, ema_momentum=0.5)
+        optimizers = [keras.optimizers.LossScaleOptimizer(one) for one in (inner, optimizers[1])]
+    made.compile(*optimizers, LOSS, ["accuracy"])
     return made
 
 

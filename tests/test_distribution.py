@@ -109,7 +109,7 @@ def test_fit_does_not_depend_on_the_number_of_replicas(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["one step", "difference", "cut", "sampler", "evograd"])
+@pytest.mark.parametrize("case", ["one step", "difference", "cut", "sampler", "evograd", "scaled"])
 def test_bilevel_training_does_not_depend_on_the_number_of_replicas(case):
     alone = run(what="bilevel", case=case, replicas=0)
     for count in (2, 4) if case == "one step" else (2,):

@@ -109,7 +109,7 @@ def source(
     x, y = (np.asarray(one) for one in checked_arrays(data[0], data[1], None, expected(), within)[:2])
     if len(x) < batch:
         raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")
-    return Arrays((x.astype("float32") if x.dtype.kind == "f" else x, y), batch)
+    return Arrays((x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x, y), batch)
 
 
 def _from_py_dataset(data: keras.utils.PyDataset) -> tf.data.Dataset:

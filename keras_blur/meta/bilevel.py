@@ -15,6 +15,7 @@ over the batch stands in the equations, and a step does what one device would do
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,8 +30,8 @@ from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
 from keras_blur.learners.base import places
 from keras_blur.meta import batches, settings
-from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
-from keras_blur.meta.loop import OuterLoop
+from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
+from keras_blur.meta.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
 from keras_blur.meta.training_losses import TrainingLoss, per_example
 
 Array = Any
@@ -79,7 +80,6 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         judge_training: bool = True,
         seed: int = 0,
     ):
-        super().__init__(name="bilevel_trainer")
         if not isinstance(model, keras.Model) or not model.built or not model.trainable_variables:
             raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
         arguments.choice("first", first, ORDERS)
@@ -88,6 +88,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         estimator = OneStep() if estimator is None else estimator
         kinds = "one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient"
         arguments.instance("estimator", estimator, HypergradientEstimator, kinds)
+        super().__init__(name="bilevel_trainer", dtype=model.dtype_policy)
+        self.autocast = False  # the model casts its own inputs
         if isinstance(meta_model, TrainingLoss):
             if training_loss is not None:
                 raise ValueError("`training_loss` goes with a list of variables; a TrainingLoss has its own.")
@@ -123,7 +125,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True
         self._programs: dict[bool, Any] = {}
-        self._validation: Any = None
+        self._validation: dict[str, Any] | None = None
         self._measures = False
         self._metric_state: list[keras.Variable] = []
 
@@ -136,7 +138,11 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         loss: Any = None,
         metrics: Any = None,
         *,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
         jit_compile: bool = True,
+        auto_scale_loss: bool = True,
     ) -> None:
         """Configures training.
 
@@ -146,6 +152,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             loss: a Keras loss or its name: of each example in training, of the batch on meta data.
             metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
                 prediction of which a training loss asks the loss first.
+            weighted_metrics: metrics that take the sample weights of validation data.
+            run_eagerly: whether a step runs without `tf.function` and XLA, for debugging.
+            steps_per_execution: steps between calls of the batch callbacks.
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
                 sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
                 without.
@@ -155,24 +164,41 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
+        arguments.count("steps_per_execution", steps_per_execution)
         self._loss_of = keras.losses.get(loss)
         self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, "metrics": metrics}))
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
-        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
+        scaling = auto_scale_loss and self.dtype_policy.name == "mixed_float16"
+        if scaling and not isinstance(meta_optimizer, keras.optimizers.LossScaleOptimizer):
+            meta_optimizer = keras.optimizers.LossScaleOptimizer(meta_optimizer)
+        super().compile(
+            optimizer=optimizer, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution, jit_compile=bool(jit_compile) and not run_eagerly,
+            auto_scale_loss=auto_scale_loss,
+        )  # fmt: skip
         alone = self.runner.replicas == 1 and not self.runner.compiles
-        self.jit_step = bool(jit_compile) and alone and not self.estimator.branches
+        self.jit_step = bool(jit_compile) and not run_eagerly and alone and not self.estimator.branches
         self.meta_optimizer, self.own_optimizer = meta_optimizer, self.estimator.optimizer()
-        with self.runner.scope():
-            for one, variables in (
-                (self.optimizer, self._trained), (self.meta_optimizer, self.outer), (self.own_optimizer, self._own),
-            ):  # fmt: skip
-                if one is None:
-                    continue
-                if self.runner.replicas > 1 and (one.clipnorm or one.clipvalue or one.global_clipnorm):
-                    raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
-                one.build(list(variables.values()))
+        if not hasattr(self.optimizer, "learning_rate") and getattr(self.estimator, "rate", 1.0) is None:
+            raise ValueError(
+                "`rate` of the estimator must be given with an optimizer that has no learning rate of its own. Received: "
+                f"rate=None with {type(plain(self.optimizer)).__name__}"
+            )
+        for one in (self.optimizer, self.meta_optimizer):
+            if self.runner.replicas > 1 and clips(one):
+                raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
+        self.build_optimizers()
+        if self.own_optimizer is not None:
+            with self.runner.scope():
+                self.own_optimizer.build(list(self._own.values()))
         self._programs = {}
-        self._measures, self._metric_state = metrics is not None, []
+        self._measures, self._metric_state = metrics is not None or weighted_metrics is not None, []
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {
+            "optimizer": (self.optimizer, list(self._trained.values())),
+            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
+        }
 
     def fit(
         self,
@@ -185,7 +211,11 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         epochs: int = 1,
         steps_per_epoch: int | None = None,
         meta_every: int = 1,
+        initial_epoch: int = 0,
         validation_data: Any = None,
+        validation_batch_size: int | None = None,
+        validation_steps: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
@@ -202,7 +232,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: steps of an epoch; `None` for one pass over the training data, what is left over left out.
             meta_every: outer parameters change in every so many-th step.
-            validation_data: a pair of arrays, or a dataset, for `evaluate` after each epoch.
+            initial_epoch: number of the first epoch, where no checkpoint says another.
+            validation_data: for `evaluate` after an epoch: a tuple of arrays, inputs, labels and, if wanted, sample weights,
+                or a dataset of such batches.
+            validation_batch_size: examples of a validation batch, where arrays are given; `None` for `batch_size`.
+            validation_steps: batches of a validation; `None` for all.
+            validation_freq: epochs from one validation to the next, or the epochs, counted from 1, that have one.
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
@@ -217,10 +252,17 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
-        self.meta_every = meta_every
-        self._validation = None if validation_data is None else checked_validation(validation_data, self._expected)
+        self.meta_every, self._validation = meta_every, None
+        if validation_data is not None:
+            check_frequency(validation_freq)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(checked_validation(validation_data, self._expected))
+            self._validation = {
+                "x": x, "y": y, "sample_weight": sample_weight, "steps": validation_steps,
+                "batch_size": None if y is None else validation_batch_size or batch_size,
+            }  # fmt: skip
+        self._validation_freq = validation_freq
         with plain_errors():
-            return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+            return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose, initial_epoch)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
@@ -264,11 +306,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """The model's prediction."""
         return self.model(inputs, training=training)
 
-    def validate(self, logs: dict[str, float]) -> dict[str, float]:
-        if self._validation is None:
+    def validate(self, epoch: int, logs: dict[str, float], callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+        often = self._validation_freq
+        wanted = (epoch + 1) % often == 0 if isinstance(often, int) else epoch + 1 in often
+        if self._validation is None or not wanted:
             return logs
-        data = self._validation if isinstance(self._validation, tuple) else (self._validation,)
-        found = self.evaluate(*data, batch_size=None if len(data) == 1 else 512, verbose=0, return_dict=True)
+        found = self.evaluate(**self._validation, callbacks=callbacks, verbose=0, return_dict=True)
         return {**logs, **{f"val_{name}": value for name, value in found.items()}}
 
     # One step.
@@ -282,12 +325,6 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             **json.loads(self._compiled_with), "meta_every": self.meta_every, "data": train.settings(),
             "meta_data": judge.settings(),
         }  # fmt: skip
-
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        return {
-            "optimizer": (self.optimizer, list(self._trained.values())),
-            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
-        }
 
     def rewind(self) -> None:
         self._streams: list[Any] = [None, None]
@@ -325,7 +362,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
 
-            self._programs[turn] = tf.function(meta_step, autograph=False)
+            self._programs[turn] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
         return self._programs[turn]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
@@ -341,34 +378,36 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
-        return {name: self._weighed(name, found) for name in self.logged}, metrics
+        sizes = {"loss": _size(train), "meta_loss": _size(judge[0]) if judge else 0.0}  # a short batch weighs less
+        return {name: self._weighed(name, found, sizes.get(name, 1.0)) for name in self.logged}, metrics
 
-    def _weighed(self, name: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _weighed(self, name: str, found: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
         if name not in found:
             return tf.zeros(()), tf.zeros(())
-        value, weight = tf.cast(found[name], tf.float32), tf.ones(())
+        value, weight = tf.cast(found[name], tf.float32), tf.cast(size, tf.float32)
         if name == "meta_loss" or name in self.estimator.logged:
-            weight = weight - found["skipped"]
+            weight = weight * (1.0 - found["skipped"])
             value = tf.where(weight > 0, value, 0.0)
         return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""
-        kept: list[Any] = []
-
-        def train(weights: Mapping[str, Array]) -> Array:
-            loss, *others = self._pass(_values(self.outer), weights, batch)
-            kept.extend(others)
-            return loss
-
-        loss, slope = mean(gradient(train, _values(self._trained)))
-        self._apply(self.optimizer, slope, self._trained)
-        for variable, value in zip(self._buffers(), kept[0], strict=True):
+        weights, scale = _values(self._trained), loss_scale(self.optimizer)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss, buffers, prediction = self._pass(_values(self.outer), weights, batch)
+            differentiated = scaled(loss, scale)
+        found = tape.gradient(differentiated, weights)  # None of a weight that is not used: Keras leaves it as it is
+        used = {name: value for name, value in found.items() if value is not None}
+        if scale is not None or self.runner.replicas > 1:  # else the sparse gradient of a lookup stays, as in Keras
+            loss, used = mean((loss, unscaled(used, scale)))
+        self._apply(self.optimizer, used, self._trained)
+        for variable, value in zip(self._buffers(), buffers, strict=True):
             variable.assign(mean(value) if value.dtype.is_floating else value)
         for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
             kept_seed.assign(variable.value)
-        return loss, self._measure(batch[1], kept[1])
+        return loss, self._measure(batch[1], prediction)
 
     def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
         """The metrics of training so far in the epoch; what a batch adds to their state is added up over replicas."""
@@ -390,9 +429,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """An estimate, and the step of the outer parameters; one that is not finite is skipped and counted."""
         problem = Bilevel(
             lambda outer, weights: self._pass(outer, weights, batch)[0], lambda weights: self._judge(weights, judge),
-            self._weights_of_layers, mean,
+            self._weights_of_layers, mean, loss_scale(self.meta_optimizer),
         )  # fmt: skip
-        rate = tf.cast(self.optimizer.learning_rate, tf.float32)
+        rate = tf.convert_to_tensor(getattr(self.optimizer, "learning_rate", math.nan))  # a MultiOptimizer has none
         own = _values(self._own)
         found, changes = self.estimator.estimate(problem, _values(self.outer), _values(self._trained), rate, seed, own)
         every = [found.loss, *found.gradients.values(), *changes.values()]
@@ -425,7 +464,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
         with self._scope(outer, weights) as scope:
             loss = self._training_loss(self.model, *batch, each)
-            loss = loss + sum(self.model.losses)
+            others = self.model.losses
+            dtype = widest([loss, *others])
+            loss = tf.add_n([tf.cast(tf.reduce_sum(one), dtype) for one in (loss, *others)])
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
         if not predictions:  # a loss of its own kind
             with self._scope(outer, weights):
@@ -444,12 +485,26 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
     ) -> None:
-        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share."""
+        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share.
+
+        An optimizer that scales the loss skips the step itself, and lowers its scale.
+        """
+        parts = dict(gradients)
+        if self.runner.replicas > 1:
+            parts = {name: value / self.runner.replicas for name, value in gradients.items()}
         touched = [] if sound is None else [*variables.values(), *optimizer.variables]
+        if sound is not None and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            parts = {name: tf.where(sound, value, math.nan) for name, value in parts.items()}
+            touched = []
         before = [tf.identity(variable.value) for variable in touched]
-        optimizer.apply([gradients[name] / self.runner.replicas for name in variables], list(variables.values()))
+        apply_scaled(optimizer, [parts.get(name) for name in variables], list(variables.values()))
         for variable, old in zip(touched, before, strict=True):
             variable.assign(tf.where(sound, variable.value, old))
+
+
+def _size(batch: Any) -> Array:
+    """The number of examples of a batch."""
+    return tf.cast(tf.shape(batch[0])[0], tf.float32)
 
 
 def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:

@@ -179,7 +179,7 @@ def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes the parameters that the best member learned after each epoch.
+    """Writes the parameters that the best member learned after each epoch and at the end of training.
 
     A file that is already there is replaced, also one of another run. Each write is whole or not at all.
 
@@ -210,6 +210,12 @@ class SaveLearned(keras.callbacks.Callback):
         _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._write(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:  # averages of `use_ema` are in place now
+        self._write(logs)
+
+    def _write(self, logs: Any) -> None:
         if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
             files.save(self.model.learned, self.path)
 

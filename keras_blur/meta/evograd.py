@@ -34,6 +34,8 @@ from keras_blur.meta.hypergradient import (
     Outer,
     Weights,
     gradient,
+    scaled,
+    unscaled,
 )
 
 NOISES = ("rademacher", "normal")
@@ -98,16 +100,22 @@ class EvoGrad(HypergradientEstimator):
         with tf.GradientTape() as tape:
             tape.watch(watched)
             own_losses = losses(watched)
+            scaled_losses = scaled(own_losses, problem.scale)
         weighing = tf.nn.softmax(-problem.mean(own_losses) / self.temperature)
+        shares = tf.unstack(weighing)
         merged = {
             name: weights[name]
-            + self.sigma * tf.add_n([share * eps[name] for share, eps in zip(tf.unstack(weighing), noise, strict=True)])
+            + self.sigma
+            * tf.add_n([tf.cast(one, eps[name].dtype) * eps[name] for one, eps in zip(shares, noise, strict=True)])
             for name in names
         }
-        loss, slope = problem.mean(gradient(lambda values: problem.judge({**weights, **values}), merged))
-        gains = self.sigma * tf.stack([tf.add_n([tf.reduce_sum(slope[n] * eps[n]) for n in names]) for eps in noise])
+        loss, slope = problem.mean(gradient(lambda values: problem.judge({**weights, **values}), merged, problem.scale))
+        parts = [[tf.cast(tf.reduce_sum(slope[n] * eps[n]), weighing.dtype) for n in names] for eps in noise]
+        gains = self.sigma * tf.stack([tf.add_n(part) for part in parts])
         by_losses = -weighing * (gains - tf.reduce_sum(gains * weighing)) / self.temperature  # sum_k gains_k dw_k / dl
-        gradients = tape.gradient(own_losses, watched, output_gradients=by_losses, unconnected_gradients="zero")
+        gradients = unscaled(
+            tape.gradient(scaled_losses, watched, output_gradients=by_losses, unconnected_gradients="zero"), problem.scale
+        )
         effective = 1.0 / tf.reduce_sum(tf.square(weighing))  # K if all weigh the same, 1 if one takes all
         return Hypergradient(problem.mean(gradients), loss, {"candidates": effective}), {}
 

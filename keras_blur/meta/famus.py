@@ -177,11 +177,16 @@ class LayerwiseMetaGradient(VirtualStep):
 
         loss, slope = problem.mean((ahead.loss, of_lowest(slope_of)))
         products = tf.stack(
-            [tf.add_n([tf.reduce_sum(slope[name] * training[name]) for name in own_names]) for own_names in parts]
+            [
+                tf.add_n([tf.cast(tf.reduce_sum(slope[name] * training[name]), tf.float32) for name in own_names])
+                for own_names in parts
+            ]
         )
         products = tf.where(tf.range(len(parts)) < lowest, 0.0, products)  # no gate is moved by a way back not taken
         kept = {
-            name: gate * slope[name] for gate, own_names in zip(tf.unstack(gates), parts, strict=True) for name in own_names
+            name: tf.cast(gate, slope[name].dtype) * slope[name]
+            for gate, own_names in zip(tf.unstack(gates), parts, strict=True)
+            for name in own_names
         }
         # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
         distance = {}
@@ -192,7 +197,8 @@ class LayerwiseMetaGradient(VirtualStep):
         found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
-        by_gates = ahead.alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
+        alpha = tf.cast(ahead.alpha, tf.float32)
+        by_gates = alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
         changes = tape.gradient(gates, watched, output_gradients=by_gates, unconnected_gradients="zero")
         depth = tf.cast(len(chosen) - lowest, tf.float32)
         return Hypergradient(found, loss, {"layers": count, "depth": depth}), changes
@@ -204,7 +210,7 @@ class LayerwiseMetaGradient(VirtualStep):
         """Zeros and ones `[layers]`, with the derivative of the soft sample (equations 8 and 9)."""
         gates = []
         for place, (layer, names) in enumerate(zip(chosen[:-1], parts[:-1], strict=True)):
-            inputs = tf.stop_gradient(tf.concat([pooled(training[name]) for name in names], axis=0))
+            inputs = tf.stop_gradient(tf.concat([tf.cast(pooled(training[name]), tf.float32) for name in names], 0))
             inputs = (inputs - tf.reduce_mean(inputs)) / (tf.math.reduce_std(inputs) + 1e-8)
             hidden = tf.linalg.matvec(own[f"{layer}_first"], inputs, transpose_a=True)
             hidden = tf.maximum(hidden, 0.0) + own[f"{layer}_slope"] * tf.minimum(hidden, 0.0)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -45,12 +45,14 @@ class Bilevel(NamedTuple):
         judge: from weights to the loss on the meta batch, a scalar.
         layers: paths of the layers with weights, from first to last, and the names of their weights.
         mean: of a nest, over replicas; each has its own part of the batches.
+        scale: a factor of each loss while it is differentiated, so that float16 does not underflow; `None` for none.
     """
 
     train: Callable[[Outer, Weights], Array]
     judge: Callable[[Weights], Array]
     layers: Mapping[str, tuple[str, ...]]
     mean: Callable[[Any], Any] = lambda values: values
+    scale: Array | None = None
 
 
 class Hypergradient(NamedTuple):
@@ -135,7 +137,9 @@ class VirtualStep(HypergradientEstimator):
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, names: Sequence[str] | None = None
     ) -> LookAhead:
         """The step; `names` as of `LookAhead`."""
-        return LookAhead(problem, outer, weights, rate if self.rate is None else tf.constant(self.rate, rate.dtype), names)
+        dtype = widest([rate, *weights.values()])
+        alpha = tf.cast(rate, dtype) if self.rate is None else tf.constant(self.rate, dtype)
+        return LookAhead(problem, outer, weights, alpha, names)
 
 
 class LookAhead:
@@ -157,21 +161,23 @@ class LookAhead:
     """
 
     def __init__(self, problem: Bilevel, outer: Outer, weights: Weights, alpha: Array, names: Sequence[str] | None = None):
-        self.alpha = alpha
+        self.alpha, self._scale = alpha, problem.scale
         self._outer = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
         with tf.GradientTape(persistent=True) as self._above:
             self._above.watch(self._outer)
-            self._first = gradient(lambda values: problem.train(self._outer, values), weights)[1]
-        self.training: dict[str, Array] = problem.mean(self._first)
-        self.weights = {name: value - alpha * self.training[name] for name, value in weights.items()}
+            # Scaled: dividing here would let the way back begin with numbers too small for float16.
+            self._first = gradient(lambda values: scaled(problem.train(self._outer, values), problem.scale), weights)[1]
+        self.training: dict[str, Array] = problem.mean(unscaled(self._first, problem.scale))
+        self.weights = {n: value - tf.cast(alpha, value.dtype) * self.training[n] for n, value in weights.items()}
         with tf.GradientTape(persistent=True) as self._below:
             self._below.watch(self.weights if names is None else {name: self.weights[name] for name in names})
             self.loss = problem.judge(self.weights)
+            self._scaled_loss = scaled(self.loss, problem.scale)
 
     def slope(self, names: Sequence[str]) -> dict[str, Array]:
         """The gradient of the meta loss by some weights, of a replica's own batch: no further down than the lowest."""
         chosen = {name: self.weights[name] for name in names}
-        return self._below.gradient(self.loss, chosen, unconnected_gradients="zero")
+        return unscaled(self._below.gradient(self._scaled_loss, chosen, unconnected_gradients="zero"), self._scale)
 
     def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
         """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch.
@@ -181,10 +187,16 @@ class LookAhead:
             beside: arrays by the names of some of these weights: grad_lambda < grad_w L_train, beside > is added.
         """
         first = {name: self._first[name] for name in slope}
-        upstream = {name: -self.alpha * value for name, value in slope.items()}
+        upstream = {name: -tf.cast(self.alpha, value.dtype) * value for name, value in slope.items()}
         for name, value in (beside or {}).items():
             upstream[name] = upstream[name] + value
-        return self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
+        size = None
+        if self._scale is not None:  # float16 holds numbers around 1
+            largest = tf.reduce_max([tf.reduce_max(tf.cast(tf.abs(value), tf.float32)) for value in upstream.values()])
+            size = tf.where(largest > 0.0, largest, 1.0)
+            upstream = unscaled(upstream, size)
+        found = self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
+        return found if size is None else unscaled(found, self._scale / size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,23 +245,51 @@ class FiniteDifference(VirtualStep):
         del seed
         ahead = self.ahead(problem, outer, weights, rate)
         loss, slope = problem.mean((ahead.loss, ahead.slope(list(weights))))
-        length = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(v)) for v in slope.values()]))
+        dtype = widest(slope.values())
+        length = tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(v)), dtype) for v in slope.values()]))
         number = sum(math.prod(v.shape) for v in slope.values())
         scale = 0.5 * self.width * math.sqrt(number) / tf.maximum(length, 1e-12)
 
         def outer_gradient(sign: float) -> dict[str, Array]:
-            moved = {name: value + sign * scale * slope[name] for name, value in weights.items()}
-            return gradient(lambda values: problem.train(values, moved), outer)[1]
+            moved = {n: value + tf.cast(sign * scale, value.dtype) * slope[n] for n, value in weights.items()}
+            return gradient(lambda values: problem.train(values, moved), outer, problem.scale)[1]
 
         above, below = outer_gradient(1.0), outer_gradient(-1.0)
-        found = {name: -ahead.alpha * (above[name] - below[name]) / (2.0 * scale) for name in outer}
+        factor = -ahead.alpha / (2.0 * scale)
+        found = {name: tf.cast(factor, above[name].dtype) * (above[name] - below[name]) for name in outer}
         return Hypergradient(problem.mean(found), loss, {}), {}
 
 
-def gradient(function: Callable[[Any], Array], values: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """A function's value, and its gradient by a dictionary of arrays."""
+def gradient(
+    function: Callable[[Any], Array], values: Mapping[str, Array], scale: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """A function's value, and its gradient by a dictionary of arrays.
+
+    Args:
+        function: from the arrays to a scalar.
+        values: the arrays.
+        scale: a factor of the value while it is differentiated, as of `Bilevel`; the gradient is divided by it.
+    """
     values = {name: tf.convert_to_tensor(value) for name, value in values.items()}
     with tf.GradientTape() as tape:
         tape.watch(values)
         result = function(values)
-    return result, tape.gradient(result, values, unconnected_gradients="zero")
+        differentiated = scaled(result, scale)
+    found = tape.gradient(differentiated, values, unconnected_gradients="zero")
+    return result, unscaled(found, scale)
+
+
+def scaled(loss: Array, scale: Array | None) -> Array:
+    """A loss as it is differentiated."""
+    return loss if scale is None else loss * tf.cast(scale, loss.dtype)
+
+
+def unscaled(gradients: Mapping[str, Array], scale: Array | None) -> dict[str, Array]:
+    """Gradients by name, divided by the scale of their loss."""
+    dense = {name: tf.convert_to_tensor(g) for name, g in gradients.items()}  # that of a lookup is sparse
+    return {name: g if scale is None else g / tf.cast(scale, g.dtype) for name, g in dense.items()}
+
+
+def widest(values: Iterable[Array]) -> tf.DType:
+    """The floating-point type that holds all of some arrays, float32 at least."""
+    return max((tf.float32, *(value.dtype for value in values)), key=lambda dtype: dtype.size)

@@ -1,8 +1,30 @@
-"""The loop over outer steps that trainers share: epochs, progress, callbacks, checkpoints, and the way back after a kill.
+"""The training loop that both trainers share: epochs, progress, callbacks, checkpoints, and resuming after a kill.
 
-The loop of Keras cannot run under every strategy, and its data are not the data of an outer loop. This one keeps what Keras
-gives (progress bar, callbacks, history) and adds that everything which decides what comes next is a variable: so that a run
-which is killed and started again from a checkpoint gives, bit for bit, what the unbroken run gives.
+Keras's own loop does not run under every strategy, and an outer loop has other data. This one keeps Keras's progress bar,
+callbacks and history. All state that later steps depend on is in variables, so a run that is killed and resumed from a
+checkpoint ends bit for bit as the unbroken run does.
+
+Keras's `fit` does more around a step than apply an optimizer. Both trainers take over:
+
+==========================  ==================================================================================
+Duty                        Here
+==========================  ==================================================================================
+loss scaling                `loss_scale` before a loss is differentiated, `apply_scaled` after; BilevelTrainer
+                            wraps its optimizers under mixed_float16, MetaTrainer computes in float32
+use_ema                     averages start at the weights and replace them at the end of `fit`
+regularization, `add_loss`  added to the training loss of BilevelTrainer
+steps_per_execution         batch callbacks run once per execution
+run_eagerly                 steps run without `tf.function`
+validation                  BilevelTrainer: arrays or datasets, sample weights, steps, frequency, batch size;
+                            MetaTrainer: the callback `MetaValidate`
+metrics                     BilevelTrainer: `metrics` and `weighted_metrics`, reset at the start of an epoch
+callbacks                   the order of Keras; `on_train_end` gets the logs of the last epoch; a callback that
+                            cannot work is refused before training
+stop_training               checked after each execution and each epoch
+initial_epoch               of `fit`, of a checkpoint, of BackupAndRestore
+verbose, history            `CallbackList` of Keras
+debugging limits            `keras.config.max_epochs` and `keras.config.max_steps_per_epoch`
+==========================  ==================================================================================
 """
 
 from __future__ import annotations
@@ -20,13 +42,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files
+from keras_blur import arguments, files
 from keras_blur.checks import check_output
 from keras_blur.distribution import Runner
 from keras_blur.meta import settings
 from keras_blur.meta.callbacks import Checkpoint
 
 Array = Any
+_HEADROOM = 16.0
 
 
 class OuterLoop(keras.Model):
@@ -35,9 +58,30 @@ class OuterLoop(keras.Model):
     jit_step: bool
     logged: tuple[str, ...]
 
-    def __init__(self, name: str):
-        super().__init__(name=name)
+    def __init__(self, name: str, dtype: Any = "float32"):
+        super().__init__(name=name, dtype=dtype)
         self.runner = Runner()
+
+    def build_optimizers(self) -> None:
+        """Makes the variables of the optimizers that are not built yet.
+
+        Raises:
+            ValueError: if one optimizer is given twice, or was built for other variables.
+        """
+        found = list(self.optimizers().values())
+        if len({id(plain(optimizer)) for optimizer, _ in found}) < len(found):
+            raise ValueError("The optimizers of a trainer must be different objects. Received: the same one twice.")
+        for optimizer, variables in found:
+            known = {id(variable) for variable in plain(optimizer)._trainable_variables} if optimizer.built else set()
+            if optimizer.built and known != {id(variable) for variable in variables}:
+                raise ValueError(
+                    "An optimizer must be new, or have been compiled for the same weights before. Received: "
+                    f"{optimizer.name}, which was built for others"
+                )
+        with self.runner.scope():
+            for optimizer, variables in found:
+                if not optimizer.built:
+                    optimizer.build(variables)
 
     def make_counters(self, logged: Sequence[str]) -> None:
         """Makes the variables that say how far training is, and those of the running means that are logged."""
@@ -78,8 +122,9 @@ class OuterLoop(keras.Model):
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
         """The optimizers by the attribute that holds them, with the variables that each changes."""
 
-    def validate(self, logs: dict[str, float]) -> dict[str, float]:
+    def validate(self, epoch: int, logs: dict[str, float], callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
         """The logs of an epoch, with those of a validation if there is one."""
+        del epoch, callbacks
         return logs
 
     def start_means(self) -> None:
@@ -111,12 +156,18 @@ class OuterLoop(keras.Model):
         checkpoint: str | os.PathLike[str] | None,
         callbacks: Sequence[keras.callbacks.Callback],
         verbose: int | str,
+        initial_epoch: int = 0,
     ) -> keras.callbacks.History:
         """The loop; arguments as `fit` of a trainer gives them."""
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
+        arguments.count("steps_per_epoch", steps_per_epoch)
+        _check_epochs(epochs, initial_epoch)
+        self._check_callbacks(callbacks)
+        epochs = _limited("epochs", epochs, keras.config.max_epochs())
+        steps_per_epoch = _limited("steps_per_epoch", steps_per_epoch, keras.config.max_steps_per_epoch())
         saving = None
-        done = first = 0
+        done, first = initial_epoch, 0
         if checkpoint is not None:
             check_output("checkpoint", checkpoint, (".weights.h5",))
             path = os.fspath(checkpoint)
@@ -127,14 +178,16 @@ class OuterLoop(keras.Model):
                 done = int(self.epoch.numpy()) + whole
                 _announce(path, done, first, epochs, steps_per_epoch, verbose if self.runner.writes_files else 0)
             saving = Checkpoint(path, now)
-        self.rewind()
         followed = keras.callbacks.CallbackList(
             [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
             verbose=1 if verbose == "auto" else verbose, epochs=epochs, steps=steps_per_epoch,
         )  # fmt: skip
         self.stop_training = False
         followed.on_train_begin()
+        self.rewind()  # BackupAndRestore may have moved the counters
+        self._start_averages()
         logs: dict[str, float] = {}
+        epoch_logs: dict[str, float] = {}
         with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
             for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
                 if not first:
@@ -142,26 +195,62 @@ class OuterLoop(keras.Model):
                     self.epoch_step.assign(0)
                     self.start_means()
                 followed.on_epoch_begin(epoch)
-                for step in range(first, steps_per_epoch):
-                    followed.on_train_batch_begin(step)
-                    logs = self.meta_train_step()
-                    followed.on_train_batch_end(step, logs)
+                for begin in range(first, steps_per_epoch, self.steps_per_execution):
+                    followed.on_train_batch_begin(begin)
+                    end = min(begin + self.steps_per_execution, steps_per_epoch)
+                    for _ in range(begin, end):
+                        logs = self.meta_train_step()
+                    followed.on_train_batch_end(begin + self.steps_per_execution - 1, logs)
                     if self.stop_training or terminated():
                         break
                 first = 0
-                if saving and terminated() and step + 1 < steps_per_epoch:
+                if saving and terminated() and end < steps_per_epoch:
                     saving.write()
                 else:
                     if verbose and logs.get("skipped") == 1.0:
                         print(f"\nEpoch {epoch + 1} skipped all of its outer steps: no loss and gradient was finite.")
-                    followed.on_epoch_end(epoch, self.validate(logs))
+                    epoch_logs = self.validate(epoch, dict(logs), followed)
+                    followed.on_epoch_end(epoch, epoch_logs)
                     _forget_nan(callbacks)
                 if self.stop_training or terminated():
                     break
-        followed.on_train_end(logs)
+        if not terminated():
+            for optimizer, variables in self.optimizers().values():
+                optimizer.finalize_variable_values(variables)
+        followed.on_train_end(epoch_logs)
         if terminated():
             raise SystemExit(128 + signal.SIGTERM)
         return self.history
+
+    def _check_callbacks(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+        """Raises a `ValueError` for a callback that this trainer cannot serve."""
+        for callback in callbacks:
+            name = type(callback).__name__
+            if isinstance(callback, keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
+                raise ValueError(
+                    "`callbacks` must have ModelCheckpoint with save_weights_only=True, as a trainer cannot be loaded as a "
+                    f"model. Received: save_weights_only={callback.save_weights_only!r}"
+                )
+            if isinstance(callback, keras.callbacks.LearningRateScheduler | keras.callbacks.ReduceLROnPlateau):
+                if not hasattr(self.optimizer, "learning_rate"):
+                    raise ValueError(
+                        "`callbacks` must not set a learning rate where the optimizer has none. Received: "
+                        f"callbacks with {name}"
+                    )
+                schedule = getattr(plain(self.optimizer), "_learning_rate", None)
+                if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+                    raise ValueError(
+                        "`callbacks` must not set a learning rate that follows a schedule of the optimizer. Received: "
+                        f"callbacks with {name}, learning_rate={type(schedule).__name__}"
+                    )
+
+    def _start_averages(self) -> None:
+        """Lets the averages of `use_ema` start at the weights, so that a skipped first step leaves them there."""
+        for optimizer, _ in self.optimizers().values():
+            for own in parts(optimizer):
+                if own.built and own.use_ema and not int(own.iterations):
+                    for average, variable in zip(own._model_variables_moving_average, own._trainable_variables, strict=True):
+                        average.assign(variable.value)
 
     def _made_with(self, steps_per_epoch: int, callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, Any]:
         """The settings of this run: those that must not change, and learning rates and curricula, which may."""
@@ -299,6 +388,71 @@ def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
         best = getattr(callback, "best", None)
         if isinstance(best, float | np.floating) and np.isnan(best):
             callback.best = None
+
+
+def plain(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """An optimizer without the loss scaling around it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """The optimizers that update weights: several of a `MultiOptimizer`, one of any other."""
+    return list(getattr(plain(optimizer), "optimizers", [])) or [plain(optimizer)]
+
+
+def clips(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether an optimizer clips gradients."""
+    return any(own.clipnorm or own.clipvalue or own.global_clipnorm for own in parts(optimizer))
+
+
+def loss_scale(optimizer: keras.optimizers.Optimizer) -> Array | None:
+    """The factor of a loss before it is differentiated, a float32 scalar; `None` without loss scaling.
+
+    A `LossScaleOptimizer` starts at 2^15. There a gradient of 2 overflows float16, and Keras loses the first steps to it. So
+    the passes use a sixteenth of that, and `apply_scaled` supplies the rest in float32. A gradient that float16 can hold at
+    the full scale gives the same step.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float32) / _HEADROOM
+    if optimizer.loss_scale_factor is None:
+        return None
+    return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float32)
+
+
+def apply_scaled(
+    optimizer: keras.optimizers.Optimizer, gradients: Sequence[Array | None], variables: Sequence[keras.Variable]
+) -> None:
+    """Applies true gradients with an optimizer that divides what it gets by its loss scale.
+
+    Args:
+        optimizer: any Keras optimizer.
+        gradients: derivatives of the loss that is not scaled; `None` where the loss does not depend on a variable.
+        variables: the variables, in the same order.
+    """
+    optimizer.apply([None if g is None else optimizer.scale_loss(g) for g in gradients], list(variables))
+
+
+def _check_epochs(epochs: Any, initial_epoch: Any) -> None:
+    for name, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"`{name}` must be an integer of at least 0. Received: {name}={value!r}")
+
+
+def check_frequency(frequency: Any) -> None:
+    """Raises a `ValueError` if `validation_freq` is neither a positive integer nor a list of them."""
+    several = list(frequency) if isinstance(frequency, Sequence) and not isinstance(frequency, str) else [frequency]
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
+        raise ValueError(
+            f"`validation_freq` must be a positive integer or a list of them. Received: validation_freq={frequency!r}"
+        )
+
+
+def _limited(name: str, value: int, limit: int | None) -> int:
+    """A number of epochs or steps within the debugging limit of `keras.config`."""
+    if not limit or value <= limit:
+        return value
+    warnings.warn(f"`{name}` is limited to {limit} by keras.config.", stacklevel=4)
+    return limit
 
 
 @contextlib.contextmanager

@@ -39,12 +39,13 @@ from keras_blur.meta import settings
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
-from keras_blur.meta.loop import OuterLoop
+from keras_blur.meta.loop import OuterLoop, apply_scaled, clips, parts, plain
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.mixture import Mixture
 
 Array = Any
+_WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # look at whole arrays of weights
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -213,7 +214,13 @@ class MetaTrainer(OuterLoop):
     # What a person asks of it.
 
     def compile(
-        self, optimizer: Any = None, *, start_optimizer: Any = None, jit_compile: bool = True, **kwargs: Any
+        self,
+        optimizer: Any = None,
+        *,
+        start_optimizer: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool = True,
     ) -> None:
         """Configures meta-training.
 
@@ -222,32 +229,48 @@ class MetaTrainer(OuterLoop):
                 Evolution has none.
             start_optimizer: another one for initial weights (outer parameters named `start_...`), whose gradient is then
                 clipped apart; `None` for the same. Reptile's own is SGD, whose rate is how far the start moves.
+            run_eagerly: whether a meta-step runs without `tf.function` and XLA, for debugging.
+            steps_per_execution: meta-steps between calls of the batch callbacks.
             jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
                 orthogonalised terms are several times as fast with it, wide ones on a CPU are not. A TPU's strategy compiles
                 everything, whatever is said here.
-            **kwargs: `run_eagerly` and `steps_per_execution` are not used and refused.
+
+        Raises:
+            ValueError: if an optimizer clips, or mixes the members.
         """
-        if kwargs:
-            raise ValueError(f"`compile` takes `optimizer` and `jit_compile` only. Received: {', '.join(kwargs)}")
-        self.jit_step = bool(jit_compile) and not self.runner.compiles
+        arguments.count("steps_per_execution", steps_per_execution)
+        self.jit_step = bool(jit_compile) and not run_eagerly and not self.runner.compiles
+        options = {"run_eagerly": run_eagerly, "steps_per_execution": steps_per_execution, "jit_compile": False}
         self._compiled_steps = {}
         if isinstance(self.estimator, Evolution):
             if optimizer is not None or start_optimizer is not None:
                 raise ValueError(f"`optimizer` must be None under Evolution. Received: optimizer={optimizer!r}")
-            super().compile(jit_compile=False)
+            super().compile(optimizer=None, **options)
             return
         optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
         self.start_optimizer = None if start_optimizer is None else keras.optimizers.get(start_optimizer)
         for one in filter(None, (optimizer, self.start_optimizer)):
-            if one.clipnorm or one.clipvalue or one.global_clipnorm:
+            whole = [type(own).__name__ for own in parts(one) if isinstance(own, _WHOLE)]
+            if self.members > 1 and whole:
+                raise ValueError(f"`optimizer` must not mix members, as {whole[0]} does. Received: members={self.members}")
+            if clips(one):
                 raise ValueError(
                     "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips "
                     "each."
                 )
-        super().compile(optimizer=optimizer, jit_compile=False)
-        with self.runner.scope():
-            for one, names in self._groups():
-                one.build([self.outer[name] for name in names])
+        if self.start_optimizer is not None and plain(self.start_optimizer) is plain(optimizer):
+            raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
+        super().compile(optimizer=optimizer, **options)
+        self.build_optimizers()
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        if self.evolution:
+            return {}
+        names = ("optimizer", "start_optimizer")
+        return {
+            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
+            for one, own in self._groups()
+        }
 
     @property
     def learner(self) -> MetaLearner:
@@ -316,6 +339,7 @@ class MetaTrainer(OuterLoop):
         epochs: int = 1,
         steps_per_epoch: int = 100,
         *,
+        initial_epoch: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
@@ -329,6 +353,7 @@ class MetaTrainer(OuterLoop):
         Args:
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: meta-steps of each.
+            initial_epoch: number of the first epoch, where no checkpoint says another.
             checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch. If it
                 exists, meta-training resumes from it and ends with the result of an unbroken run. It carries the settings
                 of its run. Other settings are an error; another learning rate, number or schedule, is used from there on,
@@ -342,7 +367,7 @@ class MetaTrainer(OuterLoop):
             ValueError: if the checkpoint was made with other settings, each of which is named, or is damaged.
             OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
-        return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose)
+        return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose, initial_epoch)
 
     def settings(self) -> dict[str, Any]:
         tasks = list({id(of): of for of, _ in self.families}.values())
@@ -352,15 +377,6 @@ class MetaTrainer(OuterLoop):
             "members": self.members, "tasks_per_step": self.tasks_per_step, "batch_size": self.batch_size,
             "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
         }  # fmt: skip
-
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        if self.evolution:
-            return {}
-        names = ("optimizer", "start_optimizer")
-        return {
-            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
-            for one, own in self._groups()
-        }
 
     def rewind(self) -> None:
         self._streams = {}
@@ -434,7 +450,7 @@ class MetaTrainer(OuterLoop):
             def meta_step(*arguments: Any) -> dict[str, Array]:
                 return self.runner.run(step, *arguments)
 
-            self._compiled_steps[key] = tf.function(meta_step, autograph=False)
+            self._compiled_steps[key] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
         return self._compiled_steps[key]
 
     def _follow(self, accuracy: Array, sound: Array) -> None:
@@ -464,7 +480,7 @@ class MetaTrainer(OuterLoop):
             share = Share(index, self.runner.replicas)
             return estimator.measure(learner, outer, episodes, seed, carried, first, share)
 
-        measure = compiled(measure, jit_compile=self.jit_step)
+        measure = measure if self.run_eagerly else compiled(measure, jit_compile=self.jit_step)
 
         def descent(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
             outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
@@ -513,24 +529,29 @@ class MetaTrainer(OuterLoop):
     def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
         """Updates each sound member; the others keep their numbers and their optimizer state.
 
-        Every replica has the whole gradient already, and Keras's optimizers add up over replicas: so each gives its share.
+        A step without a sound member does not count: the optimizers' counters stay too. Every replica has the whole
+        gradient already, and Keras's optimizers add up over replicas: so each gives its share.
         """
-        touched = [*self.outer.values(), *self._slots()]
+        own = {id(variable) for variable in [*self.outer.values(), *self._slots()]}
+        touched = [*self.outer.values(), *(v for optimizer, _ in self._groups() for v in optimizer.variables)]
         before = [tf.identity(variable.value) for variable in touched]
         shares = {name: tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
         for optimizer, names in self._groups():
-            optimizer.apply([shares[name] for name in names], [self.outer[name] for name in names])
+            apply_scaled(optimizer, [shares[name] for name in names], [self.outer[name] for name in names])
         for variable, old in zip(touched, before, strict=True):
-            variable.assign(tf.where(of_members(sound, old), variable.value, old))
+            changed = of_members(sound, old) if id(variable) in own else tf.reduce_any(sound)
+            variable.assign(tf.where(changed, variable.value, old))
 
     def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
         """A replica's program for a family: candidates, their scores, the new distribution."""
         learner, shapes = self.families[family][1], self.shapes
-        score = compiled(
-            lambda candidates, episodes, seed: estimator.score(learner, from_vectors(shapes, candidates), episodes, seed),
-            jit_compile=self.jit_step,
-        )
-        ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (self.search.ask, self.search.tell))
+
+        def score(candidates: Array, episodes: Mapping[str, Array], seed: Array) -> Any:
+            return estimator.score(learner, from_vectors(shapes, candidates), episodes, seed)
+
+        ask, tell = self.search.ask, self.search.tell
+        if not self.run_eagerly:
+            score, ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (score, ask, tell))
 
         def generation(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
             del piece

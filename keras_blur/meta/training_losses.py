@@ -38,7 +38,7 @@ class TrainingLoss(keras.Model):
 
     def __init__(self, name: str | None = None):
         super().__init__(name=name)
-        self.built = True
+        self.built, self.autocast = True, False  # the layers that it has cast their own inputs
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
         """The loss of a batch.
@@ -97,7 +97,7 @@ class SampleWeightNet(TrainingLoss):
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
         each = losses(y, model(x, training=True))
-        weights = self(ops.stop_gradient(each))
+        weights = ops.cast(self(ops.stop_gradient(each)), each.dtype)
         # Over replicas the sum is that of the whole batch, and has a derivative; each has its part of a mean.
         replicas = share().count
         whole = total([ops.sum(weights)])[0] if replicas > 1 else ops.sum(weights)
@@ -190,16 +190,17 @@ class Hyperparameters(TrainingLoss):
         prediction = model(x, training=True)
         each = losses(y, prediction)
         if self.given["label_smoothing"] is not None:
-            spread = ops.sigmoid(self.smoothing_logit)
+            spread = ops.cast(ops.sigmoid(self.smoothing_logit), each.dtype)
             classes = range(prediction.shape[-1])
             even = sum(losses(ops.full_like(y, c), prediction) for c in classes) / len(classes)
             each = (1.0 - spread) * each + spread * even
         if self.given["class_weights"] is not None:
-            each = each * ops.take(self._weights_of_classes(), ops.cast(y, "int32"))
+            each = each * ops.take(ops.cast(self._weights_of_classes(), each.dtype), ops.cast(y, "int32"))
         loss = ops.mean(each)
         if self.given["weight_decay"] is not None:
             kernels = [v for v in model.trainable_variables if len(v.shape) > 1]
-            loss = loss + 0.5 * ops.exp(self.log_decay) * sum(ops.sum(ops.square(v)) for v in kernels)
+            squares = sum(ops.cast(ops.sum(ops.square(v)), loss.dtype) for v in kernels)
+            loss = loss + 0.5 * ops.cast(ops.exp(self.log_decay), loss.dtype) * squares
         return loss
 
     def _weights_of_classes(self) -> Array:
