@@ -83,21 +83,6 @@ def make_folder(path: Path) -> None:
         tf.io.gfile.makedirs(os.fspath(path))
 
 
-def check_output(path: Path) -> None:
-    """Checks that a file can be written, before the work whose result goes there.
-
-    A path in a bucket is not checked.
-
-    Args:
-        path: the file.
-
-    Raises:
-        OSError: if the path is a folder, has no folder, or may not be written.
-    """
-    if not is_remote(path):
-        _target(path)
-
-
 def _target(path: Path) -> str:
     """The file, device or descriptor that a local path leads to through its symbolic links; checked."""
     target = name = os.fspath(path)
@@ -220,6 +205,20 @@ def _keep_permissions(temporary: str, target: str) -> None:
     with contextlib.suppress(PermissionError):  # only the superuser gives files away
         os.chown(temporary, old.st_uid, old.st_gid)
     os.chmod(temporary, stat.S_IMODE(old.st_mode))
+
+
+def save(saved: Any, path: Path) -> None:
+    """Writes something that has `save(path)`, such as a Keras model, whole or not at all.
+
+    Args:
+        saved: the object.
+        path: the file, which is replaced if it exists.
+
+    Raises:
+        OSError: as of `replacing`.
+    """
+    with replacing(path) as temporary:
+        saved.save(temporary)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
+from keras_blur.checks import check_output
 from keras_blur.files import read_text, write_text
 from keras_blur.options import Rule
 
@@ -130,6 +131,12 @@ class Genome:
         if name in self.__dict__.get("_arrays", ()):
             raise AttributeError(f"A Genome does not change; use `genome.replace({name}=...)` for another one.")
         super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[type[Genome], tuple[Rule, dict[str, Any]]]:
+        return type(self), (self._rule, dict(self._arrays))
+
+    def __copy__(self) -> Genome:
+        return self
 
     def __deepcopy__(self, memo: Any) -> Genome:
         return self
@@ -318,7 +325,15 @@ class Genome:
         return cls.from_dict(document, source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the genome to a JSON file, to a temporary name first, then renamed."""
+        """Writes the genome to a JSON file, to a temporary name first, then renamed.
+
+        Args:
+            path: the file, with the ending `.json`.
+
+        Raises:
+            ValueError: if the path has another ending, is a folder, or lies in no folder that can be written.
+        """
+        check_output("path", path, (".json",))
         write_text(path, self.to_json() + "\n")
 
     @classmethod

@@ -314,7 +314,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
     assert f"wrote {model}" in capsys.readouterr().out
     assert keras.models.load_model(model).count_params() > 8
     again = [*METHODS[name], *size, f"--start={model}"]
-    assert cli.run(["meta-train", f"--method={name.split(',')[0]}", *again]) == 0
+    assert cli.run(["meta-train", f"--method={name.split(',')[0]}", *again, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--augment=noise", "--augment must be some of labels, classes"),
         ("--augment=rotation", "LabelRotation needs tasks of two values"),
         ("--synthetic=pose --functions=xor", "exclude one another"),
-        ("--method=maml --rule=oja=weights", "--rule not at all"),
+        ("--method=maml --rule=oja=weights", "--rule applies only with --method=blur"),
         ("--method=prototypes --functions=sine", "needs tasks of two classes or more"),
         ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),
         ("--estimator=warpgrad --along=1", "`along` must be 0"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, cli, files, learners, meta, tasks
-from keras_blur.meta import settings
+from keras_blur.meta import loop, settings
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -224,8 +224,11 @@ def test_where_a_checkpoint_cannot_be_written_is_said_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"must end with \.weights\.h5"):
         run(made, tmp_path / "run.h5", 1)
     for name in ("absent/g.json", "."):
-        with pytest.raises(OSError, match="folder"):
-            made.fit(1, 1, callbacks=[meta.MetaValidate(digits(), path=tmp_path / name)], verbose=0)
+        for callback in (meta.SaveLearned(tmp_path / name), meta.MetaValidate(digits(), path=tmp_path / name)):
+            with pytest.raises(OSError, match="folder"):
+                made.fit(1, 1, callbacks=[callback], verbose=0)
+    with pytest.raises(ValueError, match=r"must end with \.keras"):
+        trainer(learner=learners.Prototypes((4,))).fit(1, 1, callbacks=[meta.SaveLearned(tmp_path / "m.json")], verbose=0)
     assert int(made.meta_step.value) == 0
 
 
@@ -385,6 +388,13 @@ def test_equal_settings_are_described_alike_in_another_place():
     changed[31234] += 1
     found = list(settings.differences(settings.described({"y": y}), settings.described({"y": changed})))
     assert [name for name, *_ in found] == ["y.projection"]
+
+
+def test_the_rate_of_an_optimizer_is_found_where_it_is():
+    wrapped = settings.described(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.25)))
+    assert loop._rate(wrapped) == 0.25
+    assert "0.25" not in json.dumps(loop._without_rate(wrapped))
+    assert loop._rate({"class": "Several", "optimizers": []}) is None
 
 
 def test_any_value_has_a_description():

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_blur import arguments
 from keras_blur import rule as equations
-from keras_blur.learners.base import keras_model
+from keras_blur.learners.base import keras_model, places
 from keras_blur.options import ACTIVATIONS
 
 Array = Any
@@ -87,16 +87,25 @@ def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
     return model
 
 
-def read(model: Any) -> dict[str, np.ndarray]:
+def read(model: Any, *names: str) -> dict[str, np.ndarray]:
     """The arrays, of one member, of a model that `fill` made, or of the path to its file.
+
+    Args:
+        model: the model, or one around it, or a path.
+        names: what the names of the networks in it begin with.
 
     Raises:
         ValueError: if it is no such model.
     """
     found = {}
-    for layer in keras_model(model).layers:
-        if isinstance(layer, keras.layers.Dense):
-            name, _, index = layer.name.rpartition("_")
-            kernel, bias = layer.get_weights()
+    for place in places(keras_model(model)).values():
+        name, _, index = place.layer.name.rpartition("_")
+        if isinstance(place.layer, keras.layers.Dense) and name in names and index.isdigit() and place.layer.use_bias:
+            kernel, bias = place.layer.get_weights()
             found[f"{name}_kernel_{index}"], found[f"{name}_bias_{index}"] = kernel[None], bias[None, None]
+    missing = [name for name in names if f"{name}_kernel_0" not in found]
+    if missing:
+        raise ValueError(
+            f"The model must have dense layers named {missing[0]}_0, {missing[0]}_1 and so on. Received: {model!r}"
+        )
     return found

@@ -65,7 +65,7 @@ class MAML(Optimizer, MetaLearner):
         return dense.sequential(_NAME, outer, self.activation)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, _NAME)
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL

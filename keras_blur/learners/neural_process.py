@@ -58,7 +58,10 @@ class NeuralProcess(MetaLearner):
         }
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for."""
+        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for.
+
+        A support without examples is encoded as zeros, here as in the learner.
+        """
         features = dense.weights("decoder", outer)[0].shape[-2] - self.representation
         outputs = dense.weights("decoder", outer)[-1].shape[-1]
         support_x, query_x = keras.Input((None, features), name="support_x"), keras.Input((None, features), name="query_x")
@@ -66,7 +69,8 @@ class NeuralProcess(MetaLearner):
         encoded = keras.layers.Concatenate()([support_x, support_y])
         for layer in dense.layers("encoder", outer, self.activation):
             encoded = layer(encoded)
-        told = keras.ops.mean(encoded, axis=1, keepdims=True)
+        count = keras.ops.sum(keras.ops.ones_like(encoded[:, :, :1]), axis=1, keepdims=True)
+        told = keras.ops.sum(encoded, axis=1, keepdims=True) / keras.ops.maximum(count, 1.0)
         told = told + keras.ops.zeros_like(query_x[:, :, :1])  # for each x that is asked for
         decoded = keras.layers.Concatenate()([query_x, told])
         for layer in dense.layers("decoder", outer, self.activation):
@@ -74,7 +78,7 @@ class NeuralProcess(MetaLearner):
         return dense.fill(keras.Model([support_x, support_y, query_x], decoded), outer)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, "encoder", "decoder")
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL

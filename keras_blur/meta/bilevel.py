@@ -24,9 +24,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, random
+from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
-from keras_blur.learners.base import leaves
+from keras_blur.learners.base import places
 from keras_blur.meta import batches, settings
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
@@ -38,7 +39,7 @@ _TRAIN, _META, _NOISE = range(3)
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class BilevelTrainer(OuterLoop):
+class BilevelTrainer(CheckedModel, OuterLoop):
     """Trains a model and, at the same time, outer parameters of its training loss on meta data.
 
     Args:
@@ -110,11 +111,8 @@ class BilevelTrainer(OuterLoop):
         self.outer = {f"{place}_{variable.name}": variable for place, variable in enumerate(variables)}
         self._trained = {f"{place}_{v.name}": v for place, v in enumerate(model.trainable_variables)}
         names = {id(variable): name for name, variable in self._trained.items()}
-        self._weights_of_layers = {
-            layer.name: tuple(names[id(v)] for v in layer.trainable_variables)
-            for layer in leaves(model)
-            if layer.trainable_variables
-        }
+        trained = {path: tuple(names[id(v)] for v in own.weights if id(v) in names) for path, own in places(model).items()}
+        self._weights_of_layers = {path: own for path, own in trained.items() if own}
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
         saved = {id(variable) for variable in model.weights}
@@ -122,7 +120,7 @@ class BilevelTrainer(OuterLoop):
             v for v in model.non_trainable_variables if id(v) not in saved
         ]  # of dropout: Keras does not save them
         self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
-        self._own = {name: self.counter(name, value) for name, value in learnt.items()}
+        self._own = {name: self.counter(name.replace("/", "."), value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True
@@ -197,8 +195,8 @@ class BilevelTrainer(OuterLoop):
         """Trains, with the progress bar and the callbacks of Keras.
 
         Args:
-            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated. A run that is resumed goes
-                through those before again, without learning; it sees the same ones if the dataset gives them again.
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` or `PyDataset` of batches `(x, y)`, which is repeated. A resumed run
+                skips the batches that were seen before; it sees the same ones if the dataset repeats its order.
             y: labels that go with arrays.
             meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
             batch_size: examples of a batch, where arrays are given.
@@ -210,8 +208,8 @@ class BilevelTrainer(OuterLoop):
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
-            ValueError: if data are missing, not finite, or fewer than a batch; or the checkpoint was made with other
-                settings or is damaged.
+            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch, or if the
+                checkpoint was made with other settings or is damaged.
             OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         if not self.compiled:
@@ -221,15 +219,17 @@ class BilevelTrainer(OuterLoop):
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
             raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
-        self.meta_every, self._validation = meta_every, validation_data
-        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
+        self.meta_every = meta_every
+        self._validation = None if validation_data is None else checked_validation(validation_data, self._expected)
+        with plain_errors():
+            return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
         replicas = self.runner.replicas
         self._sources = [
-            batches.source("x", train, batch_size, replicas, self._classes),
-            batches.source("meta_data", judge, meta_batch_size, replicas, self._classes),
+            batches.source("x", train, batch_size, replicas, self._expected),
+            batches.source("meta_data", judge, meta_batch_size, replicas, self._expected, within="meta_data"),
         ]
         self._make_metric_state()
 
@@ -251,10 +251,9 @@ class BilevelTrainer(OuterLoop):
         for variable in self._metric_state:
             variable.assign(tf.zeros_like(variable.value))
 
-    def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
-        sparse = isinstance(self._loss_of, keras.losses.SparseCategoricalCrossentropy)
-        return int(self.model.output_shape[-1]) if sparse else None
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        return model_expects(self.model, self._loss_of if self.compiled else None)
 
     @property
     def learned(self) -> Any:
@@ -344,12 +343,17 @@ class BilevelTrainer(OuterLoop):
         found["loss"] = loss
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
-        one = tf.ones(())
-        values = {
-            name: (tf.cast(found[name], tf.float32), one) if name in found else (tf.zeros(()), tf.zeros(()))
-            for name in self.logged
-        }
-        return values, metrics
+        return {name: self._weighed(name, found) for name in self.logged}, metrics
+
+    def _weighed(self, name: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+        """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
+        if name not in found:
+            return tf.zeros(()), tf.zeros(())
+        value, weight = tf.cast(found[name], tf.float32), tf.ones(())
+        if name == "meta_loss" or name in self.estimator.logged:
+            weight = weight - found["skipped"]
+            value = tf.where(weight > 0, value, 0.0)
+        return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""

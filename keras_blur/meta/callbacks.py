@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files, random
+from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import MetaLearner
 from keras_blur.meta import settings
@@ -121,7 +122,7 @@ class MetaValidate(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
         if self.path is not None:
-            files.check_output(self.path)
+            _check_learned_path(trainer.learned, self.path)
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
@@ -140,13 +141,19 @@ class MetaValidate(keras.callbacks.Callback):
 
         if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
             before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
-            self.best = self._score({name: own[0] for name, own in before.items()})[1]
+            quality = self._score({name: own[0] for name, own in before.items()})[1]
+            self.best = quality if np.isfinite(quality) else None
 
     def _scorer(self, learner: MetaLearner, inner: InnerLoop) -> Callable[..., Any]:
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
             state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
             loss, quality, _ = inner.objective(learner, outer, episodes, state)
-            return tf.reduce_mean(loss), tf.reduce_mean(quality)
+            sound = tf.math.is_finite(loss)
+            worst = -np.inf if inner.kind == "values" else 0.0
+            quality = tf.reduce_mean(tf.where(sound, quality, worst))
+            nothing = tf.constant(np.nan, quality.dtype)
+            quality = tf.where(tf.reduce_any(sound) & tf.math.is_finite(quality), quality, nothing)
+            return tf.reduce_mean(loss), quality
 
         return score
 
@@ -163,20 +170,33 @@ class MetaValidate(keras.callbacks.Callback):
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                save(self.model, self.path)
+                files.save(self.model.learned, self.path)
 
 
-def save(trainer: Any, path: str | os.PathLike[str]) -> None:
-    """Writes what was learned, whole or not at all."""
-    with files.replacing(path) as temporary:
-        trainer.learned.save(temporary)
+def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
+    """Raises before training what saving would raise after it."""
+    check_output("path", path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes what the best member learned after each epoch.
+    """Writes the parameters that the best member learned after each epoch.
+
+    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
+
+    After an epoch whose loss is NaN, or whose last step is sound for no member, it leaves the file as it is.
 
     Args:
-        path: the file: of genomes `.json`, of other learners `.keras`. A file that is already there is replaced.
+        path: the file: `.json` for a genome, `.keras` for any other learner.
+
+    Raises:
+        ValueError: at the start of training, if what is learned cannot be saved, the file has another ending, or it cannot
+            be written.
+        OSError: during training, if the disk is full.
+
+    Example:
+
+    >>> SaveLearned("genome.json").path
+    'genome.json'
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -184,12 +204,14 @@ class SaveLearned(keras.callbacks.Callback):
         self.path = path
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if not hasattr(self.model.learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
+        learned = self.model.learned
+        if not hasattr(learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
+        _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.model.runner.writes_files:
-            save(self.model, self.path)
+        if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
+            files.save(self.model.learned, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):

@@ -33,7 +33,7 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.compiling import with_own_constants
 from keras_blur.distribution import share
-from keras_blur.meta.evograd import named
+from keras_blur.learners.base import resolve
 from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
@@ -85,8 +85,8 @@ class LayerwiseMetaGradient(VirtualStep):
     """The gradient through one virtual step of SGD, of some layers.
 
     Args:
-        layers: names of those that take part, or `"last:N"` for the last N with weights; `None` for all. With a sampler,
-            those among which it chooses.
+        layers: those that take part, by their paths, such as `"block/dense"`, or by names that no other layer has; or
+            `"last:N"` for the last N with weights; `None` for all. With a sampler, those among which it chooses.
         sampler: what chooses among them in each step; `None` takes them all. The last layer always takes part.
         rate: as of `VirtualStep`.
 
@@ -121,8 +121,8 @@ class LayerwiseMetaGradient(VirtualStep):
             return every
         if isinstance(self.layers, str):
             return every[-int(self.layers[5:]) :]
-        named(layers, self.layers, "layers")  # raises where one is unknown
-        return tuple(name for name in every if name in self.layers)
+        wanted = resolve(self.layers, every, "layers")
+        return tuple(path for path in every if path in wanted)
 
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
         chosen = self.chosen(layers)
@@ -184,11 +184,12 @@ class LayerwiseMetaGradient(VirtualStep):
             name: gate * slope[name] for gate, own_names in zip(tf.unstack(gates), parts, strict=True) for name in own_names
         }
         # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
+        distance = {}
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-            kept[name] = kept[name] - factor * tf.broadcast_to(apart, slope[name].shape) / ahead.alpha
-        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some})))
+            distance[name] = factor * tf.broadcast_to(apart, slope[name].shape)
+        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
         by_gates = ahead.alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)

@@ -43,7 +43,7 @@ class Bilevel(NamedTuple):
     Attributes:
         train: from outer parameters and weights to the training loss, a scalar.
         judge: from weights to the loss on the meta batch, a scalar.
-        layers: names of the layers with weights, from first to last, and the names of their weights.
+        layers: paths of the layers with weights, from first to last, and the names of their weights.
         mean: of a nest, over replicas; each has its own part of the batches.
     """
 
@@ -85,7 +85,7 @@ class HypergradientEstimator(abc.ABC):
         """Numbers that the estimator itself learns, by name, where it starts; of most, none.
 
         Args:
-            layers: names of the model's layers with weights, and the shapes of these.
+            layers: paths of the model's layers with weights, and the shapes of these.
 
         Raises:
             ValueError: if the estimator names a layer that is not there.
@@ -173,10 +173,17 @@ class LookAhead:
         chosen = {name: self.weights[name] for name in names}
         return self._below.gradient(self.loss, chosen, unconnected_gradients="zero")
 
-    def mixed(self, slope: Weights) -> dict[str, Array]:
-        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch."""
+    def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
+        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch.
+
+        Args:
+            slope: v.
+            beside: arrays by the names of some of these weights: grad_lambda < grad_w L_train, beside > is added.
+        """
         first = {name: self._first[name] for name in slope}
         upstream = {name: -self.alpha * value for name, value in slope.items()}
+        for name, value in (beside or {}).items():
+            upstream[name] = upstream[name] + value
         return self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
 
 

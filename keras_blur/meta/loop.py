@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import files
+from keras_blur.checks import check_output
 from keras_blur.distribution import Runner
 from keras_blur.meta import settings
 from keras_blur.meta.callbacks import Checkpoint
@@ -64,6 +65,11 @@ class OuterLoop(keras.Model):
     def learned(self) -> Any:
         """What was learned, as something that has `save(path)`."""
 
+    @property
+    def sound(self) -> bool:
+        """Whether what was learned so far is of use: `SaveLearned` writes no other."""
+        return True
+
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """What the run depends on, by name, as `settings.described` takes it; optimizers excepted."""
@@ -85,13 +91,17 @@ class OuterLoop(keras.Model):
 
         Args:
             found: by the names in `logged`, values and their weights, whose weighted sums are kept.
+
+        Returns:
+            The means; that of nothing is NaN.
         """
         both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
         sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
         self.sums.assign(sums)
         self.meta_step.assign(self.meta_step + 1)
         self.epoch_step.assign(self.epoch_step + 1)
-        means = tf.math.divide_no_nan(sums[:, 0], sums[:, 1])
+        none = tf.equal(sums[:, 1], 0.0)
+        means = tf.where(none, np.nan, sums[:, 0] / tf.where(none, 1.0, sums[:, 1]))
         return dict(zip(self.logged, tf.unstack(means), strict=True))
 
     def run_epochs(
@@ -108,10 +118,8 @@ class OuterLoop(keras.Model):
         saving = None
         done = first = 0
         if checkpoint is not None:
+            check_output("checkpoint", checkpoint, (".weights.h5",))
             path = os.fspath(checkpoint)
-            if not path.endswith(".weights.h5"):
-                raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
-            files.check_output(path)
             now = self._made_with(steps_per_epoch, callbacks)
             if files.exists(path):
                 self._restore(path, now)
@@ -144,7 +152,10 @@ class OuterLoop(keras.Model):
                 if saving and terminated() and step + 1 < steps_per_epoch:
                     saving.write()
                 else:
+                    if verbose and logs.get("skipped") == 1.0:
+                        print(f"\nEpoch {epoch + 1} skipped all of its outer steps: no loss and gradient was finite.")
                     followed.on_epoch_end(epoch, self.validate(logs))
+                    _forget_nan(callbacks)
                 if self.stop_training or terminated():
                     break
         followed.on_train_end(logs)
@@ -280,6 +291,14 @@ def _named(rate: Any) -> str:
     config = rate.get("config", {}) if isinstance(rate, dict) else {}
     numbers = ", ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "name")
     return f"{rate['class_name']}({numbers})" if isinstance(rate, dict) and "class_name" in rate else str(rate)
+
+
+def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Takes a NaN that counts as the best value so far from Keras's callbacks: no later value is better than NaN."""
+    for callback in callbacks:
+        best = getattr(callback, "best", None)
+        if isinstance(best, float | np.floating) and np.isnan(best):
+            callback.best = None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
+from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.meta.training_losses import per_example
 from keras_blur.tasks.datasets import needs
 
@@ -87,7 +88,8 @@ class PseudoCleanSplit:
             Booleans `[n]`.
 
         Raises:
-            ValueError: if a loss is not finite, or all are the same.
+            ValueError: if data don't fit the model or the loss, a loss is not finite, or all are the same.
         """
+        x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
         prediction = model.predict(x, batch_size=batch_size, verbose=0)
         return self.probabilities(np.array(per_example(keras.losses.get(loss), y, prediction))) > self.threshold

@@ -17,7 +17,7 @@ def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform
     """Labels of which a share is wrong.
 
     Args:
-        y: integer labels `[n]` from 0 to `classes - 1`.
+        y: integer labels `[n]` from 0 to `classes - 1`, of any dtype.
         classes: number of classes.
         share: probability that a label is drawn anew (`"uniform"`: among all classes, so that a tenth of these of ten stay
             right) or replaced by the next class (`"flip"`).
@@ -40,7 +40,8 @@ def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform
     arguments.choice("kind", kind, KINDS)
     arguments.integer("seed", seed, 0)
     y = np.asarray(y)
-    if y.dtype.kind not in "iu" or y.ndim != 1 or (y.size and (y.min() < 0 or y.max() >= classes)):
+    sound = y.dtype.kind in "biuf" and y.ndim == 1 and not (y.dtype.kind == "f" and (y % 1 != 0).any())
+    if not sound or (y.size and (y.min() < 0 or y.max() >= classes)):
         raise ValueError(f"`y` must be integer labels [n] from 0 to {classes - 1}. {arguments.received('y', y)}")
     rng = np.random.default_rng(seed)
     chosen = rng.random(len(y)) < share
