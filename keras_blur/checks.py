@@ -552,6 +552,10 @@ def _ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, A
             y = _cast(y, "int32")
         elif dtype == tf.bool and expected.labels is not None:
             y = _cast(y, "float32")
+    if weight is not None and expected.outputs is not None:
+        weight = _cast(weight, "float32")
+        if len(expected.outputs) < 2 and len(weight.shape) == 2:
+            weight = weight[:, 0]
     return x, y, weight
 
 

@@ -70,6 +70,8 @@ def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
         graph = traced.graph.as_graph_def()
         arguments = {name.split(":")[0] for name in inside}
         nodes = [node for node in graph.node if node.name not in arguments]
+        for node in nodes:  # the gradient of a gather wants to be where its input is, which may be outside
+            node.attr.pop("_class", None)
         del graph.node[:]
         graph.node.extend(nodes)
         names = [output.name for output in traced.outputs]

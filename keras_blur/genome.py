@@ -307,9 +307,11 @@ class Genome:
                 name: np.array(entry["values"], dtype=entry["dtype"]).reshape(entry["shape"])
                 for name, entry in body["arrays"].items()
             }
+            return cls(rule, arrays)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not a complete genome: {error!r}.") from error
-        return cls(rule, arrays)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{source} is not a valid genome: {error}") from error
 
     def to_json(self) -> str:
         """The genome as JSON text; floats are exact."""

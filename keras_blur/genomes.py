@@ -103,7 +103,7 @@ def load(name: str | os.PathLike[str]) -> Genome:
     if text in names():
         content = (resources.files("keras_blur") / "zoo" / f"{text}.json").read_text(encoding="utf-8")
         return Genome.from_json(content, source=f"Genome {text!r}")
-    if exists(text):
+    if text and not os.path.isdir(text) and exists(text):
         return Genome.load(text)
     raise ValueError(
         f"`name` must be {', '.join(['backprop', *names()])} or the path of a genome file. Received: name={text!r}"

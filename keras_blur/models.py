@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_blur import distribution, files, network
+from keras_blur import arguments, distribution, files, network
 from keras_blur import feedback as feedbacks
 from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
 from keras_blur.genome import Genome
@@ -103,6 +103,8 @@ class Sequential(CheckedModel):
         self._maps: list[tuple[StructuralMap, ...]] = []
         self._neurons: list[keras.Variable] = []
         self._targets = "auto"
+        if layers is not None and not isinstance(layers, Iterable):
+            raise ValueError(f"`layers` must be a list of Keras layers. {arguments.received('layers', layers)}")
         for layer in layers or ():
             self.add(layer)
         if self._input_batch_shape is not None and self._chain:
@@ -477,7 +479,8 @@ class Sequential(CheckedModel):
             self._follow(result.state, prepared, shared)
         for variable, value in zip(self._neurons, result.state.neurons[1:], strict=True):
             variable.assign(value)
-        self.learning_step.assign(step + 1)
+        with tf.control_dependencies([x]):  # a batch that can't be read is no step
+            self.learning_step.assign(step + 1)
         loss_value = self.compute_loss(x=x, y=y, y_pred=result.output, sample_weight=sample_weight, training=True)
         self._loss_tracker.update_state(
             loss_value * distribution.replicas(),  # Keras divides losses by it

@@ -103,7 +103,7 @@ def test_labels_of_any_form(y):
         ((X, Y, {"kind": "values", "relabel": True}), "`relabel` and `classes` must be left out"),
         ((X, Y, {"shares": (1, 0, 1)}), "`shares` must be 3 positive"),
         ((X, Y, {"shares": (1, 1)}), "`shares` must be 3 positive"),
-        ((X, Y, {"shares": (100, 1, 1)}), "`shares` must leave each split 2 examples"),
+        ((X, Y, {"shares": (100, 1, 1)}), "`shares` must leave each split 2 or more examples"),
         ((X, Y, {"size": 3}), "`x` must be images"),
         ((X, Y, {"size": 0}), "`size` must be an integer from 1"),
         ((X, Y, {"project": True}), "`project` must be an integer from 1"),

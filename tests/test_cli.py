@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import shutil
 import sys
 
@@ -230,7 +231,7 @@ IGNORED = [
     ("meta-train", "--model=m.keras", "--model applies only without --method=blur"),
     ("meta-train", "--method=maml --genome=g.json", "--genome applies only with --method=blur"),
     ("meta-train", "--method=maml --states=3", "--states applies only with --method=blur"),
-    ("meta-train", "--start=backprop --states=3", "--states applies only without --start"),
+    ("meta-train", "--start=backprop --states=3", "--states must be the 2 of the genome of --start"),
     ("meta-train", "--method=online --synthetic=remember --hidden=8", "--hidden applies only without --method=online"),
     ("meta-train", "--functions=xor --sizes=8", "--sizes applies only without --functions or --synthetic"),
     ("meta-train", "--synthetic=pose --data=mnist", "--data applies only without --functions or --synthetic"),
@@ -282,6 +283,34 @@ def test_no_genome_in_a_file(tmp_path, capsys, command, content):
     assert str(path) in mistake(capsys, command, f"--{'start' if command == 'meta-train' else 'genome'}={path}")
 
 
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLISHED = sorted(
+    {
+        command
+        for path in [ROOT / "README.md", *(ROOT / "keras_blur" / "zoo").glob("*.md")]
+        for command in re.findall(
+            r"(?:^|&& \.venv/bin/)keras-blur ([a-z]+[a-z-]* .*)$", path.read_text().replace("\\\n", " "), re.M
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("text", PUBLISHED)
+def test_published_commands_have_flags_that_apply(text):
+    command, *arguments = shlex.split(text.replace("$common", "").replace("$small", "").replace("$large", ""), comments=True)
+    flags, module = defined(command), modules()[command]
+    flags.parse("keras-blur", arguments)
+    flag = flags.values()
+    if hasattr(module, "complete"):
+        module.complete(flag, flags.given())
+    flags.check(flag)
+
+
+def test_published_commands_are_found():
+    assert len(PUBLISHED) > 15
+    assert "fit --plot fit.png" in PUBLISHED
+
+
 # Outputs.
 
 NEEDED = {"compare": ["--genome=functions"], "evaluate": ["--genome=functions", "--functions=xor"]}
@@ -301,13 +330,18 @@ def needed(command, flag):
 
 
 def test_every_command_that_writes_is_tried():
-    assert {(command, flag) for command, flag, *_ in OUTPUTS} >= {
-        ("fit", "json"), ("fit", "plot"), ("fit", "save"), ("compare", "json"),
-        ("compare", "plot"), ("evaluate", "json"), ("evaluate", "plot"), ("evaluate", "decisions"),
-        ("evaluate", "synapses"), ("reweight", "json"), ("reweight", "save"), ("reweight", "checkpoint"),
-        ("zoo", "save"), ("zoo", "plot"), ("conformance", "json"), ("meta-train", "genome"),
-        ("meta-train", "model"), ("meta-train", "checkpoint"), ("meta-train", "json"), ("meta-train", "csv"),
-    }  # fmt: skip
+    found: dict[str, set[str]] = {}
+    for command, flag, *_ in OUTPUTS:
+        found.setdefault(command, set()).add(flag)
+    assert found == {
+        "fit": {"json", "plot", "save"},
+        "meta-train": {"genome", "model", "checkpoint", "json", "csv"},
+        "reweight": {"checkpoint", "json", "save"},
+        "evaluate": {"json", "plot", "decisions", "synapses"},
+        "compare": {"json", "plot"},
+        "zoo": {"save", "plot"},
+        "conformance": {"json"},
+    }
 
 
 @pytest.mark.parametrize(("command", "flag", "ending", "resumed"), OUTPUTS)

@@ -1,9 +1,11 @@
-"""examples/: each has a flag for its first seed, uses it, and counts no seeds from 0. CI runs them."""
+"""examples/: seeds are flags, arms share the order of batches, references are strong. CI runs the examples themselves."""
 
 import ast
 import pathlib
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -49,3 +51,43 @@ def test_no_seed_is_wired_in(path):
 def test_there_are_examples():
     assert len(EXAMPLES) >= 7
     assert len(EXPERIMENTS) >= 12
+
+
+def functions_of(name: str, *wanted: str) -> list:
+    """Functions of an example, without its flags, which two examples cannot both define in one process."""
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    space: dict = {"np": np, "tf": tf}
+    exec(compile(tree, name, "exec"), space)
+    return [space[one] for one in wanted]
+
+
+def test_arms_of_noisy_labels_share_the_order_of_batches():
+    (batches,) = functions_of("noisy_labels", "batches")
+    x, y = np.arange(10, dtype="float32")[:, None], np.arange(10)
+    whole = [(a.numpy()[:, 0].tolist(), b.numpy().tolist()) for a, b in batches(x, y, 3, range(4), 5)]
+    later = [(a.numpy()[:, 0].tolist(), b.numpy().tolist()) for a, b in batches(x, y, 3, range(2, 4), 5)]
+    assert len(whole) == 4 * 3
+    assert later == whole[6:]
+    assert all(a == b for a, b in whole)
+    for epoch in range(4):
+        assert len({one for a, _ in whole[3 * epoch : 3 * epoch + 3] for one in a}) == 9
+    assert whole[:3] != whole[3:6]
+
+
+def test_hopfield_goes_on_from_where_one_step_leads():
+    hopfield, nearest = functions_of("remember", "hopfield", "nearest")
+    rng = np.random.default_rng(0)
+    patterns = rng.choice([-1.0, 1.0], (400, 4, 16))
+    shown = np.argsort(rng.random((400, 4, 16)), axis=-1) < 8
+    shown = shown.astype(float)
+    cue = patterns * shown
+
+    def right(found):
+        return np.mean((found == patterns)[shown == 0])
+
+    once, often = (hopfield(patterns, cue, shown, most) for most in (1, 20))
+    assert np.array_equal(often * shown, cue)  # the cue is held
+    assert set(np.unique(often)) == {-1.0, 1.0}
+    assert 0.93 < right(once) < right(often) < right(nearest(patterns, cue, shown))
+    assert right(nearest(patterns, cue, shown)) > 0.99

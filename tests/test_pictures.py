@@ -13,8 +13,10 @@ from rule_table import COVER, SINGLE
 
 from keras_blur import Genome, Rule, genomes, random, tasks
 from keras_blur.learners import Blur, Optimizer
+from keras_blur.report.compare import plot_compare
 from keras_blur.report.decisions import _tint, draw_decisions, trace_decisions
 from keras_blur.report.genome import _short, draw_genome
+from keras_blur.report.learning import plot_fits
 from keras_blur.report.synapses import draw_synapses, learner_of, trace_synapses
 
 MATRICES = ("nu", "mu", "nu_tilde", "mu_tilde")
@@ -353,3 +355,110 @@ def test_mistakes_about_decisions():
             trace_decisions(genome, xor, **{name: 0})
     with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
         trace_decisions(Genome.random(Rule(layers=3), 0), xor)
+
+
+# Curves.
+
+
+def comparison(optimizers=True, steps=(0, 1, 2, 5, 10, 20, 50, 100)):
+    """A result in which every curve is near its upper end."""
+    rng = np.random.default_rng(0)
+    names = ["genome", *(["SGD 0.1", "momentum 0.1", "Adam 0.01", "RMSprop 0.01"] if optimizers else [])]
+    curves = {
+        name: {"accuracy": rng.choice([0.0, 0.9, 1.0], (3, len(steps))).tolist(), "seconds": [0.01 * s for s in steps]}
+        for name in names
+    }
+    best = {"best": {name.split()[0]: name for name in names[1:]}, "envelope": {"accuracy": [1.0] * len(steps)}}
+    return {"name": "mnist-4state", "data": "digits", "hidden": [64, 64], "seeds": 3, "split": "test", "steps": list(steps),
+            "curves": curves, **(best if optimizers else {})}  # fmt: skip
+
+
+def covered(made):
+    """Panels that a legend reaches into, those of panels themselves included."""
+    made.set_dpi(150)
+    renderer = FigureCanvasAgg(made).get_renderer()
+    legends = [*made.legends, *(axis.get_legend() for axis in made.axes if axis.get_legend())]
+    boxes = [legend.get_window_extent(renderer) for legend in legends]
+    return [axis for axis in made.axes for box in boxes if axis.get_window_extent(renderer).overlaps(box)]
+
+
+HISTORY = {"loss": [1.0, 0.5], "val_loss": [1.1, 0.6], "accuracy": [0.5, 0.8], "val_accuracy": [0.4, 0.7]}
+
+
+def test_legends_stand_beside_the_curves(tmp_path):
+    made = plot_compare(comparison(), tmp_path / "c.png")
+    names = ["mnist-4state", "SGD 0.1", "momentum 0.1", "Adam 0.01", "RMSprop 0.01", "best optimizer at each step"]
+    assert [text.get_text() for text in made.legends[0].texts] == names
+    fits = plot_fits({"genome mine.json": HISTORY, "Keras SGD 0.1": HISTORY}, tmp_path / "f.png", "digits")
+    assert len(fits.legends[0].texts) == 4
+    for figure in (made, fits):
+        assert covered(figure) == []
+        labels = [label for axis in figure.axes for label in (axis.xaxis.label, axis.yaxis.label)]
+        assert overlaps(figure, [figure._suptitle, *labels, *figure.legends[0].texts]) == []
+
+
+def test_one_curve_has_no_legend(tmp_path):
+    made = plot_compare(comparison(optimizers=False), tmp_path / "c.png")
+    assert made.legends == []
+    assert made.get_suptitle().startswith("mnist-4state on digits, hidden 64,64")
+    values = np.sort(np.random.default_rng(0).uniform(0.1, 3.0, (2, 1, 21, 6)))[..., ::-1].copy()
+    trace = {"steps": np.arange(21), "norm": np.sqrt(np.sum(values**2, axis=-1)), "singular_values": values}
+    assert draw_synapses(trace, tmp_path / "s.png").legends == []
+
+
+def test_bands_of_accuracies_stay_between_0_and_1(tmp_path):
+    made = plot_compare(comparison(), tmp_path / "c.png")
+    for axis in made.axes:
+        ends = np.concatenate([path.vertices[:, 1] for band in axis.collections for path in band.get_paths()])
+        assert ends.min() >= 0.0
+        assert ends.max() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("last", "wanted"),
+    [(100, ["0", "1", "10", "100"]), (1000, ["0", "1", "10", "100", "1000"]), (10, ["0", "1", "2", "5", "10"])],
+)
+def test_ticks_of_steps_are_plain_numbers(tmp_path, last, wanted):
+    steps = [step for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step <= last]
+    made = plot_compare(comparison(steps=steps), tmp_path / "c.png")
+    FigureCanvasAgg(made).draw()
+    assert [label.get_text() for label in made.axes[0].get_xticklabels()] == wanted
+    assert [axis.get_xlabel() for axis in made.axes] == ["learning step", "time to learn one network (s)"]
+    assert not any("$" in label.get_text() for axis in made.axes for label in axis.get_xticklabels())
+
+
+def test_ticks_of_many_decades_are_plain_numbers(tmp_path):
+    values = np.geomspace(1e3, 1e-1, 6) * np.ones((2, 2, 21, 6))
+    trace = {"steps": np.arange(21), "norm": np.sqrt(np.sum(values**2, axis=-1)), "singular_values": values}
+    made = draw_synapses(trace, tmp_path / "s.png")
+    FigureCanvasAgg(made).draw()
+    labels = [label.get_text() for label in made.axes[1].get_yticklabels()]
+    assert {"0.1", "1", "10", "100", "1000"} <= set(labels)
+
+
+def test_one_epoch_is_seen(tmp_path):
+    made = plot_fits({"mine": {key: values[:1] for key, values in HISTORY.items()}}, tmp_path / "f.png", "digits")
+    assert all(line.get_marker() == "o" for axis in made.axes for line in axis.lines)
+
+
+DRAWINGS = {
+    "draw_genome": lambda path: draw_genome(Genome.random(Rule(), 0), path),
+    "draw_synapses": lambda path: draw_synapses({}, path),
+    "draw_decisions": lambda path: draw_decisions({}, path),
+    "plot_compare": lambda path: plot_compare({}, path),
+    "plot_fits": lambda path: plot_fits({}, path, "digits"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_paths_are_checked_before_anything_is_drawn(name, tmp_path):
+    ending = r"must end with \.png, \.pdf or \.svg"
+    for path, said in [("x.jpg", ending), ("no/x.png", "there is no folder"), ("", "be a file")]:
+        with pytest.raises(ValueError, match=said):
+            DRAWINGS[name](tmp_path / path)
+
+
+def test_the_title_of_a_genome_is_its_name(tmp_path):
+    made = draw_genome(genomes.load("functions"), tmp_path / "g.svg", "functions")
+    assert made.get_suptitle().startswith("functions: ")
+    assert (tmp_path / "g.svg").read_text().startswith("<?xml")

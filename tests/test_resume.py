@@ -75,8 +75,8 @@ OTHER = {
     "members": (lambda: trainer(members=2), "members=1", "members=2"),
     "tasks": (lambda: trainer(digits(relabel=True)), "tasks.relabel=False", "tasks.relabel=True"),
     "task data": (lambda: trainer(tasks.images("digits", classes=[3, 4, 5], size=4)), "tasks.data.projection=", "this run"),
-    "more tasks": (lambda: trainer([digits(), digits()]), "tasks=[ImageTasks]", "tasks=[ImageTasks, ImageTasks]"),
-    "kind of tasks": (lambda: trainer(tasks.functions("xor")), "tasks=ImageTasks", "tasks=FunctionTasks"),
+    "more tasks": (lambda: trainer([digits(), digits()]), "tasks=[ArrayTasks]", "tasks=[ArrayTasks, ArrayTasks]"),
+    "kind of tasks": (lambda: trainer(tasks.functions("xor")), "tasks=ArrayTasks", "tasks=FunctionTasks"),
     "rule": (
         lambda: trainer(learner=learners.Blur((4,), Rule(oja="weights"))),
         "learner.rule.oja='none'",
@@ -219,13 +219,13 @@ def test_weights_of_a_model_are_no_checkpoint(tmp_path):
 
 def test_where_a_checkpoint_cannot_be_written_is_said_before_training(tmp_path):
     made = trainer()
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(ValueError, match="`checkpoint` must be a file in a folder that exists; there is no folder"):
         run(made, tmp_path / "absent" / "run.weights.h5", 1)
-    with pytest.raises(ValueError, match=r"must end with \.weights\.h5"):
+    with pytest.raises(ValueError, match=r"`checkpoint` must end with \.weights\.h5"):
         run(made, tmp_path / "run.h5", 1)
     for name in ("absent/g.json", "."):
         for callback in (meta.SaveLearned(tmp_path / name), meta.MetaValidate(digits(), path=tmp_path / name)):
-            with pytest.raises(OSError, match="folder"):
+            with pytest.raises(ValueError, match="`path` must be a file"):
                 made.fit(1, 1, callbacks=[callback], verbose=0)
     with pytest.raises(ValueError, match=r"must end with \.keras"):
         trainer(learner=learners.Prototypes((4,))).fit(1, 1, callbacks=[meta.SaveLearned(tmp_path / "m.json")], verbose=0)

@@ -102,7 +102,7 @@ def define_flags(flags: Flags) -> None:
         "Units of the hidden layers; with --method=blur, repeat for several networks.",
         [unless_value("method", "online")],
     )
-    flags.integer("states", 2, "States of a neuron.", least=2, when=[*_BLUR, without("start")])
+    flags.integer("states", None, "States of a neuron; by default those of --start, else 2.", least=2, when=_BLUR)
     flags.words("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", _BLUR)
     flags.number(
         "inner_learning_rate", 0.1, "Rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
@@ -283,7 +283,11 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
     networks = [tuple(whole_numbers("hidden", text.split(","))) for text in flag["hidden"]]
     if flag["method"] == "blur":
         start = genomes.load(flag["start"]) if flag["start"] else None
-        options = start.rule.get_config() if start else {**RULE, "states": flag["states"]}
+        if start and flag["states"] not in (None, start.rule.states):
+            raise ValueError(
+                f"--states must be the {start.rule.states} of the genome of --start. Received: --states={flag['states']}"
+            )
+        options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
         rule = parse_rule(flag["rule"], **options)
         return [learners.Blur(units, rule) for units in networks], start.with_rule(rule) if start else None
     if len(networks) > 1:

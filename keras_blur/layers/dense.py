@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import initializers, ops
 
+from keras_blur import arguments
 from keras_blur import rule as equations
 from keras_blur.layers.connection import TRACE, Connection
 from keras_blur.options import ACTIVATIONS, Rule
@@ -164,9 +165,9 @@ class Dense(keras.layers.Layer):
         self.units = int(units)
         self.activation = activation
         self.use_bias = bool(use_bias)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.backward_initializer = initializers.get(backward_initializer)
+        self.kernel_initializer = _initializer("kernel_initializer", kernel_initializer)
+        self.bias_initializer = _initializer("bias_initializer", bias_initializer)
+        self.backward_initializer = _initializer("backward_initializer", backward_initializer)
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self._rule: Rule | None = None
         self._feeds_back = False
@@ -290,3 +291,11 @@ class _Channels(initializers.Initializer):
         if seed is not None and (self.place, channel) != (0, 0):  # the first kernel is that of the Keras twin
             config["seed"] = int(np.random.SeedSequence([seed, self.place, channel]).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
+
+
+def _initializer(name: str, value: Any) -> Any:
+    """The Keras initializer that an argument stands for."""
+    try:
+        return initializers.get(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{name}` must be a Keras initializer or its name. {arguments.received(name, value)}") from error

@@ -216,7 +216,7 @@ class Warp(MetaLearner):
         every = {**outer, **self.adapted(state)}
         trainable = [every[name] for name in self._trainable]
         prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
-        return tf.cast(prediction, state.weights[0].dtype), tuple(buffers)  # a mixed policy has another one in its layers
+        return tf.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
 
     def _each(self, one: Callable[..., Any], learns: bool, outer: Outer, state: WarpState, *data: Array) -> Any:
         """A function of a single network, of which a prediction comes, and new arrays if it learns, for each of several."""

@@ -82,24 +82,22 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         super().__init__(name="bilevel_trainer")
         if not isinstance(model, keras.Model) or not model.built or not model.trainable_variables:
             raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
-        if first not in ORDERS:
-            raise ValueError(f"`first` must be one of {', '.join(map(repr, ORDERS))}. Received: first={first!r}")
-        estimator = estimator or OneStep()
-        if not isinstance(estimator, HypergradientEstimator):
-            raise ValueError(
-                "`estimator` must be one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient. Received: "
-                f"{estimator!r}"
-            )
+        arguments.choice("first", first, ORDERS)
+        arguments.flag("judge_training", judge_training)
+        arguments.integer("seed", seed, 0)
+        estimator = OneStep() if estimator is None else estimator
+        kinds = "one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient"
+        arguments.instance("estimator", estimator, HypergradientEstimator, kinds)
         if isinstance(meta_model, TrainingLoss):
             if training_loss is not None:
                 raise ValueError("`training_loss` goes with a list of variables; a TrainingLoss has its own.")
             training_loss, variables = meta_model.training_loss, list(meta_model.trainable_variables)
         else:
-            variables = list(meta_model)
+            variables = list(meta_model) if isinstance(meta_model, (list, tuple)) else [meta_model]
             if training_loss is None or not all(isinstance(one, keras.Variable) for one in variables):
                 raise ValueError(
                     "`meta_model` must be a TrainingLoss, or a list of Keras variables with a `training_loss` that depends "
-                    f"on them. Received: {meta_model!r}"
+                    f"on them. {arguments.received('meta_model', meta_model)}"
                 )
         if not variables:
             raise ValueError(f"`meta_model` must have something to learn. Received: {meta_model!r}")

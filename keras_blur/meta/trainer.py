@@ -28,7 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Share, mean, share
@@ -104,12 +104,12 @@ class MetaTrainer(OuterLoop):
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
         several: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
-        learners = [learner] if isinstance(learner, MetaLearner) else list(learner)
+        learners: list[Any] = list(learner) if isinstance(learner, (list, tuple)) else [learner]
         for name, value in (
             ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+            arguments.count(name, value)
+        arguments.integer("seed", seed, 0)
         if not several or not all(isinstance(one, Tasks) for one in several):
             raise ValueError(f"`tasks` must be one or more task distributions, or a mixture. Received: tasks={tasks!r}")
         if any(one.kind != several[0].kind for one in several):
@@ -127,9 +127,11 @@ class MetaTrainer(OuterLoop):
             other.check(one.kind, one.outputs)
         for one in several:
             check_tasks(one, batch_size, query_size)
-        if clipnorm is not None and not clipnorm > 0:
-            raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
-        estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)
+        if clipnorm is not None:
+            arguments.positive("clipnorm", clipnorm)
+        estimator = Unroll() if estimator is None else estimator
+        arguments.instance("estimator", estimator, (Estimator, Evolution), "an estimator or Evolution")
+        estimator = dataclasses.replace(estimator, kind=several[0].kind)
         if isinstance(estimator, Evolution) and members != 1:
             raise ValueError(
                 f"`members` must be 1 under Evolution, whose population is an argument of it. Received: members={members}"
