@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, cli, files, learners, meta, tasks
-from keras_blur.meta import settings
+from keras_blur.meta import loop, settings
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -75,8 +75,8 @@ OTHER = {
     "members": (lambda: trainer(members=2), "members=1", "members=2"),
     "tasks": (lambda: trainer(digits(relabel=True)), "tasks.relabel=False", "tasks.relabel=True"),
     "task data": (lambda: trainer(tasks.images("digits", classes=[3, 4, 5], size=4)), "tasks.data.projection=", "this run"),
-    "more tasks": (lambda: trainer([digits(), digits()]), "tasks=[ImageTasks]", "tasks=[ImageTasks, ImageTasks]"),
-    "kind of tasks": (lambda: trainer(tasks.functions("xor")), "tasks=ImageTasks", "tasks=FunctionTasks"),
+    "more tasks": (lambda: trainer([digits(), digits()]), "tasks=[ArrayTasks]", "tasks=[ArrayTasks, ArrayTasks]"),
+    "kind of tasks": (lambda: trainer(tasks.functions("xor")), "tasks=ArrayTasks", "tasks=FunctionTasks"),
     "rule": (
         lambda: trainer(learner=learners.Blur((4,), Rule(oja="weights"))),
         "learner.rule.oja='none'",
@@ -388,6 +388,13 @@ def test_equal_settings_are_described_alike_in_another_place():
     changed[31234] += 1
     found = list(settings.differences(settings.described({"y": y}), settings.described({"y": changed})))
     assert [name for name, *_ in found] == ["y.projection"]
+
+
+def test_the_rate_of_an_optimizer_is_found_where_it_is():
+    wrapped = settings.described(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.25)))
+    assert loop._rate(wrapped) == 0.25
+    assert "0.25" not in json.dumps(loop._without_rate(wrapped))
+    assert loop._rate({"class": "Several", "optimizers": []}) is None
 
 
 def test_any_value_has_a_description():
