@@ -219,7 +219,8 @@ def draw(arms):
         style.line(axes[0][0], index, epochs, curves.mean(axis=0), name, curves.std(axis=0, ddof=1))
     axes[0][0].set_xlabel("epoch")
     axes[0][0].set_ylabel("test accuracy")
-    axes[0][0].legend(fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     shown, runs = next((name, runs) for name, runs in arms.items() if "right" in runs[0])
     edges = np.linspace(0.0, max(max(runs[0]["right"]), max(runs[0]["wrong"])), 40)
     for index, key in enumerate(("right", "wrong")):
