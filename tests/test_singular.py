@@ -73,6 +73,18 @@ def test_an_update_has_a_derivative_where_gradients_are_zero(name):
         assert slope[0] == pytest.approx(-0.01 * scale * 0.1 / optimizer.epsilon, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_in_double_precision_is_that_in_single(name):
+    results = []
+    for dtype in ("float32", "float64"):
+        weight, zeros = (tf.constant([1.0, -2.0], dtype),), (tf.zeros(2, dtype),)
+        gradient = (tf.constant([0.5, -0.1], dtype),)
+        rate = tf.constant(0.01, dtype)
+        results.append(updates.updated(OPTIMIZERS[name](), rate, tf.constant(2), weight, zeros, zeros, gradient)[0][0])
+    assert results[1].dtype == tf.float64
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
 def test_the_root_is_the_root_and_not_a_number_stays_so():
     values = tf.constant([0.0, 1e-30, 2.0, np.inf, np.nan])
     np.testing.assert_array_equal(updates.root(values), tf.sqrt(values))

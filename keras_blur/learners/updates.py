@@ -107,7 +107,8 @@ def _update(
         second = o.rho * second + (1.0 - o.rho) * tf.square(gradient)
         return weight - rate * gradient * tf.math.rsqrt(second + o.epsilon), first, second
     time = tf.cast(step + 1, weight.dtype)
-    scale = tf.sqrt(1.0 - tf.pow(o.beta_2, time)) / (1.0 - tf.pow(o.beta_1, time))
+    fading = [tf.pow(tf.constant(beta, time.dtype), time) for beta in (o.beta_1, o.beta_2)]
+    scale = tf.sqrt(1.0 - fading[1]) / (1.0 - fading[0])
     first = first + (1.0 - o.beta_1) * (gradient - first)
     second = second + (1.0 - o.beta_2) * (tf.square(gradient) - second)
     return weight - rate * scale * first / (root(second) + o.epsilon), first, second
