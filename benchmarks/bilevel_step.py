@@ -3,9 +3,10 @@
     python benchmarks/bilevel_step.py [--rounds 20] [--network deep|conv|lenet ...] [--nojit_compile] [--nomemory]
 
 Three networks: eight dense layers of 256 units and the small convolutional one of examples/noisy_labels.py, both with
-weights of examples, batch 100; LeNet at 28x28 with a learned rotation, batch 128. Data are random numbers. Estimators take
-turns in blocks of five steps; printed are medians over rounds of the time over that of plain training in the same round, the
-10 % and 90 % quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile` neither; last
+weights of examples, batch 100; LeNet at 28x28 with a learned rotation, batch 128. Data are random numbers. Plain training is
+Keras's own training step, without weights of examples or a rotation. It and the estimators take turns in blocks of five
+steps. Printed are medians over rounds of the time over that of plain training in the same round, the 10 % and 90 %
+quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile` neither; last
 comes the time of a step compiled the other way over this one's.
 
 Memory is the peak above the process before the network is built, in MB, for three steps of a large batch, so
@@ -18,11 +19,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 from measure import PeakMemory
 
@@ -69,21 +73,24 @@ def network(name: str) -> tuple[keras.Model, type[meta.TrainingLoss], int]:
 
 def runner(
     name: str, estimator: HypergradientEstimator | None, jit_compile: bool, batch: int | None = None
-) -> meta.BilevelTrainer:
-    """A trainer that has made its first steps, with its estimator in each step or, for the plain one, in none."""
+) -> Callable[[], Any]:
+    """A training step after the first ones, with an estimator or, for plain training, Keras's own."""
     keras.utils.set_random_seed(0)
     model, of, usual = network(name)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch or 20 * usual, *model.input_shape[1:])).astype("float32")
     y = rng.integers(0, 10, len(x))
-    trainer = meta.BilevelTrainer(model, of(), estimator or meta.OneStep(), first="model" if name == "lenet" else "meta")
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trainer.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-4), loss, jit_compile=jit_compile)
+    loss, size = keras.losses.SparseCategoricalCrossentropy(from_logits=True), batch or usual
     if estimator is None:
-        trainer.meta_step.assign(1)  # the turn of the outer parameters, each 10**6th step, has been
-    every = 1 if estimator else 10**6
-    trainer.fit(x, y, meta_data=(x, y), batch_size=batch or usual, steps_per_epoch=3, meta_every=every, verbose=0)
-    return trainer
+        model.compile(keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(size).repeat().prefetch(2)
+        model.fit(data, steps_per_epoch=3, shuffle=False, verbose=0)
+        stream = iter(data)
+        return lambda: float(model.train_function(stream)["loss"])
+    trainer = meta.BilevelTrainer(model, of(), estimator, first="model" if name == "lenet" else "meta")
+    trainer.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-4), loss, jit_compile=jit_compile)
+    trainer.fit(x, y, meta_data=(x, y), batch_size=size, steps_per_epoch=3, verbose=0)
+    return trainer.meta_train_step
 
 
 def memory_of(name: str, place: int) -> float:
@@ -107,10 +114,10 @@ def main(argv: list[str]) -> None:
         made = {(label, way): runner(name, estimator, way) for label, estimator in candidates.items() for way in ways}
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in made}
         for _ in range(_ROUNDS.value):
-            for key, trainer in made.items():
+            for key, step in made.items():
                 begin = time.perf_counter()
                 for _ in range(_BLOCK):
-                    trainer.meta_train_step()
+                    step()
                 times[key].append(time.perf_counter() - begin)
         kind = "by XLA" if _JIT.value else "without XLA"
         print(f"{name}, {kind}: time over plain training, 10 % to 90 %, over the exact step, of the other kind over this one"

@@ -3,7 +3,7 @@ Title: Between backpropagation and Hebbian learning
 Description: Start from the genome that is backpropagation, and take away what makes it so, one piece at a time.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), sections 3.1, 3.2 and appendix C.7.
 
-    python examples/between_backprop_and_hebb.py [--quick] [--plot FILE.png]
+    python examples/between_backprop_and_hebb.py [--quick] [--seeds 5] [--seed 0] [--plot FILE.png]
 """
 
 import os
@@ -18,7 +18,9 @@ import keras_blur as kb
 from keras_blur.report import style
 from keras_blur.tasks.datasets import load_images
 
-_QUICK = flags.DEFINE_boolean("quick", False, "Two seeds and three epochs in place of five and ten.")
+_QUICK = flags.DEFINE_boolean("quick", False, "Two seeds and three epochs.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of each rule.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 
 """
@@ -74,12 +76,11 @@ def train(genome, images, seed, epochs):
 def main(argv):
     """Trains each rule with several seeds, prints the accuracies, and draws them."""
     del argv
-    seeds, epochs = (2, 3) if _QUICK.value else (5, 10)
+    count, epochs = (2, 3) if _QUICK.value else (_SEEDS.value, 10)
+    seeds = range(_SEED.value, _SEED.value + count)
     images = load_images("digits")
-    curves = {
-        name: np.array([train(genome, images, seed, epochs) for seed in range(seeds)]) for name, genome in genomes.items()
-    }
-    print(f"test accuracy on the 8x8 digits after {epochs} epochs, mean and standard deviation of {seeds} seeds")
+    curves = {name: np.array([train(genome, images, seed, epochs) for seed in seeds]) for name, genome in genomes.items()}
+    print(f"test accuracy on the 8x8 digits after {epochs} epochs, mean and deviation, seeds {seeds[0]} to {seeds[-1]}")
     for name, values in curves.items():
         print(f"{name:<34} {values[:, -1].mean():.3f} +- {values[:, -1].std(ddof=1):.3f}")
     if _PLOT.value:

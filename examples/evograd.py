@@ -4,9 +4,10 @@ Description: EvoGrad learns how training images should be rotated, with first de
 Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021).
 
     python examples/evograd.py [--quick] [--part line|rotation ...] [--plot FILE.png] [--json FILE]
-        [--data mnist] [--data_dir DIR] [--seeds 5] [--epochs 5]
+        [--data mnist] [--data_dir DIR] [--seeds 5] [--seed 0] [--epochs 5]
 """
 
+import functools
 import json
 import math
 import os
@@ -31,7 +32,8 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _DATA = flags.DEFINE_string("data", "digits", "Image set of the rotation, such as mnist.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of each arm.", lower_bound=2)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of the line, and of each arm of the rotation.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 _EPOCHS = flags.DEFINE_integer("epochs", 5, "Passes over the training images; of the digits ten times as many.")
 
 """
@@ -47,35 +49,38 @@ right way.
 POPULATIONS = (2, 10, 100)
 
 
-def line(trials, populations):
-    """Quality of the mean over trials, for three sizes of the population."""
+def line(trials, populations, seeds):
+    """By seed, the quality of the mean over trials for each size of the population."""
     rates = np.linspace(0.1, 2.0, 100).astype("float32")
     truth = (rates - 1.0) / (rates + 1.0) ** 3
-    found = {"truth": truth.tolist(), "lambda": rates.tolist()}
+    found = [{"truth": truth.tolist(), "lambda": rates.tolist()} for _ in seeds]
     for population in populations:
         estimator = meta.EvoGrad(population, sigma=1.0, temperature=0.5, noise="normal")
 
-        def estimate(number, estimator=estimator):
-            seed = random.fold_in(random.seed_of(0), number)
+        def estimate(number, seed, estimator=estimator):
+            own = random.fold_in(seed, number)
             problem = Bilevel(
                 lambda outer, weights: (weights["x"] - 1.0) ** 2 + outer["rate"] * weights["x"] ** 2,
                 lambda weights: (weights["x"] - 0.5) ** 2, {"line": ("x",)},
             )  # fmt: skip
             outer = {"rate": tf.gather(tf.constant(rates), number % len(rates))}
-            start = random.normal(random.fold_in(seed, 1_000_000), ())
-            return estimator.estimate(problem, outer, {"x": start}, tf.ones(()), seed, {})[0].gradients["rate"]
+            start = random.normal(random.fold_in(own, 1_000_000), ())
+            return estimator.estimate(problem, outer, {"x": start}, tf.ones(()), own, {})[0].gradients["rate"]
 
         count = trials * len(rates)
-        run = tf.function(
-            lambda numbers, one=estimate: tf.map_fn(one, numbers, fn_output_signature=tf.float32), jit_compile=True
-        )
-        drawn = run(tf.range(count)).numpy().reshape(trials, len(rates))
-        mean = drawn.mean(axis=0)
-        found[str(population)] = {
-            "error": float(np.sqrt(np.mean((mean - truth) ** 2))), "deviation": float(drawn.std(axis=0, ddof=1).mean()),
-            "correlation": float(np.corrcoef(mean, truth)[0, 1]), "signs": float(np.mean((mean > 0) == (truth > 0))),
-            "mean": mean.tolist(),
-        }  # fmt: skip
+
+        @functools.partial(tf.function, jit_compile=True)
+        def run(numbers, seed, one=estimate):
+            return tf.map_fn(lambda number: one(number, seed), numbers, fn_output_signature=tf.float32)
+
+        for own, seed in zip(found, seeds, strict=True):
+            drawn = run(tf.range(count), random.seed_of(seed)).numpy().reshape(trials, len(rates))
+            mean = drawn.mean(axis=0)
+            own[str(population)] = {
+                "error": float(np.sqrt(np.mean((mean - truth) ** 2))), "deviation": float(drawn.std(axis=0, ddof=1).mean()),
+                "correlation": float(np.corrcoef(mean, truth)[0, 1]), "signs": float(np.mean((mean > 0) == (truth > 0))),
+                "mean": mean.tolist(),
+            }  # fmt: skip
     return found
 
 
@@ -84,7 +89,8 @@ def line(trials, populations):
 
 Training images are upright; those for validation and for testing are rotated by 30 degrees. The network sees training images
 through a rotation by a learned angle, 0 at first, which changes so that the loss on validation images would fall. A second
-arm learns the angle by the exact gradient through one step of SGD, a third has no such layer.
+arm learns the angle by the exact gradient through one step of SGD. The third has no rotation: it is Keras's own `fit`. All
+see the same batches in the same order.
 """
 
 ANGLE = 30.0
@@ -130,25 +136,28 @@ def rotation(seeds):
     x_valid, x_turned = turned(x[-held:]), turned(x_test)
     epochs = 2 if quick else _EPOCHS.value * (10 if _DATA.value == "digits" else 1)
     loss, batch = keras.losses.SparseCategoricalCrossentropy(from_logits=True), 128
+    steps = (len(x) - held) // batch
     arms = {"no rotation": None, "EvoGrad": meta.EvoGrad(), "exact one-step": meta.OneStep()}
     found = {name: [] for name in arms}
-    for seed in range(seeds):
+    for seed in seeds:
         for name, estimator in arms.items():
             model, angles = network(x.shape[1:], images.classes, seed), Angles()
-            # The control has the same trainer and the same batches; what it would learn, never changes.
-            rate = 1e-2 if estimator else 0.0
-            trainer = meta.BilevelTrainer(
-                model, meta.LearnedRotation(), estimator or meta.EvoGrad(), first="model", seed=seed
-            )
-            trainer.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(rate), loss, ["accuracy"])
+            train = tf.data.Dataset.from_tensor_slices((x[:-held], y[:-held])).shuffle(len(x) - held, seed=seed)
+            how = {"steps_per_epoch": steps, "epochs": epochs, "verbose": 0}
+            train = train.batch(batch, drop_remainder=True).repeat().prefetch(2)
+            trainer = meta.BilevelTrainer(model, meta.LearnedRotation(), estimator, first="model", seed=seed)
+            if estimator:
+                trainer.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(1e-2), loss)
+                how |= {"meta_data": (x_valid, y[-held:]), "meta_batch_size": batch, "callbacks": [angles]}
+            model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"], jit_compile=True)
             begin = time.perf_counter()
-            trainer.fit(
-                x[:-held], y[:-held], meta_data=(x_valid, y[-held:]), batch_size=batch, epochs=epochs,
-                meta_every=1 if estimator else 10**6, callbacks=[angles], verbose=0,
-            )  # fmt: skip
+            if estimator:
+                trainer.fit(train, **how)
+            else:
+                model.fit(train, shuffle=False, **how)
             seconds = time.perf_counter() - begin
             accuracy = {
-                key: trainer.evaluate(test, images.y_test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
+                key: model.evaluate(test, images.y_test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
                 for key, test in (("rotated", x_turned), ("upright", x_test))
             }
             found[name].append({**accuracy, "angles": angles.values, "seconds": seconds})
@@ -165,17 +174,19 @@ def main(argv):
     """Runs the parts, prints their numbers, and draws them."""
     del argv
     parts, document = _PART.value or ["line", "rotation"], {}
+    seeds = range(_SEED.value, _SEED.value + (2 if _QUICK.value else _SEEDS.value))
     if "line" in parts:
         quick = _QUICK.value
-        document["line"] = line(3 if quick else 100, POPULATIONS[:2] if quick else POPULATIONS)
-        print("line: error of the mean, deviation of one estimate, correlation, share of right signs")
-        for name, row in document["line"].items():
-            if name in ("truth", "lambda"):
-                continue
-            numbers = "  ".join(f"{row[key]:.3f}" for key in ("error", "deviation", "correlation", "signs"))
-            print(f"  K = {name:<4} {numbers}")
+        how = (3, POPULATIONS[:2]) if quick else (100, POPULATIONS)
+        document["line"] = line(*how, seeds)
+        print(f"line, seeds {seeds[0]} to {seeds[-1]}: error of the mean of {how[0]} trials, deviation of one estimate, "
+              "correlation, share of right signs")  # fmt: skip
+        for name in map(str, how[1]):
+            columns = [said([one[name][key] for one in document["line"]])
+                       for key in ("error", "deviation", "correlation", "signs")]  # fmt: skip
+            print(f"  K = {name:<4} {'   '.join(columns)}", flush=True)
     if "rotation" in parts:
-        runs = document["rotation"] = rotation(2 if _QUICK.value else _SEEDS.value)
+        runs = document["rotation"] = rotation(seeds)
         print(
             f"{_DATA.value}: accuracy on rotated test images, on upright ones, learned angle, time over that of no rotation"
         )
@@ -196,9 +207,11 @@ def draw(document):
     figure, axes = style.figure(columns=len(document), width=4.5)
     for axis, (part, found) in zip(axes[0], document.items(), strict=True):
         if part == "line":
-            style.line(axis, 6, found["lambda"], np.array(found["truth"]), "true derivative")
-            for index, name in enumerate(one for one in found if one not in ("truth", "lambda")):
-                style.line(axis, index, found["lambda"], np.array(found[name]["mean"]), f"EvoGrad, K = {name}")
+            rates, truth = (np.array(found[0][key]) for key in ("lambda", "truth"))
+            style.line(axis, 6, rates, truth, "true derivative")
+            for index, name in enumerate(one for one in found[0] if one not in ("truth", "lambda")):
+                means = np.array([one[name]["mean"] for one in found])
+                style.line(axis, index, rates, means.mean(axis=0), f"EvoGrad, K = {name}", means.std(axis=0, ddof=1))
             axis.set_xlabel("lambda")
             axis.set_ylabel("derivative, mean of the trials")
         else:

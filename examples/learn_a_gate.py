@@ -4,7 +4,7 @@ Description: Derivatives of a BLUR gate during `Sequential.fit`: EvoGrad's, the 
 Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021), over
 the synapse states of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
 
-    python examples/learn_a_gate.py [--quick] [--genome backprop] [--data digits] [--data_dir DIR] [--seeds 5]
+    python examples/learn_a_gate.py [--quick] [--genome backprop] [--data digits] [--data_dir DIR] [--seeds 5] [--seed 0]
         [--starts=-4,-2,0,2,3.5] [--plot FILE.png] [--json FILE]
 """
 
@@ -29,6 +29,7 @@ _GENOME = flags.DEFINE_string("genome", "backprop", "The genome whose gate is le
 _DATA = flags.DEFINE_string("data", "digits", "Image set, such as mnist.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of each arm.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 _STARTS = flags.DEFINE_list("starts", ["-4", "-2", "0", "2", "3.5"], "Logarithms of the gate's factor at the start.")
 _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
@@ -200,12 +201,12 @@ def main(argv):
             (x_test, images.y_test), images.classes)  # fmt: skip
     epochs = 1 if quick or len(x) >= 10000 else 10
     starts = (-2.0,) if quick else tuple(map(float, _STARTS.value))
-    seeds, document = 2 if quick else _SEEDS.value, {}
-    print(f"{_GENOME.value} on {_DATA.value}, {seeds} seeds; factors of the gate are e^s")
+    seeds, document = range(_SEED.value, _SEED.value + (2 if quick else _SEEDS.value)), {}
+    print(f"{_GENOME.value} on {_DATA.value}, seeds {seeds[0]} to {seeds[-1]}; factors of the gate are e^s")
     print("  start s, arm: last s, share of derivatives with the sign of the exact one, test accuracy, test loss")
     for s in starts:
         for arm in ("constant gate", *ARMS):
-            runs = document.setdefault(arm, {})[f"{s:g}"] = [run(arm, s, seed, data, epochs) for seed in range(seeds)]
+            runs = document.setdefault(arm, {})[f"{s:g}"] = [run(arm, s, seed, data, epochs) for seed in seeds]
             columns = [said([one[key][-1] for one in runs]) if arm in ARMS else "" for key in ("s", "agree")]
             columns = [f"{column:<16}" for column in columns]
             columns += [said([one[key] for one in runs]) for key in ("accuracy", "loss")]

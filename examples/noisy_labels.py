@@ -5,7 +5,7 @@ Source: "Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strate
 al., CVPR 2021).
 
     python examples/noisy_labels.py [--quick] [--plot FILE.png] [--json FILE] [--data fashion_mnist] [--data_dir DIR]
-        [--noise 0.6] [--seeds 3] [--arms ...]
+        [--noise 0.6] [--seeds 3] [--seed 0] [--arms ...]
 """
 
 import json
@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 from keras_blur import files, meta, tasks
@@ -29,19 +30,22 @@ _DATA = flags.DEFINE_string("data", "gaussian", "'gaussian', or an image set suc
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
 _NOISE = flags.DEFINE_list("noise", ["0.6"], "Shares of labels that are drawn anew.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
+_SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 _ARMS = flags.DEFINE_list("arms", [], "Names of the arms; all by default.")
 
 """
 ## The data
 
-Ten Gaussian classes in 32 dimensions, whose labels are drawn anew for six tenths of 10,000 examples; a hundred examples are
-known to be right. Or images, of which ten thousand are used and a thousand are clean. A network can learn the mistakes by
-heart: its last accuracy falls below its best one. All arms start from the same weights and see the same batches.
+The data are ten Gaussian classes in 32 dimensions. The labels of six tenths of 11,000 examples are drawn anew: 10,000 of
+these examples are for training, and 1,000 are held back with the labels that they have, mistakes included. The labels of a
+hundred more examples are known to be right. Images are used in the same way, with a thousand clean ones. A network can learn
+the mistakes by heart, so its accuracy falls as it trains on. The examples that are held back say where to stop. Test data
+choose nothing.
 """
 
 
 def data(seed):
-    """Training inputs and true labels, clean meta data, test data."""
+    """Noisy training inputs and true labels, held-back ones, clean meta data, test data."""
     if _DATA.value == "gaussian":
         rng = np.random.default_rng(seed)
         centres = 0.75 * rng.standard_normal((10, 32))
@@ -50,13 +54,23 @@ def data(seed):
             labels = rng.integers(0, 10, count)
             return (centres[labels] + rng.standard_normal((count, 32))).astype("float32"), labels
 
-        return draw(10000), draw(100), draw(5000)
+        return draw(10000), draw(1000), draw(100), draw(5000)
     images = load_images(_DATA.value, _DATA_DIR.value)
     x, x_test = (part.astype("float32") / images.scale for part in (images.x_train, images.x_test))
     order = np.random.default_rng(seed).permutation(len(x))
     train = min(10000, len(x) * 4 // 5)
-    chosen, clean = order[:train], order[train : train + min(1000, len(x) - train)]
-    return (x[chosen], images.y_train[chosen]), (x[clean], images.y_train[clean]), (x_test, images.y_test)
+    few = min(1000, (len(x) - train) // 2)
+    parts = np.split(order[: train + 2 * few], [train, train + few])
+    return *((x[part], images.y_train[part]) for part in parts), (x_test, images.y_test)
+
+
+def batches(x, y, size, epochs, seed):
+    """The batches of some epochs. Their order follows from the seed and the number of an epoch, so all arms share it."""
+    steps = len(x) // size
+    order = [np.random.default_rng([seed, epoch]).permutation(len(x))[: steps * size] for epoch in epochs]
+    chosen = tf.data.Dataset.from_tensor_slices(np.concatenate(order).reshape(-1, size))
+    x, y = tf.constant(x), tf.constant(y)
+    return chosen.map(lambda some: (tf.gather(x, some), tf.gather(y, some))).prefetch(2)
 
 
 def network(shape, seed):
@@ -76,13 +90,15 @@ def network(shape, seed):
 ## The arms
 
 Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
-or those that a sampler picks; EvoGrad no second derivative. Cross-entropy gives all examples the weight 1: the same trainer,
-in which the turn of the weights never comes. The last arm has no clean data: the network learns plainly for two epochs, and
-examples whose loss is by then in the lower of two heaps take their place.
+or those that a sampler picks; EvoGrad no second derivative. Cross-entropy is Keras's own `fit` on the noisy labels. "Clean
+data alone" is the same on the clean examples, for as many steps: the other arms have those too. In the last arm there are no
+clean data: the network learns by cross-entropy for two epochs, and examples whose loss is by then in the lower of two heaps
+take their place. All arms start from the same weights, have the same optimizer, and see the noisy batches in the same order.
 """
 
 ARMS = {
     "cross-entropy": None,
+    "clean data alone": None,
     "Meta-Weight-Net": meta.OneStep(),
     "FaMUS cut": meta.LayerwiseMetaGradient("last:2"),
     "FaMUS sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
@@ -91,11 +107,13 @@ ARMS = {
 }
 
 
-class Timed(keras.callbacks.Callback):
-    """Seconds of the median step; the first ones, of which one compiles, do not count."""
+class Followed(keras.callbacks.Callback):
+    """Accuracy by epoch on test data and on those that are held back, and the seconds of each step."""
 
-    def on_train_begin(self, logs=None):
-        self.steps = []
+    def __init__(self, network, test, held):
+        super().__init__()
+        self.network, self.sets = network, {"test": test, "held": held}
+        self.curves, self.steps = {"test": [], "held": []}, []
 
     def on_train_batch_begin(self, batch, logs=None):
         self._begin = time.perf_counter()
@@ -103,48 +121,57 @@ class Timed(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.steps.append(time.perf_counter() - self._begin)
 
-    @property
-    def seconds(self):
-        return float(np.median(self.steps[len(self.steps) // 20 + 1 :]))
+    def on_epoch_end(self, epoch, logs=None):
+        for name, (x, y) in self.sets.items():
+            found = self.network.predict(x, batch_size=500, verbose=0).argmax(axis=1)
+            self.curves[name].append(float(np.mean(found == y)))
 
 
 def run(name, noise, seed):
-    """Test accuracy by epoch, the weights of right and wrong examples at the end, and the time of an epoch."""
-    (x, truth), clean, test = data(seed)
-    y = tasks.noisy_labels(truth, 10, noise, seed=seed)
-    epochs, batch = (2 if _QUICK.value else 25), 100
+    """Test accuracy by epoch, the weights of right and wrong examples at the end, and the time of a step."""
+    (x, truth), (x_held, truth_held), clean, test = data(seed)
+    noisy = tasks.noisy_labels(np.concatenate([truth, truth_held]), 10, noise, seed=seed)
+    y, held = noisy[: len(x)], (x_held, noisy[len(x) :])
+    epochs, size = (2 if _QUICK.value else 25), 100
+    steps = len(x) // size
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model, estimator, timed = network(x.shape[1:], seed), ARMS[name], Timed()
+    model, estimator, plain = network(x.shape[1:], seed), ARMS[name], 0
+    followed = Followed(model, test, held)
 
-    def train(estimator, meta_data, epochs, callbacks=()):
-        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator or meta.OneStep(), seed=seed)
-        optimizer = keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
-        # All arms as TensorFlow's graph: a sampler's step is not compiled by XLA, which makes convolutions slow on a CPU.
-        meta_optimizer = keras.optimizers.Adam(3e-4 if estimator else 0.0)
-        trainer.compile(optimizer, meta_optimizer, loss, ["accuracy"], jit_compile=False)
-        history = trainer.fit(
-            x, y, meta_data=meta_data, batch_size=batch, epochs=epochs, meta_every=1 if estimator else 10**9,
-            validation_data=test, callbacks=callbacks, verbose=0,
-        ).history  # fmt: skip
-        return trainer, history["val_accuracy"], history["skipped"]
+    def optimizer():
+        return keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
 
-    before = []
-    if name.endswith("without clean data"):
-        _, before, _ = train(None, (x, y), 1 if _QUICK.value else 2)
-        chosen = meta.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
-        clean = (x[chosen], y[chosen])
-    trainer, curve, skipped = train(estimator, clean, epochs - len(before), [timed])
-    curve = before + curve
+    # All arms are TensorFlow's graph: XLA cannot compile a sampler's step, and its convolutions are slow on a CPU.
+    if estimator is None or name.endswith("without clean data"):
+        plain = epochs if estimator is None else min(2, epochs - 1)
+        own = batches(*clean, len(clean[0]), range(epochs * steps), seed) if name == "clean data alone" else None
+        model.compile(optimizer(), loss, jit_compile=False)
+        model.fit(
+            own or batches(x, y, size, range(plain), seed), epochs=plain, steps_per_epoch=steps, callbacks=[followed],
+            shuffle=False, verbose=0,
+        )  # fmt: skip
     result = {}
     if estimator:
+        if plain:
+            chosen = meta.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
+            clean = (x[chosen], y[chosen])
+            result = {"taken": float(np.mean(chosen)), "taken right": float(np.mean((y == truth)[chosen]))}
+            followed.steps = []
+        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator, seed=seed)
+        trainer.compile(optimizer(), keras.optimizers.Adam(3e-4), loss, jit_compile=False)
+        history = trainer.fit(
+            batches(x, y, size, range(plain, epochs), seed), meta_data=clean, meta_batch_size=size, steps_per_epoch=steps,
+            epochs=epochs - plain, callbacks=[followed], verbose=0,
+        ).history  # fmt: skip
         each = loss.call(y, model.predict(x, batch_size=500, verbose=0))
         weights, right = trainer.learned(each).numpy(), y == truth
-        result = {"right": weights[right].tolist(), "wrong": weights[~right].tolist()}
-        result["skipped"] = float(np.mean(skipped))
-    if before:
-        result |= {"taken": float(np.mean(chosen)), "taken right": float(np.mean((y == truth)[chosen]))}
-    last = float(np.mean(curve[-3:]))
-    return {**result, "last": last, "best": max(curve), "curve": curve, "seconds": timed.seconds}
+        result |= {"right": weights[right].tolist(), "wrong": weights[~right].tolist()}
+        result["skipped"] = float(np.mean(history["skipped"]))
+    curve, choice = followed.curves["test"], int(np.argmax(followed.curves["held"]))
+    # The first steps compile, so they do not count.
+    seconds = float(np.median(followed.steps[len(followed.steps) // 20 + 1 :]))
+    return {**result, "last": float(np.mean(curve[-3:])), "chosen": curve[choice], "epoch": choice + 1, **followed.curves,
+            "seconds": seconds}  # fmt: skip
 
 
 def said(values):
@@ -155,22 +182,24 @@ def said(values):
 def main(argv):
     """Runs the arms, prints their numbers, and draws them."""
     del argv
-    document, seeds = {}, 2 if _QUICK.value else _SEEDS.value
+    document, count = {}, 2 if _QUICK.value else _SEEDS.value
+    seeds = range(_SEED.value, _SEED.value + count)
     unknown = set(_ARMS.value) - set(ARMS)
     if unknown:
         raise app.UsageError(f"--arms must be some of {', '.join(ARMS)}. Received: {', '.join(unknown)}")
     for noise in map(float, _NOISE.value):
-        print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; {seeds} seeds")
-        print("  last accuracy (mean of three epochs), best, right over wrong weight, time of a step over the first's")
+        print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; seeds {seeds[0]} to {seeds[-1]}")
+        print("  test accuracy: last (mean of three epochs), and at the epoch that is best on the held-back noisy labels;")
+        print("  right over wrong weight; time of a step over the first arm's")
         found = document[f"{noise:g}"] = {name: [] for name in _ARMS.value or ARMS}
-        for seed in range(seeds):  # arms in turn, so that they meet the same load of the machine
+        for seed in seeds:  # arms in turn, so that they meet the same load of the machine
             for name, runs in found.items():
                 runs.append(run(name, noise, seed))
         base = next(iter(found.values()))
         for name, runs in found.items():
             ratio = [np.mean(one["right"]) / np.mean(one["wrong"]) for one in runs if "right" in one]
             times = np.median([one["seconds"] / other["seconds"] for one, other in zip(runs, base, strict=True)])
-            columns = [said([one[key] for one in runs]) for key in ("last", "best")]
+            columns = [said([one[key] for one in runs]) for key in ("last", "chosen")]
             print(f"  {name:<24} {'   '.join(columns)}   {said(ratio) if ratio else '':<18} {times:.2f}", flush=True)
             if "taken" in runs[0]:
                 shares = [said([one[key] for one in runs]) for key in ("taken", "taken right")]
@@ -185,7 +214,7 @@ def draw(arms):
     """Test accuracy by epoch; histograms of the weights that Meta-Weight-Net gives to right and wrong examples."""
     figure, axes = style.figure(columns=2, width=4.5)
     for index, (name, runs) in enumerate(arms.items()):
-        curves = np.array([one["curve"] for one in runs])
+        curves = np.array([one["test"] for one in runs])
         epochs = np.arange(1, curves.shape[1] + 1)
         style.line(axes[0][0], index, epochs, curves.mean(axis=0), name, curves.std(axis=0, ddof=1))
     axes[0][0].set_xlabel("epoch")

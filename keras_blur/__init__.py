@@ -9,7 +9,8 @@ import importlib.util as _util
 import os as _os
 import sys as _sys
 
-if _os.path.basename(_sys.argv[0]) == "keras-blur":  # the shell's own process: hide TensorFlow's start-up messages
+# The command line's own process, as a script or as `python -m`: hide TensorFlow's start-up messages.
+if _os.path.basename(_sys.argv[0]) in ("keras-blur", "-m"):
     _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if _util.find_spec("tensorflow") is None:

@@ -1,105 +1,502 @@
-"""Data that a network is to learn from, checked before they do harm: numbers that are not finite, labels out of range.
+"""Data checks: arrays, `tf.data` datasets, PyDatasets and generators, before a model or a task distribution uses them.
 
-Keras would train on them, and the first sign would be a score that is NaN, hours later.
+Each check raises a `ValueError` of one sentence with the argument, the expected value and the received one. Arrays and the
+element specs of datasets are checked before any work. Batches of a stream are checked as they arrive: a dataset reduces each
+batch to one boolean in its own graph, and only a batch that looks wrong goes through the numpy checks, which raise.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+import itertools
+import math
+import numbers
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-Classes = Callable[[], int | None]
+from keras_blur import feedback as feedbacks
+from keras_blur import random
+from keras_blur.files import exists, is_remote
+
+Array = Any
+Shape = tuple[int | None, ...]
+
+_ROUNDING = 1e-3  # soft labels in half precision exceed 1 by less
+_TASK_KINDS = ("classes", "values", "bits")
 
 
-def checked(x: Any, y: Any, sample_weight: Any, classes: Classes) -> Any:
-    """What `fit` is given as x, checked: arrays at once, batches of other kinds as they come.
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The data that a model takes.
+
+    Attributes:
+        features: shape of one input; `None` if it is not known.
+        outputs: shape of one output; `None` if it is not known.
+        labels: `"classes"`, `"indicators"`, `"signs"`, `"hinge"` or `"values"`, as in `feedback.target_kind`; `None` for a
+            loss that may take labels of any shape.
+        classes: number of classes of integer labels; `None` if it is not known.
+        ignored: the label that the loss leaves out (`ignore_class`).
+        text: whether inputs may be strings.
+    """
+
+    features: Shape | None = None
+    outputs: Shape | None = None
+    labels: str | None = None
+    classes: int | None = None
+    ignored: int | None = None
+    text: bool = False
+
+
+def label_kind(loss: Any) -> str | None:
+    """The kind of labels that a Keras loss takes, or `None` for a loss of another origin.
 
     Args:
-        x: arrays, a `tf.data.Dataset`, a `PyDataset`, a generator, or `None`.
-        y: labels or targets that go with arrays.
-        sample_weight: weights that go with arrays, or `None`.
-        classes: gives the number of classes where labels are integers, else `None`; asked at each check, since a network
-            may be built by its first batch.
+        loss: a `keras.losses.Loss`, a function or a name.
+    """
+    try:
+        loss = feedbacks.resolve_loss(loss)
+    except ValueError:
+        return None
+    known = type(loss).__module__.split(".")[0] == "keras" and type(loss).__name__ not in ("CTC", "Circle")
+    return feedbacks.target_kind(loss) if known else None
+
+
+def model_expects(model: keras.Model, loss: Any) -> Expected:
+    """The data that a Keras model with one input and one output takes under a loss."""
+    features, outputs = (getattr(model, name, None) for name in ("input_shape", "output_shape"))
+    if not all(shape is None or isinstance(shape, tuple) for shape in (features, outputs)):
+        return Expected()
+    return Expected(
+        None if features is None else tuple(features[1:]),
+        None if outputs is None else tuple(outputs[1:]),
+        label_kind(loss),
+        outputs[-1] if outputs and len(outputs) > 1 else None,
+        getattr(loss, "ignore_class", None),
+        text=any(tensor.dtype == "string" for tensor in getattr(model, "inputs", None) or ()),
+    )
+
+
+def checked(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    expected: Callable[[], Expected],
+    *,
+    within: str | None = None,
+    labelled: bool = True,
+) -> tuple[Any, Any, Any]:
+    """Data for a Keras model, checked: arrays at once, batches of other sources as they arrive.
+
+    Args:
+        x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of batches.
+        y: labels or targets of arrays.
+        sample_weight: weights of arrays, or `None`.
+        expected: gives the data that the model takes; called at each check, since the first batch may build a model.
+        within: the argument that holds the data, if it isn't `x` itself, as `"validation_data"`.
+        labelled: whether the data must have labels.
 
     Returns:
-        x, or what gives its batches.
+        The three, ready for Keras: lists as arrays, booleans and small integers as a dtype that losses and metrics take.
 
     Raises:
-        ValueError: if arrays are not finite, or a label is not one of the classes.
+        ValueError: if shapes, dtypes, numbers, labels or weights don't fit. A stream raises it inside `plain_errors`.
     """
+    check = _Check(expected, within, labelled)
+    if not isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) and not inspect.isgenerator(x):
+        return check.arrays(x, y, sample_weight)
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"{check.named(name)} must be left out where x gives batches, which hold it. Received: x={type(x).__name__} "
+                f"and {name}={type(value).__name__}"
+            )
     if isinstance(x, tf.data.Dataset):
-        return x.map(lambda *batch: _tensors(classes(), batch))
+        return check.dataset(x), None, None
     if isinstance(x, keras.utils.PyDataset):
-        return _CheckedDataset(x, classes)
-    if inspect.isgenerator(x):
-        return _batches(x, classes)
-    if x is not None:
-        _arrays(classes(), x, y, sample_weight)
-    return x
+        if x.num_batches == 0:
+            check.refuse("x", "hold at least one example", "a PyDataset without batches")
+        return _CheckedDataset(x, check), None, None
+    return check.batches(x), None, None
 
 
-def _batches(batches: Iterable[Any], classes: Classes) -> Iterable[Any]:
-    for batch in batches:
-        _arrays(classes(), *keras.utils.unpack_x_y_sample_weight(batch))
-        yield batch
+def checked_arrays(
+    x: Any, y: Any, sample_weight: Any, expected: Expected, within: str | None = None
+) -> tuple[Any, Any, Any]:
+    """As `checked`, for arrays alone."""
+    return _Check(lambda: expected, within, True).arrays(x, y, sample_weight)
 
 
-def _arrays(classes: int | None, x: Any, y: Any, sample_weight: Any) -> None:
-    values = np.asarray(x) if not isinstance(x, (list, tuple, dict)) else None
-    if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("`x` must be finite. Received an array with NaN or infinite numbers.")
-    if y is None:
-        raise ValueError("`y` must be given: a network learns from labels or targets. Received: y=None")
-    labels = np.asarray(y)
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(f"`y` must hold numbers. Received an array of {labels.dtype}.")
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError("`y` must be finite. Received an array with NaN or infinite numbers.")
-    if sample_weight is not None and not np.isfinite(np.asarray(sample_weight, np.float64)).all():
-        raise ValueError("`sample_weight` must be finite. Received an array with NaN or infinite numbers.")
-    if classes is None or not labels.size:
-        return
-    if labels.min() < 0 or labels.max() >= classes or (labels.dtype.kind == "f" and (labels % 1).any()):
+def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
+    """The argument `validation_data`, checked as by `checked`: arrays `(x, y)` or `(x, y, sample_weight)`, or a stream."""
+    if not isinstance(data, (tuple, list)):
+        return checked(data, None, None, expected, within="validation_data")[0]
+    if not 2 <= len(data) <= 3:
         raise ValueError(
-            f"Labels must be integers from 0 to {classes - 1}, which is what the output layer can tell apart. "
-            f"Received labels from {labels.min()} to {labels.max()}."
+            f"`validation_data` must be (x, y), (x, y, sample_weight) or a dataset. Received: a tuple of {len(data)}"
         )
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, weight = checked(x, y, weight, expected, within="validation_data")
+    return (x, y) if weight is None else (x, y, weight)
 
 
-def _tensors(classes: int | None, batch: tuple[Any, ...]) -> Any:
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch if len(batch) > 1 else batch[0])
-    if y is None:
-        raise ValueError("A dataset for `fit` must give (x, y) or (x, y, sample_weight). Received batches without y.")
-    checks = []
-    for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-        if value is not None and value.dtype.is_floating:
-            checks.append(tf.debugging.assert_all_finite(value, f"`{name}` must be finite"))
-    if classes is not None:
-        wrong = f"Labels must be integers from 0 to {classes - 1}"
-        limit = tf.cast(classes, y.dtype)
-        checks += [tf.debugging.assert_non_negative(y, wrong), tf.debugging.assert_less(y, limit, wrong)]
-    with tf.control_dependencies(checks):
-        return tuple(tf.nest.map_structure(tf.identity, batch))
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what TensorFlow makes of an error in a checked stream back into the `ValueError`."""
+    try:
+        yield
+    except (tf.errors.OpError, _StreamError) as error:
+        text = f"{_StreamError.__name__}: {error}" if isinstance(error, _StreamError) else str(error)
+        found = re.search(rf"{_StreamError.__name__}: ([^\n]*)", text)
+        if not found:
+            raise
+        raise ValueError(found[1]) from None
+
+
+def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected) -> None:
+    """Raises a `ValueError` unless `class_weight` is `None` or maps classes to finite weights of 0 or more."""
+    if class_weight is None:
+        return
+    if sample_weight is not None:
+        raise ValueError("`class_weight` must be None where `sample_weight` is given. Received: both")
+    wanted = "`class_weight` must map class numbers to finite weights of 0 or more."
+    if not isinstance(class_weight, Mapping) or not class_weight:
+        raise ValueError(f"{wanted} Received: class_weight={class_weight!r}")
+    for label, weight in class_weight.items():
+        whole = isinstance(label, numbers.Real) and float(label).is_integer() and float(label) >= 0
+        if not whole or (expected.classes is not None and label >= expected.classes):
+            limit = "" if expected.classes is None else f" below {expected.classes}"
+            raise ValueError(f"{wanted[:-1]}, with class numbers{limit}. Received: the class {label!r}")
+        try:
+            sound = math.isfinite(weight) and weight >= 0
+        except TypeError:
+            sound = False
+        if not sound:
+            raise ValueError(f"{wanted} Received: weight {weight!r} for class {label!r}")
+
+
+def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> None:
+    """Draws one episode of a task distribution and checks it.
+
+    Args:
+        tasks: a `tasks.Tasks`.
+        batch: examples in each support batch.
+        query: examples of the query.
+        split: the split to draw from.
+
+    Raises:
+        ValueError: if an attribute is missing or wrong, or an array of the episode has a wrong shape or dtype, isn't finite,
+            or holds labels other than +1 and -1 for `kind="classes"` (with 0 where unscored, for `"bits"`).
+    """
+    named = f"`tasks` ({getattr(tasks, 'name', type(tasks).__name__)})"
+    for attribute in ("features", "outputs"):
+        value = getattr(tasks, attribute, None)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{named} must have `{attribute}`, a positive integer. Received: {attribute}={value!r}")
+    if tasks.kind not in _TASK_KINDS:
+        known = ", ".join(map(repr, _TASK_KINDS))
+        raise ValueError(f"{named} must have a `kind`, one of {known}. Received: kind={tasks.kind!r}")
+    seed = random.seed_of(0)
+    with tf.device("CPU"):
+        count = min(batch + query, tasks.available(split))
+        drawn = tasks.examples(seed, count, split)
+        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
+            raise ValueError(f"{named} must give examples (x, y). Received: {type(drawn).__name__}")
+        for name, value, columns in zip("xy", drawn, (tasks.features, tasks.outputs), strict=True):
+            found = np.asarray(value)
+            if found.shape != (count, columns):
+                raise ValueError(
+                    f"{named} must give examples with `{name}` of shape {(count, columns)}. Received: shape {found.shape}"
+                )
+            if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
+                raise ValueError(f"{named} must give examples with `{name}` of numbers. Received: {found.dtype}")
+        episode = tasks.episode(seed, steps=1, batch=batch, query=query, split=split)
+    wanted = {
+        "x": (1, batch, tasks.features),
+        "y": (1, batch, tasks.outputs),
+        "query_x": (query, tasks.features),
+        "query_y": (query, tasks.outputs),
+    }
+    if not isinstance(episode, Mapping) or set(episode) != set(wanted):
+        came = sorted(episode) if isinstance(episode, Mapping) else type(episode).__name__
+        raise ValueError(f"{named} must give episodes with x, y, query_x and query_y. Received: {came}")
+    for name, shape in wanted.items():
+        value = np.asarray(episode[name])
+        if value.shape != shape:
+            raise ValueError(f"{named} must give `{name}` of shape {shape}. Received: shape {value.shape}")
+        if value.dtype != np.float32:
+            raise ValueError(f"{named} must give `{name}` as float32. Received: {value.dtype}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{named} must give finite numbers. Received: NaN or infinite numbers in `{name}`")
+        if not name.endswith("y") or tasks.kind == "values":
+            continue
+        allowed = (-1.0, 0.0, 1.0) if tasks.kind == "bits" else (-1.0, 1.0)
+        if not np.isin(value, allowed).all():
+            known = "labels +1, -1 and 0 (unscored)" if tasks.kind == "bits" else "labels +1 and -1"
+            raise ValueError(
+                f"{named} must give {known} for kind={tasks.kind!r}. Received: `{name}` from {value.min():g} to "
+                f"{value.max():g}, with other values"
+            )
+        if tasks.kind == "classes" and tasks.outputs > 1 and not ((value > 0).sum(-1) == 1).all():
+            raise ValueError(
+                f"{named} must give one label +1 in each row for kind='classes'. Received: `{name}` with "
+                f"{(value > 0).sum(-1).min()} to {(value > 0).sum(-1).max()}"
+            )
+
+
+class CheckedModel(keras.Model):
+    """A Keras model that checks its data; a subclass has `_expected`."""
+
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        given = inspect.signature(keras.Model.evaluate).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        others = given.pop("kwargs", {})
+        if not others.get("_use_cached_eval_dataset"):  # `fit` checked it
+            data = checked(given.get("x"), given.get("y"), given.get("sample_weight"), self._expected)
+            given["x"], given["y"], given["sample_weight"] = data
+        with plain_errors():
+            return super().evaluate(**given, **others)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, with the inputs checked as in `fit`."""
+        x = checked(x, None, None, self._expected, labelled=False)[0]
+        with plain_errors():
+            return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        x, y, sample_weight = checked(x, y, sample_weight, self._expected)
+        check_class_weight(class_weight, sample_weight, self._expected())
+        return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
+
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        return super().test_on_batch(*checked(x, y, sample_weight, self._expected), **kwargs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """As in Keras, with the inputs checked as in `fit`."""
+        return super().predict_on_batch(checked(x, None, None, self._expected, labelled=False)[0])
+
+
+class _StreamError(ValueError):
+    """The error of a batch that streams; TensorFlow carries its name and its sentence."""
+
+
+class _Check:
+    """The checks of one source of data."""
+
+    def __init__(self, expected: Callable[[], Expected], within: str | None, labelled: bool):
+        self.expected, self.within, self.labelled = expected, within, labelled
+
+    def named(self, name: str) -> str:
+        """An argument as messages name it."""
+        return f"`{name}` of `{self.within}`" if self.within else f"`{name}`"
+
+    def refuse(self, name: str, wanted: str, received: str) -> None:
+        raise ValueError(f"{self.named(name)} must {wanted}. Received: {received}")
+
+    # Sources.
+
+    def arrays(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        """Arrays of any kind, checked and ready for Keras."""
+        expected = self.expected()
+        x_array = self._array("x", x, expected)
+        y_array = self._array("y", y, expected) if self.labelled else None
+        weight = None if sample_weight is None else self._array("sample_weight", sample_weight, expected)
+        self._shapes(expected, *(None if one is None else one.shape for one in (x_array, y_array, weight)))
+        self._values(expected, x_array, y_array, weight)
+        # A tensor stays where it is, unless it has to change.
+        pairs = ((x, x_array), (y, y_array), (sample_weight, weight))
+        kept = [value if tf.is_tensor(value) else array for value, array in pairs]
+        return _ready(expected, *kept) if self.labelled else (_ready(expected, kept[0], None, None)[0], y, kept[2])
+
+    def dataset(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """A dataset whose element spec is checked, and whose batches are as they arrive."""
+        expected = self.expected()
+        spec = dataset.element_spec
+        x, y, weight = self._parts(spec)
+        self._specs(expected, x, y, weight)
+        if dataset.cardinality() == 0:
+            self.refuse("x", "hold at least one example", "a dataset without batches")
+
+        @tf.autograph.experimental.do_not_convert
+        def mapped(*batch: Any) -> Any:
+            return self._mapped(batch if type(spec) is tuple else batch[0])
+
+        return dataset.map(mapped)
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of a generator, checked as they arrive."""
+        empty = True
+        for batch in batches:
+            empty = False
+            yield self.batch(batch)
+        if empty:
+            self.refuse("x", "hold at least one example", "a generator without batches")
+
+    def batch(self, batch: Any) -> Any:
+        """A batch of a stream, checked."""
+        try:
+            parts = self._parts(batch)
+            if not self.labelled:
+                return (self.arrays(parts[0], None, None)[0],)
+            x, y, weight = self.arrays(*parts)
+        except ValueError as error:
+            raise _StreamError(str(error)) from None
+        return (x, y) if weight is None else (x, y, weight)
+
+    def _parts(self, batch: Any) -> tuple[Any, Any, Any]:
+        if isinstance(batch, (tuple, list)) and not 1 <= len(batch) <= 3:
+            self.refuse("x", "give batches (x, y) or (x, y, sample_weight)", f"batches of {len(batch)} parts")
+        return keras.utils.unpack_x_y_sample_weight(batch)
+
+    # Checks of form.
+
+    def _array(self, name: str, value: Any, expected: Expected) -> np.ndarray:
+        """An argument as a numpy array of numbers."""
+        if value is None:
+            self.refuse(name, "be given", f"{name}=None")
+        wanted = f"be one array{f' of shape {_text(expected.features)}' if name == 'x' and expected.features else ''}"
+        several = isinstance(value, (list, tuple)) and self._is_several(name, value, expected)
+        if several or isinstance(value, (Mapping, tf.RaggedTensor, tf.SparseTensor)):
+            self.refuse(name, wanted, _described(value))
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError):
+            self.refuse(name, wanted, _described(value))
+        if array.ndim == 0 and array.dtype.kind == "O":
+            self.refuse(name, wanted, _described(value))
+        self._dtype(name, array.dtype, expected)
+        return array
+
+    def _is_several(self, name: str, value: Any, expected: Expected) -> bool:
+        """Whether a list holds whole inputs rather than examples."""
+        if name != "x" or not expected.features:
+            return False
+        return bool(value) and all(len(getattr(one, "shape", ())) > len(expected.features) for one in value)
+
+    def _dtype(self, name: str, dtype: Any, expected: Expected) -> None:
+        if name == "x" and expected.text and dtype.kind in "USO":
+            return
+        if dtype.kind not in "biuf" and dtype.name != "bfloat16":
+            self.refuse(name, "hold numbers", f"{dtype if dtype.kind != 'O' else 'objects or strings'}")
+
+    def _specs(self, expected: Expected, x: Any, y: Any, weight: Any) -> None:
+        """Checks what is known of a dataset's elements."""
+        parts = [("x", x)]
+        if self.labelled:
+            parts += [("y", y)] if weight is None else [("y", y), ("sample_weight", weight)]
+        shapes = []
+        for name, spec in parts:
+            if spec is None:
+                self.refuse(name, "be given", f"{name}=None")
+            if not isinstance(spec, tf.TensorSpec):
+                of_shape = f" of shape {_text(expected.features)}" if name == "x" and expected.features else ""
+                self.refuse(name, f"be one array{of_shape}", _described(spec))
+            self._dtype(name, np.dtype(spec.dtype.as_numpy_dtype), expected)
+            shapes.append(None if spec.shape.rank is None else tuple(spec.shape))
+        self._shapes(expected, *shapes)
+
+    def _shapes(self, expected: Expected, x: Any, y: Any = None, weight: Any = None) -> None:
+        """Checks shapes; a size that isn't known is `None`, as is the shape of an absent array or of one of unknown rank."""
+        if x is not None and not (x and _fits(x[1:], *_input_shapes(expected.features))):
+            self.refuse("x", f"have shape {_text(expected.features)}", f"an array of shape {_plain(x)}")
+        if x is not None and x[0] == 0:
+            self.refuse("x", "hold at least one example", f"an array of shape {_plain(x)}")
+        if y is not None and not (y and _fits(y[1:], *_label_shapes(expected))):
+            forms = _label_shapes(expected)
+            wanted = " or ".join(dict.fromkeys(_text(form) for form in forms))
+            kind = " of integer labels" if expected.labels == "classes" else ""
+            hint = ""
+            if expected.labels not in (None, "classes") and y and len(y) <= 2 and y[1:] in ((), (1,)):
+                hint = "; integer labels need a sparse loss"
+            self.refuse("y", f"have shape {wanted}{kind}", f"an array of shape {_plain(y)}{hint}")
+        if weight is not None and not (weight and _fits(weight[1:], *_weight_shapes(expected))):
+            wanted = " or ".join(dict.fromkeys(_text(form) for form in _weight_shapes(expected)))
+            self.refuse("sample_weight", f"have shape {wanted}", f"an array of shape {_plain(weight)}")
+        for name, shape in (("y", y), ("sample_weight", weight)):
+            if x and shape and None not in (x[0], shape[0]) and x[0] != shape[0]:
+                self.refuse(name, f"have as many examples as `x`, {x[0]}", f"an array of shape {_plain(shape)}")
+
+    # Checks of values.
+
+    def _values(self, expected: Expected, x: Array, y: Array, weight: Array) -> None:
+        for name, value in (("x", x), ("y", y), ("sample_weight", weight)):
+            if value is not None and _floating(value.dtype) and not np.isfinite(value).all():
+                self.refuse(name, "be finite", "an array with NaN or infinite numbers")
+        if weight is not None and weight.size and weight.min() < 0:
+            self.refuse("sample_weight", "be 0 or more", f"a weight of {weight.min()}")
+        if y is not None and y.size:
+            self._labels(expected, y)
+
+    def _labels(self, expected: Expected, y: np.ndarray) -> None:
+        low, high = y.min(), y.max()
+        if expected.labels == "classes":
+            counted = y if expected.ignored is None else y[y != expected.ignored]
+            limit = "" if expected.classes is None else f" to {expected.classes - 1}"
+            wanted = f"hold integers from 0{limit}"
+            if not counted.size:
+                return
+            if _floating(y.dtype) and (counted % 1).any():
+                self.refuse("y", wanted, f"labels with fractions, such as {counted[counted % 1 != 0].flat[0]:g}")
+            low, high = counted.min(), counted.max()
+            if low < 0 or (expected.classes is not None and high >= expected.classes):
+                self.refuse("y", wanted, f"labels from {low:g} to {high:g}")
+        elif expected.labels == "indicators" and (low < -_ROUNDING or high > 1 + _ROUNDING):
+            self.refuse("y", "hold numbers from 0 to 1", f"labels from {low:g} to {high:g}")
+        elif expected.labels == "hinge" and (low < -1 - _ROUNDING or high > 1 + _ROUNDING):
+            self.refuse("y", "hold numbers from -1 to 1", f"labels from {low:g} to {high:g}")
+        elif expected.labels == "signs" and not ((y == 1) | (y == -1)).all():
+            self.refuse("y", "hold -1 and +1 alone", f"labels from {low:g} to {high:g}")
+
+    def _mapped(self, batch: Any) -> Any:
+        """A batch of a dataset: checked in its graph, and by `batch` where it looks wrong."""
+        expected = self.expected()
+        parts = [part for part in self._parts(batch) if part is not None][: 3 if self.labelled else 1]
+        known = all(part.shape.rank is not None and None not in part.shape[1:] for part in parts)
+
+        def explain(*arrays: np.ndarray) -> np.bool_:
+            self.batch(arrays)
+            return np.True_
+
+        def look() -> Array:
+            return tf.numpy_function(explain, parts, tf.bool)
+
+        sound = _sound(expected, *parts)
+        with tf.control_dependencies([tf.cond(sound, lambda: True, look) if known else look()]):
+            parts = [tf.identity(part) for part in parts]
+        if expected.features is not None and parts[0].shape.rank is None:
+            parts[0] = tf.ensure_shape(parts[0], (None, *expected.features))
+        ready = _ready(expected, *parts, *[None] * (3 - len(parts)))
+        return tuple(ready[: len(parts)])
 
 
 class _CheckedDataset(keras.utils.PyDataset):
-    """A `PyDataset` whose batches are checked as they come."""
+    """A `PyDataset` whose batches are checked as they arrive."""
 
-    def __init__(self, inner: keras.utils.PyDataset, classes: Classes):
+    def __init__(self, inner: keras.utils.PyDataset, check: _Check):
         super().__init__(
             workers=inner.workers, use_multiprocessing=inner.use_multiprocessing, max_queue_size=inner.max_queue_size
         )
-        self._inner, self._classes = inner, classes
+        self._inner, self._check = inner, check
 
     def __getitem__(self, index: int) -> Any:
-        batch = self._inner[index]
-        _arrays(self._classes(), *keras.utils.unpack_x_y_sample_weight(batch))
-        return batch
+        return self._check.batch(self._inner[index])
 
     @property
     def num_batches(self) -> int | None:
@@ -110,3 +507,196 @@ class _CheckedDataset(keras.utils.PyDataset):
 
     def on_epoch_end(self) -> None:
         self._inner.on_epoch_end()
+
+
+def _sound(expected: Expected, x: Array, y: Array = None, weight: Array = None) -> Array:
+    """Whether a batch of tensors looks right: exact but for sums that overflow, which the numpy checks look at again."""
+    found = []
+    for value in (x, y, weight):
+        if value is not None and value.dtype.is_floating:
+            wide = tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+            found.append(tf.math.is_finite(tf.reduce_sum(wide)))
+        if value is not None and x.shape.rank and value.shape.rank:
+            found.append(tf.equal(tf.shape(value)[0], tf.shape(x)[0]))
+    if weight is not None:
+        found.append(tf.reduce_min(weight) >= 0)
+    if y is None or y.dtype == tf.bool:
+        found.append(tf.constant(expected.labels != "signs" or y is None))
+    elif expected.labels == "classes":
+        label = y if y.dtype.is_floating else tf.cast(y, tf.int64)
+        if expected.ignored is not None:
+            label = tf.where(tf.equal(label, tf.cast(expected.ignored, label.dtype)), tf.zeros_like(label), label)
+        found.append(tf.reduce_min(label) >= 0)
+        if expected.classes is not None:
+            found.append(tf.reduce_max(label) < expected.classes)
+        if y.dtype.is_floating:
+            found.append(tf.reduce_all(tf.equal(label, tf.floor(label))))
+    elif expected.labels in ("indicators", "hinge", "signs"):
+        label = tf.cast(y, tf.float32)
+        low = 0.0 if expected.labels == "indicators" else -1.0
+        found += [tf.reduce_min(label) >= low - _ROUNDING, tf.reduce_max(label) <= 1.0 + _ROUNDING]
+        if expected.labels == "signs":
+            found.append(tf.reduce_all(tf.equal(tf.abs(label), 1.0)))
+    return tf.reduce_all(tf.stack(found))
+
+
+def _ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """Sound numpy arrays or tensors in a form that every layer, loss and metric takes."""
+    x, y, weight = (_native(one) for one in (x, y, weight))
+    rank = None if expected.features is None else len(expected.features) + 1
+    if rank is not None and len(x.shape) != rank:
+        x = x[..., None] if len(x.shape) < rank else x[..., 0]
+    if y is not None:
+        dtype = tf.as_dtype(y.dtype)
+        if expected.labels == "classes" and not dtype.is_floating and dtype not in (tf.int32, tf.int64):
+            y = _cast(y, "int32")
+        elif dtype == tf.bool and expected.labels is not None:
+            y = _cast(y, "float32")
+    return x, y, weight
+
+
+def _cast(value: Any, dtype: str) -> Any:
+    return tf.cast(value, dtype) if tf.is_tensor(value) else value.astype(dtype)
+
+
+def _native(value: Any) -> Any:
+    """An array with numbers as this machine and TensorFlow have them."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+        return value.astype(np.float64)
+    return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+
+
+def _floating(dtype: Any) -> bool:
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def _fits(shape: Shape, *forms: Shape | None) -> bool:
+    """Whether a shape without its batch axis is one of the forms; `None` stands for any."""
+
+    def same(size: int | None, other: int | None) -> bool:
+        return size is None or other is None or size == other
+
+    return any(form is None or (len(shape) == len(form) and all(map(same, shape, form))) for form in forms)
+
+
+def _input_shapes(features: Shape | None) -> list[Shape | None]:
+    """The shape of an input, and those from which Keras adds or removes a last axis of 1."""
+    if features is None:
+        return [None]
+    return [features, (*features, 1)] if not features or features[-1] != 1 else [features, features[:-1], (*features, 1)]
+
+
+def _label_shapes(expected: Expected) -> list[Shape | None]:
+    if expected.labels is None or expected.outputs is None:
+        return [None]
+    before = expected.outputs[:-1]
+    if expected.labels == "classes":
+        return [before, (*before, 1)]
+    if not expected.outputs:
+        return [(), (1,)]
+    return [expected.outputs, before] if expected.outputs[-1] == 1 else [expected.outputs]
+
+
+def _weight_shapes(expected: Expected) -> list[Shape | None]:
+    if expected.outputs is None:
+        return [None]
+    forms = [expected.outputs[:count] for count in range(max(1, len(expected.outputs)))]
+    return list(itertools.chain(*((form, (*form, 1)) for form in forms)))
+
+
+def _text(shape: Shape | None) -> str:
+    """The shape of a batch as messages have it."""
+    if shape is None:
+        return "(batch, ...)"
+    sizes = ["batch", *("any" if size is None else str(size) for size in shape)]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _plain(shape: Shape) -> str:
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _described(value: Any) -> str:
+    """What came in the place of an array."""
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tf.RaggedTensor, tf.RaggedTensorSpec)):
+        return "a ragged tensor"
+    if isinstance(value, (tf.SparseTensor, tf.SparseTensorSpec)):
+        return "a sparse tensor"
+    if isinstance(value, (list, tuple)):
+        shapes = [_plain(tuple(one.shape)) for one in value if getattr(one, "shape", None) is not None]
+        parts = f" with arrays of shape {', '.join(shapes[:3])}" if shapes else ""
+        return f"a {type(value).__name__} of length {len(value)}{parts}"
+    return f"{type(value).__name__}"
+
+
+# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take them.
+_STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
+
+
+def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ...] = (), overwrite: bool = True) -> None:
+    """Checks that a file can be written, before the work whose result it is to hold.
+
+    Args:
+        name: the argument, or the flag with its dashes, that an error names.
+        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a path with a scheme, as in
+            `gs://bucket/file.json`, only the ending and the existence are checked.
+        endings: those that the path may have; empty for any.
+        overwrite: whether the file may exist already.
+
+    Raises:
+        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that is missing or cannot be
+            written, or exists and must not be overwritten.
+
+    Example:
+
+    >>> check_output("path", "curves.txt", (".png", ".pdf"))
+    Traceback (most recent call last):
+    ValueError: `path` must end with .png or .pdf. Received: path='curves.txt'
+    """
+    shown = name if name.startswith("--") else f"`{name}`"
+
+    def refuse(expected: str) -> NoReturn:
+        raise ValueError(f"{shown} must {expected}. Received: {name}={path!r}")
+
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in os.fspath(path):
+        refuse("be the path of a file")
+    path = os.fspath(path)
+    device = not is_remote(path) and os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path)
+    if device and set(endings) <= set(_STREAMED):
+        if not os.access(path, os.W_OK):
+            refuse("be a device that can be written")
+        return
+    if os.path.isdir(path) or path.endswith("/"):
+        refuse("be a file, not a folder")
+    known = tuple(ending for ending in endings if path.endswith(ending))
+    if endings and not known and not path.lower().endswith(tuple(set(endings) & set(_STREAMED))):
+        *first, last = endings
+        refuse(f"end with {', '.join(first)} or {last}" if first else f"end with {last}")
+    if os.path.basename(path).startswith(".") and os.path.basename(path) in endings:
+        refuse("have a name before its ending")
+    if is_remote(path):
+        there = exists(path)
+    else:
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(folder):
+            refuse(f"be a file in a folder that exists; there is no folder {folder!r}")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            refuse(f"be a file in a folder that can be written; {folder!r} cannot be: {error.strerror}")
+        try:
+            os.stat(path)
+            there = True
+        except FileNotFoundError:
+            there = False
+        except OSError as error:
+            refuse(f"be a file that can be written: {error.strerror}")
+    if there and not overwrite:
+        allowed = "--overwrite" if name.startswith("--") else "`overwrite`"
+        refuse(f"be a new file, unless {allowed} is given; {path!r} exists")

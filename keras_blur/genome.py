@@ -25,8 +25,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur import arguments
+from keras_blur.checks import check_output
 from keras_blur.files import read_text, write_text
-from keras_blur.options import Rule, integer, real
+from keras_blur.options import Rule
 
 FORMAT = "keras_blur.genome"
 VERSION = 1
@@ -129,6 +131,12 @@ class Genome:
         if name in self.__dict__.get("_arrays", ()):
             raise AttributeError(f"A Genome does not change; use `genome.replace({name}=...)` for another one.")
         super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[type[Genome], tuple[Rule, dict[str, Any]]]:
+        return type(self), (self._rule, dict(self._arrays))
+
+    def __copy__(self) -> Genome:
+        return self
 
     def __deepcopy__(self, memo: Any) -> Genome:
         return self
@@ -242,17 +250,11 @@ class Genome:
         >>> Genome.random(Rule(states=3), seed=1, population=(5,)).mu.shape
         (5, 3, 3)
         """
-        integer("seed", seed, 0)
-        real("std", std, low=0.0)
-        real("synapse_update", synapse_update)
-        try:
-            population = tuple(population)
-            for size in population:
-                integer("population", size, 1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`population` must be a tuple of positive sizes. Received: population={population!r}"
-            ) from error
+        arguments.instance("rule", rule, Rule, "a keras_blur.Rule")
+        arguments.integer("seed", seed, 0)
+        arguments.real("std", std, low=0.0)
+        arguments.real("synapse_update", synapse_update)
+        population = arguments.counts("population", population)
         leading = (() if rule.layers is None else (rule.layers,)) + population
         rng = np.random.default_rng(seed)
         arrays = {}
@@ -305,9 +307,11 @@ class Genome:
                 name: np.array(entry["values"], dtype=entry["dtype"]).reshape(entry["shape"])
                 for name, entry in body["arrays"].items()
             }
+            return cls(rule, arrays)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not a complete genome: {error!r}.") from error
-        return cls(rule, arrays)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{source} is not a valid genome: {error}") from error
 
     def to_json(self) -> str:
         """The genome as JSON text; floats are exact."""
@@ -323,7 +327,15 @@ class Genome:
         return cls.from_dict(document, source=source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the genome to a JSON file, to a temporary name first, then renamed."""
+        """Writes the genome to a JSON file, to a temporary name first, then renamed.
+
+        Args:
+            path: the file, with the ending `.json`.
+
+        Raises:
+            ValueError: if the path has another ending, is a folder, or lies in no folder that can be written.
+        """
+        check_output("path", path, (".json",))
         write_text(path, self.to_json() + "\n")
 
     @classmethod
@@ -336,7 +348,7 @@ class Genome:
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"Genome file {os.fspath(path)!r} could not be read: {error}.") from error
+            raise ValueError(f"Genome file {os.fspath(path)!r} could not be read: {error}") from error
         return cls.from_json(text, source=f"Genome file {os.fspath(path)!r}")
 
     def get_config(self) -> dict[str, Any]:

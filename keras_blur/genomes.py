@@ -6,11 +6,10 @@ import os
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
+from keras_blur import arguments
 from keras_blur.files import exists
 from keras_blur.genome import Genome
-from keras_blur.options import Rule
+from keras_blur.options import ACTIVATIONS, Rule
 
 
 def backprop(
@@ -44,9 +43,8 @@ def backprop(
     >>> float(genome.synapse_update)
     -0.5
     """
-    number = isinstance(learning_rate, (int, float, np.integer, np.floating)) and not isinstance(learning_rate, bool)
-    if not number or not np.isfinite(learning_rate) or learning_rate <= 0:
-        raise ValueError(f"`learning_rate` must be a positive number. Received: learning_rate={learning_rate!r}")
+    arguments.positive("learning_rate", learning_rate)
+    arguments.choice("activation", activation, ACTIVATIONS)
     rule = Rule(
         states=2,
         forward_activation=activation,
@@ -98,15 +96,18 @@ def load(name: str | os.PathLike[str]) -> Genome:
     >>> load("backprop").rule.states
     2
     """
+    arguments.instance("name", name, (str, os.PathLike), "the name of a genome or a path")
     text = os.fspath(name)
     if text == "backprop":
         return backprop()
     if text in names():
         content = (resources.files("keras_blur") / "zoo" / f"{text}.json").read_text(encoding="utf-8")
         return Genome.from_json(content, source=f"Genome {text!r}")
-    if exists(text):
+    if text and not os.path.isdir(text) and exists(text):
         return Genome.load(text)
-    raise ValueError(f"No genome named {text!r}, and no such file. Known names: {', '.join(['backprop', *names()])}.")
+    raise ValueError(
+        f"`name` must be {', '.join(['backprop', *names()])} or the path of a genome file. Received: name={text!r}"
+    )
 
 
 def card(name: str) -> str:
@@ -119,5 +120,5 @@ def card(name: str) -> str:
         ValueError: if there is no such genome in the package.
     """
     if name not in names():
-        raise ValueError(f"No genome named {name!r} in the package. Known names: {', '.join(names())}.")
+        raise ValueError(f"`name` must be one of {', '.join(names())}. Received: name={name!r}")
     return (resources.files("keras_blur") / "zoo" / f"{name}.md").read_text(encoding="utf-8")

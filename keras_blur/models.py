@@ -11,28 +11,42 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_blur import distribution, network
+from keras_blur import arguments, distribution, files, network
 from keras_blur import feedback as feedbacks
-from keras_blur.checks import checked
+from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
 from keras_blur.genome import Genome
-from keras_blur.layers.connection import Connection
-from keras_blur.layers.dense import Dense
+from keras_blur.layers.connection import TRACE, Connection
+from keras_blur.layers.dense import Dense, check_keywords, refuse_outer_training
 from keras_blur.layers.structural import StructuralMap, structural_map
 from keras_blur.options import Rule
-from keras_blur.rule import SharedBatch
+from keras_blur.rule import SharedBatch, update_gate
 
 Array = Any
+_TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
+
+# Callbacks that read or set what only an optimizer has.
+_OPTIMIZER_CALLBACKS = (
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.SwapEMAWeights,
+)
+# Running statistics average over about `1 + step / _FORGETTING` batches, until the rule's momentum caps that: synapses
+# change most in the first steps, and older statistics are those of another network.
+_FORGETTING = 20.0
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class Sequential(keras.Model):
+class Sequential(CheckedModel):
     """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
 
     Args:
@@ -42,10 +56,11 @@ class Sequential(keras.Model):
             last layer holds synapses. It may start with a `keras.Input`.
         genome: the `Genome` that updates the synapses.
         name: name of the model.
-        **kwargs: as for `keras.Model`, `dtype` among them.
+        **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Raises:
-        ValueError: if there is no genome, if it is a population, or a layer does not fit in the chain.
+        ValueError: if there is no genome, if it is a population, a layer does not fit in the chain, or an argument is
+            unknown.
 
     Example:
 
@@ -70,6 +85,7 @@ class Sequential(keras.Model):
         name: str | None = None,
         **kwargs: Any,
     ):
+        check_keywords("Sequential", kwargs, ("dtype", "trainable"))
         super().__init__(name=name, autocast=False, **kwargs)
         if not isinstance(genome, Genome):
             raise ValueError(
@@ -87,6 +103,8 @@ class Sequential(keras.Model):
         self._maps: list[tuple[StructuralMap, ...]] = []
         self._neurons: list[keras.Variable] = []
         self._targets = "auto"
+        if layers is not None and not isinstance(layers, Iterable):
+            raise ValueError(f"`layers` must be a list of Keras layers. {arguments.received('layers', layers)}")
         for layer in layers or ():
             self.add(layer)
         if self._input_batch_shape is not None and self._chain:
@@ -111,7 +129,7 @@ class Sequential(keras.Model):
             raise ValueError(
                 "The model is built, so no layer can be added. Give all layers at once, or add them without a keras.Input."
             )
-        self._check_weightless(layer)
+        self.check_weightless(layer)
         self._chain.append(layer)
 
     def pop(self) -> keras.Layer:
@@ -148,9 +166,15 @@ class Sequential(keras.Model):
         return self._genome.rule
 
     @staticmethod
-    def _check_weightless(layer: keras.Layer) -> None:
+    def check_weightless(layer: keras.Layer) -> None:
+        """Raises a `ValueError` if a layer that is none of synapses has weights or a regularizer."""
         if isinstance(layer, Dense):
             return
+        if layer.activity_regularizer is not None or isinstance(layer, keras.layers.ActivityRegularization):
+            raise ValueError(
+                f"Layer {layer.name!r} must have no `activity_regularizer`, since a genome learns from the loss of "
+                f"`compile` alone. Received: {layer.activity_regularizer!r}"
+            )
         twin = "keras_blur.layers.Dense" if isinstance(layer, keras.layers.Dense) else None
         if layer.weights or twin or isinstance(layer, keras.Model):
             use = f"Use {twin} in its place, or keras_blur.convert(model, genome) for a whole model." if twin else (
@@ -186,7 +210,7 @@ class Sequential(keras.Model):
             if not isinstance(layer, Dense):
                 if not layer.built:
                     layer.build(shape)
-                    self._check_weightless(layer)
+                    self.check_weightless(layer)
                 if seen:
                     maps.append(structural_map(layer, shape[1:]))
                 shape = tuple(layer.compute_output_shape(shape))
@@ -195,6 +219,11 @@ class Sequential(keras.Model):
                 raise ValueError(
                     f"Layer {layer.name!r} needs an input of shape (batch, features). Received shape {shape}; add a "
                     "keras.layers.Flatten() before it."
+                )
+            if layer.variable_dtype != self.variable_dtype:
+                raise ValueError(
+                    f"`dtype` of layer {layer.name!r} must keep synapses in {self.variable_dtype}, as the model does. "
+                    f"Received: dtype={layer.dtype_policy.name!r}"
                 )
             seen += 1
             layer.join(self.rule, feeds_back=seen > 1, last=seen == len(synaptic))
@@ -210,6 +239,10 @@ class Sequential(keras.Model):
         self.learning_step = self.add_weight(
             name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False
         )
+        if self._normalizing():
+            self.statistics_step = self.add_weight(
+                name="statistics_step", shape=(), dtype="int32", initializer="zeros", trainable=False
+            )
         self.built = True
 
     def _keep_neurons(self, batch: int | None, layer: Dense) -> None:
@@ -241,6 +274,10 @@ class Sequential(keras.Model):
     def _synaptic(self) -> list[Dense]:
         return [layer for layer in self._chain if isinstance(layer, Dense)]
 
+    def _normalizing(self) -> list[Dense]:
+        """The layers with running statistics: all layers of synapses, or none."""
+        return [layer for layer in self._synaptic() if hasattr(layer, "moving_mean")]
+
     @property
     def connections(self) -> list[Connection]:
         """The pure operations of each layer of synapses."""
@@ -268,7 +305,12 @@ class Sequential(keras.Model):
         return (None, *(ops.convert_to_tensor(variable) for variable in self._neurons)) if self._neurons else ()
 
     def call(self, inputs: Array, training: bool = False) -> Array:
-        """The prediction: state 1 of the output over the genome's temperature, `(batch, units)`."""
+        """The prediction: state 1 of the output over the genome's temperature, `(batch, units)`.
+
+        Raises:
+            ValueError: if another Keras model is being trained, whose optimizer would change the synapses.
+        """
+        refuse_outer_training(self, training)
         statistics: list[Any] = []
         for layer in self._synaptic():
             usable = hasattr(layer, "moving_mean") and not training
@@ -295,35 +337,47 @@ class Sequential(keras.Model):
         self,
         optimizer: None = None,
         loss: Any = None,
+        loss_weights: None = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
-        *,
-        targets: str = "auto",
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+        *,
+        targets: str = "auto",
     ) -> None:
-        """Configures learning. There is no optimizer: the genome takes its place.
+        """Configures learning and starts it afresh: the learning step and the traces of momentum become 0.
+
+        There is no optimizer: the genome takes its place.
 
         Args:
             optimizer: must be `None`; stands where Keras has it.
-            loss: a Keras loss or its name, shown during learning; with `Rule.feedback="error"` also the one whose
-                derivative is fed back, unless the rule names its own. `None` takes the rule's.
+            loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss, its name, or a
+                function. Labels are written as it takes them. `None` takes the rule's.
+            loss_weights: must be `None`; a network has one output.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
-            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
-                `"signs"` (-1 and +1), `"values"` (numbers fed as they are); `"auto"` takes what goes with the loss: integers
-                with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
             jit_compile: as in Keras.
+            auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no effect. Layers with
+                float16 products scale each factor to the range of float16.
+            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
+                `"signs"` (-1 and +1), `"values"` (numbers fed as they are); `"auto"` takes what goes with the loss: integers
+                with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
 
         Raises:
-            ValueError: if an optimizer is given, no loss is known, or its derivative is needed and not known.
+            ValueError: if an optimizer or loss weights are given, no loss is known, or its derivative is needed and not
+                known.
         """
         if optimizer is not None:
             raise ValueError(
                 f"`optimizer` must be left out: the genome updates the synapses. Received: optimizer={optimizer!r}"
+            )
+        if loss_weights is not None:
+            raise ValueError(
+                f"`loss_weights` must be left out: a network has one output. Received: loss_weights={loss_weights!r}"
             )
         loss = self.rule.keras_loss if loss is None else loss
         if loss is None:
@@ -332,15 +386,13 @@ class Sequential(keras.Model):
             known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
             raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
         resolved = feedbacks.resolve_loss(loss)
-        if self.rule.feedback == "error":
-            descended = self.rule.keras_loss or resolved
-            if type(descended).__name__ not in feedbacks.differentiable():
-                raise ValueError(
-                    f"The derivative of the loss {type(descended).__name__} is not known to feedback='error'. "
-                    f"Known: {', '.join(feedbacks.differentiable())}."
-                )
+        if self.rule.feedback == "error" and type(resolved).__name__ not in feedbacks.differentiable():
+            raise ValueError(
+                f"The derivative of the loss {type(resolved).__name__} is not known to feedback='error'. "
+                f"Known: {', '.join(feedbacks.differentiable())}."
+            )
         self._targets = targets
-        self._shown_loss = resolved
+        self._learned_loss = resolved
         super().compile(
             optimizer=None,
             loss=resolved,
@@ -349,19 +401,30 @@ class Sequential(keras.Model):
             run_eagerly=run_eagerly,
             steps_per_execution=steps_per_execution,
             jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
         )
         self._asked = {
-            "loss": json.loads(feedbacks.loss_text(resolved)),
-            "metrics": keras.saving.serialize_keras_object(metrics),
-            "weighted_metrics": keras.saving.serialize_keras_object(weighted_metrics),
+            "loss": resolved,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
             "targets": targets,
             "run_eagerly": run_eagerly,
             "steps_per_execution": steps_per_execution,
             "jit_compile": jit_compile,
+            "auto_scale_loss": auto_scale_loss,
         }
+        if self.built:
+            self.learning_step.assign(0)
+            for layer in self._synaptic():
+                for name, variable in layer.synapses.items():
+                    if name.endswith(TRACE):
+                        variable.assign(ops.zeros_like(variable))
 
     def get_compile_config(self) -> dict[str, Any]:
-        return dict(self._asked) if self.compiled else {}
+        if not self.compiled:
+            return {}
+        config = {name: keras.saving.serialize_keras_object(value) for name, value in self._asked.items()}
+        return {**config, "loss": json.loads(feedbacks.loss_text(self._learned_loss))}
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
         if config:
@@ -369,7 +432,7 @@ class Sequential(keras.Model):
 
     def target_kind(self) -> str:
         """How the labels of a compiled model are written; see `compile`."""
-        return feedbacks.target_kind(self._shown_loss) if self._targets == "auto" else self._targets
+        return feedbacks.target_kind(self._learned_loss) if self._targets == "auto" else self._targets
 
     def train_step(self, data: Any) -> dict[str, Array]:
         """One learning step on a batch; metrics are of the prediction before it, as in Keras."""
@@ -382,32 +445,38 @@ class Sequential(keras.Model):
         weight = None if sample_weight is None else ops.reshape(ops.cast(sample_weight, self.variable_dtype), (-1,))
         respond: Callable[[Array], Array]
         if rule.feedback == "error":
-            loss = rule.keras_loss or self._shown_loss
 
             def respond(prediction: Array) -> Array:
-                return feedbacks.error(loss, y, prediction, weight, shared and (lambda number: shared.total([number])[0]))
+                total = shared and (lambda number: shared.total([number])[0])
+                return feedbacks.error(self._learned_loss, y, prediction, weight, total)
         else:
             labels = feedbacks.encode(y, layers[-1].units, self.target_kind())
 
             def respond(prediction: Array) -> Array:
                 return labels
 
+        prepared = self._prepared(x, True)
+        if self.losses:
+            raise ValueError(
+                "`layers` must add no losses of their own, since a genome learns from the loss of `compile` alone. "
+                f"Received: {len(self.losses)} added by layers before the first one with synapses"
+            )
         step = ops.convert_to_tensor(self.learning_step)
         result = network.step(
             self._genome,
             self.stages,
             network.NetworkState(self._synapses(), step, self._kept()),
-            self._prepared(x, True),
+            prepared,
             respond,
             sample_weight=weight if rule.feedback == "labels" else None,
             batch=shared,
         )
-        for layer, new, statistics in zip(layers, result.state.synapses, result.statistics, strict=True):
+        for layer, new in zip(layers, result.state.synapses, strict=True):
             if layer.trainable and self.trainable:
                 for name, variable in layer.synapses.items():
                     variable.assign(new[name])
-            if hasattr(layer, "moving_mean"):
-                self._follow(layer, statistics, step)
+        if self._normalizing():
+            self._follow(result.state, prepared, shared)
         for variable, value in zip(self._neurons, result.state.neurons[1:], strict=True):
             variable.assign(value)
         self.learning_step.assign(step + 1)
@@ -435,38 +504,80 @@ class Sequential(keras.Model):
             return None
         return SharedBatch(distribution.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], distribution.total)
 
-    def _follow(self, layer: Dense, statistics: network.Statistics, step: Array) -> None:
-        """Running statistics for `predict`: a plain mean of the batches at first, then one that forgets."""
-        time = ops.cast(step, self.variable_dtype)
-        old = ops.minimum(self.rule.normalization_momentum, time / (time + 1.0))
-        for variable, value in zip((layer.moving_mean, layer.moving_variance), statistics or (), strict=True):
-            variable.assign(old * variable + (1.0 - old) * value)
+    def _follow(self, state: network.NetworkState, prepared: Array, shared: SharedBatch | None) -> None:
+        """Moves the running statistics of `predict` towards those that the new synapses give on this batch.
+
+        The first batch replaces them, so that they have no bias. No input is dropped, as in prediction.
+        """
+        synapses = network.stored(self._genome, self.stages, state.synapses)
+        sweep = network.forward(self._genome, self.stages, synapses, prepared, neurons=state.neurons, batch=shared)
+        time = ops.cast(self.statistics_step, self.variable_dtype)
+        old = ops.minimum(self.rule.normalization_momentum, time / (time + _FORGETTING))
+        for layer, statistics in zip(self._normalizing(), sweep.statistics, strict=True):
+            for variable, value in zip((layer.moving_mean, layer.moving_variance), statistics or (), strict=True):
+                variable.assign(old * variable + (1.0 - old) * value)
+        self.statistics_step.assign(self.statistics_step + 1)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        """As in Keras. Data are checked first: a label out of range or a number that is not finite is an error.
+        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that aren't finite.
 
-        Arrays are checked before the first step; batches of a `tf.data.Dataset`, a `PyDataset` or a generator as they come.
+        Arrays and the element specs of datasets are checked before the first step, the batches of a `tf.data.Dataset`, a
+        `PyDataset` or a generator as they arrive; so are `validation_data`.
+
+        Raises:
+            ValueError: if data don't fit the model or the loss.
         """
-        if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
-            kwargs.setdefault("shuffle", False)  # Keras warns of its own default there
-        return super().fit(self._checked(x, y, kwargs.get("sample_weight")), y, *args, **kwargs)
-
-    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, with the data checked as in `fit`."""
-        return super().train_on_batch(self._checked(x, y, sample_weight), y, sample_weight, *args, **kwargs)
-
-    def _checked(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if not self.compiled:
             raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
-        return checked(x, y, sample_weight, self._classes)
+        given = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs).arguments
+        del given["self"]
+        if isinstance(x, tf.data.Dataset) or inspect.isgenerator(x):
+            given.setdefault("shuffle", False)  # Keras warns of its own default there
+        weight = given.get("sample_weight")
+        check_class_weight(given.get("class_weight"), weight, self._expected())
+        given["x"], given["y"], given["sample_weight"] = checked(x, y, weight, self._expected)
+        if given.get("validation_data") is not None:
+            given["validation_data"] = checked_validation(given["validation_data"], self._expected)
+        self._check_callbacks(given.get("callbacks"))
+        self._warn_of_a_closed_gate()
+        with plain_errors():
+            return super().fit(**given)
 
-    def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
+    @staticmethod
+    def _check_callbacks(callbacks: Any) -> None:
+        """Raises a `ValueError` if one of the callbacks reads or sets what only an optimizer has."""
+        for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
+            counts = isinstance(callback, keras.callbacks.TensorBoard) and callback.write_steps_per_second
+            if counts or isinstance(callback, _OPTIMIZER_CALLBACKS):
+                raise ValueError(
+                    "`callbacks` must not use a learning rate, averages or step count of the optimizer, since a genome "
+                    f"takes its place and has none. Received: {type(callback).__name__}"
+                )
+
+    def _warn_of_a_closed_gate(self) -> None:
+        """Warns if the synapse update gate has decayed so far that little can be learned."""
+        if self.rule.update_decay == "none" or not self.built:
+            return
+        one = np.float32(1.0)
+        share = float(np.min(update_gate(self.rule, self._genome, one, self.learning_step.value)))
+        if share < 0.01:
+            warnings.warn(
+                f"The genome's synapse update gate is {share:.2g} of its first value after "
+                f"{int(self.learning_step.value)} learning steps, so little is learned; `compile` starts it afresh.",
+                stacklevel=3,
+            )
+
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        features = None if self._input_batch_shape is None else self._input_batch_shape[1:]
+        text = any(isinstance(layer, _TEXT) for layer in self._chain[:1])
+        if not self.compiled or not self._synaptic():
+            return Expected(features, text=text)
+        units = self._synaptic()[-1].units
         error = self.rule.feedback == "error"
-        kind = feedbacks.target_kind(self.rule.keras_loss or self._shown_loss) if error else self.target_kind()
-        if kind != "classes" or not self._synaptic():
-            return None
-        return max(2, self._synaptic()[-1].units)
+        kind = feedbacks.target_kind(self._learned_loss) if error else self.target_kind()
+        ignored = getattr(self._learned_loss, "ignore_class", None)
+        return Expected(features, (units,), kind, max(2, units), ignored, text)
 
     # What a person sees and what is saved.
 
@@ -486,6 +597,61 @@ class Sequential(keras.Model):
             f"learning steps so far: {int(ops.convert_to_numpy(self.learning_step)) if self.built else 0}"
         )
         show(self._genome.describe())
+
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any) -> None:
+        """Saves the model, as in Keras. The file is written under another name first and renamed.
+
+        Args:
+            filepath: a path that ends in `.keras`.
+            overwrite: as in Keras.
+            zipped: as in Keras; `False` writes a folder.
+            **kwargs: as in Keras.
+
+        Raises:
+            ValueError: if the path has another ending.
+            OSError: if the file cannot be written; an old one stays as it is.
+        """
+        path = os.fspath(filepath)
+        apart = zipped is False or path.startswith("hf://")
+        if not apart and not path.endswith(".keras"):
+            raise ValueError(f"`filepath` must end in '.keras'. Received: filepath={path!r}")
+        if apart or (not overwrite and files.exists(path)):
+            super().save(filepath, overwrite, zipped, **kwargs)
+            return
+        with files.replacing(path) as temporary:
+            super().save(temporary, zipped=zipped, **kwargs)
+
+    def save_weights(self, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None) -> None:
+        """Saves the weights, as in Keras. The file is written under another name first and renamed.
+
+        Args:
+            filepath: a path that ends in `.weights.h5`.
+            overwrite: as in Keras.
+            max_shard_size: as in Keras.
+
+        Raises:
+            ValueError: if the path has another ending.
+            OSError: if the file cannot be written; an old one stays as it is.
+        """
+        path = os.fspath(filepath)
+        if max_shard_size is not None or (not overwrite and files.exists(path)):
+            super().save_weights(filepath, overwrite, max_shard_size)
+            return
+        if not path.endswith(".weights.h5"):
+            raise ValueError(f"`filepath` must end in '.weights.h5'. Received: filepath={path!r}")
+        with files.replacing(path) as temporary:
+            super().save_weights(temporary)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the prediction for inference, as in Keras.
+
+        Raises:
+            ValueError: if the model is not built.
+        """
+        if not self.built:
+            raise ValueError("The model must be built before `export`: start `layers` with a keras.Input, or call `fit`.")
+        self(keras.KerasTensor(self._input_batch_shape, self.input_dtype))  # Keras reads the input's shape off a call
+        super().export(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         return {

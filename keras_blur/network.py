@@ -63,11 +63,10 @@ class Sweep(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The state after a step, and what an observer may want: the output before feedback, statistics, neurons."""
+    """The state after a step, and what an observer may want: the output before feedback, and the neurons."""
 
     state: NetworkState
     output: Array
-    statistics: tuple[Statistics, ...]
     neurons: tuple[Array, ...]
 
 
@@ -208,7 +207,7 @@ def step(
             ops.equal(state.step % rule.supervised_every, 0), supervised, lambda: (synapses, sweep.neurons)
         )
     kept = neurons if rule.keep_neurons else ()
-    return StepResult(NetworkState(synapses, state.step + 1, kept), prediction, sweep.statistics, neurons)
+    return StepResult(NetworkState(synapses, state.step + 1, kept), prediction, neurons)
 
 
 def _enter(stage: Stage, states: Array, contexts: Any, training: bool) -> tuple[Array, tuple[Any, ...]]:

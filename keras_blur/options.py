@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur import arguments
 from keras_blur.feedback import loss_text, resolve_loss
 
 ACTIVATIONS = ("tanh", "relu", "relu_tanh", "sigmoid", "linear")
@@ -138,14 +139,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            choice(name, getattr(self, name), known)
+            arguments.choice(name, getattr(self, name), known)
         if self.backward_activation is not None:
-            choice("backward_activation", self.backward_activation, ACTIVATIONS)
-        integer("states", self.states, 2)
-        integer("supervised_every", self.supervised_every, 1)
-        integer("orthogonalize", self.orthogonalize, 0)
+            arguments.choice("backward_activation", self.backward_activation, ACTIVATIONS)
+        arguments.integer("states", self.states, 2)
+        arguments.integer("supervised_every", self.supervised_every, 1)
+        arguments.integer("orthogonalize", self.orthogonalize, 0)
         if self.layers is not None:
-            integer("layers", self.layers, 1)
+            arguments.integer("layers", self.layers, 1)
         for name in (
             "derivative_state",
             "oja_learned",
@@ -155,13 +156,12 @@ class Rule:
             "keep_neurons",
             "momentum",
         ):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ValueError(f"`{name}` must be True or False. Received: {name}={getattr(self, name)!r}")
-        real("normalization_epsilon", self.normalization_epsilon, low=0.0, open_low=True)
-        real("normalization_momentum", self.normalization_momentum, low=0.0, high=1.0)
-        real("saturation_epsilon", self.saturation_epsilon, low=0.0)
-        real("decay_steps", self.decay_steps, low=0.0, open_low=True)
-        real("oja_factor", self.oja_factor)
+            arguments.flag(name, getattr(self, name))
+        arguments.real("normalization_epsilon", self.normalization_epsilon, low=0.0, open_low=True)
+        arguments.real("normalization_momentum", self.normalization_momentum, low=0.0, high=1.0)
+        arguments.real("saturation_epsilon", self.saturation_epsilon, low=0.0)
+        arguments.real("decay_steps", self.decay_steps, low=0.0, open_low=True)
+        arguments.real("oja_factor", self.oja_factor)
         for field in dataclasses.fields(self):  # numpy's numbers are not JSON
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
@@ -271,21 +271,3 @@ def _synapse_shapes(rule: Rule, prefix: str) -> dict[str, tuple[int, ...]]:
     if rule.saturation != "none":
         shapes["saturation"] = ()
     return {prefix + name: shape for name, shape in shapes.items()}
-
-
-def choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}. Received: {name}={value!r}")
-
-
-def integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}")
-
-
-def real(name: str, value: Any, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not np.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < np.inf else "")
-        wanted = "a finite number" + (f" {bounds}" if low > -np.inf else "")
-        raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")

@@ -209,13 +209,17 @@ def orthogonal(matrix: Array, iterations: int) -> Array:
     """The matrices `[..., in, out]` with their singular values brought near to 1, times `max(1, sqrt(out / in))`.
 
     So the columns, the synapses of one unit, have root mean square norm 1, whatever the sizes. Products only: no
-    decomposition, so that it compiles everywhere and has a gradient.
+    decomposition, so that it compiles everywhere and has a gradient. A matrix of zeros has no direction: it stays zero,
+    and its gradient is zero.
     """
     rows, columns = matrix.shape[-2:]
     wide = rows < columns
     x = ops.swapaxes(matrix, -1, -2) if wide else matrix
-    x = x / ops.maximum(ops.max(ops.abs(x), axis=(-2, -1), keepdims=True), _TINY)  # so that no square overflows
-    x = x * ops.rsqrt(ops.maximum(ops.sum(ops.square(x), axis=(-2, -1), keepdims=True), _TINY))
+    largest = ops.max(ops.abs(x), axis=(-2, -1), keepdims=True)
+    zero = largest <= _TINY
+    x = ops.where(zero, ops.zeros_like(x), x) / ops.where(zero, ops.ones_like(largest), largest)  # no square overflows
+    energy = ops.sum(ops.square(x), axis=(-2, -1), keepdims=True)
+    x = x * ops.rsqrt(ops.where(zero, ops.ones_like(energy), energy))
     a, b, c = _QUINTIC
     for _ in range(iterations):
         gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
@@ -264,5 +268,7 @@ def new_synapse(
     new = scalar(keep, old) * old + change  # eq. 7
     if rule.saturation == "tanh":
         alpha = scalar(saturation, old)
-        return alpha * ops.tanh(new / alpha)
+        zero = ops.abs(alpha) <= _TINY**0.5
+        saturated = alpha * ops.tanh(new / ops.where(zero, ops.ones_like(alpha), alpha))
+        return ops.where(zero, ops.zeros_like(new), saturated)  # the limit: synapses that saturate at once
     return new

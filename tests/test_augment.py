@@ -290,24 +290,81 @@ def test_scores_are_of_the_learner_on_the_episodes_of_the_split():
     assert found["r2"].shape == (53,)
 
 
-def test_the_gap_takes_another_support():
+def test_the_gap_is_what_a_key_of_the_episode_costs():
     learner, learned = process()
     of = tasks.pose()
     found = memorization_gap(learner, learned, of, episodes=6)
     drawn = list(of.dataset(0, steps=1, batch=5, query=10, split="train").take(6))
-    wanted = {"own": [], "other": [], "zeroed": []}
-    for number, one in enumerate(drawn):
-        other = drawn[number - 1]
-        for name, x, y in (
-            ("own", one["x"], one["y"]),
-            ("other", other["x"], other["y"]),
-            ("zeroed", 0 * one["x"], 0 * one["y"]),
+    turn = tasks.LabelRotation()
+    keys = turn.draw(random.fold_in(random.seed_of(0), 2, 0), 6, of)
+    wanted = {"own": [], "kept": [], "followed": []}
+    for key, one in zip(keys, drawn, strict=True):
+        y, query_y = turn.apply(key[None], one["y"][0])[None], turn.apply(key[None], one["query_y"])
+        for name, support, query in (
+            ("own", one["y"], one["query_y"]),
+            ("kept", y, one["query_y"]),
+            ("followed", y, query_y),
         ):
-            wanted[name].append(np.mean((learned([x, y, one["query_x"][None]])[0] - one["query_y"]) ** 2))
+            wanted[name].append(np.mean((learned([one["x"], support, one["query_x"][None]])[0] - query) ** 2))
     for name, values in wanted.items():
         assert found[name] == pytest.approx(np.mean(values), rel=1e-4)
-    assert found["gap"] == pytest.approx(found["other"] - found["own"])
-    assert found["shuffled"] != found["own"]
+    assert found["gap"] == found["followed"] - found["own"]
+
+
+class Answers(learners.NeuralProcess):
+    """Knows the pose of each object by its code, reads it from the support, or says nothing."""
+
+    def __init__(self, how, of):
+        super().__init__(hidden=(4,), representation=2)
+        self.how, self.codes, self.angles = how, *map(tf.constant, of._objects["train"])
+
+    def init(self, outer, seed, features, outputs, shape=(), share=None):
+        return tf.zeros((*shape, 2))
+
+    def step(self, outer, state, x, y):
+        if self.how == "reads":
+            cosine, sine = x[..., -2:-1], x[..., -1:]
+            turn = tf.concat([cosine * y[..., :1] + sine * y[..., 1:], cosine * y[..., 1:] - sine * y[..., :1]], -1)
+            return tf.reduce_mean(turn, -2), {}
+        if self.how == "knows":
+            place = tf.argmin(tf.reduce_sum((x[..., :1, None, :-2] - self.codes) ** 2, -1), -1)[..., 0]
+            angle = tf.gather(self.angles, place)
+            return tf.stack([tf.cos(angle), tf.sin(angle)], -1), {}
+        return state, {}
+
+    def predict(self, outer, state, x):
+        cosine, sine = x[..., -2:-1], x[..., -1:]
+        c, s = state[..., None, :1], state[..., None, 1:]
+        return tf.concat([c * cosine - s * sine, c * sine + s * cosine], -1)
+
+
+@pytest.mark.parametrize(
+    ("how", "own", "kept", "followed"), [("reads", 0.0, 1.0, 0.0), ("knows", 0.0, 0.0, 1.0), ("nothing", 0.5, 0.5, 0.5)]
+)
+def test_the_gap_tells_memorisation_from_reading_and_from_ignorance(how, own, kept, followed):
+    of = tasks.pose()
+    learner = Answers(how, of)
+    learned = learner.learned({name: values[0] for name, values in learner.draw(0, 1, 10, 2).items()})
+    found = memorization_gap(learner, learned, of, episodes=200, jit_compile=False)
+    assert found["own"] == pytest.approx(own, abs=1e-5)
+    assert found["kept"] == pytest.approx(kept, abs=0.15)
+    assert found["followed"] == pytest.approx(followed, abs=0.15)
+
+
+def test_the_gap_of_classes_permutes_them_and_other_tasks_need_a_key():
+    learner = learners.Prototypes((4,))
+    learned = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 64, 5).items()})
+    found = memorization_gap(learner, learned, tasks.classes(), query_size=25, episodes=4)
+    assert found["gap"] == pytest.approx(0.0, abs=1e-4)  # prototypes know no class
+    assert found["kept"] > found["own"]
+    process = learners.NeuralProcess(hidden=(8,), representation=4)
+    learned = process.learned({name: own[0] for name, own in process.draw(0, 1, 1, 1).items()})
+    with pytest.raises(ValueError, match="`augmentation` must be given for tasks that are neither classes nor two values"):
+        memorization_gap(process, learned, tasks.sines(), episodes=4)
+    found = memorization_gap(process, learned, tasks.sines(), tasks.LabelOffset(-1.0, 1.0), episodes=4)
+    assert found["followed"] != found["own"]
+    with pytest.raises(ValueError, match="`augmentation` must change labels by a key"):
+        memorization_gap(learner, learned, tasks.classes(exclusive=False), tasks.ClassResample(), episodes=4)
 
 
 def test_divergence_is_the_worst_score():
@@ -352,9 +409,12 @@ def test_a_shared_key_saves_pose_from_memorisation():
     assert error["shared"] <= 0.03
     assert error["none"] >= 15 * error["shared"]
     assert error["points"] >= 10 * error["shared"]
-    gap = {name: memorization_gap(run.learner, run.learned, arms[name])["gap"] for name, run in runs.items()}
-    assert gap["shared"] > 0.5
-    assert gap["points"] < 0.1
+    gap = {name: memorization_gap(run.learner, run.learned, plain)["gap"] for name, run in runs.items()}
+    assert gap["none"] > 0.1
+    assert abs(gap["shared"]) < 0.01
+    assert abs(gap["points"]) < 0.02
+    new = memorization_gap(runs["none"].learner, runs["none"].learned, plain, split="test")
+    assert abs(new["gap"]) < 0.02
 
 
 @pytest.mark.slow

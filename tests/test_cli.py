@@ -1,14 +1,23 @@
 """The shell: what each command writes, its exit status, and one sentence for a mistake."""
 
+import importlib
 import json
+import os
 import pathlib
+import re
+import runpy
 import shutil
+import sys
 
 import keras
 import numpy as np
 import pytest
 
-from keras_blur import cli, genomes
+from keras_blur import Genome, Rule, __version__, cli, genomes
+from keras_blur.checks import check_output
+from keras_blur.cli.common import write_json
+from keras_blur.cli.flags import Flags
+from keras_blur.cli.progress import ProgressLine
 from keras_blur.tasks.datasets import load_images
 
 VECTORS = pathlib.Path(__file__).parent / "conformance"
@@ -19,6 +28,7 @@ def mistake(capsys, *arguments: str) -> str:
     assert cli.run(arguments) == 2
     text = capsys.readouterr().err.strip()
     assert text.startswith("keras-blur: ")
+    assert len(text.splitlines()) == 1
     assert "Traceback" not in text
     return text
 
@@ -27,7 +37,9 @@ def test_fit_writes_numbers_picture_and_model(tmp_path, capsys):
     paths = {name: str(tmp_path / file) for name, file in [("json", "f.json"), ("plot", "f.png"), ("save", "f.keras")]}
     asked = ["fit", "--hidden=32", "--epochs=4", "--seed=3", *(f"--{name}={path}" for name, path in paths.items())]
     assert cli.run(asked) == 0
-    assert "test accuracy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "test accuracy" in shown
+    assert all(f"wrote {path}" in shown for path in paths.values())
     document = json.loads(pathlib.Path(paths["json"]).read_text())
     ours, theirs = document["results"].values()
     assert len(ours["history"]["val_accuracy"]) == 4
@@ -59,7 +71,9 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
     }
     asked = ["reweight", "--epochs=12", "--seed=1", *(f"--{name}={path}" for name, path in paths.items())]
     assert cli.run(asked) == 0
-    assert "of their labels wrong; 200 clean ones" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of their labels wrong; 200 clean ones" in shown
+    assert all(f"wrote {path}" in shown for path in paths.values())
     results = json.loads(pathlib.Path(paths["json"]).read_text())["results"]
     plain, learned = (results[name]["history"]["val_accuracy"] for name in ("equal weights", "meta_weight_net"))
     assert len(plain) == len(learned) == 12
@@ -76,7 +90,7 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["reweight", "--clean=1437"], "--clean must leave a batch"),
-        (["reweight", "--save=x.h5"], "--save must name a .keras file"),
+        (["reweight", "--save=x.h5"], "--save must end with .keras"),
         (["reweight", "--noise=1.5"], "noise"),
         (["fit", "--hidden=a,b"], "--hidden must be positive whole numbers"),
         (["fit", "--hidden=0"], "--hidden must be positive whole numbers"),
@@ -84,9 +98,9 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
         (["fit", "--learning_rate=0"], "--learning_rate must be above 0"),
         (["fit", "--nonsense=1"], "nonsense"),
         (["fit", "extra"], "takes flags only"),
-        (["fit", "--genome=nowhere"], "No genome named 'nowhere'"),
+        (["fit", "--genome=nowhere"], "Received: name='nowhere'"),
         (["fit", "--json=/no/such/folder/f.json"], "there is no folder '/no/such/folder'"),
-        (["fit", "--save=model.h5"], "--save must name a .keras file"),
+        (["fit", "--save=model.h5"], "--save must end with .keras"),
         (["fit", "--data=mnist", "--data_dir=/no/such/folder"], "not prepared in '/no/such/folder'"),
         (["conformance"], "needs at least one .npz file"),
         (["conformance", "/no/such/file.npz"], "There is no file or folder"),
@@ -131,9 +145,355 @@ def test_conformance_on_a_damaged_file(tmp_path, capsys):
     assert "damaged" in mistake(capsys, "conformance", str(path))
 
 
+def modules():
+    return {name: importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}") for name in cli.COMMANDS}
+
+
+def defined(command):
+    flags = Flags()
+    modules()[command].define_flags(flags)
+    return flags
+
+
 def test_help(capsys):
     assert cli.run(["--help"]) == 0
-    assert "conformance" in capsys.readouterr().out
-    assert cli.run(["fit", "--help"]) == 0
-    assert "--data_dir" in capsys.readouterr().out.replace("[no]", "")
+    shown = capsys.readouterr().out
+    assert "conformance" in shown
+    assert "130 interrupted" in shown
+    assert cli.run(["help", "fit"]) == 0
+    assert "--data_dir" in capsys.readouterr().out
     assert cli.run([]) == 2
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_groups_and_examples_that_parse(command, capsys):
+    assert cli.run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^([A-Z][a-z ]+):$", shown, re.M)[0] == "Examples"
+    assert "Outputs:" in shown
+    assert max(map(len, shown.splitlines())) < 130
+    examples = re.findall(rf"^  keras-blur {command} ?(.*)$", shown, re.M)
+    assert 2 <= len(examples) <= 3
+    for example in examples:
+        flags, module = defined(command), modules()[command]
+        flags.parse("keras-blur", example.split())
+        flag = flags.values()
+        if hasattr(module, "complete"):
+            module.complete(flag, flags.given())
+        flags.check(flag)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_flag_of_a_command_is_in_its_help(command):
+    flags = defined(command)
+    shown = flags.help()
+    assert all(f"--{name}" in shown.replace("[no]", "") for name in flags.values())
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"keras-blur {__version__} (TensorFlow ")
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keras_blur", "zoo"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("keras_blur", run_name="__main__")
+    assert ended.value.code == 0
+    assert "mnist-4state" in capsys.readouterr().out
+
+
+# Flags.
+
+IGNORED = [
+    ("fit", "--data_dir=x", "--data_dir applies only with --data other than digits"),
+    ("fit", "--genome=functions --notwin --learning_rate=0.1", "--learning_rate applies only to the backprop genome"),
+    ("compare", "--size=6 --functions=xor", "--size applies only without --functions"),
+    ("compare", "--data=mnist --functions=xor", "--data applies only without --functions"),
+    ("compare", "--split=test", "--split applies only with --size or --functions"),
+    ("evaluate", "--split=validation", "--split applies only with --size or --functions"),
+    ("evaluate", "--decisions=x.png", "--decisions applies only with --functions"),
+    ("reweight", "--noise=0 --noise_kind=flip", "--noise_kind applies only with --noise above 0"),
+    ("reweight", "--data_dir=x", "--data_dir applies only with --data other than digits"),
+    ("zoo", "--describe", "--describe needs the name of a genome"),
+    ("meta-train", "--pairs=4", "--pairs applies only with --estimator=es or pes. Received: --pairs=4, --estimator=unroll"),
+    ("meta-train", "--estimator=es --total=4", "--total applies only with --estimator=truncated or pes"),
+    ("meta-train", "--population=9", "--population applies only with --estimator=cma"),
+    ("meta-train", "--sigma=1", "--sigma applies only with"),
+    ("meta-train", "--fitness=loss", "--fitness applies only with --estimator=cma"),
+    ("meta-train", "--estimator=cma --members=3", "--members applies only without --estimator=cma"),
+    ("meta-train", "--estimator=cma --learning_rate=1", "--learning_rate applies only without --estimator=cma"),
+    ("meta-train", "--estimator=es --recompute", "--recompute applies only with --estimator=unroll or truncated"),
+    ("meta-train", "--start_objective=maml", "--start_objective applies only with --estimator=warpgrad"),
+    ("meta-train", "--first_order", "--first_order applies only with --method=maml"),
+    ("meta-train", "--inner_learning_rate=1", "--inner_learning_rate applies only with --method=maml or warp"),
+    ("meta-train", "--model=m.keras", "--model applies only without --method=blur"),
+    ("meta-train", "--method=maml --genome=g.json", "--genome applies only with --method=blur"),
+    ("meta-train", "--method=maml --states=3", "--states applies only with --method=blur"),
+    ("meta-train", "--start=backprop --states=3", "--states applies only without --start"),
+    ("meta-train", "--method=online --synthetic=remember --hidden=8", "--hidden applies only without --method=online"),
+    ("meta-train", "--functions=xor --sizes=8", "--sizes applies only without --functions or --synthetic"),
+    ("meta-train", "--synthetic=pose --data=mnist", "--data applies only without --functions or --synthetic"),
+    ("meta-train", "--ways=2 --permute", "--permute applies only without --functions or --synthetic or --ways"),
+    ("meta-train", "--ways=2 --project=9", "--project applies only without --functions or --synthetic or --ways"),
+    ("meta-train", "--ways=2 --norelabel", "--norelabel applies only without --synthetic or --ways"),
+    ("meta-train", "--shots=2", "--shots applies only with --ways or --synthetic=classes"),
+    ("meta-train", "--noexclusive", "--noexclusive applies only with --ways"),
+    ("meta-train", "--group=alphabet", "--group applies only with --ways"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "said"), IGNORED)
+def test_a_flag_that_would_be_ignored_is_refused(capsys, command, arguments, said):
+    assert said in mistake(capsys, command, *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--epoch=3", "Unknown command line flag 'epoch'; did you mean --epochs?"),
+        ("--zzz", "Unknown command line flag 'zzz' (keras-blur reweight --help lists the flags)"),
+        ("--epochs=0", "--epochs must be a whole number from 1. Received: --epochs=0"),
+        ("--epochs=1.5", "--epochs must be a whole number from 1. Received: --epochs=1.5"),
+        ("--noise=1.5", "--noise must be a number from 0 to 1. Received: --noise=1.5"),
+        ("--learning_rate=nan", "--learning_rate must be a number from 0. Received: --learning_rate=nan"),
+        ("--method=sgd", "--method must be one of meta_weight_net, famus"),
+        ("--plain=maybe", "--plain must be given without a value. Received: --plain=maybe"),
+        ("--epochs", "Missing value for flag --epochs"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(capsys, argument, said):
+    assert said in mistake(capsys, "reweight", argument)
+
+
+def test_errors_of_many_lines_are_shortened(capsys, monkeypatch):
+    def fail(flag, positional):
+        raise ValueError("The first line says it:\n  the second says what.\n\nThirty\nmore\nlines")
+
+    monkeypatch.setattr(modules()["zoo"], "run", fail)
+    assert mistake(capsys, "zoo") == "keras-blur: The first line says it: the second says what."
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b"null", b'{"format": "other"}'])
+@pytest.mark.parametrize("command", ["fit", "compare", "evaluate", "meta-train"])
+def test_no_genome_in_a_file(tmp_path, capsys, command, content):
+    path = tmp_path / "g.json"
+    path.write_bytes(content)
+    assert str(path) in mistake(capsys, command, f"--{'start' if command == 'meta-train' else 'genome'}={path}")
+
+
+# Outputs.
+
+NEEDED = {"compare": ["--genome=functions"], "evaluate": ["--genome=functions", "--functions=xor"]}
+OUTPUTS = [
+    (command, output.flag, output.endings[0], output.resumed)
+    for command in cli.COMMANDS
+    for output in defined(command).outputs()
+]
+
+
+def needed(command, flag):
+    if command == "zoo":
+        return ["functions"]
+    if command == "conformance":
+        return [str(VECTORS / "default_2state.npz")]
+    return ["--method=maml"] if (command, flag) == ("meta-train", "model") else NEEDED.get(command, [])
+
+
+def test_every_command_that_writes_is_tried():
+    assert {(command, flag) for command, flag, *_ in OUTPUTS} >= {
+        ("fit", "json"), ("fit", "plot"), ("fit", "save"), ("compare", "json"),
+        ("compare", "plot"), ("evaluate", "json"), ("evaluate", "plot"), ("evaluate", "decisions"),
+        ("evaluate", "synapses"), ("reweight", "json"), ("reweight", "save"), ("reweight", "checkpoint"),
+        ("zoo", "save"), ("zoo", "plot"), ("conformance", "json"), ("meta-train", "genome"),
+        ("meta-train", "model"), ("meta-train", "checkpoint"), ("meta-train", "json"), ("meta-train", "csv"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "flag", "ending", "resumed"), OUTPUTS)
+def test_output_paths_are_checked_before_any_work(tmp_path, monkeypatch, capsys, command, flag, ending, resumed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modules()[command], "run", lambda flag, positional: 7)
+    (tmp_path / f"folder{ending}").mkdir()
+    (tmp_path / f"there{ending}").write_text("old")
+    asked = [command, *needed(command, flag)]
+    assert cli.run([*asked, f"--{flag}=new{ending}"]) == 7
+    for path, said in [
+        (f"absent/x{ending}", "there is no folder"),
+        (f"there{ending}/x{ending}", "there is no folder"),
+        ("x.exe", "must end with"),
+        ("x", "must end with"),
+        (f"folder{ending}", "must be a file, not a folder"),
+        ("", "must be the path of a file"),
+        (f"{'x' * 300}{ending}", "File name too long"),
+    ]:
+        text = mistake(capsys, *asked, f"--{flag}={path}")
+        assert text.startswith(f"keras-blur: --{flag} must ")
+        assert said in text
+    if not resumed:
+        assert f"unless --overwrite is given; 'there{ending}' exists" in mistake(capsys, *asked, f"--{flag}=there{ending}")
+        assert cli.run([*asked, f"--{flag}=there{ending}", "--overwrite"]) == 7
+    else:
+        assert cli.run([*asked, f"--{flag}=there{ending}"]) == 7
+    assert (tmp_path / f"there{ending}").read_text() == "old"
+
+
+def test_a_default_output_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modules()["meta-train"], "run", lambda flag, positional: 7)
+    assert cli.run(["meta-train"]) == 7
+    (tmp_path / "genome.json").write_text("old")
+    assert "--genome must be a new file, unless --overwrite is given" in mistake(capsys, "meta-train")
+    assert cli.run(["meta-train", "--overwrite"]) == 7
+    assert cli.run(["meta-train", "--method=maml"]) == 7  # writes model.keras
+    assert "--genome must be a new file" in mistake(capsys, "meta-train", "--checkpoint=run.weights.h5")
+    (tmp_path / "run.weights.h5").write_text("weights")
+    assert cli.run(["meta-train", "--checkpoint=run.weights.h5"]) == 7  # goes on with what it wrote
+
+
+def test_two_outputs_on_one_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in ("x.png", "./x.png", "link/x.png"):
+        asked = ["--genome=functions", "--functions=xor", "--plot=x.png", f"--decisions={other}"]
+        assert "--decisions must be another file than --plot" in mistake(capsys, "evaluate", *asked)
+
+
+def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("keras_blur.checks.tempfile.TemporaryFile", full)
+    with pytest.raises(ValueError, match=r"`path` must be a file in a folder that can be written.*Permission denied"):
+        check_output("path", tmp_path / "x.json")
+
+
+def test_symbolic_links_and_devices(tmp_path):
+    (tmp_path / "later.json").symlink_to(tmp_path / "target.json")
+    (tmp_path / "lost.json").symlink_to(tmp_path / "absent" / "target.json")
+    check_output("path", tmp_path / "later.json", (".json",), overwrite=False)
+    with pytest.raises(ValueError, match="there is no folder"):
+        check_output("path", tmp_path / "lost.json", (".json",))
+    for endings in ((".json",), (".png", ".pdf", ".svg"), ()):
+        check_output("path", "/dev/null", endings, overwrite=False)
+    with pytest.raises(ValueError, match=r"`path` must end with \.keras"):
+        check_output("path", "/dev/null", (".keras",))
+    check_output("path", "CURVES.PNG", (".png",))
+    for odd in (None, 3, "", "a\0b.json"):
+        with pytest.raises(ValueError, match="`path` must be the path of a file"):
+            check_output("path", odd)
+
+
+def test_functions_that_write_check_their_path(tmp_path):
+    genome = Genome.random(Rule(), seed=0)
+    for path, said in [("x.txt", r"must end with \.json"), ("absent/x.json", "there is no folder")]:
+        with pytest.raises(ValueError, match=said):
+            genome.save(tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(str(tmp_path / "n.json"), {"a": [float("nan"), 1.0, (float("-inf"), 2)], "b": "NaN"})
+    assert json.loads((tmp_path / "n.json").read_text()) == {"a": [None, 1.0, [None, 2]], "b": "NaN"}
+
+
+# Ctrl-C.
+
+
+@pytest.fixture
+def ctrl_c_after_an_epoch(monkeypatch):
+    whole = keras.callbacks.History.on_epoch_end
+
+    def ended(self, epoch, logs=None):
+        whole(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.callbacks.History, "on_epoch_end", ended)
+
+
+@pytest.mark.usefixtures("ctrl_c_after_an_epoch")
+def test_fit_keeps_what_was_learned(tmp_path, capsys):
+    paths = {name: tmp_path / f"f.{ending}" for name, ending in [("json", "json"), ("plot", "svg"), ("save", "keras")]}
+    asked = ["--hidden=8", "--epochs=3", *(f"--{name}={path}" for name, path in paths.items())]
+    assert cli.run(["fit", *asked]) == 130
+    shown = capsys.readouterr()
+    assert "after 1 of 3 epochs" in shown.out
+    assert shown.err.startswith("keras-blur: interrupted; kept what was learned in ")
+    document = json.loads(paths["json"].read_text())
+    (result,) = document["results"].values()
+    assert document["partial"]
+    assert result["partial"]
+    assert len(result["history"]["loss"]) == 1
+    images = load_images()
+    _, accuracy = keras.models.load_model(paths["save"]).evaluate(images.x_test, images.y_test, verbose=0)
+    assert accuracy == pytest.approx(result["history"]["val_accuracy"][0])
+    assert paths["plot"].exists()
+
+
+@pytest.mark.usefixtures("ctrl_c_after_an_epoch")
+def test_reweight_keeps_what_was_learned(tmp_path, capsys):
+    paths = {name: tmp_path / f"r.{name}" for name in ("json", "keras")}
+    asked = ["reweight", "--hidden=8", "--epochs=3", f"--json={paths['json']}", f"--save={paths['keras']}", "--noplain"]
+    assert cli.run(asked) == 130
+    assert f"kept what was learned in {paths['json']}, {paths['keras']}" in capsys.readouterr().err
+    assert json.loads(paths["json"].read_text())["partial"]
+    assert keras.models.load_model(paths["keras"]).count_params() == 64 * 8 + 8 + 80 + 10
+    assert cli.run([*asked[:3], "--plain"]) == 130
+    assert "no output file was asked for" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ctrl_c_after_an_epoch")
+def test_meta_train_keeps_what_was_learned(tmp_path, capsys):
+    paths = {"genome": tmp_path / "g.json", "json": tmp_path / "n.json"}
+    size = ["--functions=xor", "--hidden=4", "--unroll=2", "--epochs=3", "--steps_per_epoch=2", "--members=1"]
+    outputs = [f"--{name}={path}" for name, path in paths.items()]
+    assert cli.run(["meta-train", *size, "--nojit_compile", *outputs]) == 130
+    assert f"interrupted; kept what was learned in {paths['genome']}" in capsys.readouterr().err
+    assert genomes.load(paths["genome"]).rule.states == 2
+    document = json.loads(paths["json"].read_text())
+    assert document["partial"]
+    assert len(document["history"]["loss"]) == 1
+
+
+def test_ctrl_c_before_any_result(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keras_blur.cli.fit.load_images", stop)
+    assert cli.run(["fit"]) == 130
+    assert capsys.readouterr().err == "keras-blur: interrupted; nothing was kept\n"
+
+
+class Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        self.text += text
+
+
+def test_progress_is_one_line_on_a_terminal():
+    out = Terminal()
+    with ProgressLine(out) as line:
+        line.show("SGD (1 of 2)", "step 0 of 9")
+        line.show("SGD (1 of 2)", "step 9 of 9")
+    assert "\n" not in out.text
+    assert out.text.count("\r") == 3
+    assert "\rSGD (1 of 2), step 9 of 9, 0 s\x1b[K" in out.text
+    assert out.text.endswith("\r\x1b[K")
+
+
+def test_a_closed_pipe_is_no_mistake(monkeypatch, capsys):
+    def broken(flag, positional):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(modules()["zoo"], "run", broken)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    assert cli.run(["zoo"]) == 0
+    assert not capsys.readouterr().err

@@ -92,8 +92,6 @@ def test_other_optimizers_are_refused(optimizer):
 def test_learner_errors():
     with pytest.raises(ValueError, match=r"`activation` must be one of.*'swish'"):
         Optimizer(keras.optimizers.SGD(0.1), activation="swish")
-    with pytest.raises(ValueError, match="`outputs` must be at least 2"):
-        Optimizer(keras.optimizers.SGD(0.1)).init({}, random.seed_of(0), 5, 1)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -161,7 +159,10 @@ def test_shell(tmp_path, capsys, monkeypatch):
     arguments = ["compare", f"--genome={tmp_path / 'g.json'}", "--hidden=8", "--steps=2", "--seeds=2",
                  f"--json={tmp_path / 'c.json'}", f"--plot={tmp_path / 'c.png'}"]  # fmt: skip
     assert cli.run(arguments) == 0
-    assert "best SGD 0.3" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "best SGD 0.3" in shown.out
+    assert f"wrote {tmp_path / 'c.png'}" in shown.out
+    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["g (1 of 2)", "SGD (2 of 2)"]
     assert json.loads((tmp_path / "c.json").read_text())["steps"] == [0, 1, 2]
     assert (tmp_path / "c.png").exists()
 
@@ -170,7 +171,7 @@ def test_shell(tmp_path, capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], "--genome must be given"),
-        (["--genome=nowhere"], "No genome named"),
+        (["--genome=nowhere"], "Received: name='nowhere'"),
         (["--genome=backprop", "--plot=/no/such/folder/c.png"], "there is no folder"),
     ],
 )
@@ -248,6 +249,7 @@ def test_shell_on_toy_tasks(tmp_path, capsys):
     path, numbers = tmp_path / "g.json", tmp_path / "n.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
     size = [f"--genome={path}", "--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", f"--json={numbers}"]
+    size.append("--overwrite")
     assert cli.run(["evaluate", *size, "--functions=xor,circle"]) == 0
     assert "scores that are not finite: 0 of 6" in capsys.readouterr().out
     assert [one["data"] for one in json.loads(numbers.read_text())["results"]] == ["xor", "circle"]
@@ -262,7 +264,7 @@ def test_shell_on_toy_tasks(tmp_path, capsys):
     assert (reported["split"], chosen_by["split"]) == ("test", "validation")
     assert reported["curves"]["genome"]["loss"] != chosen_by["curves"]["genome"]["loss"]
     assert cli.run(["evaluate", *size, "--split=validation"]) == 2
-    assert "`split` must be 'test' or, of tasks, 'validation'" in capsys.readouterr().err
+    assert "--split applies only with --size or --functions" in capsys.readouterr().err
     assert cli.run(["evaluate", *size, "--functions=ring"]) == 2
     assert "`names` must be" in capsys.readouterr().err
     assert cli.run(["evaluate", "--functions=xor"]) == 2
@@ -274,7 +276,7 @@ def test_shell_draws_one_genome(tmp_path, capsys):
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
     pictures = {name: tmp_path / f"{name}.png" for name in ("plot", "decisions", "synapses")}
     flags = {name: f"--{name}={file}" for name, file in pictures.items()}
-    size = [f"--genome={path}", "--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8"]
+    size = [f"--genome={path}", "--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", "--overwrite"]
     assert cli.run(["evaluate", *size, "--functions=xor", *flags.values()]) == 0
     sizes = {name: matplotlib.image.imread(file).shape for name, file in pictures.items()}
     assert sizes["decisions"][0] < sizes["synapses"][0]  # one row of panels, and two
@@ -283,8 +285,72 @@ def test_shell_draws_one_genome(tmp_path, capsys):
     assert cli.run(["evaluate", *size, flags["synapses"]]) == 0  # of the digits
     assert pictures["synapses"].exists()
     assert cli.run(["evaluate", *size, flags["decisions"]]) == 2
-    assert "--decisions draws the plane: give it with --functions" in capsys.readouterr().err
+    assert "--decisions applies only with --functions" in capsys.readouterr().err
     assert cli.run(["evaluate", *size, "--functions=xor,circle", flags["synapses"]]) == 2
     assert "--synapses draws one network" in capsys.readouterr().err
     assert cli.run(["evaluate", *size, "--functions=xor", "--decisions=nowhere/x.png"]) == 2
-    assert "--decisions: there is no folder" in capsys.readouterr().err
+    assert "--decisions must be a file in a folder that exists; there is no folder" in capsys.readouterr().err
+
+
+def stopping(at):
+    """A `watch` that keeps what it is told and ends the run when arm number and step are those."""
+    told = []
+
+    def watch(progress):
+        told.append(progress)
+        if (progress.number, progress.step) == at:
+            raise KeyboardInterrupt
+
+    return told, watch
+
+
+def test_a_comparison_tells_how_far_it_is(result, tmp_path):
+    told, watch = stopping(at=(3, 2))
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    with pytest.raises(KeyboardInterrupt):
+        compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS, watch=watch)
+    assert [(one.arm, one.number, one.step) for one in told] == [
+        *(("genome", 1, step) for step in (0, 0, 1, 2, 5, 10)), *(("SGD", 2, step) for step in (0, 0, 1, 2, 5, 10)),
+        *(("Adam", 3, step) for step in (0, 0, 1, 2)),
+    ]  # fmt: skip
+    assert {one.arms for one in told} == {3}
+    assert told[0].result is None
+    begun, finished = told[3].result, told[-1].result
+    assert begun["steps"] == [0, 1, 2]  # the first arm's scores so far
+    assert begun["curves"]["genome"]["loss"] == [row[:3] for row in result["curves"]["genome"]["loss"]]
+    assert list(finished["curves"]) == ["genome", "SGD 0.1", "SGD 1", "SGD 3e+38"]
+    assert finished["curves"]["SGD 1"]["loss"] == result["curves"]["SGD 1"]["loss"]
+    assert finished["best"] == {"SGD": result["best"]["SGD"]}
+    assert "partial" not in result
+    for partial in (begun, finished):
+        assert partial["partial"]
+        assert "interrupted" in format_compare(partial)
+        assert "(interrupted)" in plot_compare(partial, tmp_path / "c.png").get_suptitle()
+
+
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
+def test_ctrl_c_keeps_the_curves_so_far(tmp_path, capsys, monkeypatch, command):
+    score = globals()[command]
+
+    def ended(*arguments, watch, **options):
+        def stop(progress):
+            watch(progress)
+            if progress.data == "circle" and progress.step == 1:
+                raise KeyboardInterrupt
+
+        return score(*arguments, watch=stop, **options)
+
+    monkeypatch.setattr(f"keras_blur.cli.{command}.{command}", ended)
+    monkeypatch.setattr("keras_blur.report.compare.GRIDS", {"SGD": (0.3,)})
+    path, numbers = tmp_path / "mine.json", tmp_path / "n.json"
+    Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
+    size = ["--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", f"--json={numbers}"]
+    assert cli.run([command, f"--genome={path}", "--functions=xor,circle,square", *size]) == 130
+    shown = capsys.readouterr()
+    assert "interrupted; kept the curves learned so far" in shown.err
+    assert "mine  " in shown.out  # the row has the genome's name
+    document = json.loads(numbers.read_text())
+    assert document["partial"]
+    whole, begun = document["results"]
+    assert (whole["data"], whole["steps"], "partial" in whole) == ("xor", [0, 1, 2], False)
+    assert (begun["data"], begun["steps"], begun["partial"]) == ("circle", [0, 1], True)

@@ -69,7 +69,7 @@ def test_missing_data_names_folder_and_remedy(tmp_path):
 
 
 def test_unknown_name(tmp_path):
-    with pytest.raises(ValueError, match="No image set 'no_such_set'"):
+    with pytest.raises(ValueError, match="Received: name='no_such_set'"):
         load_images("no_such_set", tmp_path)
 
 

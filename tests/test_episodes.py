@@ -268,12 +268,12 @@ def test_standardised_by_the_classes_of_meta_training():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": 1}, "`ways` must be an integer from 2. Received: ways=1"),
-        ({"ways": 2.5}, "`ways` must be an integer from 2. Received: ways=2.5"),
+        ({"ways": 1}, "`ways` must be an integer of at least 2. Received: ways=1"),
+        ({"ways": 2.5}, "`ways` must be an integer of at least 2. Received: ways=2.5"),
         ({"ways": 7}, "`ways` must be at most 6, the number of classes that digits has for meta-training. Received: ways=7"),
-        ({"shots": 0}, "`shots` must be an integer from 1. Received: shots=0"),
-        ({"size": 0}, "`size` must be an integer from 1. Received: size=0"),
-        ({"name": "no_such_set"}, "No image set 'no_such_set'"),
+        ({"shots": 0}, "`shots` must be a positive integer. Received: shots=0"),
+        ({"size": 0}, "`size` must be a positive integer. Received: size=0"),
+        ({"name": "no_such_set"}, "Received: name='no_such_set'"),
     ],
 )
 def test_errors(options, message, tmp_path):

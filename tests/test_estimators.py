@@ -236,7 +236,7 @@ def test_losses_of_values_and_single_outputs():
         (lambda: Unroll(3, loss="hinge"), "`loss` must be one of"),
         (lambda: Unroll(3, loss="binary", kind="values"), "`loss` of values"),
         (lambda: Unroll(3, kind="words"), "`kind` must be"),
-        (lambda: Evolution(population=3), "`population` must be at least 4"),
+        (lambda: Evolution(population=3), "`population` must be an integer of at least 4"),
         (lambda: Evolution(sigma=-1.0), "`sigma` must be a positive number"),
         (lambda: Evolution(fitness="beauty"), "`fitness` must be one of"),
         (lambda: Evolution(recompute=True), "`recompute` must be False"),

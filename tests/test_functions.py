@@ -299,7 +299,7 @@ def test_noise_is_added_after_the_classes_are_known():
         (["xor", "xor"], {}, r"different names.* Received: names=\['xor', 'xor'\]"),
         (["xor", "blobs10"], {}, "Received: names=.*'blobs10'"),
         (["xor", "blobs3", "sine"], {}, "one list for each .* Received: xor has 2, blobs3 has 3, sine has 1"),
-        ("xor", {"noise": -0.1}, "`noise` must be a finite number that is not negative. Received: noise=-0.1"),
+        ("xor", {"noise": -0.1}, "`noise` must be a finite number of at least 0. Received: noise=-0.1"),
         ("xor", {"noise": float("nan")}, "Received: noise=nan"),
         ("sine", {"relabel": True}, "`relabel` must be False for 'sine'"),
     ],

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import multiprocessing
+import pickle
 import re
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -272,10 +275,45 @@ def test_equality():
         hash(genome)
 
 
-@pytest.mark.parametrize("function", [copy.copy, copy.deepcopy])
-def test_copies(function):
-    genome = Genome.random(Rule(), 0)
-    assert function(genome) == genome
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+GENOMES = {
+    "single": Genome.random(Rule(), 0),
+    "population": Genome.random(Rule(layers=2, oja="weights", oja_learned=True), 0, population=(3,)),
+    "with a loss": genomes.load("mnist-orthogonal"),
+    "float64": Genome(Rule(), {n: np.asarray(a, np.float64) for n, a in Genome.random(Rule(), 1).arrays.items()}),
+}
+
+
+@pytest.mark.parametrize("function", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("name", GENOMES)
+def test_copies(name, function):
+    genome = GENOMES[name]
+    copied = function(genome)
+    assert copied == genome
+    assert copied.population == genome.population
+    assert {n: a.dtype for n, a in copied.arrays.items()} == {n: a.dtype for n, a in genome.arrays.items()}
+    assert function(genome.rule) == genome.rule
+    assert hash(function(genome.rule)) == hash(genome.rule)
+    with pytest.raises(ValueError, match="read-only"):
+        copied.nu[...] = 0.0
+    assert copied != genome.replace(synapse_update=2.0 * genome.synapse_update)
+
+
+def test_a_genome_of_tensors_goes_through_pickle():
+    genome = GENOMES["single"].replace(nu=tf.constant(GENOMES["single"].nu))
+    assert pickled(genome) == GENOMES["single"]
+
+
+def numbers(genome):
+    return genome.size
+
+
+def test_process_pool():
+    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(numbers, GENOMES.values())) == [genome.size for genome in GENOMES.values()]
 
 
 def test_describe():
@@ -298,7 +336,7 @@ def test_load_by_name(tmp_path):
     assert genomes.load(path) == genomes.load(str(path)) == Genome.random(Rule(), 0)
     for name in genomes.names():
         assert isinstance(genomes.load(name), Genome)
-    with pytest.raises(ValueError, match=r"No genome named 'mnist-5000', and no such file. Known names: backprop"):
+    with pytest.raises(ValueError, match=r"`name` must be backprop, .*Received: name='mnist-5000'"):
         genomes.load("mnist-5000")
     with pytest.raises(ValueError, match="could not be read"):
         genomes.load(tmp_path)

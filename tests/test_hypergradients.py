@@ -382,7 +382,7 @@ def test_a_look_ahead_compiles_whole():
         (lambda: meta.LayerwiseMetaGradient("first:2"), "`layers` must be 'last:N', names of layers, or None"),
         (lambda: meta.LayerwiseMetaGradient(("no",)).parameters(LAYERS), "`layers` must be names of layers with weights"),
         (lambda: meta.EvoGrad(scope=("no",)).parameters(LAYERS), "`scope` must be names of layers with weights"),
-        (lambda: meta.GradientSampler(momentum=-1), "`momentum` must be a number of at least 0"),
+        (lambda: meta.GradientSampler(momentum=-1), "`momentum` must be a finite number of at least 0"),
     ],
 )
 def test_a_wrong_argument_is_named(make, message):

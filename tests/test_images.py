@@ -71,7 +71,7 @@ def test_largest_prime(limit, prime):
 
 
 def test_a_split_of_one_image():
-    with pytest.raises(ValueError, match=r"needs at least 2 images a split\. Received 1"):
+    with pytest.raises(ValueError, match=r"A split must have at least 2 examples\. Received: 1"):
         _prime_up_to(1)
 
 

@@ -162,9 +162,9 @@ def test_tasks_of_other_sizes_are_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: learners.Prototypes((0,)), "`hidden` must be positive integers"),
-        (lambda: learners.Prototypes((4,), 0), "`dimensions` must be positive integers"),
-        (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be positive integers"),
+        (lambda: learners.Prototypes((0,)), "`hidden` must be a sequence of positive integers"),
+        (lambda: learners.Prototypes((4,), 0), "`dimensions` must be a positive integer"),
+        (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be a positive integer"),
         (lambda: learners.NeuralProcess(activation="swish"), "`activation` must be one of"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1), loss="hinge"), "`loss` must be one of"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1), activation="relu_tanh"), "`activation` must be one of"),
@@ -265,3 +265,57 @@ def test_a_share_of_the_tasks_starts_as_among_all(name):
     part = learner.init(outer, random.seed_of(0), FEATURES, CLASSES, (2, 2), Share(1, 2))
     for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(Share(1, 2).part(whole, axis=1)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def keras_inputs(learner, count):
+    """Inputs and targets of what a learner learned, as a Keras model takes them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((count, FEATURES)).astype("float32")
+    if isinstance(learner, learners.NeuralProcess):
+        support, y = rng.standard_normal((count, 6, FEATURES)), rng.standard_normal((count, 6, CLASSES))
+        return [support.astype("float32"), y.astype("float32"), x[:, None]], np.ones((count, 1, CLASSES), "float32")
+    return x, np.ones((count, 4 if isinstance(learner, learners.Prototypes) else CLASSES), "float32")
+
+
+def warp_learner_of(features, classes):
+    model, names = learners.warped(features, (5,), classes)
+    return learners.Warp(model, names, keras.optimizers.SGD(0.1))
+
+
+@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", ["maml", "prototypes", "neural process", "warp"])
+def test_a_learned_model_is_any_keras_model(name, policy, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        learner = warp_learner_of(FEATURES, CLASSES) if name == "warp" else LEARNERS[name][0]()
+        outer = {key: own[0] for key, own in learner.draw(0, 1, FEATURES, CLASSES).items()}
+        model, (x, y) = learner.learned(outer), keras_inputs(learner, 5)
+        model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)
+        whole, rough = model.predict(x, verbose=0), 0.1 if policy.startswith("mixed") else 1e-5
+        np.testing.assert_allclose(model.predict(x, batch_size=2, verbose=0), whole, atol=rough)
+        assert np.isfinite(model.evaluate(x, y, batch_size=2, verbose=0))
+        model.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(again.predict(x, batch_size=2, verbose=0), whole, atol=rough)
+        model.export(str(tmp_path / "model"), verbose=False)
+        loss = model.evaluate(x, y, batch_size=2, verbose=0)
+        model.fit(x, y, batch_size=2, epochs=3, verbose=0)
+        assert model.evaluate(x, y, batch_size=2, verbose=0) < loss
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "mixed_float16"])
+def test_a_warped_model_of_another_precision_is_meta_trained(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        learner = warp_learner_of(2, 3)
+    finally:
+        keras.config.set_dtype_policy(before)
+    made = meta.MetaTrainer(tasks.functions("blobs3"), learner, meta.Unroll(2), tasks_per_step=2, batch_size=6, query_size=6)
+    made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    history = made.fit(1, 3, verbose=0).history
+    assert history["skipped"] == [0.0]
+    assert 0.0 < history["loss"][0] < 2.0

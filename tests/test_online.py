@@ -186,11 +186,11 @@ def test_only_labelled_bits_are_scored():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tasks.remember(1), "`units` must be an integer from 2"),
+        (lambda: tasks.remember(1), "`units` must be an integer of at least 2"),
         (lambda: tasks.remember(4, cue=0.0), "`cue` must be a share"),
         (lambda: tasks.remember(4, cue=1.0), "`cue` must be a share"),
-        (lambda: learners.OnlineRule(neuron=0), "`neuron` must be positive integers"),
-        (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be positive integers"),
+        (lambda: learners.OnlineRule(neuron=0), "`neuron` must be a positive integer"),
+        (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be a sequence of positive integers"),
         (lambda: learners.OnlineRule().check("classes", 2), "needs tasks of bits"),
         (lambda: learners.OnlineRule().parameters(keras.Sequential([keras.Input((2,))])), "must have an OnlineCell"),
         (lambda: keras.layers.RNN(learners.OnlineCell(4))(tf.zeros((1, 2, 4))), r"2 \* units \+ 1 = 9"),
@@ -233,3 +233,68 @@ def test_a_rule_learns_to_remember():
     assert np.mean([score_episodes(off, model, of, **shape)["mean_accuracy"] for model in models]) <= 0.55
     larger = [score_episodes(learner, model, tasks.remember(24), **shape)["mean_accuracy"] for model in models]
     assert np.mean(larger) >= 0.95
+
+
+def sequences(batch, time=3, seed=0):
+    rng = np.random.default_rng(seed)
+    bits = rng.choice([-1.0, 1.0], (batch, time, UNITS))
+    recall = np.zeros((batch, time, 1))
+    recall[:, -1] = 1.0
+    x = np.concatenate([bits, np.ones((batch, time, UNITS)), recall], axis=-1)
+    return x.astype("float32"), (0.5 * (bits + 1.0)).astype("float32")
+
+
+def learned(**options):
+    learner = rule(**options)
+    return learner.learned({name: own.numpy()[0] for name, own in drawn(learner, 1, "float32").items()})
+
+
+@pytest.fixture
+def policy(request):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16", "mixed_float16"], indirect=True)
+def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
+    model, (x, y) = learned(), sequences(5)
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=False)
+    whole = model.predict(x, batch_size=5, verbose=0)
+    rough = {"float32": 1e-5, "float64": 1e-9}.get(policy, 0.1)
+    assert np.ptp(whole) > 2.0 * rough
+    for size in (1, 2, 7):
+        np.testing.assert_allclose(model.predict(x, batch_size=size, verbose=0), whole, atol=rough)
+    before = model.evaluate(x, y, batch_size=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(x, batch_size=2, verbose=0), whole, atol=rough)
+    model.export(str(tmp_path / "model"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    for size in (2, 3):
+        np.testing.assert_allclose(served.serve(tf.constant(x[:size])), whole[:size], atol=rough)
+    model.fit(x, y, batch_size=2, epochs=20, verbose=0)
+    assert model.evaluate(x, y, batch_size=2, verbose=0) < before
+
+
+def test_a_cell_has_no_size_of_its_own_compiled_and_in_a_functional_model():
+    model, (x, _) = learned(types=1), sequences(5)
+    given = keras.Input((3, 2 * UNITS + 1))
+    around = keras.Model(given, model(given))
+    whole = model.predict(x, verbose=0)
+    np.testing.assert_allclose(around.predict(x, batch_size=2, verbose=0), whole, atol=1e-5)
+    compiled = tf.function(model, jit_compile=True)
+    np.testing.assert_allclose(compiled(tf.constant(x[:2])), whole[:2], atol=1e-5)
+    found = rule(types=1).parameters(around)
+    assert found.keys() == rule(types=1).draw(0, 1, 2 * UNITS, UNITS).keys()
+
+
+def test_a_control_that_stores_nothing_stores_nothing_as_a_keras_model():
+    x, _ = sequences(3)
+    other = x.copy()
+    other[:, 0, :UNITS] *= -1.0  # what was stored before
+    plastic, control = learned(), learned(plastic=False)
+    recalled = [model.predict(one, verbose=0)[:, -1] for model in (plastic, control) for one in (x, other)]
+    assert np.abs(recalled[0] - recalled[1]).max() > 1e-6
+    np.testing.assert_array_equal(recalled[2], recalled[3])

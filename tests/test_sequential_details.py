@@ -274,7 +274,7 @@ def hole(values):
 
 @pytest.mark.parametrize("form", LATE)
 def test_batches_without_labels(form):
-    with pytest.raises(ValueError, match=r"must be given|must give \(x, y\)"):
+    with pytest.raises(ValueError, match="`y` must be given"):
         make().fit(LATE[form](X), steps_per_epoch=2, verbose=0)
 
 
@@ -282,8 +282,8 @@ def test_batches_without_labels(form):
 @pytest.mark.parametrize(
     ("batch", "loss", "message"),
     [
-        ((X, Y + 1), LOGITS, "Labels must be integers from 0 to 2"),
-        ((X, Y - 1), LOGITS, "Labels must be integers from 0 to 2"),
+        ((X, Y + 1), LOGITS, "`y` must hold integers from 0 to 2"),
+        ((X, Y - 1), LOGITS, "`y` must hold integers from 0 to 2"),
         ((hole(X), Y), LOGITS, "`x` must be finite"),
         ((X, hole(X[:, :3])), "mean_squared_error", "`y` must be finite"),
     ],
@@ -291,7 +291,7 @@ def test_batches_without_labels(form):
 )
 def test_bad_batches(form, batch, loss, message):
     model = make(loss=loss)
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+    with pytest.raises(ValueError, match=message):
         model.fit(LATE[form](*batch), steps_per_epoch=2, verbose=0)
     assert all(np.isfinite(value).all() for value in weights(model))
 
@@ -304,9 +304,9 @@ def test_weights_of_examples_must_be_finite():
 
 
 def test_one_hot_labels_with_a_loss_of_integers_and_the_other_way():
-    with pytest.raises(ValueError, match=r"Integer labels must have shape \(batch,\) or \(batch, 1\)"):
+    with pytest.raises(ValueError, match=r"`y` must have shape \(batch,\) or \(batch, 1\) of integer labels"):
         make().fit(X, np.eye(3)[Y], verbose=0)
-    with pytest.raises(ValueError, match="For integer labels use a sparse loss"):
+    with pytest.raises(ValueError, match="integer labels need a sparse loss"):
         make(loss=keras.losses.CategoricalCrossentropy(from_logits=True)).fit(X, Y, verbose=0)
 
 

@@ -53,7 +53,7 @@ def test_shell(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["no-such"], "No genome named 'no-such'"), (["--save=x.json"], "need the name of one genome. Received: none")],
+    [(["no-such"], "Received: name='no-such'"), (["--save=x.json"], "need the name of one genome. Received: none")],
 )
 def test_shell_mistakes(capsys, arguments, said):
     assert cli.run(["zoo", *arguments]) == 2

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # how a TPU VM shows its chips
 
@@ -23,13 +24,17 @@ if not any(glob.glob(pattern) for pattern in DEVICES):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for Google's metadata server when it is imported
 
 import tensorflow as tf
-from absl import flags
 
 from keras_blur import cli
 from keras_blur.cli import meta_train
+from keras_blur.cli.flags import Flags, When
 from keras_blur.files import make_folder
 
 USAGE = "[flags]"
+EXAMPLES = (
+    "--tpu local --out gs://BUCKET/RUN --data mnist --tasks_per_step 32",
+    "--tpu none --out run --functions xor --hidden 8 --epochs 2",
+)
 
 # What a run writes, by flag.
 FILES = {
@@ -68,26 +73,32 @@ def connect(name: str, zone: str | None = None, project: str | None = None) -> t
     return strategy
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(flags: Flags) -> None:
     """Those of `keras-blur meta-train`, and where the TPU is."""
-    meta_train.define_flags(values)
-    where = "'local' on a TPU VM, the name of a TPU, or 'none' for the CPU or GPU of this machine."
-    flags.DEFINE_string("tpu", "none", where, flag_values=values)
-    flags.DEFINE_string("gcp_zone", None, "Zone of a TPU given by name.", flag_values=values)
-    flags.DEFINE_string("gcp_project", None, "Project of a TPU given by name.", flag_values=values)
-    flags.DEFINE_string("out", None, "Folder or bucket for what a run writes, but for what flags name.", flag_values=values)
+    meta_train.define_flags(flags)
+    named = [When("with the name of a TPU in --tpu", lambda flag: flag["tpu"] not in ("none", "local"), ("tpu",))]
+    flags.group("Device")
+    flags.string("tpu", "none", "'local' on a TPU VM, the name of a TPU, or 'none' for the CPU or GPU of this machine.")
+    flags.string("gcp_zone", None, "Zone of the TPU.", named)
+    flags.string("gcp_project", None, "Project of the TPU.", named)
+    flags.group("Outputs")
+    flags.string("out", None, "Folder or bucket for what a run writes, except for files that other flags name.")
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
-    """Meta-trains there."""
-    out = values["out"].value
-    if out:
+def complete(flag: dict[str, Any], given: set[str]) -> None:
+    """Places what a run writes."""
+    if out := flag["out"]:
         make_folder(out)  # of a bucket too: what cannot be written is known now, not after the first epoch
-        for flag, name in FILES.items():
-            if not values[flag].present:
-                values[flag].value = f"{out.rstrip('/')}/{name}"
-    strategy = connect(str(values["tpu"].value), values["gcp_zone"].value, values["gcp_project"].value)
-    return meta_train.run(values, positional, strategy.scope())
+        for name, file in FILES.items():
+            if name not in given:
+                flag[name] = f"{out.rstrip('/')}/{file}"
+    meta_train.complete(flag, given)
+
+
+def run(flag: dict[str, Any], positional: Sequence[str]) -> int:
+    """Meta-trains there."""
+    strategy = connect(flag["tpu"], flag["gcp_zone"], flag["gcp_project"])
+    return meta_train.run(flag, positional, strategy.scope())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def run(setting: Setting) -> Outcome:
         f"Test accuracy with batches of 128: mean and deviation over {seeds} initial networks and orders (of tasks: "
         f"episodes). The genome of three tasks is the best of {members} by accuracy in {meta_steps} meta-steps (unroll "
         f"{', then '.join(map(str, unroll))}; the paper: 10,000 and more a stage); the zoo's had 7,000. SGD has the best of "
-        f"the rates {', '.join(f'{rate:g}' for rate in rates)} at each step, on the cross-entropy."
+        f"the rates {', '.join(f'{rate:g}' for rate in rates)} at each step, on the cross-entropy, in plain networks; "
+        "both genomes normalise sums over the batch."
     )
     header = ["set, hidden layers", "learner", *(f"step {at[i]}" for i in shown)]
     numbers = {"steps": at, "accuracy": numbers, "meta_training": trained.scores, "skipped": trained.skipped,

@@ -34,7 +34,9 @@ def run(setting: Setting) -> Outcome:
     for states in setting.pick((2, 4), (2, 4, 8)):
         rule = RULE.replace(states=states)
         trained = meta_train(families, [(48, 32)], rule, steps=steps, members=members, seed=setting.seed)
-        at, found = accuracies(trained.population, images, hidden, steps=20, seeds=setting.pick(2, 5), batch_size=128)
+        at, found = accuracies(
+            trained.population, images, hidden, steps=20, seeds=setting.pick(2, 5), batch_size=128, seed=setting.seed
+        )
         per_genome = found.mean(axis=1)
         size = sum(np.asarray(array)[0].size for array in trained.population.arrays.values())
         rows.append(

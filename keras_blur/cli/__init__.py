@@ -1,27 +1,35 @@
-"""The shell: `keras-blur COMMAND [flags]`. One file a command, each with its flags; this one finds and runs it.
+"""The command line: `keras-blur COMMAND [flags]`. One file a command, each with its flags; this one finds and runs it.
 
-A user's mistake (a flag, a file, missing data) ends with one sentence and exit status 2; anything else is a bug and keeps
-its traceback.
+A user's mistake (a flag, a file, missing data) ends with one sentence and exit status 2. Ctrl-C ends with 130. Anything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+import keras
+import tensorflow as tf
+
+from keras_blur._version import __version__
+from keras_blur.cli.flags import Flags
 
 COMMANDS = {
     "fit": "train a network by a genome on images, beside Keras SGD",
     "meta-train": "find a genome on images or toy tasks, from random numbers",
-    "reweight": "train on labels of which some are wrong, with weights of examples learned from a few right ones",
+    "reweight": "train on labels of which some are wrong, with example weights learned from a few correct ones",
     "evaluate": "how a genome learns, over seeds and steps",
     "compare": "a genome beside tuned optimizers, on images or toy tasks",
     "zoo": "the trained genomes of the package, and their cards",
-    "conformance": "replay published numbers and say how far they are apart",
+    "conformance": "replay published numbers and report the differences",
 }
+
+MISTAKE, INTERRUPTED = 2, 130
+STATUS = "Exit status: 0 success, 1 a check that failed, 2 a mistake in flags, files or data, 130 interrupted (Ctrl-C)."
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,13 +39,19 @@ def run(arguments: Sequence[str]) -> int:
         arguments: those after the program's name.
 
     Returns:
-        The exit status: 0 success, 1 a check that failed, 2 a user's mistake.
+        The exit status: 0 success, 1 a check that failed, 2 a user's mistake, 130 interrupted.
     """
+    if arguments and arguments[0] == "--version":
+        print(f"keras-blur {__version__} (TensorFlow {tf.__version__}, Keras {keras.__version__})")
+        return 0
+    if arguments and arguments[0] == "help" and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: keras-blur COMMAND [flags]    (keras-blur COMMAND --help for its flags)\n")
         for name, purpose in COMMANDS.items():
             print(f"  {name:<14} {purpose}")
-        return 0 if arguments else 2
+        print(f"\n  {'--version':<14} the versions of keras_blur, TensorFlow and Keras\n\n{STATUS}")
+        return 0 if arguments else MISTAKE
     name, *rest = arguments
     if name not in COMMANDS:
         return _mistake("keras-blur", f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
@@ -46,10 +60,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """Parses a command's flags and runs it.
+    """Parses a command's flags, checks them and runs it.
 
     Args:
-        command: a module with `USAGE`, `define_flags` and `run`.
+        command: a module with `USAGE`, `EXAMPLES`, `define_flags` and `run`; it may have `complete`, which fills in the
+            defaults that depend on other flags.
         program: what stands before the arguments.
         purpose: what it does, in a line.
         arguments: those of the command.
@@ -58,28 +73,46 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         The exit status.
     """
     try:
-        values = flags.FlagValues()
-        flags.DEFINE_boolean("help", False, "Show these flags.", short_name="h", flag_values=values)
-        command.define_flags(values)
-        try:
-            positional = values([program, *arguments])[1:]
-        except flags.Error as error:
-            return _mistake(program, f"{error} ({program} --help lists the flags)")
-        if values["help"].value:
-            print(f"usage: {program} {command.USAGE}\n\n{purpose}\n\n{values.get_help()}")
+        flags = Flags()
+        command.define_flags(flags)
+        positional = flags.parse(program, arguments)
+        if flags.wants_help:
+            examples = "\n".join(f"  {program} {example}" for example in command.EXAMPLES)
+            print(f"usage: {program} {command.USAGE}\n\n{purpose}\n\nExamples:\n{examples}\n\n{flags.help()}\n\n{STATUS}")
             return 0
         if positional and "..." not in command.USAGE:
             return _mistake(program, f"{program} takes flags only; received {' '.join(positional)!r}")
-        return command.run(values, positional)
+        flag = flags.values()
+        if hasattr(command, "complete"):
+            command.complete(flag, flags.given())
+        flags.check(flag)
+        flags.check_outputs(flag)
+        return command.run(flag, positional)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is the rest written at exit
+        return 0
+    except MemoryError:
+        return _mistake(program, "there is not enough memory; a smaller batch or network needs less")
+    except tf.errors.ResourceExhaustedError as error:
+        return _mistake(program, f"there is not enough memory; a smaller batch or network needs less ({_sentence(error)})")
     except (ValueError, ImportError, OSError) as error:
-        return _mistake(program, str(error))
+        return _mistake(program, _sentence(error))
     except KeyboardInterrupt:
-        return _mistake(program, "interrupted")
+        _mistake(program, "interrupted; nothing was kept")
+        return INTERRUPTED
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename!r}" if error.filename else "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith((":", ",")) else lines[0]
 
 
 def _mistake(program: str, text: str) -> int:
     print(f"{program.split()[0]}: {text}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def main() -> None:

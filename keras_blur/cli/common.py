@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from keras_blur import genomes
-from keras_blur.files import is_remote, write_text
-from keras_blur.report.compare import plot_compare
+from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
+from keras_blur.cli.progress import ProgressLine
+from keras_blur.files import write_text
+from keras_blur.report.compare import Progress, plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
 
-
-def values_of(values: flags.FlagValues) -> dict[str, Any]:
-    """The flags' values by name."""
-    return {name: values[name].value for name in values if name != "help"}
-
-
-def check_folders(flag: Mapping[str, Any], *names: str) -> None:
-    """Raises a `ValueError` if a file that is to be written would have no folder."""
-    for name in names:
-        if flag[name] and not is_remote(flag[name]):
-            folder = os.path.dirname(os.path.abspath(flag[name]))
-            if not os.path.isdir(folder):
-                raise ValueError(f"--{name}: there is no folder {folder!r}")
+PREPARED = When("with --data other than digits", lambda flag: flag["data"] != "digits", ("data",))
 
 
 def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
@@ -42,42 +32,76 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     return numbers
 
 
-def define_data_flags(values: flags.FlagValues) -> None:
+def write_json(path: str, document: Any) -> None:
+    """Writes JSON values, with `null` for each number that is not finite, and says so."""
+    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    wrote(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def wrote(path: str) -> None:
+    """Names a file that was written; on stderr where the file itself went to stdout."""
+    print(f"wrote {path}", file=sys.stderr if path in ("/dev/stdout", "/dev/fd/1") else sys.stdout, flush=True)
+
+
+def interrupted(kept: str) -> int:
+    """Says what a run kept that Ctrl-C ended; returns its exit status."""
+    print(f"keras-blur: interrupted; {kept}", file=sys.stderr)
+    return 130
+
+
+def name_of(genome: str) -> str:
+    """The name of a genome by which results and pictures call it."""
+    return os.path.basename(genome).removesuffix(".json")
+
+
+def define_data_flags(flags: Flags, when: Sequence[When] = ()) -> None:
     """Defines the flags that name an image set."""
-    define: Any = {"flag_values": values}
-    flags.DEFINE_string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", **define)
-    flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.", **define)
-
-
-def define_scoring_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the commands that let a genome learn and score it."""
-    define: Any = {"flag_values": values}
-    flags.DEFINE_string("genome", None, "A genome's name, or a file of one.", **define)
-    define_data_flags(values)
-    flags.DEFINE_integer("size", None, "Side to resize images to; each seed is then an episode.", lower_bound=2, **define)
-    flags.DEFINE_list("functions", [], "Toy tasks, one by one, in the place of --data.", **define)
-    flags.DEFINE_list("hidden", ["64", "64"], "Units of the hidden layers.", **define)
-    flags.DEFINE_integer("steps", 100, "Learning steps.", lower_bound=1, **define)
-    flags.DEFINE_integer("seeds", 5, "Initial networks and orders of the images, or episodes.", lower_bound=2, **define)
-    flags.DEFINE_integer("batch_size", 64, "Examples in a batch.", lower_bound=1, **define)
-    flags.DEFINE_integer("seed", 0, "The first of the seeds.", lower_bound=0, **define)
-    flags.DEFINE_enum(
-        "split", "test", ["validation", "test"], "Episodes (--size, --functions) to report, or to choose by.", **define
+    flags.string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", when)
+    flags.string(
+        "data_dir",
+        None,
+        "Folder of prepared sets; else TFDS_DATA_DIR, else the default of tensorflow_datasets.",
+        [*when, PREPARED],
     )
-    flags.DEFINE_string("json", None, "File for the numbers, every curve.", **define)
-    flags.DEFINE_string("plot", None, "File for the picture (.png, .pdf, .svg).", **define)
+
+
+def define_scoring_flags(flags: Flags) -> None:
+    """Defines the flags of the commands that let a genome learn and score it."""
+    flags.group("Data")
+    define_data_flags(flags, [without("functions")])
+    flags.integer(
+        "size", None, "Side to resize images to; each seed is then an episode.", least=2, when=[without("functions")]
+    )
+    flags.words("functions", [], "Toy tasks, one by one, in place of --data.")
+    flags.choice(
+        "split", "test", ["validation", "test"], "Episodes to report, or to choose by.", [with_any("size", "functions")]
+    )
+    flags.group("Learning")
+    flags.string("genome", None, "A genome's name, or a file of one; it must be given.")
+    flags.words("hidden", ["64", "64"], "Units of the hidden layers.")
+    flags.integer("steps", 100, "Learning steps.", least=1)
+    flags.integer("seeds", 5, "Initial networks and orders of the images, or episodes.", least=2)
+    flags.integer("batch_size", 64, "Examples in a batch.", least=1)
+    flags.integer("seed", 0, "The first of the seeds.", least=0)
+    flags.group("Outputs")
+    flags.output("json", None, "File for the numbers, every curve.", (".json",))
+    flags.output("plot", None, "File for the picture.", PICTURES)
 
 
 def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
     """What the scoring flags ask to learn.
 
     Raises:
-        ValueError: if a picture of several is asked for, no genome is given, or data are missing.
+        ValueError: if a function is unknown or data are missing.
     """
-    if not flag["genome"]:
-        raise ValueError("--genome must be given: the name of a genome or a file of one")
-    if len(flag["functions"]) > 1 and flag["plot"]:
-        raise ValueError("--plot draws one result: give it with --data or with a single one of --functions")
     if flag["functions"]:
         return [functions(name) for name in flag["functions"]]
     if flag["size"]:
@@ -87,7 +111,7 @@ def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
 
 def score_all(
     flag: Mapping[str, Any], score: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], str]
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], bool]:
     """Lets the genome learn what the scoring flags ask for, prints and writes it.
 
     Args:
@@ -96,19 +120,52 @@ def score_all(
         show: a result as text.
 
     Returns:
-        The results.
+        The results, and whether Ctrl-C ended the run. Then the last result may be partial.
+
+    Raises:
+        ValueError: if a picture of several is asked for, no genome is given, or data are missing.
     """
-    check_folders(flag, "json", "plot")
-    sources, hidden = sources_of(flag), whole_numbers("hidden", flag["hidden"])
-    genome = genomes.load(flag["genome"])
-    options = {name: flag[name] for name in ("steps", "seeds", "batch_size", "seed", "split")}
-    results = []
-    for source in sources:
-        results.append(score(genome, source, hidden, **options))
-        print(show(results[-1]), end="\n\n" if len(sources) > 1 else "\n", flush=True)
-    if flag["json"]:
-        document = results[0] if len(results) == 1 else {"results": results}
-        write_text(flag["json"], json.dumps({"genome": flag["genome"], **document}, indent=1) + "\n")
-    if flag["plot"]:
+    if not flag["genome"]:
+        raise ValueError("--genome must be given: the name of a genome or a file of one")
+    if len(flag["functions"]) > 1 and flag["plot"]:
+        raise ValueError("--plot draws one result: give it with --data or with a single one of --functions")
+    hidden, genome, name = whole_numbers("hidden", flag["hidden"]), genomes.load(flag["genome"]), name_of(flag["genome"])
+    sources = sources_of(flag)
+    options = {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
+    results: list[dict[str, Any]] = []
+    partial: list[dict[str, Any]] = []  # of the source that is being learned
+    stopped = False
+    with ProgressLine() as line:
+
+        def watch(progress: Progress) -> None:
+            partial[:] = [progress.result] if progress.result else []
+            task = f"{progress.data} ({len(results) + 1} of {len(sources)}): " if len(sources) > 1 else ""
+            arm = name if progress.arm == "genome" else progress.arm
+            line.show(f"{task}{arm} ({progress.number} of {progress.arms})", f"step {progress.step} of {flag['steps']}")
+
+        def keep(result: dict[str, Any]) -> None:
+            results.append({"name": name, **result})
+            line.clear()
+            print(show(results[-1]), end="\n\n" if len(sources) > 1 else "\n", flush=True)
+
+        try:
+            for source in sources:
+                keep(score(genome, source, hidden, watch=watch, **options))
+                partial.clear()
+        except KeyboardInterrupt:
+            stopped = True
+            if partial and len(results) < len(sources):
+                keep(partial[0])
+    if flag["json"] and results:
+        document = results[0] if len(sources) == 1 else {"results": results, **({"partial": True} if stopped else {})}
+        write_json(flag["json"], {"genome": flag["genome"], **document})
+    if flag["plot"] and results:
         plot_compare(results[0], flag["plot"])
-    return results
+        wrote(flag["plot"])
+    return results, stopped
+
+
+def stopped_early(results: Sequence[Mapping[str, Any]]) -> int:
+    """Says what a scoring run kept that Ctrl-C ended; returns its exit status."""
+    curves = sum(len(result["curves"]) for result in results)
+    return interrupted(f"kept the curves learned so far: {curves}" if curves else "no score was taken yet, nothing was kept")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from absl import flags
-
-from keras_blur.cli.common import define_scoring_flags, score_all, values_of
+from keras_blur.cli.common import define_scoring_flags, score_all, stopped_early
 from keras_blur.report.compare import compare, format_compare, format_several
 
 USAGE = "--genome NAME_OR_FILE [flags]"
+EXAMPLES = (
+    "--genome mnist-4state --steps 50 --plot compare.png",
+    "--genome functions --functions cross,triangle --hidden 20",
+    "--genome mine.json --data mnist --data_dir DIR --hidden 256,128 --json compare.json",
+)
 
 define_flags = define_scoring_flags
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
+def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Compares, prints and writes."""
     del positional
-    results = score_all(values_of(values), compare, format_compare)
-    if len(results) > 1:
-        print(format_several(results))
-    return 0
+    results, stopped = score_all(flag, compare, format_compare)
+    whole = [result for result in results if "envelope" in result]
+    if len(whole) > 1:
+        print(format_several(whole))
+    return stopped_early(results) if stopped else 0

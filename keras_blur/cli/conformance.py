@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
-
-from absl import flags
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from keras_blur import conformance
-from keras_blur.files import write_text
+from keras_blur.cli.common import write_json
+from keras_blur.cli.flags import Flags
 
 USAGE = "FILE_OR_DIR ... [flags]"
+EXAMPLES = ("tests/conformance", "tests/conformance/oja_weights.npz --json conformance.json")
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("json", None, "File for the numbers.", flag_values=values)
+    flags.group("Outputs")
+    flags.output("json", None, "File for the numbers.", (".json",))
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
+def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Replays each file; 0 if all agree, 1 if a number differs; a file that cannot be replayed raises."""
     if not positional:
         raise ValueError("conformance needs at least one .npz file or a folder of them")
@@ -35,7 +36,6 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         print(f"{report.case:<34}" + "".join(f"{report.errors[group]:>16.1e}" for group in groups) + f"  {verdict}")
     failed = [report.case for report in reports if not report.agrees]
     print(f"{len(reports) - len(failed)} of {len(reports)} cases agree")
-    if values["json"].value:
-        rows = [{**dataclasses.asdict(report), "agrees": report.agrees} for report in reports]
-        write_text(values["json"].value, json.dumps(rows, indent=1) + "\n")
+    if flag["json"]:
+        write_json(flag["json"], [{**dataclasses.asdict(report), "agrees": report.agrees} for report in reports])
     return 1 if failed else 0

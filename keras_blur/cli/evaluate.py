@@ -6,35 +6,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from keras_blur import genomes
-from keras_blur.cli.common import check_folders, define_scoring_flags, score_all, values_of, whole_numbers
-from keras_blur.report.compare import evaluate, format_compare
+from keras_blur.cli.common import define_scoring_flags, name_of, score_all, stopped_early, whole_numbers, wrote
+from keras_blur.cli.flags import PICTURES, Flags, with_any
+from keras_blur.report.compare import evaluate, format_compare, label_of
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 
 USAGE = "--genome NAME_OR_FILE [flags]"
+EXAMPLES = (
+    "--genome mnist-4state --steps 1000",
+    "--genome functions --functions cross,circle --hidden 20 --steps 20 --decisions decisions.png",
+    "--genome mine.json --data mnist --data_dir DIR --size 14 --split validation",
+)
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
-    define: Any = {"flag_values": values}
-    define_scoring_flags(values)
-    flags.DEFINE_string("decisions", None, "File for a picture of the regions that it decides on --functions.", **define)
-    flags.DEFINE_string("synapses", None, "File for a picture of norms and spectra of the kernels as it learns.", **define)
+    define_scoring_flags(flags)
+    plane = [with_any("functions")]
+    flags.output("decisions", None, "File for a picture of the regions that it decides.", PICTURES, plane)
+    flags.output("synapses", None, "File for a picture of norms and spectra of the kernels as it learns.", PICTURES)
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
+def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Evaluates, prints, writes and draws."""
     del positional
-    flag = values_of(values)
-    check_folders(flag, "decisions", "synapses")
-    if flag["decisions"] and not flag["functions"]:
-        raise ValueError("--decisions draws the plane: give it with --functions")
     if flag["synapses"] and len(flag["functions"]) > 1:
         raise ValueError("--synapses draws one network: give it with --data or with a single one of --functions")
-    results = score_all(flag, evaluate, _show)
+    results, stopped = score_all(flag, evaluate, _show)
+    if stopped:
+        return stopped_early(results)
     if flag["decisions"] or flag["synapses"]:
         _draw(flag, results[0]["steps"])
     return 0
@@ -45,13 +48,13 @@ def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
     from keras_blur.report.decisions import draw_decisions, trace_decisions
     from keras_blur.report.synapses import draw_synapses, trace_synapses
 
-    genome, hidden = genomes.load(flag["genome"]), whole_numbers("hidden", flag["hidden"])
+    genome, hidden, name = genomes.load(flag["genome"]), whole_numbers("hidden", flag["hidden"]), name_of(flag["genome"])
     if flag["decisions"]:
-        several = [functions(name) for name in flag["functions"]]
+        several = [functions(one) for one in flag["functions"]]
         shown = [at[place] for place in np.unique(np.linspace(0, len(at) - 1, 7).astype(int))]
-        trace = trace_decisions(genome, several, hidden, shown, flag["seed"], batch_size=flag["batch_size"])
+        trace = trace_decisions({name: genome}, several, hidden, shown, flag["seed"], batch_size=flag["batch_size"])
         draw_decisions(trace, flag["decisions"])
-        print(f"wrote {flag['decisions']}")
+        wrote(flag["decisions"])
     if flag["synapses"]:
         task: Tasks
         if flag["functions"]:
@@ -59,8 +62,8 @@ def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
         else:
             task = images(flag["data"], size=flag["size"], data_dir=flag["data_dir"])
         found = trace_synapses(genome, task, hidden, flag["steps"], flag["seed"], batch_size=flag["batch_size"])
-        draw_synapses(found, flag["synapses"], title=task.name)
-        print(f"wrote {flag['synapses']}")
+        draw_synapses(found, flag["synapses"], title=f"{name} on {task.name}")
+        wrote(flag["synapses"])
 
 
 def _show(result: dict[str, Any]) -> str:
@@ -70,8 +73,8 @@ def _show(result: dict[str, Any]) -> str:
         means = np.mean(curve["accuracy"], axis=0)
         bad = sum(loss is None for losses in curve["loss"] for loss in losses)
         lines.append(
-            f"{name}: best mean {means.max():.3f} at step {result['steps'][int(means.argmax())]}; after it, at most "
-            f"{100 * (means.max() - means[means.argmax() :].min()):.1f} points lower; "
+            f"{label_of(result, name)}: best mean {means.max():.3f} at step {result['steps'][int(means.argmax())]}; "
+            f"after it, at most {100 * (means.max() - means[means.argmax() :].min()):.1f} points lower; "
             f"scores that are not finite: {bad} of {np.size(curve['accuracy'])}"
         )
     return "\n".join(lines)

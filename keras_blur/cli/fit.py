@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-from absl import flags
 
 from keras_blur import genomes
-from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
+from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
+from keras_blur.cli.flags import PICTURES, Flags, When
 from keras_blur.conversion import copy_kernels
-from keras_blur.files import write_text
+from keras_blur.files import save
 from keras_blur.genome import Genome
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"
+EXAMPLES = (
+    "--plot fit.png",
+    "--data mnist --data_dir DIR --hidden 256,128 --epochs 5 --json fit.json --save mnist.keras",
+    "--genome mnist-orthogonal --hidden 64,64 --notwin",
+)
+
+_RATE = When(
+    "to the backprop genome and to Keras SGD", lambda flag: flag["genome"] == "backprop" or flag["twin"], ("genome",)
+)
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
-    define: Any = {"flag_values": values}
-    define_data_flags(values)
-    flags.DEFINE_string("genome", "backprop", "A genome's name, or a file of one.", **define)
-    flags.DEFINE_list("hidden", ["256", "128"], "Units of the hidden layers.", **define)
-    flags.DEFINE_integer("epochs", 5, "Passes over the training images.", lower_bound=1, **define)
-    flags.DEFINE_integer("batch_size", 32, "Images in a batch.", lower_bound=1, **define)
-    flags.DEFINE_float("learning_rate", 0.1, "Rate of the backprop genome and of Keras SGD.", lower_bound=0.0, **define)
-    flags.DEFINE_integer("seed", 0, "Seed of weights and of the order of the images.", lower_bound=0, **define)
-    flags.DEFINE_boolean("twin", True, "Whether Keras SGD learns the same from the same weights.", **define)
-    flags.DEFINE_string("json", None, "File for the numbers.", **define)
-    flags.DEFINE_string("plot", None, "File for the learning curves (.png, .pdf, .svg).", **define)
-    flags.DEFINE_string("save", None, "File for the trained model (.keras).", **define)
+    flags.group("Data")
+    define_data_flags(flags)
+    flags.group("Learning")
+    flags.string("genome", "backprop", "A genome's name, or a file of one.")
+    flags.words("hidden", ["256", "128"], "Units of the hidden layers.")
+    flags.integer("epochs", 5, "Passes over the training images.", least=1)
+    flags.integer("batch_size", 32, "Images in a batch.", least=1)
+    flags.number("learning_rate", 0.1, "Rate of the backprop genome and of Keras SGD.", least=0.0, when=[_RATE])
+    flags.integer("seed", 0, "Seed of weights and of the order of the images.", least=0)
+    flags.switch("twin", True, "Whether Keras SGD learns the same from the same weights.")
+    flags.group("Outputs")
+    flags.output("json", None, "File for the numbers.", (".json",))
+    flags.output("plot", None, "File for the learning curves.", PICTURES)
+    flags.output("save", None, "File for the trained model.", (".keras",))
 
 
 def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[Sequential, keras.Sequential]:
@@ -54,15 +64,11 @@ def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[S
     return model, twin
 
 
-def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
-    """Trains, prints and writes what was asked for."""
+def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
+    """Trains, prints and writes what was asked for; Ctrl-C ends the training and keeps what was learned."""
     del positional
-    flag = values_of(values)
-    check_folders(flag, "json", "plot", "save")
     if flag["learning_rate"] <= 0:
-        raise ValueError(f"--learning_rate must be above 0. Received: {flag['learning_rate']}")
-    if flag["save"] and not flag["save"].endswith(".keras"):
-        raise ValueError(f"--save must name a .keras file. Received: {flag['save']}")
+        raise ValueError(f"--learning_rate must be above 0. Received: --learning_rate={flag['learning_rate']}")
     hidden = whole_numbers("hidden", flag["hidden"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if flag["genome"] == "backprop":
@@ -81,27 +87,41 @@ def run(values: flags.FlagValues, positional: Sequence[str]) -> int:
         twin.compile(optimizer=keras.optimizers.SGD(flag["learning_rate"]), loss=loss, metrics=["accuracy"])
         learners[f"Keras SGD {flag['learning_rate']:g}"] = twin
     results: dict[str, dict[str, Any]] = {}
+    stopped = False
     for name, learner in learners.items():
-        print(f"\n{name}")
+        print(f"\n{name}", flush=True)
         keras.utils.set_random_seed(flag["seed"])  # the same order of images for both
         start = time.perf_counter()
-        history = learner.fit(
-            images.x_train, images.y_train, batch_size=flag["batch_size"], epochs=flag["epochs"],
-            validation_data=(images.x_test, images.y_test),
-        ).history  # fmt: skip
-        curves = {key: [float(value) for value in values] for key, values in history.items()}
+        log = keras.callbacks.History()
+        try:
+            learner.fit(
+                images.x_train, images.y_train, batch_size=flag["batch_size"], epochs=flag["epochs"],
+                validation_data=(images.x_test, images.y_test), callbacks=[log],
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            stopped = True
+        curves = {key: [float(value) for value in values] for key, values in log.history.items()}
         results[name] = {"seconds": time.perf_counter() - start, "history": curves}
+        if stopped:
+            results[name]["partial"] = True
+            break
     print()
-    for name, result in results.items():
-        print(f"{name:<24} test accuracy {result['history']['val_accuracy'][-1]:.4f}  {result['seconds']:.1f} s")
+    drawn = {name: result["history"] for name, result in results.items() if result["history"]}
+    for name, history in drawn.items():
+        epochs = f"  after {len(history['loss'])} of {flag['epochs']} epochs" if "partial" in results[name] else ""
+        print(f"{name:<24} test accuracy {history['val_accuracy'][-1]:.4f}  {results[name]['seconds']:.1f} s{epochs}")
     if flag["json"]:
         document = {"flags": flag, "parameters": model.count_params(), "results": results}
-        write_text(flag["json"], json.dumps(document, indent=1) + "\n")
-    if flag["plot"]:
+        write_json(flag["json"], {**document, "partial": True} if stopped else document)
+    if flag["plot"] and drawn:
         from keras_blur.report.learning import plot_fits
 
-        histories = {name: result["history"] for name, result in results.items()}
-        plot_fits(histories, flag["plot"], f"{images.name}, hidden {','.join(flag['hidden'])}")
+        plot_fits(drawn, flag["plot"], f"{images.name}, hidden {','.join(flag['hidden'])}")
+        wrote(flag["plot"])
     if flag["save"]:
-        model.save(flag["save"])
-    return 0
+        save(model, flag["save"])
+        wrote(flag["save"])
+    if not stopped:
+        return 0
+    kept = [flag[name] for name in ("json", "plot", "save") if flag[name] and (name != "plot" or drawn)]
+    return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")

@@ -8,21 +8,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-from absl import flags
 
 from keras_blur import genomes, learners, meta, tasks
-from keras_blur.cli.common import check_folders, define_data_flags, values_of, whole_numbers
-from keras_blur.files import write_text
-from keras_blur.meta.callbacks import save
+from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
+from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
+from keras_blur.files import exists, save
 from keras_blur.options import Rule
 
 USAGE = "[flags]"
+EXAMPLES = (
+    "--epochs 32 --genome mine.json --checkpoint mine.weights.h5",
+    "--functions xor,circle,blobs3 --hidden 20 --estimator cma --fitness loss --genome toy.json",
+    "--method maml --ways 5 --shots 1 --data omniglot --data_dir DIR --model maml.keras",
+)
 
 ESTIMATORS: dict[str, Any] = {
     "unroll": meta.Unroll,
@@ -34,7 +37,7 @@ ESTIMATORS: dict[str, Any] = {
     "warpgrad_offline": meta.OfflineWarpGrad,
 }
 
-# What learned best in trials: normalised sums on both passes and synapses of unit norm (sections 3.4 and C.6).
+# Normalised sums on both passes and synapses of unit norm, as in sections 3.4 and C.6 of the paper.
 RULE: dict[str, Any] = {
     "last_activation": "linear",
     "normalize_activations": "both",
@@ -57,86 +60,102 @@ AUGMENTATIONS = {
 _SYNTHETIC = ("pose", "sines", "classes", "remember")
 
 
-def define_flags(values: flags.FlagValues) -> None:
+_IMAGES = [without("functions", "synthetic")]
+_WHOLE_SETS = [without("functions", "synthetic", "ways")]
+_FEW_SHOT = [
+    When("with --ways or --synthetic=classes", lambda flag: flag["ways"] or flag["synthetic"] == "classes", ("synthetic",))
+]
+_FIRST_ORDER = When(
+    "with --method=maml or --estimator=warpgrad or warpgrad_offline",
+    lambda flag: flag["method"] == "maml" or flag["estimator"].startswith("warpgrad"),
+    ("method", "estimator"),
+)
+_BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")]
+
+
+def _takes(field: str) -> list[When]:
+    """With an estimator that has such an argument."""
+    takers = [name for name, kind in ESTIMATORS.items() if field in {one.name for one in dataclasses.fields(kind)}]
+    return [with_value("estimator", *takers)]
+
+
+def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
-    define: Any = {"flag_values": values}
-    define_data_flags(values)
-    flags.DEFINE_enum("method", "blur", METHODS, "What learns: by a genome (blur), or otherwise.", **define)
-    flags.DEFINE_list("functions", [], "Toy tasks in the place of --data, one family for each number of outputs.", **define)
-    flags.DEFINE_list("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", **define)
-    flags.DEFINE_boolean("relabel", True, "Whether each episode has its classes in another order.", **define)
-    flags.DEFINE_boolean("permute", False, "Whether each episode has its pixels in another order.", **define)
-    flags.DEFINE_list("project", [], "Random projections of the images to so many features, one family each.", **define)
-    flags.DEFINE_integer("ways", None, "Few-shot episodes of --data, of so many classes.", lower_bound=2, **define)
-    flags.DEFINE_integer("shots", 1, "Examples of each class in a few-shot episode.", lower_bound=1, **define)
-    flags.DEFINE_enum("synthetic", None, _SYNTHETIC, "A set of made tasks in the place of --data.", **define)
-    flags.DEFINE_boolean("exclusive", True, "Few-shot: any classes in any order; else fixed groups of them.", **define)
-    flags.DEFINE_string("group", None, "Few-shot: classes of an episode share this feature, as alphabet.", **define)
-    flags.DEFINE_list("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.", **define)
-    flags.DEFINE_multi_string("hidden", ["64,64"], "Units of the hidden layers; repeat for several networks.", **define)
-    flags.DEFINE_integer("states", 2, "States of a neuron.", lower_bound=2, **define)
-    flags.DEFINE_list("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", **define)
-    flags.DEFINE_enum(
-        "estimator", None, sorted(ESTIMATORS), "How the outer gradient is found (cma: none); by default unroll or warpgrad.",
-        **define,
+    flags.group("Tasks")
+    define_data_flags(flags, _IMAGES)
+    flags.words("functions", [], "Toy tasks in place of --data, one family for each number of outputs.")
+    flags.choice("synthetic", None, _SYNTHETIC, "A set of made tasks in place of --data.")
+    flags.integer("ways", None, "Few-shot episodes of --data, of so many classes.", least=2)
+    flags.integer("shots", 1, "Examples of each class in a few-shot episode.", least=1, when=_FEW_SHOT)
+    flags.switch("exclusive", True, "Few-shot: any classes in any order; else fixed groups of them.", _FEW_SHOT)
+    flags.string("group", None, "Few-shot: classes of an episode share this feature, as alphabet.", [with_any("ways")])
+    flags.words("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", _IMAGES)
+    flags.words("project", [], "Random projections of the images to so many features, one family each.", when=_WHOLE_SETS)
+    flags.switch("permute", False, "Whether each episode has its pixels in another order.", _WHOLE_SETS)
+    flags.switch("relabel", True, "Whether each episode has its classes in another order.", [without("synthetic", "ways")])
+    flags.words("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.")
+    flags.group("Learner")
+    flags.choice("method", "blur", METHODS, "What learns: by a genome (blur), or otherwise.")
+    flags.repeated(
+        "hidden",
+        ["64,64"],
+        "Units of the hidden layers; with --method=blur, repeat for several networks.",
+        [unless_value("method", "online")],
+    )
+    flags.integer("states", 2, "States of a neuron.", least=2, when=[*_BLUR, without("start")])
+    flags.words("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", _BLUR)
+    flags.number(
+        "inner_learning_rate", 0.1, "Rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
+    )
+    flags.string("start", None, "Where to start: a genome, by name or file, whose rule --rule changes; or a model.")
+    flags.group("Outer learning")
+    flags.choice(
+        "estimator",
+        None,
+        sorted(ESTIMATORS),
+        "How the outer gradient is found (cma: none); by default unroll or warpgrad.",
+    )
+    flags.words("unroll", None, "Unrolled steps of each stage; by default 10 (blur), 5 (maml), 20 (warp), 4 (online), 1.")
+    flags.choice(
+        "start_objective", "leap", meta.STARTS, "How initial weights are learned.",
+        [with_value("estimator", "warpgrad", "warpgrad_offline")],
     )  # fmt: skip
-    flags.DEFINE_list(
-        "unroll",
-        None,
-        "Unrolled steps of each stage; by default 10 (blur), 5 (maml), 20 (warp), 4 (online), 1.",
-        **define,
+    flags.switch("first_order", False, "Whether the outer gradient takes inner ones for constants.", [_FIRST_ORDER])
+    flags.integer("total", 100, "Steps of an episode, in pieces of --unroll.", least=1, when=_takes("total"))
+    flags.integer("pairs", 16, "Antithetic pairs.", least=1, when=_takes("pairs"))
+    flags.integer("population", 80, "Genomes of a generation.", least=4, when=_takes("population"))
+    flags.number(
+        "sigma", None, "Deviation of the perturbations (es, pes) or the first generation (cma).", when=_takes("sigma")
     )
-    flags.DEFINE_float("inner_learning_rate", 0.1, "Rate of the inner SGD (maml, warp).", lower_bound=0.0, **define)
-    flags.DEFINE_enum("start_objective", "leap", meta.STARTS, "How initial weights are learned (warpgrad).", **define)
-    flags.DEFINE_boolean("first_order", False, "Whether the outer gradient takes inner ones for constants.", **define)
-    flags.DEFINE_integer(
-        "total", 100, "Steps of an episode (truncated, pes), in pieces of --unroll.", lower_bound=1, **define
+    flags.choice("fitness", "accuracy", ["accuracy", "loss"], "What cma goes by.", _takes("fitness"))
+    flags.choice("loss", "auto", meta.LOSSES, "Loss of the query; auto: cross-entropy, squared for values.")
+    flags.switch("recompute", False, "Whether to trade time for memory.", [with_value("estimator", "unroll", "truncated")])
+    flags.switch("jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.")
+    flags.number(
+        "along", None, "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.", least=0.0
     )
-    flags.DEFINE_integer("pairs", 16, "Antithetic pairs (es, pes).", lower_bound=1, **define)
-    flags.DEFINE_integer("population", 80, "Genomes of a generation (cma).", lower_bound=4, **define)
-    flags.DEFINE_float("sigma", None, "Deviation of the perturbations (es, pes) or the first generation (cma).", **define)
-    flags.DEFINE_enum("fitness", "accuracy", ["accuracy", "loss"], "What cma goes by.", **define)
-    flags.DEFINE_enum("loss", "auto", meta.LOSSES, "Loss of the query; auto: cross-entropy, squared for values.", **define)
-    flags.DEFINE_boolean("recompute", False, "Whether to trade time for memory (unroll, truncated).", **define)
-    flags.DEFINE_boolean(
-        "jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.", **define
+    gradient = [unless_value("estimator", "cma")]
+    flags.integer(
+        "members", None, "Genomes, or starts, trained side by side; by default 4 of blur, else 1.", 1, when=gradient
     )
-    flags.DEFINE_float(
-        "along", None, "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.", lower_bound=0.0,
-        **define,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "members", None, "Genomes, or starts, trained side by side; by default 4 of blur, else 1.", lower_bound=1, **define
+    flags.integer("tasks_per_step", 1, "Episodes of a meta-step.", least=1)
+    flags.integer("batch_size", None, "Examples of a support batch; by default 64, few-shot all, patterns one.", least=1)
+    flags.integer("query_size", 128, "Examples of the query.", least=1)
+    flags.number("learning_rate", 3e-3, "Rate of the outer Adam.", least=0.0, when=gradient)
+    flags.number("clipnorm", 1.0, "Largest norm of a member's gradient; 0 for any.", least=0.0, when=gradient)
+    flags.integer("epochs", 20, "Epochs, shared out evenly to the stages.", least=1)
+    flags.integer("steps_per_epoch", 100, "Meta-steps of an epoch.", least=1)
+    flags.integer("validate", 0, "Validation episodes a task family after each epoch; 0 for none.", least=0)
+    flags.integer("seed", 0, "Random seed.", least=0)
+    flags.group("Outputs")
+    flags.output("genome", "genome.json", "File for the best genome, written after each epoch", (".json",), _BLUR)
+    flags.output("model", "model.keras", "File for the best model, written after each epoch", (".keras",), _OTHERS)
+    flags.output(
+        "checkpoint", None, "File to write after each epoch; training goes on from it.", (".weights.h5",), resumed=True
     )
-    flags.DEFINE_integer("tasks_per_step", 1, "Episodes of a meta-step.", lower_bound=1, **define)
-    flags.DEFINE_integer(
-        "batch_size",
-        None,
-        "Examples of a support batch; by default 64, few-shot all, patterns one.",
-        lower_bound=1,
-        **define,
-    )
-    flags.DEFINE_integer("query_size", 128, "Examples of the query.", lower_bound=1, **define)
-    flags.DEFINE_float("learning_rate", 3e-3, "Rate of Adam on the genome.", lower_bound=0.0, **define)
-    flags.DEFINE_float("clipnorm", 1.0, "Largest norm of a genome's gradient.", lower_bound=0.0, **define)
-    flags.DEFINE_integer("epochs", 20, "Epochs, shared out evenly to the stages.", lower_bound=1, **define)
-    flags.DEFINE_integer("steps_per_epoch", 100, "Meta-steps of an epoch.", lower_bound=1, **define)
-    flags.DEFINE_integer(
-        "validate", 0, "Validation episodes a task family after each epoch; 0 for none.", lower_bound=0, **define
-    )
-    flags.DEFINE_string("csv", None, "File for each epoch's numbers.", **define)
-    flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.", **define)
-    flags.DEFINE_string(
-        "start",
-        None,
-        "Where to start: a genome, by name or file, whose rule --rule changes; or a model.",
-        **define,
-    )
-    flags.DEFINE_integer("seed", 0, "Seed of everything.", lower_bound=0, **define)
-    flags.DEFINE_string("checkpoint", None, "File (.weights.h5) to write after each epoch and to go on from.", **define)
-    flags.DEFINE_string("genome", "genome.json", "File for the best genome, written after each epoch (blur).", **define)
-    flags.DEFINE_string("model", "model.keras", "File for the best model, written after each epoch (but blur).", **define)
-    flags.DEFINE_string("json", None, "File for the history.", **define)
+    flags.output("json", None, "File for the history.", (".json",))
+    flags.output("csv", None, "File for each epoch's numbers.", (".csv",))
+    flags.string("tensorboard", None, "Folder for TensorBoard.")
 
 
 def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
@@ -159,34 +178,43 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
     return Rule(**options)
 
 
-def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) -> int:
-    """Meta-trains, prints how the members do, and writes the best of them.
-
-    Args:
-        values: the flags.
-        positional: not used.
-        scope: of a `tf.distribute` strategy to train under; `None` for none.
-    """
-    del positional
-    flag = values_of(values)
-    check_folders(flag, "genome", "model", "json", "checkpoint", "csv")
+def complete(flag: dict[str, Any], given: set[str]) -> None:
+    """Fills in the defaults that depend on the method."""
+    del given
     method = flag["method"]
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
     flag["estimator"] = flag["estimator"] or ("warpgrad" if method == "warp" else "unroll")
     flag["members"] = flag["members"] or (4 if method == "blur" else 1)
     if flag["along"] is None:
         flag["along"] = _ALONG.get(method, 0.0)
+    if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
+        raise ValueError("--functions, --synthetic and --ways exclude one another: each names the tasks")
+
+
+def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> int:
+    """Meta-trains, prints how the members do, and writes the best of them.
+
+    Ctrl-C ends the training and keeps what was learned.
+
+    Args:
+        flag: the flags' values, completed.
+        positional: not used.
+        scope: of a `tf.distribute` strategy to train under; `None` for none.
+    """
+    del positional
+    method = flag["method"]
     unrolls, sizes = whole_numbers("unroll", flag["unroll"]), whole_numbers("sizes", flag["sizes"])
     if flag["epochs"] < len(unrolls):
-        raise ValueError(f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}")
+        raise ValueError(
+            f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}. "
+            f"Received: --epochs={flag['epochs']}"
+        )
     families = _families(flag, sizes)
     if flag["batch_size"] is None:
         flag["batch_size"] = _batch_size(families[0], flag["shots"])
     families = [_augmented(flag, one) for one in families]
     learner, start = _learners(flag, families[0])
     output = flag["genome"] if method == "blur" else flag["model"]
-    if method != "blur" and not output.endswith(".keras"):
-        raise ValueError(f"--model must end with .keras. Received: {output!r}")
     with scope or contextlib.nullcontext():
         trainer = meta.MetaTrainer(
             families,
@@ -209,29 +237,45 @@ def run(values: flags.FlagValues, positional: Sequence[str], scope: Any = None) 
         callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
     callbacks.append(meta.SaveLearned(output))
     if flag["csv"]:
-        callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=bool(flag["checkpoint"])))
+        going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
+        callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=going_on))
     if flag["tensorboard"]:
         callbacks.append(tensorboard(flag["tensorboard"]))
+    log = keras.callbacks.History()
+    stopped = False
     begin = time.perf_counter()
-    history = trainer.fit(
-        flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=callbacks
-    ).history
+    before = int(trainer.meta_step.numpy())
+    try:
+        trainer.fit(flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=[*callbacks, log])
+    except KeyboardInterrupt:
+        stopped = True
     seconds = time.perf_counter() - begin
-    save(trainer, output)  # also where a checkpoint left no epoch to do
+    if stopped and int(trainer.meta_step.numpy()) == before:
+        return interrupted("no meta-step was done, nothing was kept")
+    writes = trainer.sound or not exists(output)
+    if writes:  # also where a checkpoint left no epoch to do
+        save(trainer.learned, output)
     scores = trainer.member_score.numpy().tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip
-    print(f"wrote {output}")
+    if writes:
+        wrote(output)
+    else:
+        print(f"left {output} as it was: the last step was finite for no member")
     if flag["json"]:
-        document = {
+        document: dict[str, Any] = {
             "flags": flag,
             "seconds": seconds,
             "scores": scores,
-            "history": {key: [float(value) for value in column] for key, column in history.items()},
+            "history": {key: [float(value) for value in column] for key, column in log.history.items()},
         }
-        write_text(flag["json"], json.dumps(document, indent=1) + "\n")
-    return 0
+        write_json(flag["json"], {**document, "partial": True} if stopped else document)
+    if log.history:
+        for name in ("checkpoint", "csv", "tensorboard"):
+            if flag[name]:
+                wrote(flag[name])
+    return interrupted(f"kept what was learned in {output}") if stopped else 0
 
 
 def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.MetaLearner], Any]:
@@ -242,8 +286,10 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         options = start.rule.get_config() if start else {**RULE, "states": flag["states"]}
         rule = parse_rule(flag["rule"], **options)
         return [learners.Blur(units, rule) for units in networks], start.with_rule(rule) if start else None
-    if len(networks) > 1 or flag["rule"]:
-        raise ValueError(f"--hidden must be given once, and --rule not at all, for --method={flag['method']}")
+    if len(networks) > 1:
+        raise ValueError(
+            f"--hidden must be given once with --method={flag['method']}. Received: {len(networks)} times --hidden"
+        )
     hidden, loss = networks[0], "squared" if of.kind == "values" else "cross_entropy"
     sgd = keras.optimizers.SGD(flag["inner_learning_rate"])
     if flag["method"] == "warp":
@@ -276,8 +322,6 @@ def _augmented(flag: dict[str, Any], of: tasks.Tasks) -> tasks.Tasks:
 
 def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
     """The task distributions that the flags ask for."""
-    if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
-        raise ValueError("--functions, --synthetic and --ways exclude one another: each names the tasks")
     if flag["synthetic"] == "classes":
         return [tasks.classes(shots=flag["shots"], exclusive=flag["exclusive"])]
     if flag["synthetic"]:

@@ -14,11 +14,48 @@ import keras
 import numpy as np
 from keras import initializers, ops
 
+from keras_blur import arguments
 from keras_blur import rule as equations
 from keras_blur.layers.connection import TRACE, Connection
 from keras_blur.options import ACTIVATIONS, Rule
 
 Array = Any
+
+_LEAST = 1e-30  # stands for zero in a divisor
+
+
+def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises a `ValueError` if a keyword argument is not known, since Keras's base class would take some silently.
+
+    Args:
+        kind: what the arguments are of, for the message.
+        given: the arguments.
+        known: names of those that are taken.
+    """
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"`{name}` is not an argument of keras_blur's {kind}, whose learning the genome decides. "
+                f"Received: {name}={value!r}"
+            )
+
+
+def refuse_outer_training(layer: keras.Layer, training: bool | None) -> None:
+    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model that is being trained.
+
+    Args:
+        layer: a layer or model, inside its `call`.
+        training: whether the call is one of training.
+    """
+    outer = layer._get_call_context().entry_layer
+    if training and layer.trainable and outer is not layer:
+        error = ValueError(
+            f"`{layer.name}` must not be trained inside another Keras model, whose optimizer would change what its "
+            "genome learns: train it alone, or set `trainable = False` on it to use it as it is. "
+            f"Received: {layer.name!r} inside {outer.name!r}"
+        )
+        error._keras_call_info_injected = True  # type: ignore[attr-defined]  # Keras wraps other errors of a call
+        raise error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +97,12 @@ class DenseConnection(Connection):
         """A factor as the compute type has it, its sums still to be formed in the type of the states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
             return factor
-        return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
+        if self.compute_dtype != "float16":
+            return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
+        # float16 holds 6e-8 to 65504 only: the factor is brought to a largest entry near 1 first, by a power of 2.
+        largest = ops.max(ops.abs(factor), axis=(-2, -1), keepdims=True)
+        scale = ops.stop_gradient(ops.exp2(ops.floor(ops.log2(ops.maximum(largest, _LEAST)))))
+        return ops.cast(ops.cast(factor / scale, self.compute_dtype), factor.dtype) * scale
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -68,7 +110,8 @@ class Dense(keras.layers.Layer):
     """A densely connected layer that learns by a genome: put it where `keras.layers.Dense` was.
 
     Inside a `keras_blur.Sequential` it holds the synapses of the model's rule (k channels, and a kernel for the way
-    back), and the model's genome updates them. Inside an ordinary Keras model it is a Dense layer on state 1.
+    back), and the model's genome updates them. Inside an ordinary Keras model it is a Dense layer on state 1, trained by
+    that model's optimizer; a layer that a genome trains already is refused there when training begins.
 
     Args:
         units: positive integer, number of neurons.
@@ -115,13 +158,16 @@ class Dense(keras.layers.Layer):
                 f"`activation` must be None or one of {', '.join(map(repr, ACTIVATIONS))}, whose derivative the rule "
                 f"knows. Received: activation={activation!r}"
             )
+        check_keywords("Dense", kwargs, ("name", "dtype", "trainable"))
         super().__init__(**kwargs)
+        if isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            raise ValueError(f"`dtype` must not be quantized. Received: dtype={self.dtype_policy.name!r}")
         self.units = int(units)
         self.activation = activation
         self.use_bias = bool(use_bias)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.backward_initializer = initializers.get(backward_initializer)
+        self.kernel_initializer = _initializer("kernel_initializer", kernel_initializer)
+        self.bias_initializer = _initializer("bias_initializer", bias_initializer)
+        self.backward_initializer = _initializer("backward_initializer", backward_initializer)
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self._rule: Rule | None = None
         self._feeds_back = False
@@ -185,6 +231,8 @@ class Dense(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Array) -> Array:
+        if self._rule is not None:
+            refuse_outer_training(self, self._get_call_context().get_value("training"))
         kernel = ops.cast(self.synapses["kernel"], self.compute_dtype)[0]
         y = ops.matmul(inputs, kernel)
         if self.use_bias:
@@ -243,3 +291,11 @@ class _Channels(initializers.Initializer):
         if seed is not None and (self.place, channel) != (0, 0):  # the first kernel is that of the Keras twin
             config["seed"] = int(np.random.SeedSequence([seed, self.place, channel]).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
+
+
+def _initializer(name: str, value: Any) -> Any:
+    """The Keras initializer that an argument stands for."""
+    try:
+        return initializers.get(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{name}` must be a Keras initializer or its name. {arguments.received(name, value)}") from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -133,10 +133,100 @@ def draw_kernel(
     return tf.broadcast_to(kernel, (*leading, *shape))
 
 
-def leaves(layer: Any) -> Iterator[keras.layers.Layer]:
-    """The layers of a model and of the models in it."""
-    for own in layer.layers:
-        if isinstance(own, keras.Model):
-            yield from leaves(own)
+class Place(NamedTuple):
+    """A layer in a model.
+
+    Attributes:
+        layer: the layer; of weights that a model has beside its layers, the model.
+        weights: its weights, without those of a layer before it.
+    """
+
+    layer: keras.layers.Layer
+    weights: tuple[keras.Variable, ...]
+
+
+def places(model: keras.Model) -> dict[str, Place]:
+    """The layers of a model, and of the models in it, by their paths.
+
+    A path is the names from the outermost model's layers inwards, joined by slashes. A layer that is used several times
+    has one path, the first. Layers are in the order in which a functional model runs them; those of a subclass of
+    `keras.Model` in the order in which Keras lists them.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="fc")], name="inner")
+    >>> list(places(keras.Sequential([keras.Input((4,)), inner, keras.layers.Dense(3, name="head")])))
+    ['inner/fc', 'head']
+    """
+    found: dict[str, Place] = {}
+    layers: set[int] = set()
+    weights: set[int] = set()
+    for path, layer, own in _walk(model):
+        fresh = tuple(weight for weight in own if id(weight) not in weights)
+        if id(layer) in layers:
+            continue
+        layers.add(id(layer))
+        weights.update(map(id, fresh))
+        unique, number = path, 0
+        while unique in found:  # a subclass of a model may have layers of one name
+            number += 1
+            unique = f"{path}_{number}"
+        found[unique] = Place(layer, fresh)
+    return found
+
+
+def check_unshared(model: keras.Model) -> None:
+    """Raises a `ValueError` if a layer is in several of the models inside a model: its copy would have it twice."""
+    paths: dict[int, str] = {}
+    for path, layer, own in _walk(model):
+        if own and id(layer) in paths:
+            raise ValueError(
+                "`model` must have each layer in one of the models inside it, so that it can be copied. Received: one that "
+                f"is {paths[id(layer)]} and {path}"
+            )
+        paths[id(layer)] = path
+
+
+def resolve(chosen: Sequence[str], paths: Iterable[str], argument: str) -> tuple[str, ...]:
+    """The paths of the layers that are named, by a path or, where no other layer has it, by its last part.
+
+    Args:
+        chosen: the names.
+        paths: those of all layers.
+        argument: what `chosen` is called in an error.
+
+    Raises:
+        ValueError: if there is no name, or one is of no layer or of several.
+    """
+    paths = list(paths)
+    if isinstance(chosen, str) or not chosen or not all(isinstance(name, str) for name in chosen):
+        raise ValueError(
+            f"`{argument}` must be names of layers with weights, some of {', '.join(paths)}. Received: {chosen!r}"
+        )
+    found = []
+    for name in chosen:
+        fits = [name] if name in paths else [path for path in paths if path.endswith(f"/{name}")]
+        if len(fits) > 1:
+            raise ValueError(
+                f"`{argument}` must have the path of a layer where several have its name, one of {', '.join(fits)}. "
+                f"Received: {name!r}"
+            )
+        if not fits:
+            raise ValueError(
+                f"`{argument}` must be names of layers with weights, some of {', '.join(paths)}. Received: {list(chosen)}"
+            )
+        found += fits
+    return tuple(found)
+
+
+def _walk(model: keras.Model, above: str = "") -> Iterator[tuple[str, keras.layers.Layer, tuple[keras.Variable, ...]]]:
+    """Paths, layers and weights of all layers, repeated ones too; before them what a model has of its own."""
+    within = {id(weight) for layer in model.layers for weight in layer.weights}
+    beside = tuple(weight for weight in model.weights if id(weight) not in within)
+    if beside:
+        yield above.rstrip("/") or model.name, model, beside
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _walk(layer, f"{above}{layer.name}/")
         else:
-            yield own
+            yield f"{above}{layer.name}", layer, tuple(layer.weights)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import feedback, network
+from keras_blur import arguments, feedback, network
 from keras_blur.distribution import ALL, Share
 from keras_blur.genome import Genome
 from keras_blur.layers.dense import DenseConnection
@@ -29,7 +29,7 @@ class Blur(MetaLearner):
     Args:
         hidden: units of the hidden layers.
         rule: the rule of the genome. One that learns from errors descends its loss; without one, the softmax
-            cross-entropy.
+            cross-entropy, of a single output the logistic one.
         compute_dtype: type in which products are formed, `"bfloat16"` or `"float16"`; sums and all else stay float32, as in
             Keras's mixed precision. `None` is float32.
         std: standard deviation of the transforms of a genome from which meta-training begins.
@@ -51,17 +51,15 @@ class Blur(MetaLearner):
         compute_dtype: str | None = None,
         std: float = 0.5,
     ):
+        if compute_dtype is not None:
+            arguments.choice("compute_dtype", compute_dtype, ("bfloat16", "float16"))
+        arguments.real("std", std, low=0.0)
         self.compute_dtype, self.std = compute_dtype, std
-        if compute_dtype not in (None, "bfloat16", "float16"):
-            raise ValueError(
-                f"`compute_dtype` must be 'bfloat16', 'float16' or None. Received: compute_dtype={compute_dtype!r}"
-            )
-        self.hidden = tuple(int(units) for units in hidden)
-        self.rule = rule or Rule()
+        self.hidden = arguments.counts("hidden", hidden)
+        self.rule = Rule() if rule is None else rule
+        arguments.instance("rule", self.rule, Rule, "a keras_blur.Rule or None")
         if self.rule.keep_neurons:
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
-        if any(units < 1 for units in self.hidden):
-            raise ValueError(f"`hidden` must be positive integers. Received: hidden={hidden!r}")
 
     def units(self, outputs: int) -> tuple[int, ...]:
         """Units of each layer."""
@@ -89,7 +87,10 @@ class Blur(MetaLearner):
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         genome = Genome.load(learned) if isinstance(learned, (str, os.PathLike)) else learned
         if not isinstance(genome, Genome) or genome.rule != self.rule or len(genome.population) > 1:
-            raise ValueError(f"A genome of the learner's rule is needed, single or one population. Received: {genome!r}")
+            raise ValueError(
+                "`start` must be a genome of the learner's rule, single or one population. "
+                f"{arguments.received('start', genome)}"
+            )
         return genome.by_member()
 
     def shares_outer(self, other: Learner) -> bool:
@@ -97,6 +98,16 @@ class Blur(MetaLearner):
 
     def check(self, kind: str, outputs: int) -> None:
         rule = self.rule
+        if (
+            rule.feedback == "error"
+            and outputs == 1
+            and kind == "classes"
+            and "Categorical" in type(rule.keras_loss).__name__
+        ):
+            raise ValueError(
+                "`learner` must have a rule whose loss is of a single output, such as the binary cross-entropy, where the "
+                f"tasks have one. Received: loss={rule.loss!r}"
+            )
         if rule.feedback == "error" and kind == "values" and feedback.target_kind(loss_of(rule)) != "values":
             raise ValueError(
                 "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
@@ -132,7 +143,7 @@ class Blur(MetaLearner):
         """What the output receives: the labels, or the derivative of the loss by the prediction."""
         if self.rule.feedback == "labels":
             return y
-        loss = loss_of(self.rule)
+        loss = loss_of(self.rule, int(prediction.shape[-1]))
         y = tf.broadcast_to(y, tf.shape(prediction))
         kind = feedback.target_kind(loss)
         targets = {"classes": lambda: tf.argmax(y, -1, tf.int32), "indicators": lambda: 0.5 * (y + 1.0)}
@@ -145,9 +156,13 @@ class Blur(MetaLearner):
         return network.output(genome, sweep.neurons)
 
 
-def loss_of(rule: Rule) -> keras.losses.Loss:
-    """The loss that a rule which learns from errors descends in a learner."""
-    return rule.keras_loss or keras.losses.CategoricalCrossentropy(from_logits=True)
+def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:
+    """The loss that a rule which learns from errors descends in a learner: by default the cross-entropy of its outputs."""
+    if rule.keras_loss is not None:
+        return rule.keras_loss
+    if outputs == 1:
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    return keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
 def check_genome(genome: Genome, hidden: Sequence[int], axes: int = 0) -> None:

@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur import rule as equations
-from keras_blur.learners.base import keras_model
+from keras_blur.learners.base import keras_model, places
 from keras_blur.options import ACTIVATIONS
 
 Array = Any
@@ -22,11 +23,9 @@ KERAS_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu_tanh")  
 
 def check(activation: str, known: Sequence[str] = KERAS_ACTIVATIONS, **units: Sequence[int]) -> None:
     """Raises a `ValueError` if a nonlinearity is unknown or numbers of units are not positive integers."""
-    if activation not in known:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, known))}. Received: {activation!r}")
+    arguments.choice("activation", activation, known)
     for name, numbers in units.items():
-        if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in numbers):
-            raise ValueError(f"`{name}` must be positive integers. Received: {name}={numbers!r}")
+        arguments.counts(name, numbers)
 
 
 def draw(name: str, sizes: Sequence[int], activation: str, members: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
@@ -88,16 +87,25 @@ def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
     return model
 
 
-def read(model: Any) -> dict[str, np.ndarray]:
+def read(model: Any, *names: str) -> dict[str, np.ndarray]:
     """The arrays, of one member, of a model that `fill` made, or of the path to its file.
+
+    Args:
+        model: the model, or one around it, or a path.
+        names: what the names of the networks in it begin with.
 
     Raises:
         ValueError: if it is no such model.
     """
     found = {}
-    for layer in keras_model(model).layers:
-        if isinstance(layer, keras.layers.Dense):
-            name, _, index = layer.name.rpartition("_")
-            kernel, bias = layer.get_weights()
+    for place in places(keras_model(model)).values():
+        name, _, index = place.layer.name.rpartition("_")
+        if isinstance(place.layer, keras.layers.Dense) and name in names and index.isdigit() and place.layer.use_bias:
+            kernel, bias = place.layer.get_weights()
             found[f"{name}_kernel_{index}"], found[f"{name}_bias_{index}"] = kernel[None], bias[None, None]
+    missing = [name for name in names if f"{name}_kernel_0" not in found]
+    if missing:
+        raise ValueError(
+            f"The model must have dense layers named {missing[0]}_0, {missing[0]}_1 and so on. Received: {model!r}"
+        )
     return found

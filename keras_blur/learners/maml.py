@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
@@ -54,6 +55,7 @@ class MAML(Optimizer, MetaLearner):
     ):
         super().__init__(optimizer, hidden, activation, loss=loss)
         dense.check(activation)  # what is learned is to be a Keras model
+        arguments.flag("first_order", first_order)
         self.first_order = first_order
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
@@ -63,7 +65,7 @@ class MAML(Optimizer, MetaLearner):
         return dense.sequential(_NAME, outer, self.activation)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, _NAME)
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
@@ -44,7 +45,8 @@ class NeuralProcess(MetaLearner):
     """
 
     def __init__(self, hidden: tuple[int, ...] = (64,), representation: int = 64, activation: str = "relu"):
-        dense.check(activation, hidden=hidden, representation=(representation,))
+        dense.check(activation, hidden=hidden)
+        arguments.count("representation", representation)
         self.hidden, self.representation, self.activation = tuple(hidden), representation, activation
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
@@ -56,7 +58,10 @@ class NeuralProcess(MetaLearner):
         }
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for."""
+        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for.
+
+        A support without examples is encoded as zeros, here as in the learner.
+        """
         features = dense.weights("decoder", outer)[0].shape[-2] - self.representation
         outputs = dense.weights("decoder", outer)[-1].shape[-1]
         support_x, query_x = keras.Input((None, features), name="support_x"), keras.Input((None, features), name="query_x")
@@ -64,7 +69,8 @@ class NeuralProcess(MetaLearner):
         encoded = keras.layers.Concatenate()([support_x, support_y])
         for layer in dense.layers("encoder", outer, self.activation):
             encoded = layer(encoded)
-        told = keras.ops.mean(encoded, axis=1, keepdims=True)
+        count = keras.ops.sum(keras.ops.ones_like(encoded[:, :, :1]), axis=1, keepdims=True)
+        told = keras.ops.sum(encoded, axis=1, keepdims=True) / keras.ops.maximum(count, 1.0)
         told = told + keras.ops.zeros_like(query_x[:, :, :1])  # for each x that is asked for
         decoded = keras.layers.Concatenate()([query_x, told])
         for layer in dense.layers("decoder", outer, self.activation):
@@ -72,7 +78,7 @@ class NeuralProcess(MetaLearner):
         return dense.fill(keras.Model([support_x, support_y, query_x], decoded), outer)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, "encoder", "decoder")
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL

@@ -18,7 +18,6 @@ that no unit has numbers of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,9 +25,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
-from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model
+from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, places
 
 STORE, RECALL = 0, 1
 
@@ -68,8 +68,12 @@ class OnlineRule(MetaLearner):
         self, *, neuron: int = 4, synapse: int = 2, hidden: int = 24, types: int = 1, embedding: int = 4,
         ticks: tuple[int, int] = (2, 3), plastic: bool = True, units: int = 16,
     ):  # fmt: skip
-        dense.check("tanh", neuron=(neuron,), synapse=(synapse,), hidden=(hidden,), types=(types,), embedding=(embedding,))
-        dense.check("tanh", units=(units,), ticks=ticks)
+        sizes = {"neuron": neuron, "synapse": synapse, "hidden": hidden, "types": types, "embedding": embedding}
+        for name, value in (*sizes.items(), ("units", units)):
+            arguments.count(name, value)
+        if len(arguments.counts("ticks", ticks)) != 2:
+            raise ValueError(f"`ticks` must be two positive integers. {arguments.received('ticks', ticks)}")
+        arguments.flag("plastic", plastic)
         self.neuron, self.synapse, self.hidden, self.types, self.embedding = neuron, synapse, hidden, types, embedding
         self.ticks, self.plastic, self.units = (ticks[STORE], ticks[RECALL]), plastic, units
 
@@ -91,7 +95,7 @@ class OnlineRule(MetaLearner):
         """A model of sequences `[batch, time, 2 units + 1]`, made of `keras.layers.RNN` around an `OnlineCell`."""
         cell = OnlineCell(
             self.units, neuron=self.neuron, synapse=self.synapse, hidden=self.hidden, types=self.types,
-            embedding=self.embedding, ticks=self.ticks,
+            embedding=self.embedding, ticks=self.ticks, plastic=self.plastic,
         )  # fmt: skip
         model = keras.Sequential([keras.Input((None, 2 * self.units + 1)), keras.layers.RNN(cell, return_sequences=True)])
         for name, value in outer.items():
@@ -99,7 +103,7 @@ class OnlineRule(MetaLearner):
         return model
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        cells = [getattr(layer, "cell", None) for layer in keras_model(learned).layers]
+        cells = [getattr(place.layer, "cell", None) for place in places(keras_model(learned)).values()]
         found = [cell for cell in cells if isinstance(cell, OnlineCell)]
         if not found:
             raise ValueError(f"The model must have an OnlineCell. Received: {learned!r}")
@@ -127,13 +131,13 @@ class OnlineRule(MetaLearner):
     def predict(self, outer: Outer, state: OnlineState, x: Array) -> Array:
         """Logits `[..., batch, units]` of the bits; what neurons hold is wiped before each cue."""
         wiped = tf.zeros_like(state.neurons)[..., None, :, :]
-        wiped = tf.broadcast_to(wiped, (*wiped.shape[:-3], x.shape[-2], *wiped.shape[-2:]))
+        wiped = tf.broadcast_to(wiped, (*_sizes(wiped)[:-3], x.shape[-2], *wiped.shape[-2:]))
         neurons = self._settled(outer, wiped, state.synapses[..., None, :, :, :], x, RECALL)
         return _shared("read", outer, neurons)[..., 0]
 
     def _settled(self, outer: Outer, neurons: Array, synapses: Array, x: Array, phase: int) -> Array:
         """Neurons `[..., units, neuron]` after some ticks under an input `[..., 2 units]`."""
-        leading, units = neurons.shape[:-2], neurons.shape[-2]
+        leading, units = _sizes(neurons)[:-2], neurons.shape[-2]
         synapses = tf.broadcast_to(synapses, (*leading, units, units, self.synapse))
         shown = tf.stack([x[..., :units], x[..., units:]], axis=-1)
         told = tf.one_hot(phase, 2, dtype=x.dtype)
@@ -148,7 +152,7 @@ class OnlineRule(MetaLearner):
 
     def _written(self, outer: Outer, neurons: Array, synapses: Array) -> Array:
         """Synapses after an item."""
-        square = (*synapses.shape[:-1], self.neuron)
+        square = (*_sizes(synapses)[:-1], self.neuron)
         ends = [tf.broadcast_to(neurons[..., :, None, :], square), tf.broadcast_to(neurons[..., None, :, :], square)]
         gate, value = tf.split(_shared("write", outer, tf.concat([synapses, *ends], axis=-1)), 2, axis=-1)
         gate = tf.sigmoid(gate - 1.0)
@@ -157,11 +161,18 @@ class OnlineRule(MetaLearner):
 
 def _shared(name: str, outer: Outer, values: Array) -> Array:
     """A shared network on each vector of `[..., size]`."""
-    arrays = dense.weights(name, outer)
-    leading = values.shape[: arrays[0].shape.rank - 2]
-    rows = tf.reshape(values, (*leading, math.prod(values.shape[len(leading) : -1]), values.shape[-1]))
+    arrays, sizes = dense.weights(name, outer), _sizes(values)
+    leading = sizes[: arrays[0].shape.rank - 2]
+    rows = tf.reshape(values, (*leading, -1, sizes[-1]))
     found = dense.forward(arrays, rows, "tanh")
-    return tf.reshape(found, (*values.shape[:-1], found.shape[-1]))
+    return tf.reshape(found, (*sizes[:-1], found.shape[-1]))
+
+
+def _sizes(value: Array) -> list[Any]:
+    """The sizes of an array: integers, or tensors where they are not known before it runs, as of a batch of Keras."""
+    if value.shape.is_fully_defined():
+        return list(value.shape)
+    return [tf.shape(value)[axis] if size is None else size for axis, size in enumerate(value.shape)]
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -201,7 +212,6 @@ class OnlineCell(keras.layers.Layer):
 
     def call(self, inputs: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
-        outer = {name: value[None] for name, value in outer.items()}  # the batch is where tasks are elsewhere
         neurons = tf.reshape(states[0], (-1, self.units, self.rule.neuron))
         synapses = tf.reshape(states[1], (-1, self.units, self.units, self.rule.synapse))
         old = OnlineState(neurons, synapses)

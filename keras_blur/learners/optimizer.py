@@ -33,7 +33,8 @@ class Optimizer(Learner):
         optimizer: a Keras SGD (with momentum or without), Adam or RMSprop, without options beyond its rates.
         hidden: units of the hidden layers.
         activation: their nonlinearity, a name that a `Rule` knows.
-        loss: what it descends: `"cross_entropy"`, the softmax's, or `"squared"`, the mean squared error.
+        loss: what it descends: `"cross_entropy"`, of the softmax or of a single logit, or `"squared"`, the mean squared
+            error.
 
     Raises:
         ValueError: if the optimizer is not one of these, or an argument is out of range.
@@ -61,8 +62,6 @@ class Optimizer(Learner):
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
     ) -> OptimizerState:
-        if outputs < 2 and self.loss == "cross_entropy":
-            raise ValueError(f"`outputs` must be at least 2, a class each. Received: outputs={outputs!r}")
         weights: list[Array] = []
         before = features
         for index, units in enumerate((*self.hidden, outputs)):

@@ -8,6 +8,7 @@ number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
@@ -23,14 +25,23 @@ _NAME = "embedding"
 
 
 class Sums(NamedTuple):
-    """Sums of embedded examples, and their numbers, by class."""
+    """Sums `[..., classes, dimensions]` of embedded examples, and their numbers `[..., classes, 1]`."""
+
+    total: Array
+    count: Array
+
+
+class TwoSides(NamedTuple):
+    """The same where one output tells two classes: of the labels +1 and -1, in this order."""
 
     total: Array
     count: Array
 
 
 class Prototypes(MetaLearner):
-    """A dense embedding, the outer parameters, and a prototype for each class.
+    """A dense embedding, the outer parameters, and a prototype for each class of which the support has an example.
+
+    A class without an example is never predicted.
 
     Args:
         hidden: units of the hidden layers.
@@ -47,7 +58,8 @@ class Prototypes(MetaLearner):
     """
 
     def __init__(self, hidden: tuple[int, ...] = (64,), dimensions: int = 64, activation: str = "relu"):
-        dense.check(activation, hidden=hidden, dimensions=(dimensions,))
+        dense.check(activation, hidden=hidden)
+        arguments.count("dimensions", dimensions)
         self.hidden, self.dimensions, self.activation = tuple(hidden), dimensions, activation
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
@@ -57,34 +69,59 @@ class Prototypes(MetaLearner):
         return dense.sequential(_NAME, outer, self.activation)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned)
+        return dense.read(learned, _NAME)
 
     def check(self, kind: str, outputs: int) -> None:
-        if kind != "classes" or outputs < 2:
-            raise ValueError(f"`learner` Prototypes needs tasks of two classes or more. Received: {outputs} {kind}")
+        if kind != "classes":
+            raise ValueError(f"`learner` Prototypes needs tasks of two classes or more. Received: tasks of {kind}")
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
-    ) -> Sums:
+    ) -> Sums | TwoSides:
         dtype = dense.weights(_NAME, outer)[0].dtype
-        return Sums(tf.zeros((*leading, outputs, self.dimensions), dtype), tf.zeros((*leading, outputs, 1), dtype))
+        kind, classes = (TwoSides, 2) if outputs == 1 else (Sums, outputs)
+        return kind(tf.zeros((*leading, classes, self.dimensions), dtype), tf.zeros((*leading, classes, 1), dtype))
 
-    def step(self, outer: Outer, state: Sums, x: Array, y: Array) -> tuple[Sums, Array]:
+    def step(self, outer: Outer, state: Sums | TwoSides, x: Array, y: Array) -> tuple[Sums | TwoSides, Array]:
         embedded = self._embed(outer, x)
-        member = 0.5 * (y + 1.0)
+        member = 0.5 * (tf.concat([y, -y], axis=-1) if isinstance(state, TwoSides) else y) + 0.5
         total = state.total + tf.matmul(member, embedded, transpose_a=True)  # equation 1, before the division
         count = state.count + tf.reduce_sum(member, axis=-2)[..., None]
-        return Sums(total, count), _nearness(state, embedded)
+        return type(state)(total, count), _logits(state, embedded)
 
-    def predict(self, outer: Outer, state: Sums, x: Array) -> Array:
-        return _nearness(state, self._embed(outer, x))
+    def predict(self, outer: Outer, state: Sums | TwoSides, x: Array) -> Array:
+        return _logits(state, self._embed(outer, x))
 
     def _embed(self, outer: Outer, x: Array) -> Array:
         return dense.forward(dense.weights(_NAME, outer), x, self.activation)
 
 
-def _nearness(state: Sums, embedded: Array) -> Array:
-    """Logits: minus the squared distances, equation 2, but for the example's own square, which a softmax does not see."""
-    prototypes = state.total / tf.maximum(state.count, 1.0)
+def _logits(state: Sums | TwoSides, embedded: Array) -> Array:
+    """Logits of the classes; where one output tells two, the difference of theirs."""
+    logits = _nearness(state, embedded)
+    return logits[..., :1] - logits[..., 1:] if isinstance(state, TwoSides) else logits
+
+
+def _nearness(state: Sums | TwoSides, embedded: Array) -> Array:
+    """Logits: minus the squared distances, equation 2, but for the example's own square, which a softmax does not see.
+
+    A class without support has no prototype. Its logit is so far below the log-sum-exp of the others that its probability
+    is lost in rounding. So it is never predicted, other classes have the loss that they would have without it, and its own
+    examples have a finite loss whose gradient is zero. If no class has support, all are equal.
+    """
+    shown = state.count > 0
+    prototypes = state.total / tf.where(shown, state.count, tf.ones_like(state.count))  # zeros of those not shown
     squares = tf.reduce_sum(tf.square(prototypes), axis=-1)
-    return 2.0 * tf.matmul(embedded, prototypes, transpose_b=True) - squares[..., None, :]
+    logits = 2.0 * tf.matmul(embedded, prototypes, transpose_b=True) - squares[..., None, :]
+    shown = tf.broadcast_to(shown[..., 0][..., None, :], tf.shape(logits))
+    largest = tf.stop_gradient(tf.reduce_max(tf.where(shown, logits, logits.dtype.min), axis=-1, keepdims=True))
+    some = tf.reduce_any(shown, axis=-1, keepdims=True)
+    largest = tf.where(some, largest, tf.zeros_like(largest))
+    powers = tf.where(shown, tf.exp(tf.where(shown, logits - largest, tf.zeros_like(logits))), tf.zeros_like(logits))
+    total = tf.reduce_sum(powers, axis=-1, keepdims=True)
+    away = (
+        largest
+        + tf.math.log(tf.where(some, total, tf.ones_like(total)))
+        + math.log(np.finfo(logits.dtype.as_numpy_dtype).eps)
+    )
+    return tf.where(shown | ~some, logits, away)

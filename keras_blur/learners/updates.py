@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_blur import arguments
+
 Array = Any
 
 LOSSES = {"cross_entropy": "classes", "squared": "values"}  # and the kind of tasks that each is for
@@ -41,18 +43,24 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
 
 def check_loss(loss: str, kind: str | None = None) -> None:
     """Raises a `ValueError` if a loss is unknown, or not for tasks of a kind."""
-    if loss not in LOSSES:
-        raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={loss!r}")
+    arguments.choice("loss", loss, tuple(LOSSES))
+    if kind is not None and kind not in LOSSES.values():
+        raise ValueError(f"`tasks` of this learner must be of classes or values. Received: tasks of {kind}")
     if kind is not None and LOSSES[loss] != kind:
         wanted = next(one for one, of in LOSSES.items() if of == kind)
         raise ValueError(f"`loss` of the learner must be {wanted!r} for tasks of {kind}. Received: loss={loss!r}")
 
 
 def losses(loss: str, prediction: Array, y: Array) -> Array:
-    """The loss of each example, `[..., batch]`, of logits against labels of +1 and -1, or of values."""
+    """The loss of each example, `[..., batch]`, of logits against labels of +1 and -1, or of values.
+
+    The cross-entropy of a single logit is the logistic one.
+    """
     y = tf.broadcast_to(y, tf.shape(prediction))
     if loss == "squared":
         return tf.reduce_mean(tf.square(prediction - y), axis=-1)
+    if prediction.shape[-1] == 1:
+        return tf.math.softplus(-prediction * y)[..., 0]
     return tf.nn.softmax_cross_entropy_with_logits(labels=0.5 * (y + 1.0), logits=prediction)
 
 
@@ -77,8 +85,7 @@ def updated(
     """
     if optimizer.global_clipnorm:
         squares = [tf.reduce_sum(tf.square(g), axis=list(range(leading, g.shape.rank))) for g in gradients]
-        norm = tf.sqrt(tf.maximum(tf.add_n(squares), 1e-30))  # whose root has a derivative
-        scale = optimizer.global_clipnorm / tf.maximum(norm, optimizer.global_clipnorm)
+        scale = optimizer.global_clipnorm / tf.maximum(root(tf.add_n(squares)), optimizer.global_clipnorm)
         gradients = [g * tf.reshape(scale, [*scale.shape, *[1] * (g.shape.rank - leading)]) for g in gradients]
     columns = zip(weights, first, second, gradients, strict=True)
     weights, first, second = (
@@ -103,4 +110,22 @@ def _update(
     scale = tf.sqrt(1.0 - tf.pow(o.beta_2, time)) / (1.0 - tf.pow(o.beta_1, time))
     first = first + (1.0 - o.beta_1) * (gradient - first)
     second = second + (1.0 - o.beta_2) * (tf.square(gradient) - second)
-    return weight - rate * scale * first / (tf.sqrt(second) + o.epsilon), first, second
+    return weight - rate * scale * first / (root(second) + o.epsilon), first, second
+
+
+def root(value: Array) -> Array:
+    """The square root, with a derivative of 0 at 0.
+
+    The derivative of `tf.sqrt` at 0 is infinite, and an infinity times 0 is not a number. Kernels differ in whether they
+    hide that: under XLA a single weight without a gradient makes every meta-gradient NaN.
+
+    Args:
+        value: numbers of at least 0.
+
+    Example:
+
+    >>> root(tf.constant([0.0, 4.0])).numpy().tolist()
+    [0.0, 2.0]
+    """
+    zero = tf.equal(value, 0)  # NaN stays NaN
+    return tf.where(zero, tf.zeros_like(value), tf.sqrt(tf.where(zero, tf.ones_like(value), value)))

@@ -18,9 +18,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
+from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.distribution import ALL, Share
-from keras_blur.learners import updates
-from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, leaves
+from keras_blur.learners import dense, updates
+from keras_blur.learners.base import Array, MetaLearner, Outer, check_unshared, keras_model, places, resolve
 
 _START, _WARP = "start_", "warp_"
 
@@ -47,7 +49,8 @@ class Warp(MetaLearner):
     Args:
         model: a built Keras model from `[batch, features]` to logits or values `[batch, outputs]`. Of several members the
             first starts with its weights, others with random task layers of the same mean and deviation; all with its warps.
-        warp: names of the warp layers; of none, it is a model whose start is learned, and no more.
+        warp: the warp layers, by their paths, such as `"block/bend"` of a layer in a model in the model, or by names that
+            no other layer has; of none, it is a model whose start is learned, and no more.
         optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training, `global_clipnorm` included.
         loss: what the task layers descend, `"cross_entropy"` of logits or `"squared"`.
 
@@ -74,15 +77,13 @@ class Warp(MetaLearner):
         updates.check_loss(loss)
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"`model` must be a Keras model that is built: give it an Input. Received: {model!r}")
-        self.model, self.warp, self.optimizer, self.loss = model, tuple(warp), optimizer, loss
+        check_unshared(model)
+        trainable = {id(variable) for variable in model.trainable_variables}
+        known = [path for path, place in places(model).items() if any(id(own) in trainable for own in place.weights)]
+        self.warp = resolve(warp, known, "warp") if warp else ()
+        self.model, self.optimizer, self.loss = model, optimizer, loss
         self.rate = updates.rate_of(optimizer)
         names = _names(model, self.warp)
-        known = {layer.name for layer in leaves(model) if layer.trainable_variables}
-        missing = [name for name in self.warp if name not in known]
-        if missing:
-            raise ValueError(
-                f"`warp` must be names of layers with weights, some of {', '.join(sorted(known))}. Received: {missing}"
-            )
         self._trainable = [names[id(variable)] for variable in model.trainable_variables]
         self._buffers = [variable.numpy() for variable in model.non_trainable_variables]  # with which a task starts
         self._adapted = [name for name in self._trainable if name.startswith(_START)]
@@ -111,17 +112,20 @@ class Warp(MetaLearner):
         names = _names(model, self.warp)
         for variable in model.trainable_variables:
             variable.assign(outer[names[id(variable)]])
-        for layer in leaves(model):
-            if layer.name in self.warp:
-                layer.trainable = False
+        for path, place in places(model).items():
+            if path in self.warp:
+                place.layer.trainable = False
         return model
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         model = keras_model(learned)
         names = _names(model, self.warp)
         found = {names[id(v)]: v.numpy()[None] for v in model.weights}
-        if not set(self._trainable) <= set(found):
-            raise ValueError(f"The model must have the layers of this learner's. Received: {learned!r}")
+        missing = [name for name in self._trainable if name not in found]
+        if missing:
+            raise ValueError(
+                f"The model must have the layers of this learner's. Received: {learned!r} without {', '.join(missing)}"
+            )
         return {name: found[name] for name in self._trainable}
 
     def adapt(
@@ -141,7 +145,7 @@ class Warp(MetaLearner):
         Args:
             learned: from `learned`, or a file of it that Keras loaded.
             x: inputs `[n, features]`.
-            y: integer classes `[n]`, or values `[n, outputs]`.
+            y: integer classes `[n]`, of a single output 0 and 1, or values `[n, outputs]`.
             steps: steps of the optimizer.
             batch_size: examples of a batch, at most n.
             optimizer: any Keras optimizer; `None` takes a new one like this learner's.
@@ -150,14 +154,18 @@ class Warp(MetaLearner):
 
         Returns:
             An ordinary Keras model, compiled; `learned` is not changed.
+
+        Raises:
+            ValueError: if data don't fit the model or the loss.
         """
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
-        for layer, other in zip(leaves(model), leaves(learned), strict=True):
-            layer.trainable = other.trainable
+        for own, other in zip(places(model).values(), places(learned).values(), strict=True):
+            own.layer.trainable = other.layer.trainable
         if loss is None:
-            losses = {"squared": keras.losses.MeanSquaredError(), "cross_entropy": _CROSS_ENTROPY}
-            loss = losses[self.loss]
+            classes = "binary" if model.output_shape[-1] == 1 else "classes"
+            loss = _LOSSES["values" if self.loss == "squared" else classes]
+        x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
         kind = type(self.optimizer)
         model.compile(optimizer or kind.from_config(self.optimizer.get_config()), loss)
         data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed).repeat()
@@ -208,7 +216,7 @@ class Warp(MetaLearner):
         every = {**outer, **self.adapted(state)}
         trainable = [every[name] for name in self._trainable]
         prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
-        return tf.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
+        return tf.cast(prediction, state.weights[0].dtype), tuple(buffers)  # a mixed policy has another one in its layers
 
     def _each(self, one: Callable[..., Any], learns: bool, outer: Outer, state: WarpState, *data: Array) -> Any:
         """A function of a single network, of which a prediction comes, and new arrays if it learns, for each of several."""
@@ -259,6 +267,12 @@ def warped(
     >>> names
     ['warp_0', 'warp_1']
     """
+    arguments.count("features", features)
+    hidden = arguments.counts("hidden", hidden)
+    arguments.count("outputs", outputs)
+    arguments.choice("activation", activation, dense.KERAS_ACTIVATIONS)
+    arguments.flag("warps", warps)
+    arguments.integer("seed", seed, 0)
     layers: list[Any] = [keras.Input((features,))]
     for index, units in enumerate((*hidden, outputs)):
         drawn = keras.initializers.GlorotUniform(seed * 1000 + index)
@@ -280,10 +294,14 @@ def _spread(value: Array, leading: tuple[int, ...], rank: int) -> Array:
 def _names(model: keras.Model, warp: Sequence[str]) -> dict[int, str]:
     """Names of the outer parameters that a model's weights are, by the weights' identity."""
     return {
-        id(variable): f"{_WARP if layer.name in warp else _START}{layer.name}_{index}"
-        for layer in leaves(model)
-        for index, variable in enumerate(layer.weights)
+        id(variable): f"{_WARP if path in warp else _START}{path}_{index}"
+        for path, place in places(model).items()
+        for index, variable in enumerate(place.weights)
     }
 
 
-_CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+_LOSSES = {
+    "values": keras.losses.MeanSquaredError(),
+    "binary": keras.losses.BinaryCrossentropy(from_logits=True),
+    "classes": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+}

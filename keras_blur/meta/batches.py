@@ -6,15 +6,16 @@ had, so an order must follow from a seed and the number of the pass alone.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.checks import Classes, checked
-from keras_blur.meta.estimator import check_count
+from keras_blur import arguments, random
+from keras_blur.checks import Expected, checked, checked_arrays, plain_errors
 
 Array = Any
 
@@ -26,6 +27,11 @@ class Arrays:
         self.arrays, self.batch = arrays, batch
         self.steps = len(arrays[0]) // batch
         self.spec = tuple(tf.TensorSpec((batch, *array.shape[1:]), array.dtype) for array in arrays)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on."""
+        x, y = self.arrays
+        return {"x": x, "y": y, "batch_size": self.batch}
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""
@@ -52,6 +58,11 @@ class Batches:
         self.spec = dataset.element_spec
         self.steps = max(0, int(dataset.cardinality()))
 
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on, as far as a dataset says."""
+        shapes = [f"{one.dtype.name} {one.shape}" for one in tf.nest.flatten(self.spec)]
+        return {"dataset": shapes, "batches": self.steps}
+
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
         """What is left after some batches, of each the part of a replica."""
         del seed
@@ -59,32 +70,60 @@ class Batches:
         return parts.prefetch(2)
 
 
-def source(name: str, data: Any, batch: int, replicas: int, classes: Classes) -> Arrays | Batches:
-    """Where batches come from.
+def source(
+    name: str, data: Any, batch: int, replicas: int, expected: Callable[[], Expected], within: str | None = None
+) -> Arrays | Batches:
+    """The source of batches for data that are checked.
+
+    Args:
+        name: the argument that holds the data.
+        data: a `tf.data.Dataset` or a `PyDataset` of batches (x, y), or a pair of arrays.
+        batch: examples of a batch of arrays.
+        replicas: number of replicas, among which batches are divided.
+        expected: gives the data that the model takes.
+        within: `name`, where messages are to say that x and y are of it.
 
     Raises:
-        ValueError: if data are neither a dataset nor two arrays, are too few or not finite, or a label is out of range.
+        ValueError: if data are of another kind, too few, or don't pass the checks.
     """
-    if isinstance(data, tf.data.Dataset):
-        size = tf.nest.flatten(data.element_spec)[0].shape[0]
+    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        dataset = checked(data, None, None, expected, within=within)[0]
+        if isinstance(data, keras.utils.PyDataset):
+            dataset = _from_py_dataset(dataset)
+        if len(dataset.element_spec) != 2:
+            raise ValueError(f"`{name}` must give batches (x, y). Received: batches of {len(dataset.element_spec)} parts")
+        size = dataset.element_spec[0].shape[0]
         if replicas > 1 and (size is None or size % replicas):
             raise ValueError(
-                f"Batches of `{name}` must be a multiple of the {replicas} replicas. Received batches of {size}"
+                f"Batches of `{name}` must be a multiple of the {replicas} replicas. Received: batches of {size}"
             )
-        return Batches(checked(data, None, None, classes))
-    if not isinstance(data, tuple) or len(data) != 2:
+        return Batches(dataset)
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise ValueError(
-            f"`{name}` must be a tf.data.Dataset or come with labels, as a pair of arrays. Received: {type(data)}"
+            f"`{name}` must be a tf.data.Dataset or a PyDataset, or come with labels, as a pair of arrays. "
+            f"Received: {type(data).__name__}"
         )
-    x, y = (np.asarray(one) for one in data)
-    check_count("batch_size", batch)
+    arguments.count("batch_size", batch)
     if batch % replicas:
         raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
-    if len(x) != len(y) or len(x) < batch:
-        raise ValueError(f"`{name}` must be pairs of inputs and labels, at least {batch}. Received: {len(x)} and {len(y)}")
-    x = x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x
-    try:
-        checked(x, y, None, classes)
-    except ValueError as error:
-        raise ValueError(f"In {'`meta_data`' if name == 'meta_data' else 'the training data'}: {error}") from error
-    return Arrays((x, y), batch)
+    x, y = (np.asarray(one) for one in checked_arrays(data[0], data[1], None, expected(), within)[:2])
+    if len(x) < batch:
+        raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")
+    return Arrays((x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x, y), batch)
+
+
+def _from_py_dataset(data: keras.utils.PyDataset) -> tf.data.Dataset:
+    """The batches of a `PyDataset` as a dataset, one pass long."""
+    count = data.num_batches
+    with plain_errors():
+        first = data[0]
+
+    def batches() -> Iterator[Any]:
+        data.on_epoch_begin()
+        for index in itertools.count() if count is None else range(count):
+            yield data[index]
+        data.on_epoch_end()
+
+    spec = tuple(tf.TensorSpec((None, *np.shape(part)[1:]), np.asarray(part).dtype) for part in first)
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=spec)
+    return dataset if count is None else dataset.apply(tf.data.experimental.assert_cardinality(count))

@@ -14,6 +14,7 @@ over the batch stands in the equations, and a step does what one device would do
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
+from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
-from keras_blur.learners.base import leaves
-from keras_blur.meta import batches
-from keras_blur.meta.estimator import check_count
+from keras_blur.learners.base import places
+from keras_blur.meta import batches, settings
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
 from keras_blur.meta.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
 from keras_blur.meta.training_losses import TrainingLoss, per_example
@@ -39,7 +40,7 @@ _TRAIN, _META, _NOISE = range(3)
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
-class BilevelTrainer(OuterLoop):
+class BilevelTrainer(CheckedModel, OuterLoop):
     """Trains a model and, at the same time, outer parameters of its training loss on meta data.
 
     Args:
@@ -83,24 +84,22 @@ class BilevelTrainer(OuterLoop):
             raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
         super().__init__(name="bilevel_trainer", dtype=model.dtype_policy)
         self.autocast = False  # the model casts its own inputs
-        if first not in ORDERS:
-            raise ValueError(f"`first` must be one of {', '.join(map(repr, ORDERS))}. Received: first={first!r}")
-        estimator = estimator or OneStep()
-        if not isinstance(estimator, HypergradientEstimator):
-            raise ValueError(
-                "`estimator` must be one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient. Received: "
-                f"{estimator!r}"
-            )
+        arguments.choice("first", first, ORDERS)
+        arguments.flag("judge_training", judge_training)
+        arguments.integer("seed", seed, 0)
+        estimator = OneStep() if estimator is None else estimator
+        kinds = "one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient"
+        arguments.instance("estimator", estimator, HypergradientEstimator, kinds)
         if isinstance(meta_model, TrainingLoss):
             if training_loss is not None:
                 raise ValueError("`training_loss` goes with a list of variables; a TrainingLoss has its own.")
             training_loss, variables = meta_model.training_loss, list(meta_model.trainable_variables)
         else:
-            variables = list(meta_model)
+            variables = list(meta_model) if isinstance(meta_model, (list, tuple)) else [meta_model]
             if training_loss is None or not all(isinstance(one, keras.Variable) for one in variables):
                 raise ValueError(
                     "`meta_model` must be a TrainingLoss, or a list of Keras variables with a `training_loss` that depends "
-                    f"on them. Received: {meta_model!r}"
+                    f"on them. {arguments.received('meta_model', meta_model)}"
                 )
         if not variables:
             raise ValueError(f"`meta_model` must have something to learn. Received: {meta_model!r}")
@@ -112,11 +111,8 @@ class BilevelTrainer(OuterLoop):
         self.outer = {f"{place}_{variable.name}": variable for place, variable in enumerate(variables)}
         self._trained = {f"{place}_{v.name}": v for place, v in enumerate(model.trainable_variables)}
         names = {id(variable): name for name, variable in self._trained.items()}
-        self._weights_of_layers = {
-            layer.name: tuple(names[id(v)] for v in layer.trainable_variables)
-            for layer in leaves(model)
-            if layer.trainable_variables
-        }
+        trained = {path: tuple(names[id(v)] for v in own.weights if id(v) in names) for path, own in places(model).items()}
+        self._weights_of_layers = {path: own for path, own in trained.items() if own}
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
         saved = {id(variable) for variable in model.weights}
@@ -124,7 +120,7 @@ class BilevelTrainer(OuterLoop):
             v for v in model.non_trainable_variables if id(v) not in saved
         ]  # of dropout: Keras does not save them
         self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
-        self._own = {name: self.counter(name, value) for name, value in learnt.items()}
+        self._own = {name: self.counter(name.replace("/", "."), value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
         self.make_counters(("loss", "meta_loss", *estimator.logged, *self._read, "skipped"))
         self.built = True
@@ -162,14 +158,17 @@ class BilevelTrainer(OuterLoop):
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
                 sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
                 without.
+            auto_scale_loss: whether both optimizers scale the loss if the model's dtype policy is mixed_float16, as in Keras.
 
         Raises:
-            ValueError: if there is no loss, or an optimizer clips on several replicas.
+            ValueError: if there is no loss, an optimizer clips on several replicas, stands in two places or was built for
+                other weights, or the estimator needs a learning rate and the optimizer has none.
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
-        check_count("steps_per_execution", steps_per_execution)
+        arguments.count("steps_per_execution", steps_per_execution)
         self._loss_of = keras.losses.get(loss)
+        self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, "metrics": metrics}))
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         scaling = auto_scale_loss and self.dtype_policy.name == "mixed_float16"
         if scaling and not isinstance(meta_optimizer, keras.optimizers.LossScaleOptimizer):
@@ -197,12 +196,6 @@ class BilevelTrainer(OuterLoop):
         self._programs = {}
         self._measures, self._metric_state = metrics is not None or weighted_metrics is not None, []
 
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        return {
-            "optimizer": (self.optimizer, list(self._trained.values())),
-            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
-        }
-
     def fit(
         self,
         x: Any,
@@ -226,8 +219,8 @@ class BilevelTrainer(OuterLoop):
         """Trains, with the progress bar and the callbacks of Keras.
 
         Args:
-            x: inputs `[n, ...]`, or a `tf.data.Dataset` of batches `(x, y)`, which is repeated. A run that is resumed goes
-                through those before again, without learning; it sees the same ones if the dataset gives them again.
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` or `PyDataset` of batches `(x, y)`, which is repeated. A resumed run
+                skips the batches that were seen before; it sees the same ones if the dataset repeats its order.
             y: labels that go with arrays.
             meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
             batch_size: examples of a batch, where arrays are given.
@@ -244,11 +237,13 @@ class BilevelTrainer(OuterLoop):
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
-            ValueError: if data are missing, not finite, or fewer than a batch; or the checkpoint is of another trainer.
+            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch, or if the
+                checkpoint was made with other settings or is damaged.
+            OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
-        check_count("meta_every", meta_every)
+        arguments.count("meta_every", meta_every)
         self._open((x, y) if y is not None else x, meta_data, batch_size, meta_batch_size or batch_size)
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
@@ -256,20 +251,21 @@ class BilevelTrainer(OuterLoop):
         self.meta_every, self._validation = meta_every, None
         if validation_data is not None:
             check_frequency(validation_freq)
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(checked_validation(validation_data, self._expected))
             self._validation = {
                 "x": x, "y": y, "sample_weight": sample_weight, "steps": validation_steps,
                 "batch_size": None if y is None else validation_batch_size or batch_size,
             }  # fmt: skip
         self._validation_freq = validation_freq
-        return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose, initial_epoch)
+        with plain_errors():
+            return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose, initial_epoch)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
         replicas = self.runner.replicas
         self._sources = [
-            batches.source("x", train, batch_size, replicas, self._classes),
-            batches.source("meta_data", judge, meta_batch_size, replicas, self._classes),
+            batches.source("x", train, batch_size, replicas, self._expected),
+            batches.source("meta_data", judge, meta_batch_size, replicas, self._expected, within="meta_data"),
         ]
         self._make_metric_state()
 
@@ -291,10 +287,9 @@ class BilevelTrainer(OuterLoop):
         for variable in self._metric_state:
             variable.assign(tf.zeros_like(variable.value))
 
-    def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
-        sparse = isinstance(self._loss_of, keras.losses.SparseCategoricalCrossentropy)
-        return int(self.model.output_shape[-1]) if sparse else None
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        return model_expects(self.model, self._loss_of if self.compiled else None)
 
     @property
     def learned(self) -> Any:
@@ -316,6 +311,22 @@ class BilevelTrainer(OuterLoop):
         return {**logs, **{f"val_{name}": value for name, value in found.items()}}
 
     # One step.
+
+    def settings(self) -> dict[str, Any]:
+        train, judge = self._sources
+        learned = isinstance(self.meta_model, TrainingLoss)
+        return {
+            "model": self.model, "meta_model": self.meta_model, "training_loss": None if learned else self._training_loss,
+            "estimator": self.estimator, "first": self.first, "judge_training": self.judge_training, "seed": self.seed,
+            **json.loads(self._compiled_with), "meta_every": self.meta_every, "data": train.settings(),
+            "meta_data": judge.settings(),
+        }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {
+            "optimizer": (self.optimizer, list(self._trained.values())),
+            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
+        }
 
     def rewind(self) -> None:
         self._streams: list[Any] = [None, None]
@@ -370,13 +381,17 @@ class BilevelTrainer(OuterLoop):
         if isinstance(self.meta_model, TrainingLoss):
             found |= self.meta_model.read()
         sizes = {"loss": _size(train), "meta_loss": _size(judge[0]) if judge else 0.0}  # a short batch weighs less
-        values = {
-            name: (tf.cast(found[name], tf.float32), tf.convert_to_tensor(sizes.get(name, 1.0)))
-            if name in found
-            else (tf.zeros(()), tf.zeros(()))
-            for name in self.logged
-        }
-        return values, metrics
+        return {name: self._weighed(name, found, sizes.get(name, 1.0)) for name in self.logged}, metrics
+
+    def _weighed(self, name: str, found: Mapping[str, Array], size: Any) -> tuple[Array, Array]:
+        """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
+        if name not in found:
+            return tf.zeros(()), tf.zeros(())
+        value, weight = tf.cast(found[name], tf.float32), tf.convert_to_tensor(size)
+        if name == "meta_loss" or name in self.estimator.logged:
+            weight = weight * (1.0 - found["skipped"])
+            value = tf.where(weight > 0, value, 0.0)
+        return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """The step that is taken: its loss, and the metrics of training."""

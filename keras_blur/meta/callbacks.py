@@ -11,11 +11,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files, random
+from keras_blur import arguments, files, random
+from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import MetaLearner
-from keras_blur.meta.estimator import InnerLoop, check_count, start
-from keras_blur.tasks.base import Tasks
+from keras_blur.meta import settings
+from keras_blur.meta.estimator import InnerLoop, start
+from keras_blur.tasks.base import Tasks, check_split
 
 
 class UnrollCurriculum(keras.callbacks.Callback):
@@ -38,16 +40,26 @@ class UnrollCurriculum(keras.callbacks.Callback):
 
     def __init__(self, stages: Sequence[tuple[int, int]]):
         super().__init__()
-        self.stages = [(int(epoch), int(steps)) for epoch, steps in stages]
+        pairs = stages if isinstance(stages, (tuple, list)) else ()
+        if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"`stages` must be a list of (epoch, steps) pairs. {arguments.received('stages', stages)}")
+        for epoch, steps in pairs:
+            arguments.integer("stages", epoch, 0)
+            arguments.count("stages", steps)
+        self.stages = [(int(epoch), int(steps)) for epoch, steps in pairs]
         starts = [epoch for epoch, _ in self.stages]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"`stages` must be (epoch, steps) pairs in rising order from epoch 0. Received: {stages!r}")
-        if any(steps < 1 for _, steps in self.stages):
-            raise ValueError(f"`stages` must have at least one step each. Received: {stages!r}")
+        if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(
+                f"`stages` must begin at epoch 0 and go on in rising order. {arguments.received('stages', stages)}"
+            )
 
     def steps_at(self, epoch: int) -> int:
         """Unrolled steps in an epoch."""
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
+
+    def get_config(self) -> dict[str, Any]:
+        """The stages, which a checkpoint remembers."""
+        return {"stages": [list(stage) for stage in self.stages]}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         fresh = int(self.model.epoch_step.numpy()) == 0  # not one that a resumed run goes on with
@@ -69,7 +81,8 @@ class MetaValidate(keras.callbacks.Callback):
         steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
         episodes: episodes of each task distribution.
         split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
-        path: file for what was learned with the best score so far, or `None`.
+        path: file for the parameters with the best score so far, or `None`. A file that is already there is replaced, but a
+            resumed run reads it first and replaces it by a better one only.
         seed: of the episodes and initial networks.
 
     Raises:
@@ -94,16 +107,22 @@ class MetaValidate(keras.callbacks.Callback):
         seed: int = 0,
     ):
         super().__init__()
-        check_count("episodes", episodes)
+        arguments.count("episodes", episodes)
         if steps is not None:
-            check_count("steps", steps)
-        self.tasks = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+            arguments.count("steps", steps)
+        self.tasks = [tasks] if isinstance(tasks, Tasks) else tasks
+        if not isinstance(self.tasks, (tuple, list)) or not all(isinstance(one, Tasks) for one in self.tasks):
+            raise ValueError(f"`tasks` must be a task distribution or a list of them. {arguments.received('tasks', tasks)}")
+        check_split(split)
+        arguments.integer("seed", seed, 0)
         self.learner, self.steps, self.episodes = learner, steps, episodes
         self.split, self.path, self.seed = split, path, seed
         self.best: float | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         trainer = self.model
+        if self.path is not None:
+            _check_learned_path(trainer.learned, self.path)
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
@@ -122,13 +141,19 @@ class MetaValidate(keras.callbacks.Callback):
 
         if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
             before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
-            self.best = self._score({name: own[0] for name, own in before.items()})[1]
+            quality = self._score({name: own[0] for name, own in before.items()})[1]
+            self.best = quality if np.isfinite(quality) else None
 
     def _scorer(self, learner: MetaLearner, inner: InnerLoop) -> Callable[..., Any]:
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
             state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
             loss, quality, _ = inner.objective(learner, outer, episodes, state)
-            return tf.reduce_mean(loss), tf.reduce_mean(quality)
+            sound = tf.math.is_finite(loss)
+            worst = -np.inf if inner.kind == "values" else 0.0
+            quality = tf.reduce_mean(tf.where(sound, quality, worst))
+            nothing = tf.constant(np.nan, quality.dtype)
+            quality = tf.where(tf.reduce_any(sound) & tf.math.is_finite(quality), quality, nothing)
+            return tf.reduce_mean(loss), quality
 
         return score
 
@@ -145,20 +170,33 @@ class MetaValidate(keras.callbacks.Callback):
         if np.isfinite(quality) and (self.best is None or quality > self.best):
             self.best = quality
             if self.path is not None and self.model.runner.writes_files:
-                save(self.model, self.path)
+                files.save(self.model.learned, self.path)
 
 
-def save(trainer: Any, path: str | os.PathLike[str]) -> None:
-    """Writes what was learned, whole or not at all."""
-    with files.replacing(path) as temporary:
-        trainer.learned.save(temporary)
+def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
+    """Raises before training what saving would raise after it."""
+    check_output("path", path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes what the best member learned after each epoch and at the end.
+    """Writes the parameters that the best member learned after each epoch and at the end.
+
+    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
+
+    After an epoch whose loss is NaN, or whose last step is sound for no member, it leaves the file as it is.
 
     Args:
-        path: the file: of genomes `.json`, of other learners `.keras`.
+        path: the file: `.json` for a genome, `.keras` for any other learner.
+
+    Raises:
+        ValueError: at the start of training, if what is learned cannot be saved, the file has another ending, or it cannot
+            be written.
+        OSError: during training, if the disk is full.
+
+    Example:
+
+    >>> SaveLearned("genome.json").path
+    'genome.json'
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -166,28 +204,31 @@ class SaveLearned(keras.callbacks.Callback):
         self.path = path
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if not hasattr(self.model.learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {self.model.learned!r}")
+        learned = self.model.learned
+        if not hasattr(learned, "save"):
+            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
+        _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.model.runner.writes_files:
-            save(self.model, self.path)
+        if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
+            files.save(self.model.learned, self.path)
 
     def on_train_end(self, logs: Any = None) -> None:  # averages of `use_ema` are in place now
-        if self.model.runner.writes_files:
-            save(self.model, self.path)
+        if self.model.sound and self.model.runner.writes_files:
+            files.save(self.model.learned, self.path)
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch: `MetaTrainer.fit` adds it.
+    """Writes everything that a resumed run needs after each epoch: `fit` of a trainer adds it.
 
     Args:
         path: a `.weights.h5` file.
+        made_with: the settings of the run, which the file carries.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, made_with: Mapping[str, Any]):
         super().__init__()
-        self.path = path
+        self.path, self.made_with = path, dict(made_with)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.write()
@@ -195,5 +236,6 @@ class Checkpoint(keras.callbacks.Callback):
     def write(self) -> None:
         """Writes it now."""
         if self.model.runner.writes_files:
-            with files.replacing(self.path) as temporary:
-                self.model.save_weights(temporary, overwrite=True)
+            memory = files.Memory(self.path)
+            self.model.save_weights(memory)
+            settings.write(self.path, memory, self.made_with)

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.meta.estimator import check_count
+from keras_blur import arguments, random
 
 Array = Any
 
@@ -113,12 +112,10 @@ class CMAES:
     chi: float = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_count("size", self.size)
+        arguments.count("size", self.size)
         n = self.size
         population = 4 + math.floor(3.0 * math.log(n)) if self.population is None else self.population  # (48)
-        check_count("population", population)
-        if population < 4:
-            raise ValueError(f"`population` must be at least 4. Received: population={population}")
+        arguments.integer("population", population, 4)
         if self.dtype not in _DTYPES:
             raise ValueError(f"`dtype` must be 'float64' or 'float32'. Received: dtype={self.dtype!r}")
         low, high = self.sigma_range
@@ -163,7 +160,7 @@ class CMAES:
             # Appendix B.2: rarely enough that it does not dominate the time.
             "gap": max(1, math.floor(1.0 / (10.0 * n * (c_1 + c_mu)))) if self.gap is None else self.gap,
         }
-        check_count("gap", derived["gap"])
+        arguments.count("gap", derived["gap"])
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 

@@ -14,12 +14,11 @@ sum, and so has no bias from the truncation.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import (
@@ -30,7 +29,6 @@ from keras_blur.meta.estimator import (
     Estimator,
     Outer,
     Pieces,
-    check_count,
     choose,
     start,
 )
@@ -61,9 +59,8 @@ class ES(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("pairs", self.pairs)
-        if not (self.sigma > 0.0 and math.isfinite(self.sigma)):
-            raise ValueError(f"`sigma` must be a positive number. Received: sigma={self.sigma!r}")
+        arguments.count("pairs", self.pairs)
+        arguments.positive("sigma", self.sigma)
         if self.recompute:
             raise ValueError("`recompute` must be False: evolution strategies keep nothing of the unroll.")
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners.base import Learner
 
@@ -46,7 +47,12 @@ class Estimate(NamedTuple):
 
 
 def cross_entropy(prediction: Array, y: Array) -> Array:
-    """Mean softmax cross-entropy of logits against +1/-1 labels: `[..., batch, classes]` to `[...]`."""
+    """Mean softmax cross-entropy of logits against +1/-1 labels: `[..., batch, classes]` to `[...]`.
+
+    Of a single logit it is the logistic one.
+    """
+    if prediction.shape[-1] == 1:
+        return binary_cross_entropy(prediction, y)
     labels = tf.broadcast_to(tf.cast(0.5 * (y + 1.0), prediction.dtype), tf.shape(prediction))
     return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=prediction), axis=-1)
 
@@ -66,28 +72,50 @@ def squared_error(prediction: Array, y: Array) -> Array:
 def accuracy(prediction: Array, y: Array) -> Array:
     """Share of examples whose largest output is the true class: `[..., batch, classes]` to `[...]`.
 
-    Of a single output, the share whose sign is that of the label.
+    Of a single output, the share whose sign is that of the label. A prediction that is not finite is wrong.
     """
-    if y.shape[-1] == 1:
-        right = tf.reduce_all(tf.equal(prediction > 0, tf.cast(y, prediction.dtype) > 0), axis=-1)
-    else:
-        right = tf.equal(tf.argmax(prediction, axis=-1), tf.argmax(y, axis=-1))
+    right = tf.equal(classes_of(prediction), classes_of(y))
+    right &= tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
     return tf.reduce_mean(tf.cast(right, prediction.dtype), axis=-1)
 
 
+def classes_of(outputs: Array) -> Array:
+    """The classes that logits or labels of +1 and -1 tell: `[..., outputs]` to integers `[...]`.
+
+    The largest of several outputs is the class; a single one tells class 1 where it is above 0, else class 0.
+
+    Example:
+
+    >>> classes_of(tf.constant([[0.5], [-0.5]])).numpy().tolist()
+    [1, 0]
+    """
+    if outputs.shape[-1] == 1:
+        return tf.cast(outputs[..., 0] > 0, tf.int32)
+    return tf.argmax(outputs, axis=-1, output_type=tf.int32)
+
+
 def right_bits(prediction: Array, y: Array) -> Array:
-    """Share of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`."""
+    """Share of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`.
+
+    A prediction that is not finite is wrong. Where no label is scored, the share is NaN, as is the loss.
+    """
     y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
     scored = tf.abs(y)
-    right = tf.cast(tf.equal(prediction > 0, y > 0), prediction.dtype)
+    right = tf.cast(tf.equal(prediction > 0, y > 0) & tf.math.is_finite(prediction), prediction.dtype)
     return tf.reduce_sum(scored * right, axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
 
 
 def explained(prediction: Array, y: Array) -> Array:
-    """Share of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`."""
+    """Share of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`.
+
+    Values that do not vary have nothing to explain: as in Keras and scikit-learn it is then 0, or 1 of an exact prediction.
+    """
     y = tf.cast(y, prediction.dtype)
     spread = tf.reduce_mean(tf.square(y - tf.reduce_mean(y, axis=-2, keepdims=True)), axis=(-2, -1))
-    return 1.0 - squared_error(prediction, y) / tf.maximum(spread, 1e-12)
+    flat = spread <= 1e-12 * tf.reduce_mean(tf.square(y), axis=(-2, -1))  # rounding of the mean
+    error = squared_error(prediction, y)
+    of_flat = tf.where(error > 0, tf.zeros_like(error), 1.0 - error)  # NaN stays NaN
+    return tf.where(flat, of_flat, 1.0 - error / tf.where(flat, tf.ones_like(spread), spread))
 
 
 _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "squared": squared_error}
@@ -100,8 +128,8 @@ class InnerLoop:
     Args:
         steps: number of learning steps of one estimate.
         along: weight of the mean loss along the way beside that of the query, 0 for the query alone.
-        loss: `"cross_entropy"` (softmax), `"binary"` (each output on its own), `"squared"`, or `"auto"`: the
-            cross-entropy for classes, binary where there is one output, squared for values.
+        loss: `"cross_entropy"` (softmax; logistic of a single output), `"binary"` (each output on its own), `"squared"`,
+            or `"auto"`: the cross-entropy for classes, binary for bits, squared for values.
         kind: `"classes"`, `"values"` or `"bits"`: what the tasks' outputs are.
         recompute: whether to trade time for memory: only the state at the start of each segment of about the square root
             of `steps` is kept, and a segment is computed again when its gradient is wanted.
@@ -117,13 +145,11 @@ class InnerLoop:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        if not self.along >= 0.0 or not math.isfinite(self.along):
-            raise ValueError(f"`along` must be a finite number of at least 0. Received: along={self.along!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` must be one of {', '.join(map(repr, LOSSES))}. Received: loss={self.loss!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={self.kind!r}")
+        arguments.count("steps", self.steps)
+        arguments.real("along", self.along, low=0.0)
+        arguments.choice("loss", self.loss, LOSSES)
+        arguments.choice("kind", self.kind, KINDS)
+        arguments.flag("recompute", self.recompute)
         if self.kind == "values" and self.loss not in ("auto", "squared"):
             raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
 
@@ -150,7 +176,7 @@ class InnerLoop:
             Two arrays `[members, tasks]`, and the state.
         """
         x, y = episodes["x"][None], episodes["y"][None]
-        loss_of = self._loss(int(y.shape[-1]))
+        loss_of = self._loss()
         outer = over_tasks(outer)
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
@@ -170,14 +196,14 @@ class InnerLoop:
     def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
         """Loss and quality of predictions `[..., batch, outputs]`: `[...]` each."""
         right = {"classes": accuracy, "values": explained, "bits": right_bits}[self.kind]
-        return self._loss(int(y.shape[-1]))(prediction, y), right(prediction, y)
+        return self._loss()(prediction, y), right(prediction, y)
 
-    def _loss(self, outputs: int) -> Any:
+    def _loss(self) -> Any:
         if self.loss != "auto":
             return _FUNCTIONS[self.loss]
         if self.kind == "values":
             return squared_error
-        return cross_entropy if outputs > 1 and self.kind == "classes" else binary_cross_entropy
+        return cross_entropy if self.kind == "classes" else binary_cross_entropy
 
     def _loop(self, body: Any, outer: Outer, state: Any, total: Array) -> tuple[Any, Array]:
         def run(outer: Outer, start: Array, count: int, state: Any, total: Array) -> tuple[Any, Array]:
@@ -325,7 +351,7 @@ class Pieces(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("total", self.total)
+        arguments.count("total", self.total)
         if self.total % self.steps:
             raise ValueError(f"`total` must be a multiple of steps={self.steps}. Received: total={self.total!r}")
 
@@ -381,9 +407,3 @@ def state_dtype(state: Any) -> tf.DType:
 def _as_float(leaf: Array, dtype: tf.DType) -> Array:
     """A tensor that can have a gradient: integers as numbers of the given type."""
     return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises a `ValueError` if an argument is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")

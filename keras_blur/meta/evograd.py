@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.meta.estimator import check_count
+from keras_blur import arguments, random
+from keras_blur.learners.base import resolve
 from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
@@ -33,7 +33,6 @@ from keras_blur.meta.hypergradient import (
     HypergradientEstimator,
     Outer,
     Weights,
-    check_positive,
     gradient,
     scaled,
     unscaled,
@@ -51,7 +50,8 @@ class EvoGrad(HypergradientEstimator):
         sigma: size of a perturbation.
         temperature: of the softmax over their losses, tau.
         noise: `"rademacher"`, signs, as in the source's networks, or `"normal"`.
-        scope: names of the layers whose weights are perturbed; `None` for all.
+        scope: the layers whose weights are perturbed, by their paths, such as `"block/dense"`, or by names that no other
+            layer has; `None` for all.
 
     Example:
 
@@ -66,11 +66,10 @@ class EvoGrad(HypergradientEstimator):
     scope: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_count("population", self.population)
-        check_positive("sigma", self.sigma)
-        check_positive("temperature", self.temperature)
-        if self.noise not in NOISES:
-            raise ValueError(f"`noise` must be one of {', '.join(map(repr, NOISES))}. Received: noise={self.noise!r}")
+        arguments.count("population", self.population)
+        arguments.positive("sigma", self.sigma)
+        arguments.positive("temperature", self.temperature)
+        arguments.choice("noise", self.noise, NOISES)
 
     @property
     def logged(self) -> tuple[str, ...]:
@@ -129,12 +128,13 @@ class EvoGrad(HypergradientEstimator):
 def named(layers: Mapping[str, tuple[str, ...]], chosen: tuple[str, ...], argument: str) -> list[str]:
     """Names of the weights of some layers, in the order of the model.
 
+    Args:
+        layers: names of the weights of each layer, by its path.
+        chosen: paths, or names that no other layer has.
+        argument: what `chosen` is called in an error.
+
     Raises:
-        ValueError: if one of the layers does not exist.
+        ValueError: if one of the layers does not exist, or its name is that of several.
     """
-    unknown = [name for name in chosen if name not in layers]
-    if unknown or not chosen:
-        raise ValueError(
-            f"`{argument}` must be names of layers with weights, some of {', '.join(layers)}. Received: {chosen}"
-        )
-    return [name for layer, names in layers.items() if layer in chosen for name in names]
+    paths = resolve(chosen, layers, argument)
+    return [name for layer, names in layers.items() if layer in paths for name in names]

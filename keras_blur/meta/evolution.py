@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, check_count, start
+from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, start
 
 FITNESSES = ("accuracy", "loss")
 
@@ -45,15 +46,9 @@ class Evolution(InnerLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("population", self.population)
-        if self.population < 4:
-            raise ValueError(f"`population` must be at least 4. Received: population={self.population}")
-        if not (self.sigma > 0.0 and math.isfinite(self.sigma)):
-            raise ValueError(f"`sigma` must be a positive number. Received: sigma={self.sigma!r}")
-        if self.fitness not in FITNESSES:
-            raise ValueError(
-                f"`fitness` must be one of {', '.join(map(repr, FITNESSES))}. Received: fitness={self.fitness!r}"
-            )
+        arguments.integer("population", self.population, 4)
+        arguments.positive("sigma", self.sigma)
+        arguments.choice("fitness", self.fitness, FITNESSES)
         if self.recompute:
             raise ValueError("`recompute` must be False: evolution keeps nothing of the unroll.")
 

@@ -30,11 +30,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.compiling import with_own_constants
 from keras_blur.distribution import share
-from keras_blur.meta.estimator import check_count
-from keras_blur.meta.evograd import named
+from keras_blur.learners.base import resolve
 from keras_blur.meta.hypergradient import (
     Array,
     Bilevel,
@@ -43,7 +42,6 @@ from keras_blur.meta.hypergradient import (
     Outer,
     VirtualStep,
     Weights,
-    check_positive,
 )
 
 
@@ -74,14 +72,12 @@ class GradientSampler:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_count("target", self.target)
-        check_count("hidden", self.hidden)
-        check_positive("temperature", self.temperature)
-        check_positive("learning_rate", self.learning_rate)
+        arguments.count("target", self.target)
+        arguments.count("hidden", self.hidden)
+        arguments.positive("temperature", self.temperature)
+        arguments.positive("learning_rate", self.learning_rate)
         for name in ("count_weight", "distance_weight", "momentum"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"`{name}` must be a number of at least 0. Received: {name}={value!r}")
+            arguments.real(name, getattr(self, name), low=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +85,8 @@ class LayerwiseMetaGradient(VirtualStep):
     """The gradient through one virtual step of SGD, of some layers.
 
     Args:
-        layers: names of those that take part, or `"last:N"` for the last N with weights; `None` for all. With a sampler,
-            those among which it chooses.
+        layers: those that take part, by their paths, such as `"block/dense"`, or by names that no other layer has; or
+            `"last:N"` for the last N with weights; `None` for all. With a sampler, those among which it chooses.
         sampler: what chooses among them in each step; `None` takes them all. The last layer always takes part.
         rate: as of `VirtualStep`.
 
@@ -125,8 +121,8 @@ class LayerwiseMetaGradient(VirtualStep):
             return every
         if isinstance(self.layers, str):
             return every[-int(self.layers[5:]) :]
-        named(layers, self.layers, "layers")  # raises where one is unknown
-        return tuple(name for name in every if name in self.layers)
+        wanted = resolve(self.layers, every, "layers")
+        return tuple(path for path in every if path in wanted)
 
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
         chosen = self.chosen(layers)
@@ -193,12 +189,12 @@ class LayerwiseMetaGradient(VirtualStep):
             for name in own_names
         }
         # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
+        distance = {}
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-            whole = tf.broadcast_to(apart, slope[name].shape)
-            kept[name] = kept[name] - factor * whole / tf.cast(ahead.alpha, whole.dtype)
-        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some})))
+            distance[name] = factor * tf.broadcast_to(apart, slope[name].shape)
+        found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
         signs = tf.where(gates > 0.5, -1.0, 1.0)
         count = tf.reduce_sum(gates)
         alpha = tf.cast(ahead.alpha, tf.float32)

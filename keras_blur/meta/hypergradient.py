@@ -30,6 +30,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_blur import arguments
+
 Array = Any
 Outer = Mapping[str, Array]
 Weights = Mapping[str, Array]
@@ -41,7 +43,7 @@ class Bilevel(NamedTuple):
     Attributes:
         train: from outer parameters and weights to the training loss, a scalar.
         judge: from weights to the loss on the meta batch, a scalar.
-        layers: names of the layers with weights, from first to last, and the names of their weights.
+        layers: paths of the layers with weights, from first to last, and the names of their weights.
         mean: of a nest, over replicas; each has its own part of the batches.
         scale: a factor of each loss while it is differentiated, so that float16 does not underflow; `None` for none.
     """
@@ -85,7 +87,7 @@ class HypergradientEstimator(abc.ABC):
         """Numbers that the estimator itself learns, by name, where it starts; of most, none.
 
         Args:
-            layers: names of the model's layers with weights, and the shapes of these.
+            layers: paths of the model's layers with weights, and the shapes of these.
 
         Raises:
             ValueError: if the estimator names a layer that is not there.
@@ -129,7 +131,7 @@ class VirtualStep(HypergradientEstimator):
 
     def __post_init__(self) -> None:
         if self.rate is not None:
-            check_positive("rate", self.rate)
+            arguments.positive("rate", self.rate)
 
     def ahead(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, names: Sequence[str] | None = None
@@ -177,10 +179,17 @@ class LookAhead:
         chosen = {name: self.weights[name] for name in names}
         return unscaled(self._below.gradient(self._scaled_loss, chosen, unconnected_gradients="zero"), self._scale)
 
-    def mixed(self, slope: Weights) -> dict[str, Array]:
-        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch."""
+    def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
+        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch.
+
+        Args:
+            slope: v.
+            beside: arrays by the names of some of these weights: grad_lambda < grad_w L_train, beside > is added.
+        """
         first = {name: self._first[name] for name in slope}
         upstream = {name: -tf.cast(self.alpha, value.dtype) * value for name, value in slope.items()}
+        for name, value in (beside or {}).items():
+            upstream[name] = upstream[name] + value
         size = None
         if self._scale is not None:  # float16 holds numbers around 1
             largest = tf.reduce_max([tf.reduce_max(tf.cast(tf.abs(value), tf.float32)) for value in upstream.values()])
@@ -228,7 +237,7 @@ class FiniteDifference(VirtualStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("width", self.width)
+        arguments.positive("width", self.width)
 
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
@@ -284,9 +293,3 @@ def unscaled(gradients: Mapping[str, Array], scale: Array | None) -> dict[str, A
 def widest(values: Iterable[Array]) -> tf.DType:
     """The floating-point type that holds all of some arrays, float32 at least."""
     return max((tf.float32, *(value.dtype for value in values)), key=lambda dtype: dtype.size)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises a `ValueError` if an argument is not a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")

@@ -42,10 +42,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files
+from keras_blur import arguments, files
+from keras_blur.checks import check_output
 from keras_blur.distribution import Runner
+from keras_blur.meta import settings
 from keras_blur.meta.callbacks import Checkpoint
-from keras_blur.meta.estimator import check_count
 
 Array = Any
 _HEADROOM = 16.0
@@ -85,9 +86,7 @@ class OuterLoop(keras.Model):
     def make_counters(self, logged: Sequence[str]) -> None:
         """Makes the variables that say how far training is, and those of the running means that are logged."""
         self.meta_step = self.counter("meta_step", np.zeros((), "int32"))
-        self.epoch, self.epoch_step, self.epoch_length = (
-            self.counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step", "epoch_length")
-        )
+        self.epoch, self.epoch_step = (self.counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step"))
         self.logged = tuple(logged)
         self.sums = self.counter("sums", np.zeros((len(self.logged), 2), "float32"))  # of values and of weights
 
@@ -110,6 +109,15 @@ class OuterLoop(keras.Model):
     def learned(self) -> Any:
         """What was learned, as something that has `save(path)`."""
 
+    @property
+    def sound(self) -> bool:
+        """Whether what was learned so far is of use: `SaveLearned` writes no other."""
+        return True
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the run depends on, by name, as `settings.described` takes it; optimizers excepted."""
+
     @abc.abstractmethod
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
         """The optimizers by the attribute that holds them, with the variables that each changes."""
@@ -128,13 +136,17 @@ class OuterLoop(keras.Model):
 
         Args:
             found: by the names in `logged`, values and their weights, whose weighted sums are kept.
+
+        Returns:
+            The means; that of nothing is NaN.
         """
         both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
         sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
         self.sums.assign(sums)
         self.meta_step.assign(self.meta_step + 1)
         self.epoch_step.assign(self.epoch_step + 1)
-        means = tf.math.divide_no_nan(sums[:, 0], sums[:, 1])
+        none = tf.equal(sums[:, 1], 0.0)
+        means = tf.where(none, np.nan, sums[:, 0] / tf.where(none, 1.0, sums[:, 1]))
         return dict(zip(self.logged, tf.unstack(means), strict=True))
 
     def run_epochs(
@@ -149,26 +161,24 @@ class OuterLoop(keras.Model):
         """The loop; arguments as `fit` of a trainer gives them."""
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
-        check_count("steps_per_epoch", steps_per_epoch)
-        _check_epochs(epochs, initial_epoch)
+        arguments.count("steps_per_epoch", steps_per_epoch)
+        arguments.integer("epochs", epochs, 0)
+        arguments.integer("initial_epoch", initial_epoch, 0)
         self._check_callbacks(callbacks)
         epochs = _limited("epochs", epochs, keras.config.max_epochs())
         steps_per_epoch = _limited("steps_per_epoch", steps_per_epoch, keras.config.max_steps_per_epoch())
         saving = None
-        if checkpoint is not None:
-            path = os.fspath(checkpoint)
-            if not path.endswith(".weights.h5"):
-                raise ValueError(f"`checkpoint` must end with .weights.h5. Received: checkpoint={path!r}")
-            saving = Checkpoint(path)
         done, first = initial_epoch, 0
-        if saving and files.exists(path):
-            self._restore(path)
-            before = int(self.epoch_length.numpy())
-            if before != steps_per_epoch:
-                raise ValueError(f"`steps_per_epoch` must be what it was before, {before}. Received: {steps_per_epoch}")
-            whole, first = divmod(int(self.epoch_step.numpy()), steps_per_epoch)  # on with the epoch that was left
-            done = int(self.epoch.numpy()) + whole
-        self.epoch_length.assign(steps_per_epoch)
+        if checkpoint is not None:
+            check_output("checkpoint", checkpoint, (".weights.h5",))
+            path = os.fspath(checkpoint)
+            now = self._made_with(steps_per_epoch, callbacks)
+            if files.exists(path):
+                self._restore(path, now)
+                whole, first = divmod(int(self.epoch_step.numpy()), steps_per_epoch)  # on with the epoch that was left
+                done = int(self.epoch.numpy()) + whole
+                _announce(path, done, first, epochs, steps_per_epoch, verbose if self.runner.writes_files else 0)
+            saving = Checkpoint(path, now)
         followed = keras.callbacks.CallbackList(
             [*callbacks, *([saving] if saving else [])], add_history=True, add_progbar=verbose != 0, model=self,
             verbose=1 if verbose == "auto" else verbose, epochs=epochs, steps=steps_per_epoch,
@@ -198,8 +208,11 @@ class OuterLoop(keras.Model):
                 if saving and terminated() and end < steps_per_epoch:
                     saving.write()
                 else:
+                    if verbose and logs.get("skipped") == 1.0:
+                        print(f"\nEpoch {epoch + 1} skipped all of its outer steps: no loss and gradient was finite.")
                     epoch_logs = self.validate(epoch, dict(logs), followed)
                     followed.on_epoch_end(epoch, epoch_logs)
+                    _forget_nan(callbacks)
                 if self.stop_training or terminated():
                     break
         if not terminated():
@@ -240,12 +253,141 @@ class OuterLoop(keras.Model):
                     for average, variable in zip(own._model_variables_moving_average, own._trainable_variables, strict=True):
                         average.assign(variable.value)
 
-    def _restore(self, path: str) -> None:
+    def _made_with(self, steps_per_epoch: int, callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, Any]:
+        """The settings of this run: those that must not change, and learning rates and curricula, which may."""
+        optimizers = {name: settings.described(one) for name, (one, _) in self.optimizers().items()}
+        rates = {name: _rate(one) for name, one in optimizers.items()}
+        fixed = {
+            "trainer": type(self).__name__,
+            **settings.described(self.settings()),
+            **{name: _without_rate(one) for name, one in optimizers.items()},
+            "steps_per_epoch": steps_per_epoch,
+            "precision": self.dtype_policy.name,
+        }
+        curricula = {type(one).__name__: one.get_config() for one in callbacks if hasattr(one, "get_config")}
+        return {"settings": fixed, "rates": rates, "curricula": settings.described(curricula)}
+
+    def _restore(self, path: str, now: dict[str, Any]) -> None:
+        """Reads a checkpoint of a run like this one; in `now`, a rate that is kept becomes the one first asked for."""
         try:
             with files.local(path) as copy:
-                self.load_weights(copy)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"Checkpoint {path!r} does not fit this trainer, or is damaged: {error}") from error
+                before = settings.read(copy)
+                _check_same(path, before["settings"], now["settings"])
+                self._load(copy, before["rates"], now["rates"])
+        except _OtherSettings:
+            raise
+        except (ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"Checkpoint {path!r} is damaged, or none of a trainer: {reason}") from error
+        for name, (optimizer, _) in self.optimizers().items():
+            asked, old = now["rates"][name], before["rates"][name]
+            if asked == old:
+                continue
+            if isinstance(asked, float) and isinstance(old, float):
+                if asked == float(optimizer.learning_rate.numpy()):  # as a callback had left it
+                    now["rates"][name] = old
+                    continue
+                optimizer.learning_rate = asked
+            _warn(f"The learning rate of `{name}` is now {_named(asked)}; checkpoint {path!r} was made with {_named(old)}.")
+        changed = list(settings.differences(before["curricula"], now["curricula"]))
+        if changed:
+            old, new = _sides(changed)
+            _warn(f"The curriculum is now {new}; checkpoint {path!r} was made with {old}.")
+
+    def _load(self, path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Loads all variables, also where a number takes the place of a schedule or a schedule that of a number."""
+        kept: dict[str, keras.optimizers.Optimizer] = {}
+        for name, (optimizer, variables) in self.optimizers().items():
+            if isinstance(before[name], float) != isinstance(now[name], float):
+                schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
+                rate = 1.0 if isinstance(before[name], float) else keras.optimizers.schedules.serialize(schedule)
+                with self.runner.scope():
+                    like = type(optimizer).from_config(_with_rate(optimizer.get_config(), rate))
+                    like.build(variables)
+                kept[name] = optimizer
+                setattr(self, name, like)
+        try:
+            self.load_weights(path)
+            for name, optimizer in kept.items():
+                for variable, other in zip(_state(optimizer), _state(getattr(self, name)), strict=True):
+                    variable.assign(other)
+        finally:
+            for name, optimizer in kept.items():
+                setattr(self, name, optimizer)
+
+
+class _OtherSettings(ValueError):
+    """A checkpoint was made with other settings."""
+
+
+def _check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    found = list(settings.differences(before, now))
+    found = [one for one in found if one[0] == "trainer"] or found  # of another trainer all else differs too
+    if found:
+        old, new = _sides(found)
+        raise _OtherSettings(f"`checkpoint` {path!r} was made with {old}; this run has {new}.")
+
+
+def _sides(found: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
+    """All that differs, before and now, as text."""
+    old, new = (", ".join(f"{one[0]}={one[place]}" for one in found) for place in (1, 2))
+    return old, new
+
+
+def _announce(path: str, done: int, first: int, epochs: int, steps: int, verbose: int | str) -> None:
+    """Says where a run goes on, or that nothing is left to do; fewer epochs than there are is never passed over."""
+    if done > epochs:
+        _warn(f"Nothing is left to do: checkpoint {path!r} has {done} epochs, more than the epochs={epochs} asked for.")
+    elif verbose and done == epochs:
+        print(f"Nothing is left to do: checkpoint {path!r} has all {epochs} epochs.")
+    elif verbose:
+        step = f", step {first + 1} of {steps}" if first else ""
+        print(f"Resuming from checkpoint {path!r} at epoch {done + 1} of {epochs}{step}.")
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def _rate(config: dict[str, Any]) -> Any:
+    """The learning rate in the description of an optimizer, or of one that it wraps; a `MultiOptimizer` has none."""
+    if "learning_rate" in config:
+        return config["learning_rate"]
+    return _rate(config["inner_optimizer"]["config"]) if "inner_optimizer" in config else None
+
+
+def _without_rate(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {name: _without_rate(value) for name, value in config.items() if name != "learning_rate"}
+
+
+def _with_rate(config: Any, rate: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {name: rate if name == "learning_rate" else _with_rate(value, rate) for name, value in config.items()}
+
+
+def _state(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables of an optimizer but its learning rate."""
+    return [variable for variable in optimizer.variables if variable is not optimizer.learning_rate]
+
+
+def _named(rate: Any) -> str:
+    """A learning rate in a sentence: a number, or a schedule with its numbers."""
+    if isinstance(rate, float):
+        return f"{rate:.6g}"
+    config = rate.get("config", {}) if isinstance(rate, dict) else {}
+    numbers = ", ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "name")
+    return f"{rate['class_name']}({numbers})" if isinstance(rate, dict) and "class_name" in rate else str(rate)
+
+
+def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Takes a NaN that counts as the best value so far from Keras's callbacks: no later value is better than NaN."""
+    for callback in callbacks:
+        best = getattr(callback, "best", None)
+        if isinstance(best, float | np.floating) and np.isnan(best):
+            callback.best = None
 
 
 def plain(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -288,12 +430,6 @@ def apply_scaled(
         variables: the variables, in the same order.
     """
     optimizer.apply([None if g is None else optimizer.scale_loss(g) for g in gradients], list(variables))
-
-
-def _check_epochs(epochs: Any, initial_epoch: Any) -> None:
-    for name, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"`{name}` must be an integer of at least 0. Received: {name}={value!r}")
 
 
 def check_frequency(frequency: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur import arguments
+from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.meta.training_losses import per_example
 from keras_blur.tasks.datasets import needs
 
@@ -44,8 +46,8 @@ class PseudoCleanSplit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"`threshold` must be between 0 and 1. Received: threshold={self.threshold!r}")
+        arguments.between("threshold", self.threshold, 0.0, 1.0)
+        arguments.integer("seed", self.seed, 0)
 
     def probabilities(self, losses: np.ndarray) -> np.ndarray:
         """Of each example, that its label is right.
@@ -86,7 +88,8 @@ class PseudoCleanSplit:
             Booleans `[n]`.
 
         Raises:
-            ValueError: if a loss is not finite, or all are the same.
+            ValueError: if data don't fit the model or the loss, a loss is not finite, or all are the same.
         """
+        x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
         prediction = model.predict(x, batch_size=batch_size, verbose=0)
         return self.probabilities(np.array(per_example(keras.losses.get(loss), y, prediction))) > self.threshold

@@ -19,6 +19,7 @@ the variables with the same numbers. What a step does depends on the number of r
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,14 +28,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.distribution import Share, mean, share
 from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
+from keras_blur.meta import settings
 from keras_blur.meta.cma import CMAES, CMAState
-from keras_blur.meta.estimator import NOTHING, Carried, Estimator, check_count
+from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
 from keras_blur.meta.loop import OuterLoop, apply_scaled, clips, parts, plain
 from keras_blur.meta.unroll import Unroll
@@ -101,14 +104,16 @@ class MetaTrainer(OuterLoop):
         weights: Sequence[float] | None = None
         if isinstance(tasks, Mixture):
             weights, tasks = tasks.weights, tasks.parts
-        several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
-        learners = [learner] if isinstance(learner, MetaLearner) else list(learner)
+        several: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+        learners: list[Any] = list(learner) if isinstance(learner, (list, tuple)) else [learner]
         for name, value in (
             ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-        if not several or any(one.kind != several[0].kind for one in several):
+            arguments.count(name, value)
+        arguments.integer("seed", seed, 0)
+        if not several or not all(isinstance(one, Tasks) for one in several):
+            raise ValueError(f"`tasks` must be one or more task distributions, or a mixture. Received: tasks={tasks!r}")
+        if any(one.kind != several[0].kind for one in several):
             raise ValueError(
                 "`tasks` must be one or more task distributions of one kind, classes or values. "
                 f"Received: {', '.join(f'{one.name} ({one.kind})' for one in several)}"
@@ -121,9 +126,13 @@ class MetaTrainer(OuterLoop):
         self.families = [(one, other) for one in several for other in learners]
         for one, other in self.families:
             other.check(one.kind, one.outputs)
-        if clipnorm is not None and not clipnorm > 0:
-            raise ValueError(f"`clipnorm` must be positive or None. Received: clipnorm={clipnorm!r}")
-        estimator = dataclasses.replace(estimator or Unroll(), kind=several[0].kind)
+        for one in several:
+            check_tasks(one, batch_size, query_size)
+        if clipnorm is not None:
+            arguments.positive("clipnorm", clipnorm)
+        estimator = Unroll() if estimator is None else estimator
+        arguments.instance("estimator", estimator, (Estimator, Evolution), "an estimator or Evolution")
+        estimator = dataclasses.replace(estimator, kind=several[0].kind)
         if isinstance(estimator, Evolution) and members != 1:
             raise ValueError(
                 f"`members` must be 1 under Evolution, whose population is an argument of it. Received: members={members}"
@@ -134,6 +143,8 @@ class MetaTrainer(OuterLoop):
                 f"`tasks_per_step` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
                 f"tasks_per_step={tasks_per_step}"
             )
+        self._given_estimator = estimator
+        self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
         self.members, self.tasks_per_step = members, tasks_per_step
@@ -148,12 +159,14 @@ class MetaTrainer(OuterLoop):
                 self.evolution[name] = self.counter(f"evolution_{name}", np.asarray(value))
         else:
             for name, numbers in begin.items():
-                made = self.add_weight(name=f"outer_{name}", shape=numbers.shape, initializer="zeros")
+                own = f"outer_{name.replace('/', '.')}"  # Keras's names have no slashes
+                made = self.add_weight(name=own, shape=numbers.shape, initializer="zeros")
                 made.assign(numbers)
-                setattr(self, f"outer_{name}", made)  # where Keras finds what to save
+                setattr(self, own, made)  # where Keras finds what to save
                 self.outer[name] = made
         self.drawn = self.counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
+        self.member_mean = self.counter("member_mean", np.full(members, -np.inf, "float32"))  # nothing known yet
         self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
         quality = "r2" if estimator.kind == "values" else "accuracy"
         last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
@@ -225,7 +238,7 @@ class MetaTrainer(OuterLoop):
         Raises:
             ValueError: if an optimizer clips, or mixes the members.
         """
-        check_count("steps_per_execution", steps_per_execution)
+        arguments.count("steps_per_execution", steps_per_execution)
         self.jit_step = bool(jit_compile) and not run_eagerly and not self.runner.compiles
         options = {"run_eagerly": run_eagerly, "steps_per_execution": steps_per_execution, "jit_compile": False}
         self._compiled_steps = {}
@@ -249,15 +262,6 @@ class MetaTrainer(OuterLoop):
             raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
         super().compile(optimizer=optimizer, **options)
         self.build_optimizers()
-
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        if self.evolution:
-            return {}
-        names = ("optimizer", "start_optimizer")
-        return {
-            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
-            for one, own in self._groups()
-        }
 
     @property
     def learner(self) -> MetaLearner:
@@ -297,16 +301,28 @@ class MetaTrainer(OuterLoop):
         return self.learner
 
     @property
+    def sound(self) -> bool:
+        """Whether a member had a finite loss and gradient in the last step; under evolution, a candidate a finite score."""
+        return bool(np.isfinite(self.member_score.numpy()).any())
+
+    @property
     def best(self) -> int:
-        """The member with the highest running query accuracy in meta-training."""
-        return int(np.argmax(self.member_score.numpy()))
+        """The member with the highest running query accuracy in meta-training.
+
+        A member whose last step was not finite comes after all others. If no member is sound, it is the one with the
+        highest running accuracy before that, and the first if none ever was sound.
+        """
+        return int(np.argmax((self.member_score if self.sound else self.member_mean).numpy()))
 
     def synchronize(self) -> None:
-        """Copies the best member, with its optimizer state, over all others; of evolution, does nothing."""
-        if self.evolution:
+        """Copies the best member, with its optimizer state, over all others.
+
+        Evolution has no members, and where no member is sound there is nothing to copy: then it does nothing.
+        """
+        if self.evolution or not self.sound:
             return
         best = self.best
-        for variable in [*self.outer.values(), *self._slots(), self.member_score]:
+        for variable in [*self.outer.values(), *self._slots(), self.member_score, self.member_mean]:
             variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
 
     def fit(
@@ -322,23 +338,45 @@ class MetaTrainer(OuterLoop):
         """Meta-trains, with the progress bar and the callbacks of Keras; here the tasks are the data.
 
         Logs are means over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of
-        members skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma.
+        members skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma. Steps
+        that a member skips are left out of its means; if all are, the mean is NaN.
 
         Args:
             epochs: number of epochs, those before an interruption included.
             steps_per_epoch: meta-steps of each.
             initial_epoch: number of the first epoch, where no checkpoint says another.
-            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch; where
-                it exists, meta-training goes on from it, to the same result as if it had never stopped. SIGTERM, the sign
-                that a machine is about to go, writes it after the present step and ends the process, with exit status
-                143; but under several workers, which do not get it at the same step, it ends the process at once.
+            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch. If it
+                exists, meta-training resumes from it and ends with the result of an unbroken run. It carries the settings
+                of its run. Other settings are an error; another learning rate, number or schedule, is used from there on,
+                with a warning. The learning rate that a callback set before the interruption goes on; all other states of
+                callbacks start anew. SIGTERM writes the checkpoint after the present step and ends the process with exit
+                status 143; under several workers, which do not get it at the same step, it ends the process at once.
             callbacks: Keras callbacks.
             verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
 
         Raises:
-            ValueError: if the checkpoint is of another trainer, or was written with another `steps_per_epoch`.
+            ValueError: if the checkpoint was made with other settings, each of which is named, or is damaged.
+            OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose, initial_epoch)
+
+    def settings(self) -> dict[str, Any]:
+        tasks = list({id(of): of for of, _ in self.families}.values())
+        learners = list({id(learner): learner for _, learner in self.families}.values())
+        return {
+            "tasks": tasks, "weights": self.weights_of_families, "learner": learners, "estimator": self._given_estimator,
+            "members": self.members, "tasks_per_step": self.tasks_per_step, "batch_size": self.batch_size,
+            "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
+        }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        if self.evolution:
+            return {}
+        names = ("optimizer", "start_optimizer")
+        return {
+            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
+            for one, own in self._groups()
+        }
 
     def rewind(self) -> None:
         self._streams = {}
@@ -415,10 +453,21 @@ class MetaTrainer(OuterLoop):
             self._compiled_steps[key] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
         return self._compiled_steps[key]
 
-    def _follow(self, accuracy: Array) -> None:
-        """The running accuracy of each member: a plain mean at first, then one that forgets."""
+    def _follow(self, accuracy: Array, sound: Array) -> None:
+        """The running accuracy of each member: a plain mean at first, then one that forgets.
+
+        A step that is not sound counts as 0, but never raises a score: R squared has no least value. Until its next sound
+        step the member's score is minus infinity.
+        """
         rate = tf.maximum(0.01, 1.0 / (tf.cast(self.meta_step.value, tf.float32) + 1.0))
-        self.member_score.assign((1.0 - rate) * self.member_score + rate * accuracy)
+        before = tf.convert_to_tensor(self.member_mean.value)
+        known, told = before > -np.inf, sound & tf.math.is_finite(accuracy)
+        old = tf.where(known, before, 0.0)
+        new = tf.where(told, accuracy, tf.where(sound, old, tf.minimum(old, 0.0)))
+        new = (1.0 - tf.where(known, rate, 1.0)) * old + tf.where(known, rate, 1.0) * new
+        mean_of_all = tf.where(known | told, new, before)
+        self.member_mean.assign(mean_of_all)
+        self.member_score.assign(tf.where(sound, mean_of_all, -np.inf))
 
     def _descent(self, family: int, estimator: Estimator) -> Callable[..., Any]:
         """A replica's program for a family: a step of each member against its gradient, clipped on its own."""
@@ -455,9 +504,9 @@ class MetaTrainer(OuterLoop):
                 clipped |= {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in names}
             self._apply(clipped, sound)
             usable = tf.cast(sound, found.loss.dtype)
-            self._follow(tf.where(sound, found.accuracy, 0.0))  # a member that diverged has the worst score
+            self._follow(found.accuracy, sound)
             means = {"loss": found.loss, self.quality: found.accuracy, "gradient_norm": norm}
-            values = {name: (tf.where(sound, value, 0.0), usable) for name, value in means.items()}
+            values = {name: _counted(value, sound) for name, value in means.items()}
             return {**values, "skipped": (1.0 - usable, tf.ones_like(usable))}
 
         return descent
@@ -515,20 +564,26 @@ class MetaTrainer(OuterLoop):
             new = tell(state, candidates, fitness)
             for name, value in new._asdict().items():
                 self.evolution[name].assign(value)
-            usable = tf.cast(tf.math.is_finite(fitness), loss.dtype)
-            means = {"loss": loss, self.quality: accuracy}
-            sound = {name: (tf.where(usable > 0, value, 0.0), usable) for name, value in means.items()}
-            self._follow(tf.math.divide_no_nan(tf.reduce_sum(sound[self.quality][0]), tf.reduce_sum(usable)))
-            best = tf.reduce_max(tf.where(usable > 0, accuracy, -np.inf))
-            some, sigma = tf.reduce_max(usable), tf.cast(new.sigma, loss.dtype)
+            sound = tf.math.is_finite(fitness)
+            usable, sigma = tf.cast(sound, loss.dtype), tf.cast(new.sigma, loss.dtype)
+            means = {"loss": _counted(loss, sound), self.quality: _counted(accuracy, sound)}
+            total, count = (tf.reduce_sum(one) for one in means[self.quality])
+            self._follow(tf.reshape(total / count, (1,)), tf.reshape(tf.reduce_any(sound), (1,)))
+            best = tf.reduce_max(tf.where(sound & tf.math.is_finite(accuracy), accuracy, -np.inf))
             return {
-                **sound,
-                "best": (tf.where(some > 0, best, 0.0), some),
+                **means,
+                "best": _counted(best, tf.math.is_finite(best)),
                 "sigma": (sigma, tf.ones_like(sigma)),
                 "skipped": (1.0 - usable, tf.ones_like(usable)),
             }
 
         return generation
+
+
+def _counted(value: Array, sound: Array) -> tuple[Array, Array]:
+    """Values and their weights in a running mean: 0 where they are not sound, or stand for nothing."""
+    counts = sound & tf.math.is_finite(value)
+    return tf.where(counts, value, 0.0), tf.cast(counts, value.dtype)
 
 
 def of_members(value: Array, like: Array) -> Array:

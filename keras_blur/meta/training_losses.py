@@ -19,8 +19,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_blur import arguments
 from keras_blur.distribution import share, total
-from keras_blur.meta.estimator import check_count
 
 Array = Any
 Losses = Callable[[Array, Array], Array]
@@ -82,7 +82,8 @@ class SampleWeightNet(TrainingLoss):
     """
 
     def __init__(self, hidden: int = 100, seed: int = 0, name: str | None = None):
-        check_count("hidden", hidden)
+        arguments.count("hidden", hidden)
+        arguments.integer("seed", seed, 0)
         super().__init__(name=name)
         self.hidden, self.seed = hidden, seed
         self.first = keras.layers.Dense(hidden, "relu", kernel_initializer=keras.initializers.HeNormal(seed))
@@ -121,6 +122,7 @@ class LearnedRotation(TrainingLoss):
     """
 
     def __init__(self, degrees: float = 0.0, name: str | None = None):
+        arguments.real("degrees", degrees)
         super().__init__(name=name)
         self.degrees = degrees
         start = keras.initializers.Constant(math.radians(degrees))
@@ -168,12 +170,12 @@ class Hyperparameters(TrainingLoss):
         super().__init__(name=name)
         if weight_decay is None and label_smoothing is None and class_weights is None:
             raise ValueError("One of `weight_decay`, `label_smoothing` and `class_weights` must be given. Received none.")
-        if weight_decay is not None and not 0 < weight_decay < math.inf:
-            raise ValueError(f"`weight_decay` must be above 0, as its logarithm is learned. Received: {weight_decay!r}")
-        if label_smoothing is not None and not 0 < label_smoothing < 1:
-            raise ValueError(f"`label_smoothing` must be between 0 and 1. Received: label_smoothing={label_smoothing!r}")
+        if weight_decay is not None:
+            arguments.positive("weight_decay", weight_decay)
+        if label_smoothing is not None:
+            arguments.between("label_smoothing", label_smoothing, 0.0, 1.0)
         if class_weights is not None:
-            check_count("class_weights", class_weights)
+            arguments.count("class_weights", class_weights)
         self.given = {"weight_decay": weight_decay, "label_smoothing": label_smoothing, "class_weights": class_weights}
         if weight_decay is not None:
             start = keras.initializers.Constant(math.log(weight_decay))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.meta.estimator import (
@@ -32,7 +32,6 @@ from keras_blur.meta.estimator import (
     Estimate,
     Estimator,
     Outer,
-    check_count,
     over_tasks,
     start,
 )
@@ -79,11 +78,8 @@ class WarpGrad(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (("order", ORDERS), ("start", STARTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={getattr(self, name)!r}"
-                )
+        arguments.choice("order", self.order, ORDERS)
+        arguments.choice("start", self.start, STARTS)
         if self.along or self.recompute:
             raise ValueError("`along` must be 0 and `recompute` False: each step is its own, and nothing of it is kept.")
 
@@ -195,7 +191,7 @@ class OfflineWarpGrad(WarpGrad):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("thetas", self.thetas)
+        arguments.count("thetas", self.thetas)
         if self.steps % self.thetas:
             raise ValueError(f"`thetas` must divide steps={self.steps}. Received: thetas={self.thetas!r}")
 

@@ -1,7 +1,9 @@
 """A genome beside tuned optimizers, on the same batches from the same initial networks.
 
-Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that any optimizer at any rate has at
-each step, so it is tuned for every step on its own, which no single run could be: to be above it is to be faster than all.
+Optimizers train plain networks of the genome's nonlinearity: where a rule normalises its sums over the batch, they have no
+batch normalisation to match it. Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that
+any optimizer at any rate has at each step, so it is tuned for every step on its own, which no single run could be: to be
+above it is to be faster than all of them in such networks.
 Seeds and rates run side by side on leading axes of one compiled program. Seconds are measured apart, each learner
 with one rate and all seeds, since a wider program costs less a network: the median of some compiled blocks, shared out to
 the seeds.
@@ -10,24 +12,31 @@ the seeds.
 from __future__ import annotations
 
 import abc
+import copy
+import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import Expected, check_output, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
-from keras_blur.learners import Blur, Learner, Optimizer
+from keras_blur.learners import Blur, Learner, Optimizer, updates
 from keras_blur.learners.blur import check_genome
+from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = Any
 
@@ -50,6 +59,31 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a comparison or an evaluation is.
+
+    Attributes:
+        data: name of what is learned.
+        arm: what learns now: `"genome"` or an optimizer at all its rates.
+        number: of the arm, from 1.
+        arms: number of arms.
+        step: learning step of the last score.
+        result: the curves learned so far, in the form of the final result and with `partial: True`: those of finished arms
+            or, where none is finished, the first arm's up to the last score. `None` before the first score.
+    """
+
+    data: str
+    arm: str
+    number: int
+    arms: int
+    step: int
+    result: dict[str, Any] | None
+
+
+Watch = Callable[[Progress], None]
+
+
 def compare(
     genome: Genome,
     data: Images | Tasks,
@@ -61,6 +95,7 @@ def compare(
     seed: int = 0,
     split: str = "test",
     grids: Mapping[str, Sequence[float]] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Compares a genome with SGD, momentum, Adam and RMSprop.
 
@@ -76,6 +111,8 @@ def compare(
         seed: of everything; another one gives other networks and batches.
         split: of tasks: `"test"` to report, `"validation"` to choose by. An image set has no validation images of its own.
         grids: rates by optimizer; `None` takes half decades around the usual ones.
+        watch: called with the `Progress` when an arm begins and after each score, to show it or to keep the curves so
+            far; an exception ends the comparison.
 
     Returns:
         JSON values: `steps`, and `curves`: for the genome and for each optimizer and rate the accuracy and cross-entropy
@@ -93,14 +130,16 @@ def compare(
             f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
         )
     source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split)
-    curves = {"genome": _of_genomes(genome, hidden, source, at)[0]}
-    for name, rates in chosen.items():
+
+    def optimizer(name: str, rates: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
         learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
         grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
-        for rate, curve in zip(rates, _curves(learner, grid, len(rates), source, at), strict=True):
-            curves[f"{name} {rate:g}"] = {"optimizer": name, "rate": float(rate), **curve}
-    return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "split": split, "steps": at, "curves": curves, **_summary(curves, at)}  # fmt: skip
+        for found in _curves(learner, grid, len(rates), source, at):
+            yield [{"optimizer": name, "rate": float(rate), **one} for rate, one in zip(rates, found, strict=True)]
+
+    arms = [_Arm("genome", ["genome"], _of_genomes(genome, hidden, source, at))]
+    arms += [_Arm(name, [f"{name} {rate:g}" for rate in rates], optimizer(name, rates)) for name, rates in chosen.items()]
+    return _learn(arms, _header(data, hidden, batch_size, seeds, seed, split), at, watch)
 
 
 def evaluate(
@@ -113,6 +152,7 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     split: str = "test",
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """The genome alone: arguments, errors and values as `compare`, without optimizers, envelope and best.
 
@@ -128,10 +168,49 @@ def evaluate(
     [0, 1, 2, 5]
     """
     source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split, axes=1)
-    found = _of_genomes(genome, hidden, source, at)
-    names = [f"genome {number}" for number in range(len(found))] if genome.population else ["genome"]
-    return {"data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed,
-            "split": split, "steps": at, "curves": dict(zip(names, found, strict=True))}  # fmt: skip
+    members = int(np.prod(genome.population)) if genome.population else 1
+    names = [f"genome {number}" for number in range(members)] if genome.population else ["genome"]
+    arms = [_Arm("genome", names, _of_genomes(genome, hidden, source, at))]
+    return _learn(arms, _header(data, hidden, batch_size, seeds, seed, split), at, watch)
+
+
+class _Arm(NamedTuple):
+    """What learns side by side: the names of its curves, and the curves, longer from score to score."""
+
+    name: str
+    curves: Sequence[str]
+    learning: Iterator[list[dict[str, Any]]]
+
+
+def _header(
+    data: Images | Tasks, hidden: Sequence[int], batch_size: int, seeds: int, seed: int, split: str
+) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    return {
+        "data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
+    }  # fmt: skip
+
+
+def _learn(arms: Sequence[_Arm], header: Mapping[str, Any], at: Sequence[int], watch: Watch | None) -> dict[str, Any]:
+    """Lets the arms learn one after the other; gives the result."""
+    curves: dict[str, Any] = {}
+
+    def result(curves: Mapping[str, Any], scores: int) -> dict[str, Any]:
+        summary = _summary(curves, at) if any("optimizer" in curve for curve in curves.values()) else {}
+        return {**header, "steps": list(at[:scores]), "curves": dict(curves), **summary}
+
+    def tell(number: int, step: int, so_far: Mapping[str, Any], scores: int) -> None:
+        if watch is not None:
+            partial = {**result(so_far, scores), "partial": True} if so_far else None
+            watch(Progress(header["data"], arms[number].name, number + 1, len(arms), step, partial))
+
+    for number, arm in enumerate(arms):
+        tell(number, 0, curves, len(at))
+        for scores, found in enumerate(arm.learning, 1):
+            own = dict(zip(arm.curves, found, strict=True))
+            tell(number, at[scores - 1], curves or own, len(at) if curves else scores)
+        curves |= own
+    return result(curves, len(at))
 
 
 def _prepared(
@@ -140,6 +219,8 @@ def _prepared(
 ) -> tuple[_Source, list[int]]:  # fmt: skip
     """Batches and the steps to score at, after a look at what was given."""
     check_genome(genome, hidden, axes)
+    if not isinstance(data, (Images, Tasks)):
+        raise ValueError(f"`data` must be a task distribution or an image set. Received: data={data!r}")
     if isinstance(data, Tasks) and data.kind != "classes":
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):
@@ -150,14 +231,21 @@ def _prepared(
             f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
             f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
         )
+    if isinstance(data, Tasks):
+        check_tasks(data, batch_size, 1, split)
+    else:
+        expected = Expected(outputs=(data.classes,), labels="classes", classes=data.classes)
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+            checked_arrays(x, y, None, expected, within="data")
     at = sorted({step for step in STEPS if step <= steps} | {steps})
     if isinstance(data, Tasks):
+        Blur(tuple(hidden), genome.rule).check(data.kind, data.outputs)
         return _Episodes(data, batch_size, seeds, seed, steps, split), at
     return _Passes(data, batch_size, seeds, seed), at
 
 
-def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> list[dict[str, Any]]:
-    """The curves of a genome, or of each of a population."""
+def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """The curves of a genome, or of each of a population, after each score."""
     outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
     members = outer["nu"].shape[0]
     return _curves(Blur(tuple(hidden), genome.rule), outer, members, source, at)
@@ -224,7 +312,7 @@ class _Episodes(_Source):
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
         self.x, self.signs = drawn["x"], drawn["y"]
-        self.test_x, self.test_y = drawn["query_x"], drawn["query_y"].argmax(-1)
+        self.test_x, self.test_y = drawn["query_x"], classes_of(drawn["query_y"]).numpy()
         self.features, self.classes = tasks.features, tasks.outputs
 
     def reader(self) -> Callable[[int], tuple[Array, Array]]:
@@ -239,8 +327,10 @@ class _Episodes(_Source):
         return read
 
 
-def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]) -> list[Any]:
-    """Accuracy and cross-entropy `[seeds][at]` and seconds `[at]` of each member."""
+def _curves(
+    learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]
+) -> Iterator[list[dict[str, Any]]]:
+    """After each score, the accuracy and cross-entropy `[seeds][scores]` and seconds `[scores]` of each member."""
     leading = (members, data.seeds)
     state = learner.init(outer, random.seed_of(data.seed), data.features, data.classes, leading)
 
@@ -258,13 +348,30 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _S
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
         prediction = learner.predict(outer, state, x[None])
         y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
-        right = tf.cast(tf.equal(tf.argmax(prediction, -1, tf.int32), y), tf.float32)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=prediction)
+        right = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
+        signs = tf.one_hot(y, data.classes, on_value=1.0, off_value=-1.0)
+        if data.classes == 1:  # one output tells two classes
+            signs = 2.0 * tf.cast(y, tf.float32)[..., None] - 1.0
+        losses = updates.losses("cross_entropy", prediction, signs)
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
         return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
 
+    single = {name: value[:1] for name, value in outer.items()}
+    begin = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
+    count = min(_BLOCK, at[-1])
+    block = data.reader()(count)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        tf.nest.flatten(learn(single, begin, *block))[0].numpy()
+        times.append(time.perf_counter() - start)
+    one_step = float(np.median(times[1:])) / (count * data.seeds)  # the first compiles
     examples = data.test_x.shape[1]
-    read, taken, done = data.reader(), [], 0
+    curves: list[dict[str, Any]] = [
+        {"accuracy": [[] for _ in range(data.seeds)], "loss": [[] for _ in range(data.seeds)], "seconds": []}
+        for _ in range(members)
+    ]
+    read, done = data.reader(), 0
     for target in at:
         while done < target:
             count = min(_BLOCK, target - done)
@@ -276,24 +383,12 @@ def _curves(learner: Learner, outer: Mapping[str, Array], members: int, data: _S
             label = tf.constant(data.test_y[:, rows].astype(np.int32))
             found = score(outer, state, tf.constant(data.test_x[:, rows]), label)
             right, loss = right + found[0].numpy(), loss + found[1].numpy()
-        taken.append((right / examples, loss / examples))
-    single = {name: value[:1] for name, value in outer.items()}
-    state = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
-    count = min(_BLOCK, at[-1])
-    block = data.reader()(count)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        tf.nest.flatten(learn(single, state, *block))[0].numpy()
-        times.append(time.perf_counter() - start)
-    one_step = float(np.median(times[1:])) / (count * data.seeds)  # the first compiles
-    seconds = [one_step * step for step in at]
-    results = []
-    for member in range(members):
-        accuracy = [[float(taken[i][0][member, s]) for i in range(len(at))] for s in range(data.seeds)]
-        losses = [[_finite(taken[i][1][member, s]) for i in range(len(at))] for s in range(data.seeds)]
-        results.append({"accuracy": accuracy, "loss": losses, "seconds": seconds})
-    return results
+        for member, curve in enumerate(curves):
+            curve["seconds"].append(one_step * target)
+            for number in range(data.seeds):
+                curve["accuracy"][number].append(float(right[member, number] / examples))
+                curve["loss"][number].append(_finite(loss[member, number] / examples))
+        yield copy.deepcopy(curves)
 
 
 def _finite(value: float) -> float | None:
@@ -326,7 +421,11 @@ def format_compare(result: Mapping[str, Any]) -> str:
         f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
     ]
     genomes = [name for name in result["curves"] if name.startswith("genome")]
-    for label, name in [*((n, n) for n in genomes), *((f"best {name}", name) for name in result.get("best", {}).values())]:
+    if "partial" in result:
+        lines[0] += "; interrupted, so far:"
+    rows = [(label_of(result, name), name) for name in genomes]
+    rows += [(f"best {name}", name) for name in result.get("best", {}).values()]
+    for label, name in rows:
         values = np.array(result["curves"][name]["accuracy"])
         cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
         lines.append(f"{label:<22}" + "".join(cell.rjust(width) for cell in cells))
@@ -372,23 +471,66 @@ def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target:
     return "\n".join(lines)
 
 
-def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws accuracy by step and by seconds: genomes and, of a comparison, each optimizer's best rate and the envelope."""
+def label_of(result: Mapping[str, Any], curve: str) -> str:
+    """How tables and pictures call a curve: a genome by its own name where `result["name"]` gives it.
+
+    Example:
+
+    >>> label_of({"name": "mnist-4state"}, "genome"), label_of({}, "genome"), label_of({"name": "mine"}, "genome 3")
+    ('mnist-4state', 'genome', 'mine 3')
+    """
+    return curve.replace("genome", result.get("name", "genome"), 1) if curve.startswith("genome") else curve
+
+
+def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
+    """Draws accuracy by step and by seconds: genomes and, of a comparison, each optimizer's best rate and the envelope.
+
+    Args:
+        result: of `compare` or `evaluate`; its `name`, where there is one, stands for "genome" in the legend.
+        path: file of the picture: .png, .pdf or .svg.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if the file has another ending or cannot be written.
+
+    Example:
+
+    >>> import tempfile
+    >>> from keras_blur import Rule, tasks
+    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
+    >>> result = evaluate(genome, tasks.functions("xor"), (8,), steps=2, seeds=2, batch_size=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     figure = plot_compare({**result, "name": "mine"}, f"{folder}/curves.png")
+    >>> figure.get_suptitle()
+    'mine on xor, hidden 8, mean and deviation of 2 seeds'
+    """
+    check_output("path", path, style.ENDINGS)
     made, axes = style.figure(columns=2)
     at = np.array(result["steps"])
-    shown = [name for name in result["curves"] if name.startswith("genome")] + list(result.get("best", {}).values())
+    genomes = [name for name in result["curves"] if name.startswith("genome")]
+    shown = genomes + list(result.get("best", {}).values())
     for panel, axis in enumerate(axes[0]):
         for index, name in enumerate(shown):
             curve = result["curves"][name]
             values = np.array(curve["accuracy"])
             x = at if panel == 0 else np.array(curve["seconds"])
-            style.line(axis, index, x, values.mean(0), name, values.std(0, ddof=1))
+            style.line(axis, index, x, values.mean(0), label_of(result, name), values.std(0, ddof=1), (0.0, 1.0))
         if panel == 0:
             if "envelope" in result:
-                axis.plot(at, result["envelope"]["accuracy"], color="0.6", linewidth=4, zorder=0, label="envelope")
-            axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlabel("learning step" if panel == 0 else "seconds of learning, one network")
+                envelope = result["envelope"]["accuracy"]
+                axis.plot(at, envelope, color="0.6", linewidth=4, zorder=0, label="best optimizer at each step")
+            style.step_axis(axis, at[-1])
+        axis.set_xlabel("learning step" if panel == 0 else "time to learn one network (s)")
         axis.set_ylabel(f"{result['split']} accuracy")
-    axes[0][0].legend(fontsize=7)
-    made.suptitle(f"{result['data']}, hidden {','.join(map(str, result['hidden']))}", fontsize=10)
+    style.legend(made, axes[0][0])
+    alone = f"{label_of(result, genomes[0])} on " if len(genomes) == 1 else ""
+    made.suptitle(
+        f"{alone}{result['data']}, hidden {','.join(map(str, result['hidden']))}, mean and deviation of "
+        f"{result['seeds']} seeds" + (" (interrupted)" if "partial" in result else ""),
+        fontsize=10,
+    )
     style.save(made, path)
+    return made

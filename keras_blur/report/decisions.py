@@ -19,9 +19,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import network, random
+from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur, Learner
+from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style
 from keras_blur.report.synapses import learner_of
 from keras_blur.tasks.base import Tasks
@@ -103,7 +105,7 @@ def trace_decisions(
     square = tf.constant(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
     rows = []
     for task, episode in zip(apart, episodes, strict=True):
-        classes = tf.argmax(episode["query_y"], -1).numpy()
+        classes = classes_of(episode["query_y"]).numpy()
         for name, (begin, learn, decide) in programs.items():
             state = begin(random.seed_of(seed), task.features, task.outputs)
             regions, accuracy, done = [], [], 0
@@ -185,7 +187,7 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
 def _class(output: Array) -> Array:
     """The class that is told, or -1."""
     finite = tf.reduce_all(tf.math.is_finite(output), axis=-1)
-    return tf.where(finite, tf.argmax(output, -1, tf.int32), -1)
+    return tf.where(finite, classes_of(output), -1)
 
 
 def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
@@ -196,13 +198,14 @@ def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Fi
 
     Args:
         trace: from `trace_decisions`.
-        path: file of the picture; its ending names the format.
+        path: file of the picture: .png, .pdf or .svg.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
+        ValueError: if the file has another ending or cannot be written.
 
     Example:
 
@@ -215,6 +218,7 @@ def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Fi
     >>> [axis.get_title().splitlines()[0] for axis in figure.axes]
     ['step 0', 'step 2']
     """
+    check_output("path", path, style.ENDINGS)
     rows, steps, coordinates = trace["rows"], trace["steps"], trace["axis"]
     made, axes = style.figure(columns=len(steps), rows=len(rows), width=1.5, height=1.62)
     width, height = made.get_size_inches()

@@ -1,11 +1,13 @@
-"""How what was meta-learned does on many episodes, and how much of it reads the support.
+"""How what was meta-learned does on many episodes, and whether it memorised its tasks.
 
-Source of the gap: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020): a learner that
-memorised its tasks predicts the query as well from another episode's support as from its own.
+Memorisation is that of "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020): a learner that
+memorised its tasks predicts the query from its inputs, whatever the support says. The measure of it is ours.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,9 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
+from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.learners.base import Array, MetaLearner
 from keras_blur.meta.estimator import InnerLoop, over_tasks, start
+from keras_blur.tasks.augment import Augmentation, LabelPermutation, LabelRotation
 from keras_blur.tasks.base import Tasks
 
 _BLOCK = 50  # episodes at once
@@ -57,7 +61,7 @@ def score_episodes(
     Raises:
         ValueError: if the tasks are not the learner's, or too small.
     """
-    return _scored(learner, learned, tasks, _own, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile)
+    return _scored(learner, learned, tasks, None, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile)
 
 
 def adaptation_curve(
@@ -92,6 +96,7 @@ def adaptation_curve(
     if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
         raise ValueError(f"`at` must be two or more ascending numbers of steps. Received: at={at!r}")
     outer = over_tasks(_outer(learner, learned, tasks, episodes))
+    check_tasks(tasks, batch_size, query_size, split)
     stream = tasks.dataset(seed, steps=at[-1], batch=batch_size, query=query_size, split=split)
     drawn = next(iter(stream.batch(episodes)))
     inner = InnerLoop(at[-1], loss=loss, kind=tasks.kind)
@@ -126,6 +131,7 @@ def memorization_gap(
     learner: MetaLearner,
     learned: Any,
     tasks: Tasks,
+    augmentation: Augmentation | None = None,
     *,
     steps: int = 1,
     batch_size: int = 5,
@@ -136,15 +142,26 @@ def memorization_gap(
     seed: int = 0,
     jit_compile: bool = True,
 ) -> dict[str, float]:
-    """What the support is worth: the query's loss without it, less the loss with it.
+    """How much a learner's prediction depends on what it knew of a task before it saw the support.
+
+    A key changes all labels of an episode, support and query alike; inputs stay as they are. To a learner that takes the
+    labels from the support alone, this is another task of the same difficulty. To one that knows the task by its inputs, the
+    support now contradicts what it knows.
 
     Args:
         learner, learned, tasks, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile: as of
             `score_episodes`.
+        augmentation: what a key does. `None` takes `LabelPermutation` for classes and `LabelRotation` for two values.
 
     Returns:
-        Mean losses: `own` with the episode's support, `other` with that of another episode, `shuffled` with its labels in
-        another order, `zeroed` with zeros for it; and `gap`, `other` less `own`. A learner that memorised has a gap near 0.
+        Mean losses of the query: `own` with all labels as they are, `followed` with support and query under the key, and
+        `kept` with the support under the key and the query's own labels. `gap` is `followed` less `own`. It is 0 for a
+        learner that only reads the support, and for one that has learned nothing, whose `own` is large. A learner that only
+        knows its tasks has `kept` equal to `own`. Tasks that cannot be known (`split="test"`) show what the key costs for
+        other reasons.
+
+    Raises:
+        ValueError: if `augmentation` does not fit the tasks or has no key, or as `score_episodes`.
 
     Example:
 
@@ -153,39 +170,48 @@ def memorization_gap(
     >>> start = {name: own[0] for name, own in learner.draw(0, 1, 10, 2).items()}
     >>> found = memorization_gap(learner, learner.learned(start), tasks.pose(), episodes=4)
     >>> sorted(found)
-    ['gap', 'other', 'own', 'shuffled', 'zeroed']
+    ['followed', 'gap', 'kept', 'own']
     """
-    supports = {"own": _own, "other": _other, "shuffled": _shuffled, "zeroed": _zeroed}
+    if augmentation is None:
+        if tasks.kind != "classes" and (tasks.kind, tasks.outputs) != ("values", 2):
+            raise ValueError(
+                "`augmentation` must be given for tasks that are neither classes nor two values. Received: "
+                f"augmentation=None, tasks={tasks.name}"
+            )
+        augmentation = LabelPermutation() if tasks.kind == "classes" else LabelRotation()
+    augmentation.prepared(tasks)
+    if not tf.nest.flatten(augmentation.draw(random.seed_of(seed), 1, tasks)):
+        raise ValueError(f"`augmentation` must change labels by a key. Received: augmentation={augmentation!r}")
+    of = augmentation
+
+    def changed(names: Sequence[str], number: int, episodes: Mapping[str, Array]) -> dict[str, Array]:
+        count = episodes["y"].shape[0]
+        keys = of.draw(random.fold_in(random.seed_of(seed), 2, number), count, tasks)
+        found = dict(episodes)
+        for name in names:
+            labels = found[name]
+            each = math.prod(labels.shape[1:-1])
+            own = tf.nest.map_structure(lambda key, each=each: tf.repeat(key, each, axis=0), keys)
+            flat = tf.reshape(labels, (count * each, labels.shape[-1]))
+            found[name] = tf.reshape(of.apply(own, flat), labels.shape)
+        return found
+
+    supports = {"own": (), "kept": ("y",), "followed": ("y", "query_y")}
     how = (steps, batch_size, query_size, episodes, split, loss, seed, jit_compile)
-    found = {name: _scored(learner, learned, tasks, change, *how)["mean_loss"] for name, change in supports.items()}
-    return {**found, "gap": found["other"] - found["own"]}
-
-
-def _own(episodes: Mapping[str, Array]) -> dict[str, Array]:
-    return dict(episodes)
-
-
-def _other(episodes: Mapping[str, Array]) -> dict[str, Array]:
-    return {**episodes, "x": tf.roll(episodes["x"], 1, axis=0), "y": tf.roll(episodes["y"], 1, axis=0)}
-
-
-def _shuffled(episodes: Mapping[str, Array]) -> dict[str, Array]:
-    y = episodes["y"]
-    flat = tf.reshape(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
-    order = random.permutation(random.seed_of(0), int(flat.shape[1]))
-    return {**episodes, "y": tf.reshape(tf.gather(flat, order, axis=1), y.shape)}
-
-
-def _zeroed(episodes: Mapping[str, Array]) -> dict[str, Array]:
-    return {**episodes, "x": tf.zeros_like(episodes["x"]), "y": tf.zeros_like(episodes["y"])}
+    found = {
+        name: _scored(learner, learned, tasks, functools.partial(changed, names), *how)["mean_loss"]
+        for name, names in supports.items()
+    }
+    return {**found, "gap": found["followed"] - found["own"]}
 
 
 def _scored(
     learner: MetaLearner, learned: Any, tasks: Tasks, change: Any, steps: int, batch_size: int, query_size: int,
     episodes: int, split: str, loss: str, seed: int, jit_compile: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores with supports that are changed."""
+    """Scores of episodes, which a function of a block's number and episodes may change."""
     outer = _outer(learner, learned, tasks, episodes)
+    check_tasks(tasks, batch_size, query_size, split)
     inner = InnerLoop(steps, loss=loss, kind=tasks.kind)
 
     def score(outer: Mapping[str, Array], drawn: Mapping[str, Array], number: Array) -> tuple[Array, Array]:
@@ -197,13 +223,18 @@ def _scored(
     # A last block is filled up, so that there is one shape.
     block = min(_BLOCK, episodes)
     stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query_size, split=split).batch(block)
-    parts = [score(outer, change(drawn), tf.constant(n)) for n, drawn in enumerate(stream.take(-(-episodes // block)))]
+    parts = []
+    for number, drawn in enumerate(stream.take(-(-episodes // block))):
+        drawn = change(number, drawn) if change else drawn
+        parts.append(score(outer, drawn, tf.constant(number)))
     losses, quality = (np.concatenate([part[place].numpy() for part in parts])[:episodes] for place in (0, 1))
     return _summary(losses, quality, tasks.kind)
 
 
 def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> dict[str, Array]:
     """The outer parameters `[1, ...]` of what was learned, after a look at what was given."""
+    if not isinstance(tasks, Tasks):
+        raise ValueError(f"`tasks` must be a task distribution. Received: tasks={tasks!r}")
     learner.check(tasks.kind, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_blur.checks import check_output
 from keras_blur.genome import Genome
 from keras_blur.report import style
 
@@ -49,7 +50,7 @@ _LINE = 11.5  # points from one line of the table to the next
 _TABLE = 3.2  # its width, inches
 
 
-def draw_genome(genome: Genome, path: str | os.PathLike[str]) -> Figure:
+def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Genome") -> Figure:
     """Draws a genome: a heat map of each matrix, and a table of its other numbers.
 
     All matrices share one scale of colours, whose middle is zero. Up to 8 states the numbers stand in the cells; beyond,
@@ -58,13 +59,14 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str]) -> Figure:
     Args:
         genome: a single one; where each layer has its own, each layer is a row. The matrices of a separate update after
             the forward pass are a row below the others.
-        path: file of the picture; its ending names the format.
+        path: file of the picture: .png, .pdf or .svg.
+        title: the genome's name.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: if the genome is a population.
+        ValueError: if the genome is a population, or the file has another ending or cannot be written.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -76,6 +78,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str]) -> Figure:
     >>> [axis.get_title().splitlines()[1] for axis in figure.axes if axis.images]
     ['forward', 'backward', 'pre-synaptic', 'post-synaptic']
     """
+    check_output("path", path, style.ENDINGS)
     rule = genome.rule
     if genome.population:
         raise ValueError(f"`genome` must be a single one: draw its members one by one. Received: {genome!r}")
@@ -116,7 +119,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str]) -> Figure:
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_linewidth(0.5)
     of = "" if rule.layers is None else f", {rule.layers} layers with their own"
-    made.suptitle(f"Genome: {states} states, {genome.size} numbers{of}", fontsize=10)
+    made.suptitle(f"{title}: {states} states, {genome.size} numbers{of}", fontsize=10)
     style.save(made, path)
     return made
 

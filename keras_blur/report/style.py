@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from keras_blur.files import replacing
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers; each with a line style of its own for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+ENDINGS = (".png", ".pdf", ".svg")
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 3)), "-")
 
 
@@ -33,16 +36,42 @@ def figure(columns: int = 1, rows: int = 1, width: float = 4.5, height: float = 
     return made, axes
 
 
-def line(axis: Any, index: int, x: Any, y: Any, label: str, spread: Any = None) -> None:
-    """Draws curve number `index`, with a band of `spread` around it where there is one."""
+def line(
+    axis: Any, index: int, x: Any, y: Any, label: str, spread: Any = None, bounds: tuple[float, float] | None = None
+) -> None:
+    """Draws curve number `index`, with a band of `spread` around it, clipped to `bounds`, where they are given."""
     colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
     axis.plot(x, y, color=colour, linestyle=dash, linewidth=1.6, label=label)
     if spread is not None:
-        axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.15, linewidth=0)
+        low, high = (-np.inf, np.inf) if bounds is None else bounds
+        band = np.clip(y - spread, low, high), np.clip(y + spread, low, high)
+        axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+
+
+def legend(made: Figure, axis: Any, columns: int = 4) -> None:
+    """Names the curves of an axis below the panels, where they cover nothing; a single curve needs no legend."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(handles) > 1:
+        made.legend(
+            handles, labels, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8, frameon=False,
+            handlelength=3,
+        )  # fmt: skip
+
+
+def step_axis(axis: Any, last: float) -> None:
+    """A logarithmic x axis of learning steps from 0 to `last`, with plain numbers: 0, 1, 10, 100."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(0, last)
+    ticks = [0, *(factor * 10**power for power in range(7) for factor in ((1,) if last > 30 else (1, 2, 5)))]
+    axis.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= last]))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def save(made: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture, to a temporary name first, then renamed; the format is that of the ending."""
-    path = os.fspath(path)
-    with replacing(path if os.path.splitext(path)[1] else path + ".png") as temporary:
-        made.savefig(temporary, dpi=150)
+    """Writes a picture, to a temporary name first, then renamed; the format is that of the ending, of a device PNG."""
+    ending = os.path.splitext(os.fspath(path))[1].lower()
+    with replacing(path) as temporary:
+        made.savefig(temporary, dpi=150, format=ending[1:] if ending in ENDINGS else "png")

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import network, random
+from keras_blur.checks import check_output, check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.genome import Genome
 from keras_blur.learners import Blur
@@ -104,6 +105,7 @@ def trace_synapses(
     learner, outer = learner_of(genome, hidden)
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}")
+    check_tasks(tasks, batch_size, 1, split)
     episode = next(iter(tasks.dataset(seed, steps=steps, batch=batch_size, query=1, split=split)))
     state = learner.init(outer, random.seed_of(seed), tasks.features, tasks.outputs)
 
@@ -148,7 +150,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
 
     Args:
         trace: from `trace_synapses`.
-        path: file of the picture; its ending names the format.
+        path: file of the picture: .png, .pdf or .svg.
         title: what was learned.
 
     Returns:
@@ -156,6 +158,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
 
     Raises:
         ImportError: if matplotlib is not installed.
+        ValueError: if the file has another ending or cannot be written.
 
     Example:
 
@@ -168,6 +171,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
     >>> [axis.get_title() for axis in figure.axes[:4]]
     ['Frobenius norm', 'spectrum, step 0', 'spectrum, step 2', 'spectrum, step 4']
     """
+    check_output("path", path, style.ENDINGS)
     steps, norm, values = trace["steps"], trace["norm"], trace["singular_values"]
     layers, channels = norm.shape[:2]
     places = [0, len(steps) // 2, len(steps) - 1]
@@ -184,9 +188,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
                 spectrum = np.where(spectrum > floor, _positive(spectrum), np.nan)
                 style.line(axis, channel, np.arange(1, len(spectrum) + 1), spectrum, f"channel {channel + 1}")
                 axis.lines[-1].set(marker="o", markersize=2.5)
-        row[0].set_xscale("symlog", linthresh=1)
-        row[0].set_xlim(0, steps[-1])
-        row[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        style.step_axis(row[0], steps[-1])
         said = f"layer {layer + 1}" + (" (output)" if layer == layers - 1 else "")
         row[0].set_ylabel(said, fontsize=9)
         _decades(row[:1])
@@ -205,10 +207,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
     axes[-1][0].set_xlabel("learning step", fontsize=8)
     for axis in axes[-1][1:]:
         axis.set_xlabel("number of the singular value", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(
-        handles, labels, loc="outside lower center", ncols=min(channels, 8), fontsize=8, frameon=False, handlelength=3
-    )
+    style.legend(made, axes[0][0], columns=8)
     made.suptitle("Forward synapses" + (f": {title}" if title else ""), fontsize=10)
     style.save(made, path)
     return made
@@ -233,8 +232,8 @@ def _decades(axes: Sequence[Any]) -> None:
         axis.set_ylim(low, high)
         if high / low < 300:
             axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -1,5 +1,6 @@
 """What is learned: distributions of tasks, and the image sets beneath them."""
 
+from keras_blur.tasks.arrays import arrays
 from keras_blur.tasks.augment import (
     Augmentation,
     ClassResample,
@@ -27,6 +28,7 @@ __all__ = [
     "LabelRotation",
     "Mixture",
     "Tasks",
+    "arrays",
     "augment",
     "classes",
     "episodes",

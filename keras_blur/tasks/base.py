@@ -64,7 +64,8 @@ class Tasks(abc.ABC):
             split: `"train"`, `"validation"` or `"test"`: meta-training, choosing, reporting; they share no example.
 
         Returns:
-            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for others, or values.
+            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for others, or values; any dtype of
+            numbers. Whatever takes the tasks checks one episode with `checks.check_tasks` first.
         """
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
@@ -92,7 +93,7 @@ class Tasks(abc.ABC):
                 f"of {self.name} has {limit}."
             )
         different = min(steps * batch, limit - query)
-        x, y = self.examples(seed, query + different, split)
+        x, y = (tf.cast(one, tf.float32) for one in self.examples(seed, query + different, split))
         place = query + tf.range(steps * batch) % different
         return {
             "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),

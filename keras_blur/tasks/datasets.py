@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_blur import arguments
+
 _DIGITS_TEST = 360
 _READ = 512  # images that are read at a time
 
@@ -77,6 +79,8 @@ def load_images(
     >>> digits.x_train.shape, digits.classes
     ((1437, 8, 8, 1), 10)
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"`name` must be 'digits' or the name of an image set. {arguments.received('name', name)}")
     if name == "digits":
         if group is not None:
             raise ValueError(f"`group` must be None for the digits, which have none. Received: group={group!r}")
@@ -106,10 +110,10 @@ def _prepared(
     get = f'python -c "import tensorflow_datasets as tfds; {prepare}"'
     try:
         builder = tfds.builder(name, data_dir=folder, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"No image set {name!r}: tensorflow_datasets knows no such name, and none is prepared in {folder!r}. "
-            "'digits' needs no data."
+            f"`name` (--data) must be 'digits' or an image set that tensorflow_datasets knows or that is prepared in "
+            f"{folder!r}. Received: name={name!r}"
         ) from error
     if not os.path.isdir(builder.data_path) or not builder.info.splits:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
 from keras_blur.tasks.datasets import Images, load_images
 from keras_blur.tasks.images import resized
@@ -213,11 +213,12 @@ def episodes(
     >>> len(tasks.classes("train")), len(tasks.classes("test"))
     (6, 2)
     """
-    for option, value, least in (("ways", ways, 2), ("shots", shots, 1), ("size", size, 1)):
-        if value is None and option == "size":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{option}` must be an integer from {least}. Received: {option}={value!r}")
+    arguments.integer("ways", ways, 2)
+    arguments.count("shots", shots)
+    if size is not None:
+        arguments.count("size", size)
+    arguments.flag("standardize", standardize)
+    arguments.flag("exclusive", exclusive)
 
     def shrink(x: np.ndarray) -> np.ndarray:
         return resized(x, size or min(_SIZE, *x.shape[1:3])).mean(-1)

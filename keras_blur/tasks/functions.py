@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.tasks.base import SPLITS, Tasks
 
 Array = Any
@@ -97,10 +97,9 @@ def functions(names: str | Sequence[str], *, noise: float = 0.0, relabel: bool =
     >>> tasks.features, tasks.outputs, tasks.kind
     (2, 2, 'classes')
     """
-    several = [names] if isinstance(names, str) else list(names)
+    several = [names] if isinstance(names, str) else list(names) if isinstance(names, (tuple, list)) else []
     known = function_names()
-    unknown = [name for name in several if name not in known]
-    if unknown or not several or len(set(several)) != len(several):
+    if any(name not in known for name in several) or not several or len(set(several)) != len(several):
         raise ValueError(
             f"`names` must be one or more different names, each one of {', '.join(known)}. Received: names={names!r}"
         )
@@ -110,8 +109,8 @@ def functions(names: str | Sequence[str], *, noise: float = 0.0, relabel: bool =
             "`names` must be functions with the same number of outputs; make one list for each number of outputs. "
             f"Received: {found}"
         )
-    if not 0.0 <= noise < math.inf:
-        raise ValueError(f"`noise` must be a finite number that is not negative. Received: noise={noise!r}")
+    arguments.real("noise", noise, low=0.0)
+    arguments.flag("relabel", relabel)
     if relabel and several[0] == "sine":
         raise ValueError("`relabel` must be False for 'sine', which has values, not classes. Received: relabel=True")
     return FunctionTasks(several, noise=noise, relabel=relabel)

@@ -7,6 +7,7 @@ needs to be general rather than to know the set.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.tasks.base import Tasks
+from keras_blur import arguments, random
+from keras_blur.tasks.base import Tasks, check_split
 from keras_blur.tasks.datasets import Images, load_images
 
 Array = Any
@@ -23,38 +24,42 @@ Array = Any
 _VALIDATION = 10  # each tenth training image is for meta-validation
 
 
-class ImageTasks(Tasks):
-    """See `images`."""
+class ArrayTasks(Tasks):
+    """Tasks on arrays; see `images` and `arrays`."""
 
-    def __init__(self, arrays: dict[str, tuple[np.ndarray, np.ndarray]], classes: int, name: str, *, relabel: bool,
-                 permute: bool, project: int | None):  # fmt: skip
-        self.name, self.outputs = name, classes
-        self.pixels = int(arrays["train"][0].shape[1])
+    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], outputs: int, name: str, *, kind: str = "classes",
+                 relabel: bool = False, permute: bool = False, project: int | None = None):  # fmt: skip
+        self.name, self.outputs, self.kind = name, outputs, kind
+        self.pixels = int(splits["train"][0].shape[1])
         self.features = project or self.pixels
         self.relabel, self.permute, self.project = relabel, permute, project
-        self._arrays = arrays
-        self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in arrays.items()}
+        self._arrays = splits
+        self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in splits.items()}
 
     def available(self, split: str) -> int:
+        check_split(split)
         return self._primes[split]
 
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        images, labels = self._arrays[split]
+        inputs, labels = self._arrays[split]
         prime = self._primes[split]
         # An order without repeats for the price of a product: i -> a i + b modulo a prime.
         factor = tf.cast(random.integers(random.fold_in(seed, 0), (), prime - 1), tf.int64) + 1
         offset = tf.cast(random.integers(random.fold_in(seed, 1), (), prime), tf.int64)
         chosen = tf.math.floormod(factor * tf.range(count, dtype=tf.int64) + offset, prime)
-        x = tf.gather(tf.constant(images), chosen)
+        x = tf.gather(tf.constant(inputs), chosen)
         label = tf.gather(tf.constant(labels), chosen)
         if self.permute:
             x = tf.gather(x, random.permutation(random.fold_in(seed, 2), self.pixels), axis=1)
         if self.project:
             matrix = random.normal(random.fold_in(seed, 3), (self.pixels, self.project))
             x = tf.matmul(x, matrix) / float(self.pixels) ** 0.5
+        x = tf.ensure_shape(x, (count, self.features))
+        if self.kind == "values":
+            return x, label
         if self.relabel:
             label = tf.gather(random.permutation(random.fold_in(seed, 4), self.outputs), label)
-        return tf.ensure_shape(x, (count, self.features)), 2.0 * tf.one_hot(label, self.outputs) - 1.0
+        return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
 
 
 def images(
@@ -68,7 +73,7 @@ def images(
     permute: bool = False,
     project: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-) -> ImageTasks:
+) -> ArrayTasks:
     """Tasks on an image set.
 
     Meta-training and meta-validation use its training images, nine and one in ten; meta-test its test images.
@@ -86,7 +91,7 @@ def images(
         data_dir: folder of prepared sets.
 
     Returns:
-        `ImageTasks`.
+        `ArrayTasks`.
 
     Raises:
         ValueError: if data are missing or an option does not fit them.
@@ -97,17 +102,18 @@ def images(
     >>> tasks.features, tasks.outputs
     (64, 5)
     """
+    for option, value in (("size", size), ("crop", crop), ("project", project)):
+        if value is not None:
+            arguments.count(option, value)
+    for option, value in (("standardize", standardize), ("relabel", relabel), ("permute", permute)):
+        arguments.flag(option, value)
     loaded = load_images(name, data_dir)
-    kept = range(loaded.classes) if classes is None else list(classes)
-    wrong = [c for c in kept if not 0 <= c < loaded.classes]
-    if wrong or len(set(kept)) != len(kept) or len(kept) < 2:
+    kept = list(range(loaded.classes) if classes is None else _labels(classes))
+    if any(c not in range(loaded.classes) for c in kept) or len(set(kept)) != len(kept) or len(kept) < 2:
         raise ValueError(
             f"`classes` must be at least two different classes of {name}, from 0 to {loaded.classes - 1}. "
-            f"Received: classes={list(kept)}"
+            f"{arguments.received('classes', classes)}"
         )
-    for option, value in (("size", size), ("crop", crop), ("project", project)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{option}` must be a positive integer. Received: {option}={value!r}")
     train, test = (
         _flat(loaded, x, y, kept, size, crop) for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_test, loaded.y_test))
     )
@@ -122,7 +128,15 @@ def images(
     }
     shape = f"{size}x{size}" if size else f"{crop}x{crop}" if crop else "x".join(map(str, loaded.x_train.shape[1:3]))
     label = f"{name} {shape}, {len(kept)} classes"
-    return ImageTasks(arrays, len(kept), label, relabel=relabel, permute=permute, project=project)
+    return ArrayTasks(arrays, len(kept), label, relabel=relabel, permute=permute, project=project)
+
+
+def _labels(classes: Any) -> Sequence[int]:
+    """The class numbers that a user gave, or none where they are no sequence of integers."""
+    try:
+        return [operator.index(one) for one in classes if not isinstance(one, (bool, np.bool_))]
+    except TypeError:
+        return ()
 
 
 def _flat(
@@ -157,4 +171,4 @@ def _prime_up_to(limit: int) -> int:
     for number in range(limit, 1, -1):
         if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
             return number
-    raise ValueError(f"An image set needs at least 2 images a split. Received {limit}.")
+    raise ValueError(f"A split must have at least 2 examples. Received: {limit}")

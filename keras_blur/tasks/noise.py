@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from keras_blur import arguments
+
 KINDS = ("uniform", "flip")
 
 
@@ -15,7 +17,7 @@ def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform
     """Labels of which a share is wrong.
 
     Args:
-        y: integer labels `[n]` from 0 to `classes - 1`.
+        y: integer labels `[n]` from 0 to `classes - 1`, of any dtype.
         classes: number of classes.
         share: probability that a label is drawn anew (`"uniform"`: among all classes, so that a tenth of these of ten stay
             right) or replaced by the next class (`"flip"`).
@@ -33,13 +35,14 @@ def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform
     >>> noisy_labels(np.zeros(5, int), 3, 1.0, "flip").tolist()
     [1, 1, 1, 1, 1]
     """
+    arguments.count("classes", classes)
+    arguments.real("share", share, low=0.0, high=1.0)
+    arguments.choice("kind", kind, KINDS)
+    arguments.integer("seed", seed, 0)
     y = np.asarray(y)
-    if y.dtype.kind not in "iu" or y.ndim != 1 or (y.size and (y.min() < 0 or y.max() >= classes)):
-        raise ValueError(f"`y` must be integer labels [n] from 0 to {classes - 1}. Received: {y!r}")
-    if not 0 <= share <= 1:
-        raise ValueError(f"`share` must be from 0 to 1. Received: share={share!r}")
-    if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={kind!r}")
+    sound = y.dtype.kind in "biuf" and y.ndim == 1 and not (y.dtype.kind == "f" and (y % 1 != 0).any())
+    if not sound or (y.size and (y.min() < 0 or y.max() >= classes)):
+        raise ValueError(f"`y` must be integer labels [n] from 0 to {classes - 1}. {arguments.received('y', y)}")
     rng = np.random.default_rng(seed)
     chosen = rng.random(len(y)) < share
     drawn = rng.integers(0, classes, len(y))

@@ -9,12 +9,11 @@ Only hidden bits are scored: one that repeats what it is shown would look good o
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.tasks.base import Episode, Tasks, check_split
 
 Array = Any
@@ -83,8 +82,7 @@ def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
     >>> remember(16).features, remember(16).outputs
     (32, 16)
     """
-    if isinstance(units, bool) or not isinstance(units, int) or units < 2:
-        raise ValueError(f"`units` must be an integer from 2. Received: units={units!r}")
-    if not (math.isfinite(cue) and 1 <= round(cue * units) < units):
+    arguments.integer("units", units, 2)
+    if not (arguments.is_number(cue) and 1 <= round(cue * units) < units):
         raise ValueError(f"`cue` must be a share that shows at least one bit and hides one. Received: cue={cue!r}")
     return RememberTasks(units, cue)

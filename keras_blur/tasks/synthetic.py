@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur import arguments, random
 from keras_blur.tasks.base import SPLITS, Tasks, check_split
 from keras_blur.tasks.episodes import EpisodeTasks
 
@@ -96,7 +96,9 @@ def pose(objects: int = 80, *, held: int = 200, code: int = 8, seed: int = 0) ->
     >>> tasks.features, tasks.outputs, tasks.kind
     (10, 2, 'values')
     """
-    _positive(objects=objects, held=held, code=code)
+    for name, value in (("objects", objects), ("held", held), ("code", code)):
+        arguments.count(name, value)
+    arguments.integer("seed", seed, 0)
     return PoseTasks({"train": objects, "validation": held, "test": held}, code, seed)
 
 
@@ -109,6 +111,7 @@ def sines(*, seed: int = 1) -> SineSet:
     Args:
         seed: of amplitudes and phases.
     """
+    arguments.integer("seed", seed, 0)
     return SineSet(seed)
 
 
@@ -138,11 +141,13 @@ def classes(
     >>> classes(exclusive=False).classes("test")[:3]
     (0, 1, 2)
     """
-    _positive(ways=ways, shots=shots, pool=pool, features=features)
+    for name, value in (("ways", ways), ("shots", shots), ("pool", pool), ("features", features)):
+        arguments.count(name, value)
+    arguments.real("noise", noise, low=0.0)
+    arguments.flag("exclusive", exclusive)
+    arguments.integer("seed", seed, 0)
     if not 2 <= ways <= pool:
         raise ValueError(f"`ways` must be from 2 to pool={pool}. Received: ways={ways}")
-    if not 0.0 <= noise < math.inf:
-        raise ValueError(f"`noise` must be a finite number that is not negative. Received: noise={noise!r}")
     hidden, each = max(1, features // 4), 100
     rng = np.random.default_rng(seed)
     projection = rng.standard_normal((hidden, features)) / math.sqrt(hidden)
@@ -152,9 +157,3 @@ def classes(
         points = np.tanh((means + noise * rng.standard_normal(means.shape)) @ projection)
         splits[split] = points.astype(np.float32), np.repeat(np.arange(pool), each)
     return EpisodeTasks(splits, ways, shots, f"{pool} Gaussian classes, {ways} ways, {shots} shots", exclusive)
-
-
-def _positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")

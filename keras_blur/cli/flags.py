@@ -1,0 +1,309 @@
+"""The flags of a command: their groups in the help, when each applies, and the files that they name.
+
+A flag that was given and that the run would ignore is a mistake, so each flag declares when it applies. absl parses the
+command line; its errors become one sentence that names the flag, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+
+from keras_blur.checks import check_output
+from keras_blur.files import exists, is_remote
+
+PICTURES = (".png", ".pdf", ".svg")
+
+_WIDTH = 100  # columns of the help
+
+
+@dataclasses.dataclass(frozen=True)
+class When:
+    """A condition under which a flag applies.
+
+    Attributes:
+        text: the condition, to follow "applies only".
+        holds: takes the values of all flags by name.
+        shown: the flags whose values an error shows.
+    """
+
+    text: str
+    holds: Callable[[Mapping[str, Any]], bool]
+    shown: tuple[str, ...] = ()
+
+
+def with_any(*names: str) -> When:
+    """With at least one of some flags."""
+    text = " or ".join(f"--{name}" for name in names)
+    return When(f"with {text}", lambda flag: any(_is_set(flag[name]) for name in names))
+
+
+def without(*names: str) -> When:
+    """With none of some flags."""
+    text = " or ".join(f"--{name}" for name in names)
+    return When(f"without {text}", lambda flag: not any(_is_set(flag[name]) for name in names), names)
+
+
+def with_value(name: str, *values: str) -> When:
+    """With a flag at one of some values."""
+    return When(f"with --{name}={' or '.join(values)}", lambda flag: flag[name] in values, (name,))
+
+
+def unless_value(name: str, *values: str) -> When:
+    """Without a flag at one of some values."""
+    return When(f"without --{name}={' or '.join(values)}", lambda flag: flag[name] not in values, (name,))
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value != []
+
+
+class Output(NamedTuple):
+    """A flag that names a file to write."""
+
+    flag: str
+    endings: tuple[str, ...]
+    resumed: bool  # it is read first, and training goes on from it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    group: str
+    default: str
+    text: str
+    expected: str
+    when: tuple[When, ...]
+    endings: tuple[str, ...] | None
+    resumed: bool
+
+
+class Flags:
+    """The flags of one command.
+
+    Each flag belongs to the group that was begun last. `when` lists the conditions under which a flag applies; all must
+    hold. A command with output files has `--overwrite`, too.
+
+    Example:
+
+    >>> flags = Flags()
+    >>> flags.group("Learning")
+    >>> flags.integer("epochs", 5, "Passes over the training images.", least=1)
+    >>> flags.parse("program", ["--epochs=2"]), flags.values()
+    ([], {'epochs': 2})
+    >>> flags.parse("program", ["--epochs=0"])
+    Traceback (most recent call last):
+    ValueError: --epochs must be a whole number from 1. Received: --epochs=0
+    """
+
+    def __init__(self) -> None:
+        self._absl = absl_flags.FlagValues()
+        self._known: dict[str, _Flag] = {}
+        self._group = ""
+        self.group("General")
+        self.switch("help", False, "Show this help and exit.", short_name="h")
+
+    def group(self, name: str) -> None:
+        """Begins a group of the help, or goes on with it."""
+        self._group = name
+
+    def string(self, name: str, default: str | None, text: str, when: Sequence[When] = ()) -> None:
+        """A text."""
+        absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
+        self._add(name, default, text, "a text", when)
+
+    def integer(
+        self, name: str, default: int | None, text: str, least: int | None = None, when: Sequence[When] = ()
+    ) -> None:
+        """A whole number."""
+        absl_flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=self._absl)
+        self._add(name, default, text, "a whole number" + ("" if least is None else f" from {least}"), when)
+
+    def number(
+        self,
+        name: str,
+        default: float | None,
+        text: str,
+        least: float | None = None,
+        most: float | None = None,
+        when: Sequence[When] = (),
+    ) -> None:
+        """A finite number."""
+        absl_flags.DEFINE_float(name, default, text, least, most, flag_values=self._absl)
+        expected = "a number" + ("" if least is None else f" from {least:g}") + ("" if most is None else f" to {most:g}")
+        self._add(name, default, text, expected, when)
+
+    def switch(self, name: str, default: bool, text: str, when: Sequence[When] = (), short_name: str | None = None) -> None:
+        """A yes or a no: `--name` or `--noname`."""
+        absl_flags.DEFINE_boolean(name, default, text, short_name=short_name, flag_values=self._absl)
+        self._add(name, default, text, "given without a value", when)
+
+    def choice(self, name: str, default: str | None, choices: Sequence[str], text: str, when: Sequence[When] = ()) -> None:
+        """One of some words."""
+        absl_flags.DEFINE_enum(name, default, choices, text, flag_values=self._absl)
+        self._add(name, default, f"{text} One of {', '.join(choices)}.", f"one of {', '.join(choices)}", when)
+
+    def words(self, name: str, default: Sequence[str] | None, text: str, when: Sequence[When] = ()) -> None:
+        """A list with commas."""
+        absl_flags.DEFINE_list(name, default, text, flag_values=self._absl)
+        self._add(name, ",".join(default or ()), text, "a list with commas", when)
+
+    def repeated(self, name: str, default: Sequence[str], text: str, when: Sequence[When] = ()) -> None:
+        """A text that may be given several times."""
+        absl_flags.DEFINE_multi_string(name, default, text, flag_values=self._absl)
+        self._add(name, " ".join(default), text, "a text", when)
+
+    def output(
+        self,
+        name: str,
+        default: str | None,
+        text: str,
+        endings: tuple[str, ...],
+        when: Sequence[When] = (),
+        resumed: bool = False,
+    ) -> None:
+        """A file to write.
+
+        Args:
+            name: of the flag.
+            default: the file if the flag isn't given; `None` for no file.
+            text: for the help.
+            endings: those that the file may have.
+            when: as of all flags.
+            resumed: whether an existing file is read, and training goes on from it.
+        """
+        absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
+        shown = f"{text.rstrip('.')} ({', '.join(endings)})."
+        self._add(name, default, shown, "a file", when, endings, resumed)
+        if "overwrite" not in self._known:
+            self.switch("overwrite", False, "Replace output files that exist already.")
+        self._known["overwrite"] = self._known.pop("overwrite")  # the last in the help
+
+    def _add(
+        self,
+        name: str,
+        default: Any,
+        text: str,
+        expected: str,
+        when: Sequence[When],
+        endings: tuple[str, ...] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        said = "" if default in (None, "") or isinstance(default, bool) else str(default)
+        negated = "no" if default is True else ""
+        self._known[name] = _Flag(self._group, negated + said, text, expected, tuple(when), endings, resumed)
+
+    def parse(self, program: str, arguments: Sequence[str]) -> list[str]:
+        """Reads the command line and returns what is not a flag.
+
+        Raises:
+            ValueError: if a flag is unknown, lacks its value, or has a wrong one.
+        """
+        try:
+            positional = self._absl([program, *arguments])[1:]
+        except absl_flags.UnrecognizedFlagError as error:
+            near = difflib.get_close_matches(error.flagname, self._known, n=1)
+            guess = f"; did you mean --{near[0]}?" if near else f" ({program} --help lists the flags)"
+            raise ValueError(f"Unknown command line flag '{error.flagname}'{guess}") from error
+        except absl_flags.IllegalFlagValueError as error:
+            found = re.match(r"flag --(\w+)=(.*): ", str(error), re.DOTALL)
+            if not found or found[1] not in self._known:
+                raise
+            raise ValueError(
+                f"--{found[1]} must be {self._known[found[1]].expected}. Received: --{found[1]}={found[2]}"
+            ) from error
+        except absl_flags.Error as error:
+            raise ValueError(f"{error}; {program} --help lists the flags") from error
+        for name in self._known:
+            if isinstance(value := self._absl[name].value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} must be {self._known[name].expected}. Received: --{name}={value}")
+        return positional
+
+    @property
+    def wants_help(self) -> bool:
+        """Whether the help was asked for."""
+        return bool(self._absl["help"].value)
+
+    def given(self) -> set[str]:
+        """The flags that stood on the command line."""
+        return {name for name in self._known if self._absl[name].present}
+
+    def values(self) -> dict[str, Any]:
+        """The flags' values by name."""
+        return {name: self._absl[name].value for name in self._known if name != "help"}
+
+    def check(self, flag: Mapping[str, Any]) -> None:
+        """Checks that each flag that was given applies.
+
+        Args:
+            flag: the values by name, completed.
+
+        Raises:
+            ValueError: if a flag would be ignored.
+        """
+        for name in sorted(self.given() - {"help"}):
+            for when in self._known[name].when:
+                if not when.holds(flag):
+                    came = [_shown(other, flag[other]) for other in when.shown if _is_set(flag[other])]
+                    own = f"--no{name}" if flag[name] is False else f"--{name}"
+                    received = ", ".join([_shown(name, flag[name]), *came])
+                    raise ValueError(f"{own} applies only {when.text}. Received: {received}")
+
+    def check_outputs(self, flag: Mapping[str, Any]) -> None:
+        """Checks the files that a run is to write.
+
+        Args:
+            flag: the values by name, completed.
+
+        Raises:
+            ValueError: if one cannot be written, exists without `--overwrite`, or is named twice.
+        """
+        outputs = [
+            output
+            for output in self.outputs()
+            if flag[output.flag] is not None and all(when.holds(flag) for when in self._known[output.flag].when)
+        ]
+        resuming = any(output.resumed and exists(flag[output.flag]) for output in outputs)
+        places: dict[str, str] = {}
+        for output in outputs:
+            shown, path = f"--{output.flag}", flag[output.flag]
+            check_output(shown, path, output.endings, overwrite=flag["overwrite"] or resuming or output.resumed)
+            place = path if is_remote(path) else os.path.realpath(path)
+            if place in places and (is_remote(path) or os.path.isfile(place) or not os.path.exists(place)):
+                raise ValueError(f"{shown} must be another file than {places[place]}. Received: {shown}={path}")
+            places[place] = shown
+
+    def outputs(self) -> list[Output]:
+        """The flags that name files to write."""
+        return [
+            Output(name, known.endings, known.resumed) for name, known in self._known.items() if known.endings is not None
+        ]
+
+    def help(self) -> str:
+        """The flags by group."""
+        groups: dict[str, list[str]] = {}
+        for name, known in self._known.items():
+            if known.default == "no":
+                head = f"--[no]{name}"
+            else:
+                head = f"--{name}" + (f"={known.default}" if known.default else "")
+            conditions = "".join(f" Only {when.text}." for when in known.when)
+            lines = textwrap.wrap(known.text + conditions, _WIDTH - 26)
+            first = f"  {head:<23} " if len(head) <= 23 else f"  {head}\n{'':26}"
+            groups.setdefault(known.group, []).append(first + f"\n{'':26}".join(lines))
+        names = [name for name in groups if name != "General"] + ["General"]
+        return "\n\n".join("\n".join([f"{name}:", *groups[name]]) for name in names)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A flag as it stands on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,0 +1,130 @@
+"""Tasks on the user's own arrays, split for meta-training, meta-validation and meta-test.
+
+Source of relabelled and projected tasks, as of `tasks.images`: "Meta-Learning Bidirectional Update Rules" (2021), section
+4.2.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_blur.checks import Expected, checked_arrays
+from keras_blur.tasks.base import SPLITS
+from keras_blur.tasks.images import ArrayTasks, resized
+
+KINDS = ("classes", "values")
+
+
+def arrays(
+    x: Any,
+    y: Any,
+    *,
+    kind: str = "classes",
+    classes: int | None = None,
+    shares: Sequence[float] = (0.6, 0.2, 0.2),
+    size: int | None = None,
+    standardize: bool = True,
+    relabel: bool = False,
+    permute: bool = False,
+    project: int | None = None,
+    name: str = "arrays",
+    seed: int = 0,
+) -> ArrayTasks:
+    """Tasks on arrays: an episode draws its support and its query from one split.
+
+    The splits have no example in common: equal inputs go to the same split.
+
+    Args:
+        x: inputs `[n, ...]`, numbers of any dtype; each is flattened.
+        y: for `kind="classes"` labels `[n]` or `[n, 1]`, integers from 0 as any dtype; for `kind="values"` targets `[n]` or
+            `[n, outputs]`.
+        kind: `"classes"` or `"values"`.
+        classes: number of classes; `None` takes the largest label plus 1, and at least 2.
+        shares: sizes of the splits for meta-training, meta-validation and meta-test, in proportion.
+        size: images `[n, height, width]` or `[n, height, width, channels]` are resized to `size` x `size` (area
+            interpolation); `None` leaves inputs as they are.
+        standardize: whether inputs are shifted and scaled to mean 0 and deviation 1 over the training split (one number
+            each for all features).
+        relabel: whether each episode permutes the classes.
+        permute: whether each episode permutes the features.
+        project: each episode multiplies inputs by a random matrix with this many columns; `None` for none.
+        name: what messages and reports call the tasks.
+        seed: random seed of the split.
+
+    Returns:
+        `ArrayTasks`.
+
+    Raises:
+        ValueError: if arrays differ in length, aren't finite, have a wrong shape or dtype, a label is fractional or out of
+            range, an option doesn't fit, or a split would have fewer than 2 examples.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(100, 5))
+    >>> tasks = arrays(x, x[:, 0] > 0)
+    >>> tasks.features, tasks.outputs, tasks.kind
+    (5, 2, 'classes')
+    >>> arrays(x, x[:, :1] ** 2, kind="values").outputs
+    1
+    """
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={kind!r}")
+    for option, value, least in (("classes", classes, 2), ("size", size, 1), ("project", project, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least):
+            raise ValueError(f"`{option}` must be an integer from {least} or None. Received: {option}={value!r}")
+    if kind == "values" and (relabel or classes is not None):
+        raise ValueError("`relabel` and `classes` must be left out for kind='values'. Received: one of them")
+    try:
+        portions = np.asarray(shares, float)
+    except (TypeError, ValueError):
+        portions = np.zeros(0)
+    if portions.shape != (3,) or not (np.isfinite(portions).all() and (portions > 0).all()):
+        raise ValueError(f"`shares` must be 3 positive, finite numbers. Received: shares={shares!r}")
+    expected = Expected(outputs=(classes,), labels="classes", classes=classes) if kind == "classes" else Expected()
+    x, y = (np.asarray(one) for one in checked_arrays(x, y, None, expected)[:2])
+    if kind == "values" and y.ndim > 2:
+        raise ValueError(f"`y` must have shape (batch,) or (batch, outputs). Received: an array of shape {y.shape}")
+    if x.ndim < 2 or not math.prod(x.shape[1:]):
+        raise ValueError(f"`x` must have a batch axis and features. Received: an array of shape {x.shape}")
+    if size is not None:
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"`x` must be images of 3 or 4 axes where `size` is given. Received: an array of shape {x.shape}"
+            )
+        x = resized(x[..., None] if x.ndim == 3 else x, size)
+    x = x.reshape(len(x), -1).astype(np.float32)
+    places = _split(x, portions, seed)
+    if standardize:
+        of_train = x[places["train"]]
+        x = (x - of_train.mean()) / (of_train.std() + 1e-6)
+    if not np.isfinite(x).all():
+        raise ValueError("`x` must be in the range of float32. Received: larger numbers")
+    if kind == "classes":
+        y = y.reshape(-1).astype(np.int32)
+        outputs = classes or max(2, int(y.max()) + 1)
+    else:
+        y = y.reshape(len(y), -1).astype(np.float32)
+        outputs = y.shape[1]
+    splits = {split: (x[place], y[place]) for split, place in places.items()}
+    return ArrayTasks(splits, outputs, name, kind=kind, relabel=relabel, permute=permute, project=project)
+
+
+def _split(x: np.ndarray, shares: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The places of each split's examples, in proportion to `shares`; equal rows are in the same split."""
+    known: dict[bytes, int] = {}
+    group = np.array([known.setdefault(row.tobytes(), len(known)) for row in x + np.float32(0)])  # -0 as 0
+    rank = np.random.default_rng(seed).permutation(len(known))
+    ends = np.round(np.cumsum(shares / shares.sum()) * len(known))
+    which = np.searchsorted(ends, rank[group], side="right")
+    places = {split: np.flatnonzero(which == number) for number, split in enumerate(SPLITS)}
+    if min(map(len, places.values())) < 2:
+        sizes = ", ".join(f"{split} {len(place)}" for split, place in places.items())
+        raise ValueError(
+            f"`shares` must leave each split 2 or more examples. Received: {sizes}, as {len(known)} inputs differ"
+        )
+    return places
