@@ -158,7 +158,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
                 sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
                 without.
-            auto_scale_loss: whether both optimizers scale the loss if the model's dtype policy is mixed_float16, as in Keras.
+            auto_scale_loss: whether both optimizers scale the loss if the model's dtype policy is
+                mixed_float16, as in Keras.
 
         Raises:
             ValueError: if there is no loss, an optimizer clips on several replicas, stands in two places or was built for
