@@ -158,9 +158,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
                 sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
                 without.
+            auto_scale_loss: whether both optimizers scale the loss if the model's dtype policy is
+                mixed_float16, as in Keras.
 
         Raises:
-            ValueError: if there is no loss, or an optimizer clips on several replicas.
+            ValueError: if there is no loss, an optimizer clips on several replicas, stands in two places or was built for
+                other weights, or the estimator needs a learning rate and the optimizer has none.
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
@@ -193,12 +196,6 @@ class BilevelTrainer(CheckedModel, OuterLoop):
                 self.own_optimizer.build(list(self._own.values()))
         self._programs = {}
         self._measures, self._metric_state = metrics is not None or weighted_metrics is not None, []
-
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        return {
-            "optimizer": (self.optimizer, list(self._trained.values())),
-            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
-        }
 
     def fit(
         self,
@@ -325,6 +322,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             **json.loads(self._compiled_with), "meta_every": self.meta_every, "data": train.settings(),
             "meta_data": judge.settings(),
         }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {
+            "optimizer": (self.optimizer, list(self._trained.values())),
+            "meta_optimizer": (self.meta_optimizer, list(self.outer.values())),
+        }
 
     def rewind(self) -> None:
         self._streams: list[Any] = [None, None]

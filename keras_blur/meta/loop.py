@@ -162,7 +162,8 @@ class OuterLoop(keras.Model):
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
         arguments.count("steps_per_epoch", steps_per_epoch)
-        _check_epochs(epochs, initial_epoch)
+        arguments.integer("epochs", epochs, 0)
+        arguments.integer("initial_epoch", initial_epoch, 0)
         self._check_callbacks(callbacks)
         epochs = _limited("epochs", epochs, keras.config.max_epochs())
         steps_per_epoch = _limited("steps_per_epoch", steps_per_epoch, keras.config.max_steps_per_epoch())
@@ -430,12 +431,6 @@ def apply_scaled(
         variables: the variables, in the same order.
     """
     optimizer.apply([None if g is None else optimizer.scale_loss(g) for g in gradients], list(variables))
-
-
-def _check_epochs(epochs: Any, initial_epoch: Any) -> None:
-    for name, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"`{name}` must be an integer of at least 0. Received: {name}={value!r}")
 
 
 def check_frequency(frequency: Any) -> None:

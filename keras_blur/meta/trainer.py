@@ -263,15 +263,6 @@ class MetaTrainer(OuterLoop):
         super().compile(optimizer=optimizer, **options)
         self.build_optimizers()
 
-    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        if self.evolution:
-            return {}
-        names = ("optimizer", "start_optimizer")
-        return {
-            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
-            for one, own in self._groups()
-        }
-
     @property
     def learner(self) -> MetaLearner:
         """The learner, the first if there are several: they share what is learned."""
@@ -377,6 +368,15 @@ class MetaTrainer(OuterLoop):
             "members": self.members, "tasks_per_step": self.tasks_per_step, "batch_size": self.batch_size,
             "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
         }  # fmt: skip
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        if self.evolution:
+            return {}
+        names = ("optimizer", "start_optimizer")
+        return {
+            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
+            for one, own in self._groups()
+        }
 
     def rewind(self) -> None:
         self._streams = {}
