@@ -30,7 +30,7 @@ def backprop(
         learning_rate: the rate, a positive number; the synapse update gate is its negative.
         activation: nonlinearity of hidden layers.
         last_activation: nonlinearity of the output layer.
-        loss: the Keras loss to descend (an instance or its name); `None` takes the one given to `compile`.
+        loss: the Keras loss to descend where `compile` is given none (an instance or its name), or `None`.
 
     Returns:
         A `Genome`.

@@ -308,9 +308,9 @@ class Sequential(CheckedModel):
         """The prediction: state 1 of the output over the genome's temperature, `(batch, units)`.
 
         Raises:
-            ValueError: if another Keras model is being trained, whose optimizer would change the synapses.
+            ValueError: if another Keras model calls this one under a gradient tape, to train it by an optimizer.
         """
-        refuse_outer_training(self, training)
+        refuse_outer_training(self)
         statistics: list[Any] = []
         for layer in self._synaptic():
             usable = hasattr(layer, "moving_mean") and not training

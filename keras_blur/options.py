@@ -91,8 +91,8 @@ class Rule:
         batch_reduction: whether the Hebbian term is the `"sum"` over the batch (as published) or its `"mean"`.
         feedback: what state 2 of the output receives: `"labels"` (+1 and -1, section 3.3) or the `"error"`, the
             derivative of a Keras loss by the output, which a rule with `derivative_state` multiplies by s'.
-        loss: the Keras loss of `feedback="error"` (a `keras.losses.Loss` or its name; kept as JSON text); `None` takes
-            the one given to `compile`.
+        loss: the Keras loss of `feedback="error"` (a `keras.losses.Loss` or its name; kept as JSON text), which a
+            model learns from unless its `compile` is given another; `None` leaves the choice to `compile`.
 
     Raises:
         ValueError: if an option has a value that it does not know, or two options exclude each other.

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import initializers, ops
+from tensorflow.python.eager import record  # TensorFlow does not export whether a tape records
 
 from keras_blur import arguments
 from keras_blur import rule as equations
@@ -40,15 +41,14 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
             )
 
 
-def refuse_outer_training(layer: keras.Layer, training: bool | None) -> None:
-    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model that is being trained.
+def refuse_outer_training(layer: keras.Layer) -> None:
+    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under a gradient tape.
 
     Args:
-        layer: a layer or model, inside its `call`.
-        training: whether the call is one of training.
+        layer: a layer or model that is not frozen, inside its `call`.
     """
     outer = layer._get_call_context().entry_layer
-    if training and layer.trainable and outer is not layer:
+    if outer is not layer and layer.trainable and record.could_possibly_record():
         error = ValueError(
             f"`{layer.name}` must not be trained inside another Keras model, whose optimizer would change what its "
             "genome learns: train it alone, or set `trainable = False` on it to use it as it is. "
@@ -232,7 +232,7 @@ class Dense(keras.layers.Layer):
 
     def call(self, inputs: Array) -> Array:
         if self._rule is not None:
-            refuse_outer_training(self, self._get_call_context().get_value("training"))
+            refuse_outer_training(self)
         kernel = ops.cast(self.synapses["kernel"], self.compute_dtype)[0]
         y = ops.matmul(inputs, kernel)
         if self.use_bias:
