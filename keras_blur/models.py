@@ -25,6 +25,7 @@ from keras_blur.genome import Genome
 from keras_blur.layers.connection import Connection
 from keras_blur.layers.dense import Dense
 from keras_blur.layers.structural import StructuralMap, structural_map
+from keras_blur.losses import ignored_class
 from keras_blur.options import Rule
 from keras_blur.rule import SharedBatch
 
@@ -151,6 +152,11 @@ class Sequential(keras.Model):
     def _check_weightless(layer: keras.Layer) -> None:
         if isinstance(layer, Dense):
             return
+        if isinstance(layer, keras.layers.Masking):
+            raise ValueError(
+                f"Layer {layer.name!r} (Masking) makes a mask, which no layer of synapses passes on: give examples that are "
+                "to be left out a sample weight of 0."
+            )
         twin = "keras_blur.layers.Dense" if isinstance(layer, keras.layers.Dense) else None
         if layer.weights or twin or isinstance(layer, keras.Model):
             use = f"Use {twin} in its place, or keras_blur.convert(model, genome) for a whole model." if twin else (
@@ -307,8 +313,9 @@ class Sequential(keras.Model):
 
         Args:
             optimizer: must be `None`; stands where Keras has it.
-            loss: a Keras loss or its name, shown during learning; with `Rule.feedback="error"` also the one whose
-                derivative is fed back, unless the rule names its own. `None` takes the rule's.
+            loss: a Keras loss, its name, or a function of labels and predictions, shown during learning; with
+                `Rule.feedback="error"` also the one whose derivative is fed back, unless the rule names its own.
+                `None` takes the rule's.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
@@ -319,7 +326,8 @@ class Sequential(keras.Model):
             jit_compile: as in Keras.
 
         Raises:
-            ValueError: if an optimizer is given, no loss is known, or its derivative is needed and not known.
+            ValueError: if an optimizer is given, no loss is known, or its derivative is needed and `feedback.check_loss`
+                refuses it.
         """
         if optimizer is not None:
             raise ValueError(
@@ -334,11 +342,7 @@ class Sequential(keras.Model):
         resolved = feedbacks.resolve_loss(loss)
         if self.rule.feedback == "error":
             descended = self.rule.keras_loss or resolved
-            if type(descended).__name__ not in feedbacks.differentiable():
-                raise ValueError(
-                    f"The derivative of the loss {type(descended).__name__} is not known to feedback='error'. "
-                    f"Known: {', '.join(feedbacks.differentiable())}."
-                )
+            feedbacks.check_loss(descended)
         self._targets = targets
         self._shown_loss = resolved
         super().compile(
@@ -351,7 +355,6 @@ class Sequential(keras.Model):
             jit_compile=jit_compile,
         )
         self._asked = {
-            "loss": json.loads(feedbacks.loss_text(resolved)),
             "metrics": keras.saving.serialize_keras_object(metrics),
             "weighted_metrics": keras.saving.serialize_keras_object(weighted_metrics),
             "targets": targets,
@@ -361,7 +364,9 @@ class Sequential(keras.Model):
         }
 
     def get_compile_config(self) -> dict[str, Any]:
-        return dict(self._asked) if self.compiled else {}
+        if not self.compiled:
+            return {}
+        return {"loss": json.loads(feedbacks.loss_text(self._shown_loss)), **self._asked}
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
         if config:
@@ -388,6 +393,10 @@ class Sequential(keras.Model):
                 return feedbacks.error(loss, y, prediction, weight, shared and (lambda number: shared.total([number])[0]))
         else:
             labels = feedbacks.encode(y, layers[-1].units, self.target_kind())
+            ignored = ignored_class(self._shown_loss)
+            if ignored is not None:
+                valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
+                weight = valid if weight is None else weight * valid
 
             def respond(prediction: Array) -> Array:
                 return labels
@@ -461,10 +470,10 @@ class Sequential(keras.Model):
         return checked(x, y, sample_weight, self._classes)
 
     def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
+        """Number of classes if labels are integers and each is one of them, else `None`."""
         error = self.rule.feedback == "error"
         kind = feedbacks.target_kind(self.rule.keras_loss or self._shown_loss) if error else self.target_kind()
-        if kind != "classes" or not self._synaptic():
+        if kind != "classes" or not self._synaptic() or ignored_class(self._shown_loss) is not None:
             return None
         return max(2, self._synaptic()[-1].units)
 

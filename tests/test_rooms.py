@@ -13,7 +13,8 @@ ROOT = pathlib.Path(keras_blur.__file__).parent
 BELOW = {
     "_version": set(),
     "files": set(),
-    "feedback": set(),
+    "losses": {"distribution"},
+    "feedback": {"losses"},
     "options": {"feedback"},
     "genome": {"options", "files"},
     "genomes": {"genome", "options", "files"},
@@ -21,7 +22,7 @@ BELOW = {
     "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},
     "checks": set(),
-    "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution"},
+    "models": {"network", "layers", "rule", "genome", "options", "feedback", "losses", "checks", "distribution"},
     "conversion": {"models", "layers", "genome", "options"},
     "conformance": {"network", "layers", "genome", "options"},
     "zoo": set(),
@@ -29,8 +30,8 @@ BELOW = {
     "compiling": set(),
     "distribution": set(),
     "tasks": {"random"},
-    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files"},
-    "meta": {"checks", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
+    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "losses", "random", "distribution", "files"},
+    "meta": {"checks", "losses", "feedback", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
     "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files"},
 }
 TOP = {"__init__", "cli"}  # may import all

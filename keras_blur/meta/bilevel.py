@@ -21,16 +21,19 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import ops
 
 from keras_blur import random
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
+from keras_blur.feedback import target_kind
 from keras_blur.learners.base import leaves
+from keras_blur.losses import ExampleLosses, as_keras, ignored_class, per_example
 from keras_blur.meta import batches
 from keras_blur.meta.estimator import check_count
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, gradient
 from keras_blur.meta.loop import OuterLoop
-from keras_blur.meta.training_losses import TrainingLoss, per_example
+from keras_blur.meta.training_losses import TrainingLoss
 
 Array = Any
 ORDERS = ("meta", "model")
@@ -147,7 +150,8 @@ class BilevelTrainer(OuterLoop):
         Args:
             optimizer: any Keras optimizer, of the model.
             meta_optimizer: any Keras optimizer, of the outer parameters; Adam at 1e-3 by default.
-            loss: a Keras loss or its name: of each example in training, of the batch on meta data.
+            loss: a Keras loss, its name, or a function of labels and predictions: of each example in training, of the
+                batch on meta data. Ranks, masks and reductions are those of Keras's `fit`.
             metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
                 prediction of which a training loss asks the loss first.
             jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
@@ -155,11 +159,11 @@ class BilevelTrainer(OuterLoop):
                 without.
 
         Raises:
-            ValueError: if there is no loss, or an optimizer clips on several replicas.
+            ValueError: if `loss` is no Keras loss, or an optimizer clips on several replicas.
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
-        self._loss_of = keras.losses.get(loss)
+        self._loss_of = as_keras(loss)
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile)
         alone = self.runner.replicas == 1 and not self.runner.compiles
@@ -249,8 +253,8 @@ class BilevelTrainer(OuterLoop):
             variable.assign(tf.zeros_like(variable.value))
 
     def _classes(self) -> int | None:
-        """Number of classes if labels are integers, else `None`."""
-        sparse = isinstance(self._loss_of, keras.losses.SparseCategoricalCrossentropy)
+        """Number of classes if labels are integers, and each is one of them, else `None`."""
+        sparse = target_kind(self._loss_of) == "classes" and ignored_class(self._loss_of) is None
         return int(self.model.output_shape[-1]) if sparse else None
 
     @property
@@ -396,16 +400,12 @@ class BilevelTrainer(OuterLoop):
         self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any
     ) -> tuple[Array, list[Array], Array]:
         """The training loss, what the model's buffers would be, and its prediction."""
-        predictions: list[Array] = []
-
-        def each(y: Array, prediction: Array) -> Array:
-            predictions.append(prediction)
-            return self._each(y, prediction)
-
+        losses = ExampleLosses(self._loss_of)
         with self._scope(outer, weights) as scope:
-            loss = self._training_loss(self.model, *batch, each)
-            loss = loss + sum(self.model.losses)
+            loss = self._training_loss(self.model, *batch, losses)
+            loss = loss + sum(ops.sum(one) for one in self.model.losses)
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
+        predictions = losses.predictions
         if not predictions:  # a loss of its own kind
             with self._scope(outer, weights):
                 predictions.append(self.model(batch[0], training=False))
@@ -414,11 +414,7 @@ class BilevelTrainer(OuterLoop):
     def _judge(self, weights: Mapping[str, Array], batch: Any) -> Array:
         x, y = batch
         with self._scope({}, weights):
-            return tf.reduce_mean(self._each(y, self.model(x, training=self.judge_training)))
-
-    def _each(self, y: Array, prediction: Array) -> Array:
-        """The loss of each example, `[batch]`."""
-        return per_example(self._loss_of, y, prediction)
+            return tf.reduce_mean(per_example(self._loss_of, y, self.model(x, training=self.judge_training)))
 
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
