@@ -401,9 +401,9 @@ def _rows() -> dict[str, Callable[[], Program]]:
     for name, options in SINGLE.items():
         add(f"network.step, {name}", pure_step, options)
     for name in feedback.differentiable():
-        if not name.startswith("Sparse"):  # integer labels have rows of Sequential
-            loss = getattr(keras.losses, name)
-            loss = loss(from_logits=True) if "Crossentropy" in name else loss()
+        loss = getattr(keras.losses, name)
+        loss = loss(from_logits=True) if "Crossentropy" in name else loss()
+        if feedback.target_kind(loss) != "classes":  # integer labels have rows of Sequential
             add(f"network.step, error of {name}", pure_step, {"feedback": "error", "loss": loss})
 
     for kind in ("train", "test", "predict"):

@@ -26,6 +26,7 @@ import tensorflow as tf
 from keras_blur import feedback as feedbacks
 from keras_blur import random
 from keras_blur.files import exists, is_remote
+from keras_blur.losses import ignored_class
 
 Array = Any
 Shape = tuple[int | None, ...]
@@ -80,7 +81,7 @@ def model_expects(model: keras.Model, loss: Any) -> Expected:
         None if outputs is None else tuple(outputs[1:]),
         label_kind(loss),
         outputs[-1] if outputs and len(outputs) > 1 else None,
-        getattr(loss, "ignore_class", None),
+        ignored_class(loss),
         text=any(tensor.dtype == "string" for tensor in getattr(model, "inputs", None) or ()),
     )
 

@@ -7,6 +7,7 @@ to descend a loss, and no tape is recorded for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable
@@ -15,15 +16,26 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_blur.losses import SUMS, FunctionLoss, as_keras, mask_of
+
 Array = Any
 TARGETS = ("classes", "indicators", "signs", "values")
 
 
 def resolve_loss(loss: Any) -> keras.losses.Loss:
-    """The `keras.losses.Loss` of an instance, a name, or the JSON text of a serialized loss.
+    """The `keras.losses.Loss` that Keras makes of a loss, or that a JSON text describes.
+
+    Args:
+        loss: a `Loss`, its name, a function of labels and predictions, or the JSON text of a serialized loss. A function
+            of Keras, or a `functools.partial` of one, gives the class that wraps it.
 
     Raises:
         ValueError: if it is none of these.
+
+    Example:
+
+    >>> resolve_loss("mse").name
+    'mean_squared_error'
     """
     given = loss
     try:
@@ -31,24 +43,27 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
             loss = keras.losses.deserialize(_without_identity(json.loads(loss)))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {given!r}") from error
-    if isinstance(loss, keras.losses.Loss):
+    loss = as_keras(loss)
+    if type(loss) is not FunctionLoss:
         return loss
-    try:
-        function = keras.losses.get(loss)
-    except ValueError as error:
-        raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {loss!r}") from error
-    if isinstance(function, keras.losses.Loss):
-        return function
-    base = keras.losses.Loss
-    for candidate in vars(keras.losses).values():  # for some names Keras gives a function: take the loss that wraps it
-        if isinstance(candidate, type) and issubclass(candidate, base) and candidate is not base:
-            try:
-                instance = candidate()
-            except (TypeError, ValueError):
-                continue
-            if getattr(instance, "fn", None) is function:
-                return instance
-    raise ValueError(f"`loss` must be a keras.losses.Loss or its name. Received: {loss!r}")
+    partial = loss.fn if isinstance(loss.fn, functools.partial) and not loss.fn.args else None
+    of = next((kind for function, kind in _classes() if function is (partial.func if partial else loss.fn)), None)
+    if of is None:
+        return loss
+    options = {**(partial.keywords if partial else {}), **loss._fn_kwargs}
+    if not set(options) <= set(inspect.signature(of.__init__).parameters):
+        return loss
+    return of(**options, reduction=loss.reduction, dtype=loss.dtype)
+
+
+@functools.cache
+def _classes() -> tuple[tuple[Any, Any], ...]:
+    """The functions of Keras that are losses, each with the class that wraps it."""
+    base, found = keras.losses.Loss, []
+    for one in vars(keras.losses).values():
+        if isinstance(one, type) and issubclass(one, base) and one is not base:
+            found.append((one().fn, one))
+    return tuple(found)
 
 
 def loss_text(loss: Any) -> str:
@@ -79,11 +94,11 @@ def target_kind(loss: keras.losses.Loss) -> str:
     """How labels are written that go with a loss.
 
     Returns:
-        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (either 0 and 1 or -1 and 1, told
-        from the batch, as Keras does) or `"values"` (numbers to be fed as they are).
+        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (0 and 1 if the batch has no other
+        labels, else -1 and 1, as in Keras) or `"values"` (numbers to be fed as they are).
     """
     name = type(loss).__name__
-    if name.startswith("Sparse"):
+    if name.startswith("Sparse") or name in ("CategoricalGeneralizedCrossEntropy", "Circle", "CTC"):
         return "classes"
     if "Crossentropy" in name or name in ("KLDivergence", "Dice", "Tversky"):
         return "indicators"
@@ -121,8 +136,62 @@ def encode(y: Array, units: int, kind: str) -> Array:
     if kind == "indicators":
         return 2.0 * y - 1.0
     if kind == "hinge":
-        return ops.where(ops.any(y < 0), y, 2.0 * y - 1.0)
+        return _signs(y)
     return y
+
+
+def check_loss(loss: keras.losses.Loss) -> None:
+    """Checks that `error` knows the derivative of a loss.
+
+    Args:
+        loss: from `resolve_loss`.
+
+    Raises:
+        ValueError: if the loss is not one of `differentiable()`, works on probabilities of many classes
+            (`from_logits=False`), or runs over another axis than the last.
+
+    Example:
+
+    >>> check_loss(keras.losses.CategoricalCrossentropy(from_logits=True))
+    """
+    _slope_of(loss)
+
+
+def _slope_of(loss: keras.losses.Loss) -> tuple[Slope, dict[str, Any]]:
+    """The derivative of a loss, and its arguments."""
+    function: Any = getattr(loss, "fn", None)
+    slope = next((slope for one, slope in _SLOPES if one is function), None)
+    kind = type(loss)
+    if slope is None or kind.call is not FunctionLoss.call or kind.__call__ is not keras.losses.Loss.__call__:
+        name = getattr(function, "__name__", kind.__name__) if kind is FunctionLoss else kind.__name__
+        raise ValueError(
+            "`loss` must be one whose derivative feedback='error' knows, one of "
+            f"{', '.join(differentiable())}. Received: loss={name}"
+        )
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }  # fmt: skip
+    options = {**defaults, **loss._fn_kwargs}
+    if not options.get("from_logits", True) and slope in (_categorical, _sparse, _categorical_focal):
+        raise ValueError(
+            "`loss` must work on the outputs themselves, since no last activation is a softmax: use from_logits=True. "
+            f"Received: loss={kind.__name__}(from_logits=False)"
+        )
+    if "axis" in options:
+        axes = _axes(options["axis"])
+        if axes != {1} and not (slope in (_dice, _tversky) and axes == {0, 1}):
+            raise ValueError(
+                f"`loss` must run over the last axis, axis=-1. Received: loss={kind.__name__}(axis={options['axis']!r})"
+            )
+    return slope, options
+
+
+def _axes(axis: Any) -> set[int]:
+    """Axes of `[batch, units]` as numbers from 0."""
+    if axis is None:
+        return {0, 1}
+    return {int(one) % 2 if -2 <= one <= 1 else int(one) for one in (axis if isinstance(axis, (list, tuple)) else (axis,))}
 
 
 def error(
@@ -132,12 +201,16 @@ def error(
     sample_weight: Array | None = None,
     total: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """The derivative of a Keras loss by the prediction, weights and reduction included.
+    """The derivative of a Keras loss by the prediction, weights, masks and reduction included.
+
+    It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a reduction it is that of
+    the sum, which Keras's `fit` descends then.
 
     Args:
-        loss: one of the losses of `differentiable()`.
+        loss: one of the losses of `differentiable()`, from `resolve_loss`.
         y: labels as that loss takes them.
-        prediction: `[batch, units]`; without weights, leading axes stand for networks with a batch each.
+        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one; without weights, leading axes stand for
+            networks with a batch each.
         sample_weight: `[batch]` or `[batch, 1]`, or `None`.
         total: gives the sum of a number over the devices that share the batch, if several do.
 
@@ -145,127 +218,265 @@ def error(
         An array like the prediction.
 
     Raises:
-        ValueError: if the derivative of the loss is not known, or it works on probabilities of many classes.
+        ValueError: if the loss fails `check_loss`, or labels do not fit the prediction.
 
     Example:
 
     >>> error(keras.losses.MeanSquaredError(), [[0.0, 1.0]], ops.array([[1.0, 1.0]])).numpy().tolist()
     [[1.0, 0.0]]
     """
-    name = type(loss).__name__
-    if name not in _DERIVATIVES:
+    function, options = _slope_of(loss)
+    whole = function in (_dice, _tversky) and _axes(options["axis"]) == {0, 1}
+    if whole and total is not None:
         raise ValueError(
-            f"The derivative of the loss {name} is not known to feedback='error'. Known: {', '.join(differentiable())}."
+            "`loss` must be one of single examples on several replicas, for instance with axis=-1. Received: "
+            f"loss={type(loss).__name__}(axis={options['axis']!r})"
         )
-    y = ops.convert_to_tensor(y)
-    if name.startswith("Sparse"):
-        if len(y.shape) != len(prediction.shape) - 1 and tuple(y.shape[1:]) != (1,):
-            raise ValueError(f"Integer labels must have shape (batch,) or (batch, 1). Received shape {tuple(y.shape)}.")
+    given, mask = prediction.dtype, mask_of(prediction)
+    prediction = ops.cast(prediction, keras.backend.result_type(given, loss.dtype))
+    if target_kind(loss) == "classes":
+        y = _integers(y, prediction, column=function is not _generalized)
     else:
-        y = ops.cast(y, prediction.dtype)
-        if len(y.shape) == 1:
-            y = y[:, None]
-        if y.shape[-1] != prediction.shape[-1]:
-            raise ValueError(
-                f"Labels must have as many columns as the output layer has units ({prediction.shape[-1]}). "
-                f"Received shape {tuple(y.shape)}. For integer labels use a sparse loss."
-            )
-    slope = _DERIVATIVES[name](_arguments(loss), y, prediction)
+        y = _columns_of(y, prediction)
+    slope = function(options, y, prediction)
+    weight = None if mask is None else ops.reshape(ops.cast(mask, prediction.dtype), (*prediction.shape[:-2], -1, 1))
+    ignored = options.get("ignore_class")
+    if ignored is not None:
+        valid = ops.cast(ops.not_equal(y, ops.cast(ignored, y.dtype)), prediction.dtype)[..., None]
+        weight = valid if weight is None else weight * valid
+    counted = weight
     if sample_weight is not None:
         sample_weight = ops.reshape(ops.cast(sample_weight, prediction.dtype), (-1, 1))
-        slope = slope * sample_weight
-    reduction = loss.reduction
-    if reduction == "sum":
-        return slope
-    if reduction in ("sum_over_batch_size", "mean", "mean_with_sample_weight"):
-        weighs = reduction == "mean_with_sample_weight" and sample_weight is not None
-        divisor = ops.cast(ops.sum(sample_weight) if weighs else ops.shape(prediction)[-2], prediction.dtype)
-        return slope / (divisor if total is None else total(divisor))
-    raise ValueError(f"The loss must have a reduction for feedback='error'. Received: reduction={reduction!r}")
+        weight = sample_weight if weight is None else weight * sample_weight
+    if whole and weight is None:
+        return ops.cast(slope, given)
+    if weight is not None:
+        slope = slope * (ops.sum(weight) if whole else weight)
+    if loss.reduction in SUMS:
+        return ops.cast(slope, given)
+    if loss.reduction == "mean_with_sample_weight":
+        counted = weight
+    examples = ops.cast(ops.shape(prediction)[-2], prediction.dtype)
+    divisor = examples if counted is None else ops.sum(counted, axis=(-2, -1), keepdims=True)
+    return ops.cast(ops.divide_no_nan(slope, divisor if total is None else total(divisor)), given)
+
+
+def _integers(y: Array, prediction: Array, column: bool) -> Array:
+    """Integer labels, one for each row of the prediction."""
+    y = ops.convert_to_tensor(y)
+    if column and len(y.shape) == len(prediction.shape) and y.shape[-1] == 1:
+        y = y[..., 0]
+    if len(y.shape) != len(prediction.shape) - 1:
+        shapes = "(batch,) or (batch, 1)" if column else "(batch,)"
+        raise ValueError(f"Integer labels must have shape {shapes}. Received shape {tuple(y.shape)}.")
+    return y
+
+
+def _columns_of(y: Array, prediction: Array) -> Array:
+    """Labels with one column for each unit."""
+    y = ops.cast(y, prediction.dtype)
+    if len(y.shape) == 1:
+        y = y[:, None]
+    elif len(y.shape) == len(prediction.shape) + 1 and y.shape[-1] == 1:
+        y = y[..., 0]
+    if len(y.shape) > len(prediction.shape) or y.shape[-1] != prediction.shape[-1]:
+        raise ValueError(
+            f"Labels must have as many columns as the output layer has units ({prediction.shape[-1]}). "
+            f"Received shape {tuple(y.shape)}. For integer labels use a sparse loss."
+        )
+    return y
 
 
 def differentiable() -> list[str]:
     """Names of the Keras losses that `feedback="error"` can descend."""
-    return sorted(_DERIVATIVES)
+    known = {kind.__name__ for function, kind in _classes() for one, _ in _SLOPES if one is function}
+    return sorted(known)
+
+
+Slope = Callable[[dict[str, Any], Array, Array], Array]
 
 
 def _columns(p: Array) -> float:
     return float(p.shape[-1])
 
 
-def _squared(config: dict[str, Any], y: Array, p: Array) -> Array:
+def _where(condition: Array, value: Array) -> Array:
+    return ops.where(condition, value, ops.zeros_like(value))
+
+
+def _squared(options: dict[str, Any], y: Array, p: Array) -> Array:
     return 2.0 * (p - y) / _columns(p)
 
 
-def _absolute(config: dict[str, Any], y: Array, p: Array) -> Array:
+def _absolute(options: dict[str, Any], y: Array, p: Array) -> Array:
     return ops.sign(p - y) / _columns(p)
 
 
-def _huber(config: dict[str, Any], y: Array, p: Array) -> Array:
-    return ops.clip(p - y, -config.get("delta", 1.0), config.get("delta", 1.0)) / _columns(p)
+def _percentage(options: dict[str, Any], y: Array, p: Array) -> Array:
+    return 100.0 * ops.sign(p - y) / ops.maximum(ops.abs(y), keras.config.epsilon()) / _columns(p)
 
 
-def _log_cosh(config: dict[str, Any], y: Array, p: Array) -> Array:
+def _squared_logarithmic(options: dict[str, Any], y: Array, p: Array) -> Array:
+    low = keras.config.epsilon()
+    positive, target = ops.maximum(p, low), ops.maximum(y, low)
+    slope = 2.0 * (ops.log(positive + 1.0) - ops.log(target + 1.0)) / (positive + 1.0)
+    return _where(p >= low, slope) / _columns(p)
+
+
+def _cosine(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y, p = ops.broadcast_to(y, ops.shape(p)), ops.convert_to_tensor(p)
+    most = 1.0 / keras.config.epsilon()  # where Keras stops dividing by a small norm
+    scale_y = ops.minimum(ops.rsqrt(ops.sum(ops.square(y), axis=-1, keepdims=True)), most)
+    scale = ops.rsqrt(ops.sum(ops.square(p), axis=-1, keepdims=True))
+    y, direction = y * scale_y, p * ops.minimum(scale, most)
+    along = _where(scale <= most, ops.sum(direction * y, axis=-1, keepdims=True) * direction)
+    return (along - y) * ops.minimum(scale, most)
+
+
+def _huber(options: dict[str, Any], y: Array, p: Array) -> Array:
+    return ops.clip(p - y, -options["delta"], options["delta"]) / _columns(p)
+
+
+def _log_cosh(options: dict[str, Any], y: Array, p: Array) -> Array:
     return ops.tanh(p - y) / _columns(p)
 
 
-def _hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
-    y = ops.cast(encode(y, p.shape[-1], "hinge"), p.dtype)
-    return ops.where(1.0 - y * p > 0, -y, ops.zeros_like(p)) / _columns(p)
+def _hinge(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y = _signs(y)
+    return _where(1.0 - y * p >= 0, ops.broadcast_to(-y, ops.shape(p))) / _columns(p)
 
 
-def _squared_hinge(config: dict[str, Any], y: Array, p: Array) -> Array:
-    y = ops.cast(encode(y, p.shape[-1], "hinge"), p.dtype)
+def _squared_hinge(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y = _signs(y)
     return -2.0 * y * ops.relu(1.0 - y * p) / _columns(p)
 
 
-def _poisson(config: dict[str, Any], y: Array, p: Array) -> Array:
+def _categorical_hinge(options: dict[str, Any], y: Array, p: Array) -> Array:
+    others = (1.0 - y) * p
+    largest = ops.max(others, axis=-1, keepdims=True)
+    hit = ops.cast(others == largest, p.dtype)  # among equals the derivative is shared
+    slope = (1.0 - y) * hit / ops.sum(hit, axis=-1, keepdims=True) - y
+    return _where(largest - ops.sum(y * p, axis=-1, keepdims=True) + 1.0 >= 0, slope)
+
+
+def _signs(y: Array) -> Array:
+    return ops.where(ops.all((y == 0) | (y == 1)), 2.0 * y - 1.0, y)
+
+
+def _divergence(options: dict[str, Any], y: Array, p: Array) -> Array:
+    low = keras.config.epsilon()
+    return _where((p >= low) & (p <= 1.0), -ops.clip(y, low, 1.0) / ops.clip(p, low, 1.0))
+
+
+def _poisson(options: dict[str, Any], y: Array, p: Array) -> Array:
     return (1.0 - y / (p + keras.config.epsilon())) / _columns(p)
 
 
-def _categorical(config: dict[str, Any], y: Array, p: Array) -> Array:
-    _need_logits(config)
-    smoothing = config.get("label_smoothing", 0.0)
-    y = y * (1.0 - smoothing) + smoothing / _columns(p)
+def _categorical(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y = _smoothed(options, y, p)
     return ops.softmax(p) * ops.sum(y, axis=-1, keepdims=True) - y
 
 
-def _sparse(config: dict[str, Any], y: Array, p: Array) -> Array:
-    _need_logits(config)
-    if config.get("ignore_class") is not None:
-        raise ValueError("feedback='error' does not support `ignore_class`; give those examples a sample weight of 0.")
-    labels = ops.reshape(ops.cast(y, "int32"), ops.shape(p)[:-1])
-    return ops.softmax(p) - ops.one_hot(labels, p.shape[-1], dtype=p.dtype)
+def _smoothed(options: dict[str, Any], y: Array, p: Array) -> Array:
+    return y * (1.0 - options["label_smoothing"]) + options["label_smoothing"] / _columns(p)
 
 
-def _binary(config: dict[str, Any], y: Array, p: Array) -> Array:
-    smoothing = config.get("label_smoothing", 0.0)
-    y = y * (1.0 - smoothing) + 0.5 * smoothing
-    if config.get("from_logits"):
-        return (ops.sigmoid(p) - y) / _columns(p)
-    low = keras.config.epsilon()
-    inside = ops.logical_and(p >= low, p <= 1.0 - low)
-    q = ops.clip(p, low, 1.0 - low)
-    return ops.where(inside, (q - y) / (q * (1.0 - q)), ops.zeros_like(p)) / _columns(p)
-
-
-def _need_logits(config: dict[str, Any]) -> None:
-    if not config.get("from_logits"):
+def _categorical_focal(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y, q, gamma = _smoothed(options, y, p), ops.softmax(p), options["gamma"]
+    alpha = ops.convert_to_tensor(options["alpha"], p.dtype)
+    if tuple(alpha.shape) not in ((), (p.shape[-1],)):
         raise ValueError(
-            "A categorical cross-entropy must work on the outputs themselves: use from_logits=True (and a linear last "
-            "activation). Received: from_logits=False"
+            f"`loss` must have one alpha, or one for each of the {p.shape[-1]} unit(s). Received: alpha={options['alpha']!r}"
         )
+    low = keras.config.epsilon()
+    c = ops.clip(q, low, 1.0 - low)
+    rest = 1.0 - c
+    slope = gamma * ops.power(rest, gamma - 1.0) * ops.log(c) - ops.power(rest, gamma) / c
+    slope = _where((q >= low) & (q <= 1.0 - low), alpha * y * slope)
+    return q * (slope - ops.sum(slope * q, axis=-1, keepdims=True))
 
 
-_DERIVATIVES: dict[str, Callable[[dict[str, Any], Array, Array], Array]] = {
-    "MeanSquaredError": _squared,
-    "MeanAbsoluteError": _absolute,
-    "Huber": _huber,
-    "LogCosh": _log_cosh,
-    "Hinge": _hinge,
-    "SquaredHinge": _squared_hinge,
-    "Poisson": _poisson,
-    "CategoricalCrossentropy": _categorical,
-    "SparseCategoricalCrossentropy": _sparse,
-    "BinaryCrossentropy": _binary,
-}
+def _sparse(options: dict[str, Any], y: Array, p: Array) -> Array:
+    return ops.softmax(p) - _one_hot(y, p)
+
+
+def _one_hot(y: Array, p: Array) -> Array:
+    labels = ops.broadcast_to(ops.cast(y, "int32"), ops.shape(p)[:-1])
+    return ops.one_hot(labels, p.shape[-1], dtype=p.dtype)
+
+
+def _generalized(options: dict[str, Any], y: Array, p: Array) -> Array:
+    hot = _one_hot(y, p)
+    return -hot * ops.power(ops.sum(p * hot, axis=-1, keepdims=True), options["q"] - 1.0)
+
+
+def _binary(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y = y * (1.0 - options["label_smoothing"]) + 0.5 * options["label_smoothing"]
+    if options["from_logits"]:
+        return (ops.sigmoid(p) - y) / _columns(p)
+    return _of_probabilities(y, p)[1] / _columns(p)
+
+
+def _of_probabilities(y: Array, p: Array) -> tuple[Array, Array]:
+    """A binary cross-entropy and its derivative, flat where Keras clips."""
+    low = keras.config.epsilon()
+    q = ops.clip(p, low, 1.0 - low)
+    slope = _where((p >= low) & (p <= 1.0 - low), (q - y) / (q * (1.0 - q)))
+    return -y * ops.log(q) - (1.0 - y) * ops.log(1.0 - q), slope
+
+
+def _binary_focal(options: dict[str, Any], y: Array, p: Array) -> Array:
+    y = y * (1.0 - options["label_smoothing"]) + 0.5 * options["label_smoothing"]
+    gamma, logits = options["gamma"], options["from_logits"]
+    q = ops.sigmoid(p) if logits else p
+    if logits:
+        value, slope = ops.softplus(p) - y * p, q - y
+        inner = q * (1.0 - q)
+    else:
+        value, slope = _of_probabilities(y, p)
+        inner = ops.ones_like(p)
+    rest = 1.0 - y * q - (1.0 - y) * (1.0 - q)
+    power = ops.power(rest, gamma)
+    found = power * slope - gamma * ops.power(rest, gamma - 1.0) * (2.0 * y - 1.0) * inner * value
+    if options["apply_class_balancing"]:
+        found = found * (y * options["alpha"] + (1.0 - y) * (1.0 - options["alpha"]))
+    return found / _columns(p)
+
+
+def _dice(options: dict[str, Any], y: Array, p: Array) -> Array:
+    axis = (-2, -1) if _axes(options["axis"]) == {0, 1} else -1
+    both = ops.sum(y * p, axis=axis, keepdims=True)
+    whole = ops.sum(y, axis=axis, keepdims=True) + ops.sum(p, axis=axis, keepdims=True) + keras.config.epsilon()
+    return 2.0 * (both / whole - y) / whole
+
+
+def _tversky(options: dict[str, Any], y: Array, p: Array) -> Array:
+    axis = (-2, -1) if _axes(options["axis"]) == {0, 1} else -1
+    alpha, beta = options["alpha"], options["beta"]
+    both, missed, extra = (ops.sum(one, axis=axis, keepdims=True) for one in (y * p, (1.0 - p) * y, p * (1.0 - y)))
+    whole = both + alpha * missed + beta * extra + keras.config.epsilon()
+    return (both / whole * (y - alpha * y + beta * (1.0 - y)) - y) / whole
+
+
+_SLOPES: tuple[tuple[Any, Slope], ...] = (
+    (keras.losses.mean_squared_error, _squared),
+    (keras.losses.mean_absolute_error, _absolute),
+    (keras.losses.mean_absolute_percentage_error, _percentage),
+    (keras.losses.mean_squared_logarithmic_error, _squared_logarithmic),
+    (keras.losses.cosine_similarity, _cosine),
+    (keras.losses.huber, _huber),
+    (keras.losses.log_cosh, _log_cosh),
+    (keras.losses.hinge, _hinge),
+    (keras.losses.squared_hinge, _squared_hinge),
+    (keras.losses.categorical_hinge, _categorical_hinge),
+    (keras.losses.kl_divergence, _divergence),
+    (keras.losses.poisson, _poisson),
+    (keras.losses.categorical_crossentropy, _categorical),
+    (keras.losses.categorical_focal_crossentropy, _categorical_focal),
+    (keras.losses.sparse_categorical_crossentropy, _sparse),
+    (keras.losses.categorical_generalized_cross_entropy, _generalized),
+    (keras.losses.binary_crossentropy, _binary),
+    (keras.losses.binary_focal_crossentropy, _binary_focal),
+    (keras.losses.dice, _dice),
+    (keras.losses.tversky, _tversky),
+)

@@ -28,6 +28,7 @@ from keras_blur.genome import Genome
 from keras_blur.layers.connection import TRACE, Connection
 from keras_blur.layers.dense import Dense, check_keywords, refuse_outer_training
 from keras_blur.layers.structural import StructuralMap, structural_map
+from keras_blur.losses import ignored_class
 from keras_blur.options import Rule
 from keras_blur.rule import SharedBatch, update_gate
 
@@ -174,6 +175,11 @@ class Sequential(CheckedModel):
             raise ValueError(
                 f"Layer {layer.name!r} must have no `activity_regularizer`, since a genome learns from the loss of "
                 f"`compile` alone. Received: {layer.activity_regularizer!r}"
+            )
+        if isinstance(layer, keras.layers.Masking):
+            raise ValueError(
+                f"Layer {layer.name!r} (Masking) makes a mask, which no layer of synapses passes on: give examples that are "
+                "to be left out a sample weight of 0."
             )
         twin = "keras_blur.layers.Dense" if isinstance(layer, keras.layers.Dense) else None
         if layer.weights or twin or isinstance(layer, keras.Model):
@@ -354,7 +360,7 @@ class Sequential(CheckedModel):
         Args:
             optimizer: must be `None`; stands where Keras has it.
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss, its name, or a
-                function. Labels are written as it takes them. `None` takes the rule's.
+                function of labels and predictions. Labels are written as it takes them. `None` takes the rule's.
             loss_weights: must be `None`; a network has one output.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
@@ -368,8 +374,8 @@ class Sequential(CheckedModel):
                 with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
 
         Raises:
-            ValueError: if an optimizer or loss weights are given, no loss is known, or its derivative is needed and not
-                known.
+            ValueError: if an optimizer or loss weights are given, no loss is known, or its derivative is needed and
+                `feedback.check_loss` refuses it.
         """
         if optimizer is not None:
             raise ValueError(
@@ -386,11 +392,8 @@ class Sequential(CheckedModel):
             known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
             raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
         resolved = feedbacks.resolve_loss(loss)
-        if self.rule.feedback == "error" and type(resolved).__name__ not in feedbacks.differentiable():
-            raise ValueError(
-                f"The derivative of the loss {type(resolved).__name__} is not known to feedback='error'. "
-                f"Known: {', '.join(feedbacks.differentiable())}."
-            )
+        if self.rule.feedback == "error":
+            feedbacks.check_loss(resolved)
         self._targets = targets
         self._learned_loss = resolved
         super().compile(
@@ -451,6 +454,10 @@ class Sequential(CheckedModel):
                 return feedbacks.error(self._learned_loss, y, prediction, weight, total)
         else:
             labels = feedbacks.encode(y, layers[-1].units, self.target_kind())
+            ignored = ignored_class(self._learned_loss)
+            if ignored is not None:
+                valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
+                weight = valid if weight is None else weight * valid
 
             def respond(prediction: Array) -> Array:
                 return labels
@@ -577,7 +584,7 @@ class Sequential(CheckedModel):
         units = self._synaptic()[-1].units
         error = self.rule.feedback == "error"
         kind = feedbacks.target_kind(self._learned_loss) if error else self.target_kind()
-        ignored = getattr(self._learned_loss, "ignore_class", None)
+        ignored = ignored_class(self._learned_loss)
         return Expected(features, (units,), kind, max(2, units), ignored, text)
 
     # What a person sees and what is saved.

@@ -12,18 +12,22 @@ ROOT = pathlib.Path(keras_blur.__file__).parent
 # Checks of plain arguments, which every room may import and which imports none.
 SHARED = {"arguments"}
 # Each room, and the rooms it may import from.
+# fmt: off
 BELOW = {
     "_version": set(),
     "files": set(),
-    "feedback": set(),
+    "losses": {"distribution"},
+    "feedback": {"losses"},
     "options": {"feedback"},
     "genome": {"options", "files", "checks"},
     "genomes": {"genome", "options", "files"},
     "rule": {"genome", "options"},
     "layers": {"rule", "genome", "options", "distribution", "random"},
     "network": {"layers", "rule", "genome"},
-    "checks": {"feedback", "random", "files"},
-    "models": {"network", "layers", "rule", "genome", "options", "feedback", "checks", "distribution", "files"},
+    "checks": {"feedback", "losses", "random", "files"},
+    "models": {
+        "network", "layers", "rule", "genome", "options", "feedback", "losses", "checks", "distribution", "files",
+    },
     "conversion": {"models", "layers", "rule", "genome", "options"},
     "conformance": {"network", "layers", "genome", "options"},
     "zoo": set(),
@@ -31,8 +35,12 @@ BELOW = {
     "compiling": set(),
     "distribution": set(),
     "tasks": {"random", "checks"},
-    "learners": {"network", "layers", "rule", "genome", "options", "feedback", "random", "distribution", "files", "checks"},
-    "meta": {"checks", "learners", "tasks", "genome", "random", "compiling", "distribution", "files"},
+    "learners": {
+        "network", "layers", "rule", "genome", "options", "feedback", "losses", "random", "distribution", "files", "checks",
+    },
+    "meta": {
+        "checks", "losses", "feedback", "learners", "tasks", "genome", "random", "compiling", "distribution", "files",
+    },
     "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all

@@ -29,10 +29,11 @@ from keras_blur.checks import CheckedModel, Expected, checked_validation, model_
 from keras_blur.compiling import compiled
 from keras_blur.distribution import mean, total
 from keras_blur.learners.base import places
+from keras_blur.losses import ExampleLosses, as_keras, per_example
 from keras_blur.meta import batches, settings
 from keras_blur.meta.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
 from keras_blur.meta.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
-from keras_blur.meta.training_losses import TrainingLoss, per_example
+from keras_blur.meta.training_losses import TrainingLoss
 
 Array = Any
 ORDERS = ("meta", "model")
@@ -149,7 +150,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         Args:
             optimizer: any Keras optimizer, of the model.
             meta_optimizer: any Keras optimizer, of the outer parameters; Adam at 1e-3 by default.
-            loss: a Keras loss or its name: of each example in training, of the batch on meta data.
+            loss: a Keras loss, its name, or a function of labels and predictions: of each example in training, of the
+                batch on meta data. Ranks, masks and reductions are those of Keras's `fit`.
             metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
                 prediction of which a training loss asks the loss first.
             weighted_metrics: metrics that take the sample weights of validation data.
@@ -162,13 +164,13 @@ class BilevelTrainer(CheckedModel, OuterLoop):
                 mixed_float16, as in Keras.
 
         Raises:
-            ValueError: if there is no loss, an optimizer clips on several replicas, stands in two places or was built for
-                other weights, or the estimator needs a learning rate and the optimizer has none.
+            ValueError: if `loss` is missing or no Keras loss, if an optimizer clips on several replicas, stands in two
+                places or was built for other weights, or if the estimator needs a learning rate and the optimizer has none.
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
         arguments.count("steps_per_execution", steps_per_execution)
-        self._loss_of = keras.losses.get(loss)
+        self._loss_of = as_keras(loss)
         self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, "metrics": metrics}))
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         scaling = auto_scale_loss and self.dtype_policy.name == "mixed_float16"
@@ -459,18 +461,14 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any
     ) -> tuple[Array, list[Array], Array]:
         """The training loss, what the model's buffers would be, and its prediction."""
-        predictions: list[Array] = []
-
-        def each(y: Array, prediction: Array) -> Array:
-            predictions.append(prediction)
-            return self._each(y, prediction)
-
+        losses = ExampleLosses(self._loss_of)
         with self._scope(outer, weights) as scope:
-            loss = self._training_loss(self.model, *batch, each)
+            loss = self._training_loss(self.model, *batch, losses)
             others = self.model.losses
             dtype = widest([loss, *others])
             loss = tf.add_n([tf.cast(tf.reduce_sum(one), dtype) for one in (loss, *others)])
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
+        predictions = losses.predictions
         if not predictions:  # a loss of its own kind
             with self._scope(outer, weights):
                 predictions.append(self.model(batch[0], training=False))
@@ -479,11 +477,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _judge(self, weights: Mapping[str, Array], batch: Any) -> Array:
         x, y = batch
         with self._scope({}, weights):
-            return tf.reduce_mean(self._each(y, self.model(x, training=self.judge_training)))
-
-    def _each(self, y: Array, prediction: Array) -> Array:
-        """The loss of each example, `[batch]`."""
-        return per_example(self._loss_of, y, prediction)
+            return tf.reduce_mean(per_example(self._loss_of, y, self.model(x, training=self.judge_training)))
 
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None

@@ -14,10 +14,11 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_blur import arguments
 from keras_blur.checks import checked_arrays, model_expects
-from keras_blur.meta.training_losses import per_example
+from keras_blur.losses import as_keras, check_weighable, mask_of, per_example
 from keras_blur.tasks.datasets import needs
 
 
@@ -80,8 +81,8 @@ class PseudoCleanSplit:
 
         Args:
             model: one that has begun to learn.
-            x, y: inputs `[n, ...]` and labels of which some are wrong.
-            loss: a Keras loss or its name.
+            x, y: inputs `[n, ...]`, and labels as the loss takes them, some of which are wrong.
+            loss: a Keras loss, its name, or a function of labels and predictions.
             batch_size: examples at a time.
 
         Returns:
@@ -90,6 +91,17 @@ class PseudoCleanSplit:
         Raises:
             ValueError: if data don't fit the model or the loss, a loss is not finite, or all are the same.
         """
+        loss = as_keras(loss)
         x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
-        prediction = model.predict(x, batch_size=batch_size, verbose=0)
-        return self.probabilities(np.array(per_example(keras.losses.get(loss), y, prediction))) > self.threshold
+        predict = tf.function(lambda batch: _with_mask(model(batch, training=False)))
+        parts = [predict(x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
+        prediction = tf.concat([one for one, _ in parts], 0)
+        if parts[0][1] is not None:
+            prediction._keras_mask = tf.concat([mask for _, mask in parts], 0)
+        losses = per_example(loss, y, prediction)
+        check_weighable(losses)
+        return self.probabilities(np.array(losses)) > self.threshold
+
+
+def _with_mask(prediction: Any) -> tuple[Any, Any]:
+    return prediction, mask_of(prediction)

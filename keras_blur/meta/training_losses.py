@@ -12,7 +12,6 @@ one is a subclass with that one function.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,16 +20,9 @@ from keras import ops
 
 from keras_blur import arguments
 from keras_blur.distribution import share, total
+from keras_blur.losses import ExampleLosses, check_weighable
 
 Array = Any
-Losses = Callable[[Array, Array], Array]
-
-
-def per_example(loss: Any, y: Array, prediction: Array) -> Array:
-    """What a Keras loss, an instance or a function, says of each example, `[batch]`, in float32."""
-    of = loss.call if isinstance(loss, keras.losses.Loss) else loss
-    values = of(y, ops.cast(prediction, "float32"))
-    return ops.mean(values, axis=tuple(range(1, len(values.shape)))) if len(values.shape) > 1 else values
 
 
 class TrainingLoss(keras.Model):
@@ -40,13 +32,14 @@ class TrainingLoss(keras.Model):
         super().__init__(name=name)
         self.built, self.autocast = True, False  # the layers that it has cast their own inputs
 
-    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
         """The loss of a batch.
 
         Args:
             model: the model that learns; call it with `training=True`.
             x, y: the batch.
-            losses: from labels and predictions to the loss of each example, `[batch]`.
+            losses: from labels and predictions to the loss of each example, `[batch]`; their mean is what Keras's `fit`
+                would minimise.
 
         Returns:
             A scalar.
@@ -95,8 +88,9 @@ class SampleWeightNet(TrainingLoss):
         """Weights `[batch]` of losses `[batch]`."""
         return self.second(self.first(ops.expand_dims(inputs, -1)))[:, 0]
 
-    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
         each = losses(y, model(x, training=True))
+        check_weighable(each)
         weights = ops.cast(self(ops.stop_gradient(each)), each.dtype)
         # Over replicas the sum is that of the whole batch, and has a derivative; each has its part of a mean.
         replicas = share().count
@@ -132,7 +126,7 @@ class LearnedRotation(TrainingLoss):
         """Images `[batch, height, width, channels]`, rotated around their middle; what comes from outside is 0."""
         return rotated(inputs, self.angle)
 
-    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
         return ops.mean(losses(y, model(self(x), training=True)))
 
     def read(self) -> dict[str, Array]:
@@ -148,8 +142,10 @@ class Hyperparameters(TrainingLoss):
 
     Args:
         weight_decay: factor of half the sum of squares of the model's kernels, above 0.
-        label_smoothing: share of a label that is spread evenly over all classes, between 0 and 1; labels are integers.
-        class_weights: number of classes; the weight of each is learned, 1 at first, and 1 on average.
+        label_smoothing: share of a label that is spread evenly over all classes, between 0 and 1; labels are integers or
+            one column a class.
+        class_weights: number of classes; the weight of each is learned, 1 at first, and 1 on average. Labels have shape
+            (batch,), (batch, 1) or (batch, classes).
 
     Raises:
         ValueError: if none is given, or one is out of range.
@@ -186,22 +182,41 @@ class Hyperparameters(TrainingLoss):
         if class_weights is not None:
             self.class_logits = self.add_weight(name="class_logits", shape=(class_weights,), initializer="zeros")
 
-    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: Losses) -> Array:
+    def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
         prediction = model(x, training=True)
-        each = losses(y, prediction)
-        if self.given["label_smoothing"] is not None:
-            spread = ops.cast(ops.sigmoid(self.smoothing_logit), each.dtype)
-            classes = range(prediction.shape[-1])
-            even = sum(losses(ops.full_like(y, c), prediction) for c in classes) / len(classes)
-            each = (1.0 - spread) * each + spread * even
+        if self.given["label_smoothing"] is None:
+            each = losses(y, prediction)
+        else:
+            each = losses.smoothed(y, prediction, ops.sigmoid(self.smoothing_logit))
         if self.given["class_weights"] is not None:
-            each = each * ops.take(ops.cast(self._weights_of_classes(), each.dtype), ops.cast(y, "int32"))
+            check_weighable(each)
+            each = each * ops.cast(self._weights_of(y, prediction), each.dtype)
         loss = ops.mean(each)
         if self.given["weight_decay"] is not None:
             kernels = [v for v in model.trainable_variables if len(v.shape) > 1]
             squares = sum(ops.cast(ops.sum(ops.square(v)), loss.dtype) for v in kernels)
             loss = loss + 0.5 * ops.cast(ops.exp(self.log_decay), loss.dtype) * squares
         return loss
+
+    def _weights_of(self, y: Array, prediction: Array) -> Array:
+        """The weight of each example, `[batch]`, of labels `[batch]`, `[batch, 1]` or `[batch, classes]`."""
+        count, columns = int(self.class_logits.shape[0]), prediction.shape[-1]
+        if count != max(2, columns):
+            raise ValueError(
+                f"`class_weights` must be the number of classes, {max(2, columns)}, as the model has {columns} output(s). "
+                f"Received: class_weights={count}"
+            )
+        weights = self._weights_of_classes()
+        if len(y.shape) == len(prediction.shape) == 2 and y.shape[-1] == columns > 1:
+            return ops.matmul(ops.relu(ops.cast(y, weights.dtype)), weights[:, None])[:, 0]
+        if len(y.shape) == 2 and y.shape[-1] == 1:
+            y = y[:, 0]
+        if len(y.shape) != 1:
+            raise ValueError(
+                "`class_weights` must go with labels of shape (batch,), (batch, 1) or (batch, classes). Received: labels of "
+                f"shape {tuple(y.shape)}"
+            )
+        return ops.take(weights, ops.clip(ops.cast(y, "int32"), 0, count - 1))  # an ignored label may lie outside
 
     def _weights_of_classes(self) -> Array:
         return self.given["class_weights"] * ops.softmax(self.class_logits)
