@@ -406,6 +406,8 @@ def _one_hot(y: Array, p: Array) -> Array:
 
 
 def _generalized(options: dict[str, Any], y: Array, p: Array) -> Array:
+    if p.shape[-1] == 1:
+        raise ValueError("`loss` must have an output for each class. Received: one output for a generalized cross-entropy")
     hot = _one_hot(y, p)
     return -hot * ops.power(ops.sum(p * hot, axis=-1, keepdims=True), options["q"] - 1.0)
 

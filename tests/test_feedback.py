@@ -224,7 +224,6 @@ def test_encode_names_a_wrong_shape(shape, units, kind, named):
         ("huber", "values"),
         ("log_cosh", "values"),
         ("poisson", "values"),
-        ("categorical_generalized_cross_entropy", "classes"),
         ("cosine_similarity", "values"),
     ],
 )
