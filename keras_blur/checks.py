@@ -67,7 +67,8 @@ def label_kind(loss: Any) -> str | None:
         loss = feedbacks.resolve_loss(loss)
     except ValueError:
         return None
-    known = type(loss).__module__.split(".")[0] == "keras" and type(loss).__name__ not in ("CTC", "Circle")
+    name = type(loss).__name__
+    known = getattr(keras.losses, name, None) is type(loss) and name not in ("CTC", "Circle")
     return feedbacks.target_kind(loss) if known else None
 
 

@@ -338,7 +338,7 @@ def test_load_by_name(tmp_path):
         assert isinstance(genomes.load(name), Genome)
     with pytest.raises(ValueError, match=r"`name` must be backprop, .*Received: name='mnist-5000'"):
         genomes.load("mnist-5000")
-    with pytest.raises(ValueError, match="could not be read"):
+    with pytest.raises(ValueError, match=r"`name` must be backprop, .* or the path of a genome file"):
         genomes.load(tmp_path)
 
 

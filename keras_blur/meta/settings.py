@@ -17,6 +17,7 @@ import json
 import math
 import struct
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,7 +103,9 @@ def _package(value: Any) -> str:
 def _config(value: Any, above: tuple[int, ...]) -> dict[str, Any]:
     """The configuration of a Keras object, with its names numbered in the order in which they come."""
     try:
-        config = _described(value.get_config(), above)
+        with warnings.catch_warnings():  # Keras warns of a lambda, which is only compared here
+            warnings.simplefilter("ignore")
+            config = _described(value.get_config(), above)
     except (NotImplementedError, TypeError, ValueError):  # a class of the user's without one
         return {}
     names: dict[str, str] = {}
