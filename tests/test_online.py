@@ -257,7 +257,10 @@ def policy(request):
     keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16", "mixed_float16"], indirect=True)
+_SLOW = [pytest.param(policy, marks=pytest.mark.slow) for policy in ("float64", "mixed_bfloat16")]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", *_SLOW], indirect=True)
 def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
     model, (x, y) = learned(), sequences(5)
     model.compile(keras.optimizers.SGD(0.1), keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=False)

@@ -268,7 +268,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("name", RATES)
-@pytest.mark.parametrize("kind", [trainer, bilevel])
+@pytest.mark.parametrize("kind", [pytest.param(trainer, marks=pytest.mark.slow), bilevel])
 def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
     before, now, used, said = RATES[name]
     path, make = (

@@ -94,7 +94,13 @@ def test_the_root_is_the_root_and_not_a_number_stays_so():
     np.testing.assert_allclose(tape.gradient(found, values)[:3], [0.0, 0.5e15, 0.5 / np.sqrt(2.0)], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("maml", name) for name in OPTIMIZERS), ("warp", "adam"), ("warp", "rmsprop")])
+_OTHERS = [*(("maml", name) for name in OPTIMIZERS if name != "adam"), ("warp", "adam")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("maml", "adam"), ("warp", "rmsprop"), *(pytest.param(*one, marks=pytest.mark.slow) for one in _OTHERS)],
+)
 def test_meta_gradients_of_dead_inputs(kind, name):
     make = warp if kind == "warp" else lambda optimizer: learners.MAML(optimizer, (5,), "relu")
     learner, data = make(OPTIMIZERS[name]()), dead()
