@@ -7,6 +7,7 @@ batch to one boolean in its own graph, and only a batch that looks wrong goes th
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import inspect
@@ -257,9 +258,9 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
 class CheckedModel(keras.Model):
     """A Keras model that checks its data; a subclass has `_expected`."""
 
+    @abc.abstractmethod
     def _expected(self) -> Expected:
         """The data that the model takes."""
-        raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras, with the data checked as in `fit`."""

@@ -27,7 +27,7 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
-from keras_blur.distribution import mean, total
+from keras_blur.distribution import mean, share, total
 from keras_blur.learners.base import places
 from keras_blur.losses import ExampleLosses, as_keras, per_example
 from keras_blur.meta import batches, settings
@@ -500,8 +500,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
 
 def _size(batch: Any) -> Array:
-    """The number of examples of a batch."""
-    return tf.cast(tf.shape(batch[0])[0], tf.float32)
+    """The number of examples of a batch on all replicas, each of which has the same part."""
+    return tf.cast(tf.shape(batch[0])[0] * share().count, tf.float32)
 
 
 def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:

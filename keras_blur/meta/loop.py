@@ -249,7 +249,7 @@ class OuterLoop(keras.Model):
         """Lets the averages of `use_ema` start at the weights, so that a skipped first step leaves them there."""
         for optimizer, _ in self.optimizers().values():
             for own in parts(optimizer):
-                if own.built and own.use_ema and not int(own.iterations):
+                if own.built and own.use_ema and not int(own.iterations.numpy()):
                     for average, variable in zip(own._model_variables_moving_average, own._trainable_variables, strict=True):
                         average.assign(variable.value)
 
