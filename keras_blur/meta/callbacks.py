@@ -238,6 +238,6 @@ class Checkpoint(keras.callbacks.Callback):
     def write(self) -> None:
         """Writes it now."""
         if self.model.runner.writes_files:
-            memory = files.Memory(self.path)
+            memory = files.Memory(os.path.basename(self.path))
             self.model.save_weights(memory)
             settings.write(self.path, memory, self.made_with)
