@@ -153,10 +153,11 @@ def cut(concrete: Any, given: Sequence[Any], variables: Sequence[keras.Variable]
     written = [number for number, name in now.items() if name != before[number]]
     wanted = [name if ":" in name else name + ":0" for name in [*returned, *(now[number] for number in written)]]
     specs = [tf.TensorSpec(value.shape[1:], value.dtype) for value in arguments]
+    read = {name.partition(":")[0] for name in wanted}.union(*(node.input for node in made.node))  # some are only written
 
     @tf.function(jit_compile=True, autograph=False, input_signature=specs)
     def computation(*values: Array) -> list[Array]:
-        fed = dict(zip(placeholders, values, strict=True))
+        fed = {name: value for name, value in zip(placeholders, values, strict=True) if name.partition(":")[0] in read}
         return tf.graph_util.import_graph_def(made, input_map=fed, return_elements=wanted, name="")
 
     sums = sum(op.type == "CrossReplicaSum" for op in inside)
