@@ -94,7 +94,7 @@ def assert_same(found, wanted, tolerance):
 def test_meta_training_does_not_depend_on_the_number_of_replicas(case):
     alone = run(what="meta", case=case, replicas=0)
     assert np.ptp(alone["values"]) > 0.1
-    for count in (1, 2, 4) if case == "unroll" else (2, 4):
+    for count in (2, 4):
         assert_same(run(what="meta", case=case, replicas=count), alone, 1e-6)
     if case == "unroll":
         assert_same(run(what="meta", case=case, replicas=2, jit=True), alone, 1e-6)
