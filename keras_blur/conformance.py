@@ -140,6 +140,12 @@ def replay(path: str | os.PathLike[str]) -> Report:
     return Report(os.path.splitext(os.path.basename(vectors.name))[0], errors, excess, worst)
 
 
+def _short(error: Exception) -> str:
+    """An error's message on one line, cut where it shows the bytes of a file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _largest(values: np.ndarray) -> float:
     return 0.0 if not values.size else float(np.max(np.where(np.isfinite(values), values, np.inf)))
 
@@ -164,7 +170,7 @@ class _Vectors:
         except (OSError, zipfile.BadZipFile, ValueError, TypeError, EOFError, zlib.error) as error:
             if isinstance(error, ValueError) and str(error).startswith(path):
                 raise
-            raise ValueError(f"{path} could not be read as a vector file; it may be damaged: {error}") from error
+            raise ValueError(f"{path} could not be read as a vector file; it may be damaged: {_short(error)}") from error
         if not isinstance(self.config, dict):
             raise ValueError(f"{path}: `config` must be a JSON object. Received: {self.config!r}")
         sizes = self.option("sizes")

@@ -302,11 +302,14 @@ class Genome:
         if document.get("checksum") != _checksum(body):
             raise ValueError(f"{source} is damaged: its checksum does not fit its content.")
         try:
+            if not isinstance(body["rule"], Mapping):
+                raise TypeError(f"its rule is {body['rule']!r}")
             rule = Rule.from_config(body["rule"])
-            arrays = {
-                name: np.array(entry["values"], dtype=entry["dtype"]).reshape(entry["shape"])
-                for name, entry in body["arrays"].items()
-            }
+            with np.errstate(over="ignore"):  # a number too large becomes infinite, and is refused
+                arrays = {
+                    name: np.array(entry["values"], dtype=entry["dtype"]).reshape(entry["shape"])
+                    for name, entry in body["arrays"].items()
+                }
             return cls(rule, arrays)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not a complete genome: {error!r}.") from error
@@ -440,11 +443,11 @@ def _array(name: str, value: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"`{name}` must be an array of numbers. Received: {value!r}") from error
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"`{name}` must be an array of real numbers. Received: {value!r}")
+        raise ValueError(f"`{name}` must be an array of real numbers. {arguments.received(name, value)}")
     if array.dtype != np.float64 or not isinstance(value, (np.ndarray, np.generic)):
         array = array.astype(np.float32)
     if not np.all(np.isfinite(array)):
-        raise ValueError(f"`{name}` must be finite. Received: {array!r}")
+        raise ValueError(f"`{name}` must be finite. {arguments.received(name, array)}")
     array = np.array(array)
     array.flags.writeable = False
     return array

@@ -254,7 +254,7 @@ class Rule:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config) - known)
         if unknown:
-            raise ValueError(f"Unknown option(s) of a Rule: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+            raise ValueError(f"Unknown option(s) of a Rule: {', '.join(unknown)[:150]}; its docstring lists them all.")
         return cls(**config)
 
 

@@ -276,7 +276,7 @@ class OuterLoop(keras.Model):
                 self._load(copy, before["rates"], now["rates"])
         except _OtherSettings:
             raise
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, UserWarning) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"Checkpoint {path!r} is damaged, or none of a trainer: {reason}") from error
         for name, (optimizer, _) in self.optimizers().items():
@@ -307,7 +307,9 @@ class OuterLoop(keras.Model):
                 kept[name] = optimizer
                 setattr(self, name, like)
         try:
-            self.load_weights(path)
+            with warnings.catch_warnings():  # Keras only warns of an optimizer whose state it leaves out
+                warnings.filterwarnings("error", "Skipping variable loading", UserWarning)
+                self.load_weights(path)
             for name, optimizer in kept.items():
                 for variable, other in zip(_state(optimizer), _state(getattr(self, name)), strict=True):
                     variable.assign(other)
