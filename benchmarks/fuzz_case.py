@@ -16,7 +16,7 @@ class Case(NamedTuple):
         group: kind of file, or name of the function.
         text: what is done, for a person.
         run: does it and returns a result; raises an `AssertionError` if that is wrong.
-        names: strings, of which an error's message must have at least one.
+        names: strings; an error's message must contain at least one of them.
     """
 
     group: str

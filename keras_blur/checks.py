@@ -627,7 +627,7 @@ def _plain(shape: Shape) -> str:
 
 
 def _described(value: Any) -> str:
-    """What came in the place of an array."""
+    """A description of what was given instead of an array."""
     if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(repr, value))}"
     if isinstance(value, (tf.RaggedTensor, tf.RaggedTensorSpec)):

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_blur import learners, meta, tasks
 from keras_blur.meta.estimator import accuracy, explained, right_bits
 
-HUGE = 1e25  # weights of which every loss overflows
+HUGE = 1e25  # weights this large overflow every loss
 
 
 class Spoiled(learners.MAML):

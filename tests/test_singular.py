@@ -162,7 +162,7 @@ def test_a_rule_that_orthogonalises_has_a_meta_gradient_of_dead_layers():
 
 
 def flat_problem():
-    """A network of two layers of which the last has one output, on inputs of zeros: every gradient but the bias's is 0."""
+    """A two-layer network with one output, on inputs of zeros: only the bias has a gradient that is not 0."""
     x = tf.zeros((4, 3))
 
     def predict(w):

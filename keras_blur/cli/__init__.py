@@ -21,7 +21,7 @@ from keras_blur.cli.flags import Flags
 COMMANDS = {
     "fit": "train a network by a genome on images, beside Keras SGD",
     "meta-train": "find a genome on images or toy tasks, from random numbers",
-    "reweight": "train on labels of which some are wrong, with example weights learned from a few correct ones",
+    "reweight": "train on partly wrong labels, with example weights learned from a few correct ones",
     "evaluate": "how a genome learns, over seeds and steps",
     "compare": "a genome beside tuned optimizers, on images or toy tasks",
     "zoo": "the trained genomes of the package, and their cards",

@@ -1,4 +1,4 @@
-"""`keras-blur reweight`: a network learns from labels of which some are wrong, with learned weights of examples."""
+"""`keras-blur reweight`: a network learns from partly wrong labels, with learned example weights."""
 
 from __future__ import annotations
 

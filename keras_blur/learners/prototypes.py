@@ -39,7 +39,7 @@ class TwoSides(NamedTuple):
 
 
 class Prototypes(MetaLearner):
-    """A dense embedding, the outer parameters, and a prototype for each class of which the support has an example.
+    """A dense embedding, the outer parameters, and a prototype for each class that occurs in the support.
 
     A class without an example is never predicted.
 

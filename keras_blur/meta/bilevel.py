@@ -500,7 +500,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
 
 def _size(batch: Any) -> Array:
-    """The number of examples of a batch on all replicas, each of which has the same part."""
+    """The number of examples of a batch over all replicas, which share it evenly."""
     return tf.cast(tf.shape(batch[0])[0] * share().count, tf.float32)
 
 

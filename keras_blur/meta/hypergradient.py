@@ -165,7 +165,7 @@ class LookAhead:
         self._outer = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
         with tf.GradientTape(persistent=True) as self._above:
             self._above.watch(self._outer)
-            # Scaled: dividing here would let the way back begin with numbers too small for float16.
+            # Scaled: dividing here would start the backward pass with numbers too small for float16.
             self._first = gradient(lambda values: scaled(problem.train(self._outer, values), problem.scale), weights)[1]
         self.training: dict[str, Array] = problem.mean(unscaled(self._first, problem.scale))
         self.weights = {n: value - tf.cast(alpha, value.dtype) * self.training[n] for n, value in weights.items()}

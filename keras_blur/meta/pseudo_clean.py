@@ -81,7 +81,7 @@ class PseudoCleanSplit:
 
         Args:
             model: one that has begun to learn.
-            x, y: inputs `[n, ...]`, and labels as the loss takes them, some of which are wrong.
+            x, y: inputs `[n, ...]`, and labels as the loss takes them, some of them wrong.
             loss: a Keras loss, its name, or a function of labels and predictions.
             batch_size: examples at a time.
 

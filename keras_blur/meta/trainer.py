@@ -355,7 +355,7 @@ class MetaTrainer(OuterLoop):
             verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
 
         Raises:
-            ValueError: if the checkpoint was made with other settings, each of which is named, or is damaged.
+            ValueError: if the checkpoint is damaged or was made with other settings, which are named.
             OSError: if the checkpoint cannot be written; later, if the disk is full.
         """
         return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose, initial_epoch)
