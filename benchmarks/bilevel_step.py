@@ -30,8 +30,8 @@ import tensorflow as tf
 from absl import app, flags
 from measure import PeakMemory
 
-from keras_blur import meta
-from keras_blur.meta.hypergradient import HypergradientEstimator
+from keras_blur import bilevel
+from keras_blur.bilevel.hypergradient import HypergradientEstimator
 
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Blocks of each estimator.", lower_bound=3)
 _NETWORK = flags.DEFINE_multi_enum("network", None, ["deep", "conv", "lenet"], "What to run; all by default.")
@@ -41,34 +41,38 @@ _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: network,place of 
 _BLOCK, _LARGE = 5, {"deep": 30000, "conv": 3000, "lenet": 3000}
 
 _WEIGHTS: dict[str, HypergradientEstimator] = {
-    "exact one step (Meta-Weight-Net)": meta.OneStep(),
-    "last two layers (FaMUS, fixed cut)": meta.LayerwiseMetaGradient("last:2"),
-    "sampled, all layers (FaMUS)": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
-    "EvoGrad": meta.EvoGrad(),
-    "finite difference": meta.FiniteDifference(),
+    "exact one step (Meta-Weight-Net)": bilevel.OneStep(),
+    "last two layers (FaMUS, fixed cut)": bilevel.LayerwiseMetaGradient("last:2"),
+    "sampled, all layers (FaMUS)": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=2)),
+    "EvoGrad": bilevel.EvoGrad(),
+    "finite difference": bilevel.FiniteDifference(),
 }
-_AMONG = {"sampled, last four layers (FaMUS)": meta.LayerwiseMetaGradient("last:4", meta.GradientSampler(target=2))}
+_AMONG = {"sampled, last four layers (FaMUS)": bilevel.LayerwiseMetaGradient("last:4", bilevel.GradientSampler(target=2))}
 ESTIMATORS: dict[str, dict[str, HypergradientEstimator]] = {
     "deep": {**_WEIGHTS, **_AMONG},
     "conv": _WEIGHTS,
-    "lenet": {"exact one step": meta.OneStep(), "EvoGrad": meta.EvoGrad(), "finite difference": meta.FiniteDifference()},
+    "lenet": {
+        "exact one step": bilevel.OneStep(),
+        "EvoGrad": bilevel.EvoGrad(),
+        "finite difference": bilevel.FiniteDifference(),
+    },
 }
 
 
-def network(name: str) -> tuple[keras.Model, type[meta.TrainingLoss], int]:
+def network(name: str) -> tuple[keras.Model, type[bilevel.TrainingLoss], int]:
     """The model, what is learned beside it, and the size of a batch."""
     dense, conv, pool = keras.layers.Dense, keras.layers.Conv2D, keras.layers.MaxPooling2D
     if name == "deep":
         layers = [keras.Input((32,)), *(dense(256, "relu") for _ in range(8)), dense(10)]
-        return keras.Sequential(layers), meta.SampleWeightNet, 100
+        return keras.Sequential(layers), bilevel.SampleWeightNet, 100
     if name == "conv":
         layers = [keras.Input((28, 28, 1)), conv(16, 3, activation="relu"), pool(2), conv(32, 3, activation="relu"),
                   pool(2), keras.layers.Flatten(), dense(64, "relu"), dense(10)]  # fmt: skip
-        return keras.Sequential(layers), meta.SampleWeightNet, 100
+        return keras.Sequential(layers), bilevel.SampleWeightNet, 100
     first = conv(6, 5, padding="same", activation="relu")
     layers = [keras.Input((28, 28, 1)), first, pool(2), conv(16, 5, activation="relu"),
               pool(2), keras.layers.Flatten(), dense(120, "relu"), dense(84, "relu"), dense(10)]  # fmt: skip
-    return keras.Sequential(layers), meta.LearnedRotation, 128
+    return keras.Sequential(layers), bilevel.LearnedRotation, 128
 
 
 def runner(
@@ -87,7 +91,7 @@ def runner(
         model.fit(data, steps_per_epoch=3, shuffle=False, verbose=0)
         stream = iter(data)
         return lambda: float(model.train_function(stream)["loss"])
-    trainer = meta.BilevelTrainer(model, of(), estimator, first="model" if name == "lenet" else "meta")
+    trainer = bilevel.BilevelTrainer(model, of(), estimator, first="model" if name == "lenet" else "meta")
     trainer.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-4), loss, jit_compile=jit_compile)
     trainer.fit(x, y, meta_data=(x, y), batch_size=size, steps_per_epoch=3, verbose=0)
     return trainer.meta_train_step

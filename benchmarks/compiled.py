@@ -38,9 +38,10 @@ import tensorflow as tf
 from absl import app, flags
 
 import keras_blur as kb
-from keras_blur import feedback, learners, meta, network, random, tasks
+from keras_blur import bilevel, learners, meta, random, tasks
 from keras_blur.cli.meta_train import RULE
 from keras_blur.compiling import operations, without_tpu_kernel
+from keras_blur.core import feedback, network
 from keras_blur.files import write_text
 from keras_blur.meta import callbacks
 from keras_blur.report import compare
@@ -311,7 +312,7 @@ def bilevel_step(estimator: Any, meta_model: str = "SampleWeightNet") -> Program
     middle = [keras.layers.BatchNormalization(), keras.layers.Activation("tanh")]
     model = keras.Sequential([keras.Input(shape), *flat, dense[0], *middle, dense[1]])
     options = {"weight_decay": 0.1, "label_smoothing": 0.1, "class_weights": 3} if meta_model == "Hyperparameters" else {}
-    trainer = meta.BilevelTrainer(model, getattr(meta, meta_model)(**options), estimator)
+    trainer = bilevel.BilevelTrainer(model, getattr(bilevel, meta_model)(**options), estimator)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)
     trainer.compile(keras.optimizers.SGD(0.1, momentum=0.9), adam, loss, jit_compile=False)
@@ -323,7 +324,7 @@ def bilevel_step(estimator: Any, meta_model: str = "SampleWeightNet") -> Program
         for number in range(CALLS)
     ]
     # Sample weights begin equal, so that the first outer gradients are small sums of large terms; a difference rounds more.
-    tolerance = 1e-2 if isinstance(estimator, meta.FiniteDifference) else 1e-3
+    tolerance = 1e-2 if isinstance(estimator, bilevel.FiniteDifference) else 1e-3
     return Program(trainer._program(True).python_function, calls, tolerance)
 
 
@@ -472,15 +473,16 @@ def _rows() -> dict[str, Callable[[], Program]]:
         of = tasks.augment(tasks.functions("blobs3"), key)
         add(f"meta-step, unroll, {type(key).__name__}", meta_step, meta.Unroll(2), RULE, of)
 
-    bilevel = {
-        "one step": meta.OneStep(), "difference": meta.FiniteDifference(width=0.1), "evograd": meta.EvoGrad(3, sigma=0.1),
-        "cut": meta.LayerwiseMetaGradient("last:1"),
-        "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4)),
+    inner = {
+        "one step": bilevel.OneStep(), "difference": bilevel.FiniteDifference(width=0.1),
+        "evograd": bilevel.EvoGrad(3, sigma=0.1),
+        "cut": bilevel.LayerwiseMetaGradient("last:1"),
+        "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=4)),
     }  # fmt: skip
-    for name, one in bilevel.items():
+    for name, one in inner.items():
         add(f"bilevel step, {name}", bilevel_step, one)
     for model in ("LearnedRotation", "Hyperparameters"):
-        add(f"bilevel step, {model}", bilevel_step, meta.OneStep(), model)
+        add(f"bilevel step, {model}", bilevel_step, bilevel.OneStep(), model)
 
     for place in ("learn", "score"):
         for rule in COVER:

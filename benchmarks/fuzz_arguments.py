@@ -15,7 +15,7 @@ import tensorflow as tf
 from fuzz_case import Case
 
 import keras_blur as kb
-from keras_blur import random
+from keras_blur import bilevel, random
 
 NUMBERS: tuple[Any, ...] = (
     -1, 0, 1, 2, 3, 5, True, 0.0, 0.5, 1.0, 1.5, -0.5, 1e9, float("nan"), float("inf"), "2", None, [2], (),
@@ -264,19 +264,19 @@ def targets(folder: str) -> list[Target]:
             )
         ),
         *(
-            Target(f"meta.{one.__name__}", one, {}, estimator)
+            Target(f"bilevel.{one.__name__}", one, {}, estimator)
             for one in (
-                meta.OneStep,
-                meta.FiniteDifference,
-                meta.EvoGrad,
-                meta.LayerwiseMetaGradient,
-                meta.GradientSampler,
-                meta.PseudoCleanSplit,
+                bilevel.OneStep,
+                bilevel.FiniteDifference,
+                bilevel.EvoGrad,
+                bilevel.LayerwiseMetaGradient,
+                bilevel.GradientSampler,
+                bilevel.PseudoCleanSplit,
             )
         ),
-        Target("meta.SampleWeightNet", meta.SampleWeightNet),
-        Target("meta.LearnedRotation", meta.LearnedRotation),
-        Target("meta.Hyperparameters", meta.Hyperparameters, {"weight_decay": 1e-3}),
+        Target("bilevel.SampleWeightNet", bilevel.SampleWeightNet),
+        Target("bilevel.LearnedRotation", bilevel.LearnedRotation),
+        Target("bilevel.Hyperparameters", bilevel.Hyperparameters, {"weight_decay": 1e-3}),
         Target("meta.UnrollCurriculum", meta.UnrollCurriculum, {"stages": [(0, 1)]}, pools=stages),
         Target(
             "meta.MetaValidate",
@@ -296,10 +296,10 @@ def targets(folder: str) -> list[Target]:
             },
         ),
         Target(
-            "meta.BilevelTrainer",
-            meta.BilevelTrainer,
-            {"model": dense(), "meta_model": meta.SampleWeightNet(3)},
+            "bilevel.BilevelTrainer",
+            bilevel.BilevelTrainer,
+            {"model": dense(), "meta_model": bilevel.SampleWeightNet(3)},
             bilevel_train,
-            {"estimator": (meta.OneStep(), meta.EvoGrad(), *OBJECTS)},
+            {"estimator": (bilevel.OneStep(), bilevel.EvoGrad(), *OBJECTS)},
         ),
     ]

@@ -18,7 +18,7 @@ from fuzz_case import Case
 
 import keras_blur as kb
 from keras_blur import conformance, files
-from keras_blur.meta import settings
+from keras_blur.training import settings
 
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 7, 1e300, -0.5, float("nan"), float("inf"), "", "tanh", "nonsense", [], [1],

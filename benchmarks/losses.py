@@ -28,8 +28,8 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from keras_blur import feedback
-from keras_blur.losses import as_keras, per_example
+from keras_blur.core import feedback
+from keras_blur.core.losses import as_keras, per_example
 
 _EXECUTION = flags.DEFINE_list("execution", ["eager", "graph", "xla"], "Ways of execution.")
 _EVERY = flags.DEFINE_list("every", ["1", "29", "97"], "Each so-many-th cell is run, for each way of execution.")

@@ -20,9 +20,9 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from keras_blur import files, meta, random
-from keras_blur.meta.hypergradient import Bilevel
-from keras_blur.meta.training_losses import rotated
+from keras_blur import bilevel, files, random
+from keras_blur.bilevel.hypergradient import Bilevel
+from keras_blur.bilevel.training_losses import rotated
 from keras_blur.report import style
 from keras_blur.tasks.datasets import load_images
 
@@ -55,7 +55,7 @@ def line(trials, populations, seeds):
     truth = (rates - 1.0) / (rates + 1.0) ** 3
     found = [{"truth": truth.tolist(), "lambda": rates.tolist()} for _ in seeds]
     for population in populations:
-        estimator = meta.EvoGrad(population, sigma=1.0, temperature=0.5, noise="normal")
+        estimator = bilevel.EvoGrad(population, sigma=1.0, temperature=0.5, noise="normal")
 
         def estimate(number, seed, estimator=estimator):
             own = random.fold_in(seed, number)
@@ -137,7 +137,7 @@ def rotation(seeds):
     epochs = 2 if quick else _EPOCHS.value * (10 if _DATA.value == "digits" else 1)
     loss, batch = keras.losses.SparseCategoricalCrossentropy(from_logits=True), 128
     steps = (len(x) - held) // batch
-    arms = {"no rotation": None, "EvoGrad": meta.EvoGrad(), "exact one-step": meta.OneStep()}
+    arms = {"no rotation": None, "EvoGrad": bilevel.EvoGrad(), "exact one-step": bilevel.OneStep()}
     found = {name: [] for name in arms}
     for seed in seeds:
         for name, estimator in arms.items():
@@ -145,7 +145,7 @@ def rotation(seeds):
             train = tf.data.Dataset.from_tensor_slices((x[:-held], y[:-held])).shuffle(len(x) - held, seed=seed)
             how = {"steps_per_epoch": steps, "epochs": epochs, "verbose": 0}
             train = train.batch(batch, drop_remainder=True).repeat().prefetch(2)
-            trainer = meta.BilevelTrainer(model, meta.LearnedRotation(), estimator, first="model", seed=seed)
+            trainer = bilevel.BilevelTrainer(model, bilevel.LearnedRotation(), estimator, first="model", seed=seed)
             if estimator:
                 trainer.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(1e-2), loss)
                 how |= {"meta_data": (x_valid, y[-held:]), "meta_batch_size": batch, "callbacks": [angles]}

@@ -19,8 +19,9 @@ import tensorflow as tf
 from absl import app, flags
 
 import keras_blur
-from keras_blur import files, genomes, learners, meta, network, random
-from keras_blur.meta.hypergradient import Bilevel, gradient
+from keras_blur import bilevel, files, genomes, learners, random
+from keras_blur.bilevel.hypergradient import Bilevel, gradient
+from keras_blur.core import network
 from keras_blur.report import style
 from keras_blur.tasks.datasets import load_images
 
@@ -51,7 +52,7 @@ derivative: what EvoGrad avoids is not there. Three arms:
 """
 
 HIDDEN, BATCH, META_RATE = 32, 32, 0.03
-EVOGRAD = meta.EvoGrad(population=2)
+EVOGRAD = bilevel.EvoGrad(population=2)
 CrossEntropy = keras.losses.CategoricalCrossentropy(from_logits=True)
 
 

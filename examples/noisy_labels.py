@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from keras_blur import files, meta, tasks
+from keras_blur import bilevel, files, tasks
 from keras_blur.report import style
 from keras_blur.tasks.datasets import load_images
 
@@ -99,11 +99,11 @@ take their place. All arms start from the same weights, have the same optimizer,
 ARMS = {
     "cross-entropy": None,
     "clean data alone": None,
-    "Meta-Weight-Net": meta.OneStep(),
-    "FaMUS cut": meta.LayerwiseMetaGradient("last:2"),
-    "FaMUS sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
-    "EvoGrad": meta.EvoGrad(),
-    "FaMUS without clean data": meta.LayerwiseMetaGradient("last:2"),
+    "Meta-Weight-Net": bilevel.OneStep(),
+    "FaMUS cut": bilevel.LayerwiseMetaGradient("last:2"),
+    "FaMUS sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=2)),
+    "EvoGrad": bilevel.EvoGrad(),
+    "FaMUS without clean data": bilevel.LayerwiseMetaGradient("last:2"),
 }
 
 
@@ -153,11 +153,11 @@ def run(name, noise, seed):
     result = {}
     if estimator:
         if plain:
-            chosen = meta.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
+            chosen = bilevel.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
             clean = (x[chosen], y[chosen])
             result = {"taken": float(np.mean(chosen)), "taken right": float(np.mean((y == truth)[chosen]))}
             followed.steps = []
-        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(seed=seed), estimator, seed=seed)
+        trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(seed=seed), estimator, seed=seed)
         trainer.compile(optimizer(), keras.optimizers.Adam(3e-4), loss, jit_compile=False)
         history = trainer.fit(
             batches(x, y, size, range(plain, epochs), seed), meta_data=clean, meta_batch_size=size, steps_per_epoch=steps,

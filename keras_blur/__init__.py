@@ -30,11 +30,24 @@ import keras as _keras
 if _keras.backend.backend() != "tensorflow":  # from its configuration file
     raise ImportError(_BACKEND.format(_keras.backend.backend()))
 
-from keras_blur import genomes, layers, learners, meta, tasks
+from keras_blur import bilevel, genomes, layers, learners, meta, report, tasks
 from keras_blur._version import __version__
-from keras_blur.conversion import convert
-from keras_blur.genome import Genome
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
 from keras_blur.models import Sequential
-from keras_blur.options import Rule
+from keras_blur.models.convert import convert
 
-__all__ = ["Genome", "Rule", "Sequential", "__version__", "convert", "genomes", "layers", "learners", "meta", "tasks"]
+__all__ = [
+    "Genome",
+    "Rule",
+    "Sequential",
+    "__version__",
+    "bilevel",
+    "convert",
+    "genomes",
+    "layers",
+    "learners",
+    "meta",
+    "report",
+    "tasks",
+]

@@ -14,20 +14,17 @@ import inspect
 import itertools
 import math
 import numbers
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import feedback as feedbacks
 from keras_blur import random
-from keras_blur.files import exists, is_remote
-from keras_blur.losses import ignored_class
+from keras_blur.core import feedback as feedbacks
+from keras_blur.core.losses import ignored_class
 
 Array = Any
 Shape = tuple[int | None, ...]
@@ -639,71 +636,3 @@ def _described(value: Any) -> str:
         parts = f" with arrays of shape {', '.join(shapes[:3])}" if shapes else ""
         return f"a {type(value).__name__} of length {len(value)}{parts}"
     return f"{type(value).__name__}"
-
-
-# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take them.
-_STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
-
-
-def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ...] = (), overwrite: bool = True) -> None:
-    """Checks that a file can be written, before the work whose result it is to hold.
-
-    Args:
-        name: the argument, or the flag with its dashes, that an error names.
-        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a path with a scheme, as in
-            `gs://bucket/file.json`, only the ending and the existence are checked.
-        endings: those that the path may have; empty for any.
-        overwrite: whether the file may exist already.
-
-    Raises:
-        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that is missing or cannot be
-            written, or exists and must not be overwritten.
-
-    Example:
-
-    >>> check_output("path", "curves.txt", (".png", ".pdf"))
-    Traceback (most recent call last):
-    ValueError: `path` must end with .png or .pdf. Received: path='curves.txt'
-    """
-    shown = name if name.startswith("--") else f"`{name}`"
-
-    def refuse(expected: str) -> NoReturn:
-        raise ValueError(f"{shown} must {expected}. Received: {name}={path!r}")
-
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in os.fspath(path):
-        refuse("be the path of a file")
-    path = os.fspath(path)
-    device = not is_remote(path) and os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path)
-    if device and set(endings) <= set(_STREAMED):
-        if not os.access(path, os.W_OK):
-            refuse("be a device that can be written")
-        return
-    if os.path.isdir(path) or path.endswith("/"):
-        refuse("be a file, not a folder")
-    known = tuple(ending for ending in endings if path.endswith(ending))
-    if endings and not known and not path.lower().endswith(tuple(set(endings) & set(_STREAMED))):
-        *first, last = endings
-        refuse(f"end with {', '.join(first)} or {last}" if first else f"end with {last}")
-    if os.path.basename(path).startswith(".") and os.path.basename(path) in endings:
-        refuse("have a name before its ending")
-    if is_remote(path):
-        there = exists(path)
-    else:
-        folder = os.path.dirname(os.path.realpath(path))
-        if not os.path.isdir(folder):
-            refuse(f"be a file in a folder that exists; there is no folder {folder!r}")
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            refuse(f"be a file in a folder that can be written; {folder!r} cannot be: {error.strerror}")
-        try:
-            os.stat(path)
-            there = True
-        except FileNotFoundError:
-            there = False
-        except OSError as error:
-            refuse(f"be a file that can be written: {error.strerror}")
-    if there and not overwrite:
-        allowed = "--overwrite" if name.startswith("--") else "`overwrite`"
-        refuse(f"be a new file, unless {allowed} is given; {path!r} exists")

@@ -3,7 +3,7 @@
 A vector file holds a small network, its batches, and the synapses, neurons, prediction and meta-gradients that the authors'
 implementation of "Meta-Learning Bidirectional Update Rules" (2021) computed for it. The format is described in
 `tests/conformance/README.md`. There is no second implementation here: the file's options become a `Rule`, its arrays
-a `Genome` and synapses, and `keras_blur.network.step` does the rest, under a gradient tape for the meta-gradients.
+a `Genome` and synapses, and `keras_blur.core.network.step` does the rest, under a gradient tape for the meta-gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import network
-from keras_blur.genome import Genome
-from keras_blur.layers.dense import DenseConnection
-from keras_blur.options import Rule
+from keras_blur.core import network
+from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
 
 RTOL, ATOL = 1e-4, 1e-5
 GROUPS = ("neurons", "synapses", "prediction", "meta-gradients")

@@ -1,7 +1,8 @@
 """Files: written whole or not at all, on a disk or in a bucket.
 
-A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems. A file is written under
-another name and then renamed, so no reader sees half of it, and a kill or a full disk leaves the old one.
+A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, which are imported only then.
+A file is written under another name and then renamed, so no reader sees half of it, and a kill or a full disk leaves the
+old one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
-
-import tensorflow as tf
+from typing import Any, NoReturn
 
 Path = str | os.PathLike[str]
 
+# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take them.
+_STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DESCRIPTOR = re.compile(r"(?:/proc/(\d+)|/dev)/fd/(\d+)")
 
@@ -52,10 +53,17 @@ def is_remote(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what TensorFlow's file systems raise into an `OSError` that names the path."""
+def _bucket(path: Path) -> Iterator[Any]:
+    """TensorFlow's file systems, whose errors become an `OSError` that names the path."""
     try:
-        yield
+        import tensorflow as tf
+    except ImportError as error:
+        raise OSError(
+            f"{os.fspath(path)}: a path with a scheme needs TensorFlow, which is not installed: "
+            "pip install 'keras_blur[cpu]'"
+        ) from error
+    try:
+        yield tf.io.gfile
     except tf.errors.OpError as error:
         raise OSError(f"{os.fspath(path)}: {error.message or type(error).__name__}") from error
 
@@ -73,14 +81,19 @@ def _renaming(path: Path) -> Iterator[None]:
 
 def exists(path: Path) -> bool:
     """Whether there is such a file; an `OSError` where a bucket cannot be asked."""
-    with _naming(path):
-        return tf.io.gfile.exists(os.fspath(path))
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _bucket(path) as bucket:
+        return bucket.exists(os.fspath(path))
 
 
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents, unless they exist; an `OSError` if that fails."""
-    with _naming(path):
-        tf.io.gfile.makedirs(os.fspath(path))
+    if not is_remote(path):
+        os.makedirs(path, exist_ok=True)
+        return
+    with _bucket(path) as bucket:
+        bucket.makedirs(os.fspath(path))
 
 
 def _target(path: Path) -> str:
@@ -186,13 +199,13 @@ def replacing(path: Path) -> Iterator[str]:
 
 def _upload(temporary: str, target: str) -> None:
     """Copies a local file to a bucket, whole or not at all."""
-    with _naming(target):
+    with _bucket(target) as bucket:
         try:
-            tf.io.gfile.copy(temporary, target + ".tmp", overwrite=True)
-            tf.io.gfile.rename(target + ".tmp", target, overwrite=True)
+            bucket.copy(temporary, target + ".tmp", overwrite=True)
+            bucket.rename(target + ".tmp", target, overwrite=True)
         except BaseException:
-            with contextlib.suppress(tf.errors.OpError):
-                tf.io.gfile.remove(target + ".tmp")
+            with contextlib.suppress(OSError), _bucket(target):
+                bucket.remove(target + ".tmp")
             raise
 
 
@@ -229,9 +242,73 @@ def local(path: Path) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, os.path.basename(os.fspath(path)))
-        with _naming(path):
-            tf.io.gfile.copy(os.fspath(path), copy)
+        with _bucket(path) as bucket:
+            bucket.copy(os.fspath(path), copy)
         yield copy
+
+
+def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ...] = (), overwrite: bool = True) -> None:
+    """Checks that a file can be written, before the work whose result it is to hold.
+
+    Args:
+        name: the argument, or the flag with its dashes, that an error names.
+        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a path with a scheme, as in
+            `gs://bucket/file.json`, only the ending and the existence are checked.
+        endings: those that the path may have; empty for any.
+        overwrite: whether the file may exist already.
+
+    Raises:
+        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that is missing or cannot be
+            written, or exists and must not be overwritten.
+
+    Example:
+
+    >>> check_output("path", "curves.txt", (".png", ".pdf"))
+    Traceback (most recent call last):
+    ValueError: `path` must end with .png or .pdf. Received: path='curves.txt'
+    """
+    shown = name if name.startswith("--") else f"`{name}`"
+
+    def refuse(expected: str) -> NoReturn:
+        raise ValueError(f"{shown} must {expected}. Received: {name}={path!r}")
+
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in os.fspath(path):
+        refuse("be the path of a file")
+    path = os.fspath(path)
+    device = not is_remote(path) and os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path)
+    if device and set(endings) <= set(_STREAMED):
+        if not os.access(path, os.W_OK):
+            refuse("be a device that can be written")
+        return
+    if os.path.isdir(path) or path.endswith("/"):
+        refuse("be a file, not a folder")
+    known = tuple(ending for ending in endings if path.endswith(ending))
+    if endings and not known and not path.lower().endswith(tuple(set(endings) & set(_STREAMED))):
+        *first, last = endings
+        refuse(f"end with {', '.join(first)} or {last}" if first else f"end with {last}")
+    if os.path.basename(path).startswith(".") and os.path.basename(path) in endings:
+        refuse("have a name before its ending")
+    if is_remote(path):
+        there = exists(path)
+    else:
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(folder):
+            refuse(f"be a file in a folder that exists; there is no folder {folder!r}")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            refuse(f"be a file in a folder that can be written; {folder!r} cannot be: {error.strerror}")
+        try:
+            os.stat(path)
+            there = True
+        except FileNotFoundError:
+            there = False
+        except OSError as error:
+            refuse(f"be a file that can be written: {error.strerror}")
+    if there and not overwrite:
+        allowed = "--overwrite" if name.startswith("--") else "`overwrite`"
+        refuse(f"be a new file, unless {allowed} is given; {path!r} exists")
 
 
 def write_text(path: Path, text: str) -> None:

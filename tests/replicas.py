@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from keras_blur import Genome, Rule, Sequential, genomes, layers, learners, meta, tasks
+from keras_blur import Genome, Rule, Sequential, bilevel, genomes, layers, learners, meta, tasks
 
 asked: dict = {}  # the JSON
 RULE = Rule(batch_reduction="mean", last_activation="linear", normalize_activations="both", normalize_synapses="stored")
@@ -102,12 +102,12 @@ def network():
 
 
 BILEVEL = {
-    "one step": lambda: meta.OneStep(rate=0.1),
-    "difference": lambda: meta.FiniteDifference(rate=0.1),
-    "cut": lambda: meta.LayerwiseMetaGradient("last:1", rate=0.1),
-    "sampler": lambda: meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4), rate=0.1),
-    "evograd": lambda: meta.EvoGrad(3, sigma=0.1),
-    "scaled": lambda: meta.OneStep(rate=0.1),
+    "one step": lambda: bilevel.OneStep(rate=0.1),
+    "difference": lambda: bilevel.FiniteDifference(rate=0.1),
+    "cut": lambda: bilevel.LayerwiseMetaGradient("last:1", rate=0.1),
+    "sampler": lambda: bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=4), rate=0.1),
+    "evograd": lambda: bilevel.EvoGrad(3, sigma=0.1),
+    "scaled": lambda: bilevel.OneStep(rate=0.1),
 }
 
 
@@ -116,7 +116,7 @@ def reweighted():
     first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
     chain = [keras.layers.Dense(16, "tanh", kernel_initializer=first), keras.layers.Dense(10, kernel_initializer=second)]
     model = keras.Sequential([keras.Input((64,)), *chain])
-    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), BILEVEL[asked["case"]]())
+    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(8), BILEVEL[asked["case"]]())
     optimizers = [keras.optimizers.SGD(0.5, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9)]
     if asked["case"] == "scaled":
         inner = keras.optimizers.SGD(0.5, momentum=0.9, use_ema=True, ema_momentum=0.5)

@@ -7,12 +7,12 @@ draws legal mixtures.
 import itertools
 
 import numpy as np
+from keras_blur.core.network import Stage
 
 from keras_blur import Genome, Rule
-from keras_blur.layers.connection import TRACE
-from keras_blur.layers.dense import DenseConnection
-from keras_blur.network import Stage
-from keras_blur.options import ACTIVATIONS, CHOICES
+from keras_blur.core.connection import TRACE
+from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.rule import ACTIVATIONS, CHOICES
 
 SIZES = (5, 7, 6, 3)
 BATCH = 4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import meta, random, tasks
-from keras_blur.meta.training_losses import rotated
+from keras_blur import bilevel, meta, random, tasks
+from keras_blur.bilevel.training_losses import rotated
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -33,7 +33,7 @@ def network(seed=0, *, extras=False):
 
 
 def trainer(estimator=None, *, extras=False, rate=1e-2, meta_rate=3e-3, seed=0, jit_compile=False, **options):
-    made = meta.BilevelTrainer(network(extras=extras), meta.SampleWeightNet(20), estimator, seed=seed, **options)
+    made = bilevel.BilevelTrainer(network(extras=extras), bilevel.SampleWeightNet(20), estimator, seed=seed, **options)
     made.compile(keras.optimizers.Adam(rate), keras.optimizers.Adam(meta_rate), LOSS, ["accuracy"], jit_compile=jit_compile)
     return made
 
@@ -48,11 +48,11 @@ def assert_equal(one, other):
 
 
 ESTIMATORS = {
-    "one step": meta.OneStep(rate=0.1),
-    "difference": meta.FiniteDifference(rate=0.1),
-    "evograd": meta.EvoGrad(4, sigma=0.05),
-    "cut": meta.LayerwiseMetaGradient("last:1", rate=0.1),
-    "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1), rate=0.1),
+    "one step": bilevel.OneStep(rate=0.1),
+    "difference": bilevel.FiniteDifference(rate=0.1),
+    "evograd": bilevel.EvoGrad(4, sigma=0.05),
+    "cut": bilevel.LayerwiseMetaGradient("last:1", rate=0.1),
+    "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1), rate=0.1),
 }
 
 
@@ -82,7 +82,7 @@ def test_virtual_passes_leave_no_trace():
     x, _, y = blobs(100, 0)
     # With an outer rate of 0 only the model's own steps are left, and these must be those of Keras.
     made, plain = trainer(extras=True, meta_rate=0.0), network(extras=True)
-    made._training_loss = meta.TrainingLoss().training_loss  # the plain mean
+    made._training_loss = bilevel.TrainingLoss().training_loss  # the plain mean
     made.fit(x, y, meta_data=(x, y), batch_size=25, epochs=2, verbose=0)
     plain.compile(keras.optimizers.Adam(1e-2), LOSS)
     for step in range(8):  # the same batches
@@ -121,7 +121,7 @@ def test_a_seeded_dataset_resumes_bit_for_bit(tmp_path):
 def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
     x, _, y = blobs(40, 0)
     scale = keras.Variable(0.0, name="scale")
-    made = meta.BilevelTrainer(
+    made = bilevel.BilevelTrainer(
         network(), [scale], training_loss=lambda model, x, y, losses: scale + keras.ops.mean(losses(y, model(x)))
     )
     made.compile("sgd", "sgd", LOSS)
@@ -133,7 +133,7 @@ def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
 def test_metrics_of_training_are_those_of_keras(jit_compile):
     x, truth, y = blobs(100, 0, noise=0.3)
     model = network()
-    made = meta.BilevelTrainer(model, meta.SampleWeightNet(20))
+    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(20))
     wanted = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
     made.compile(keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.0), LOSS, wanted, jit_compile=jit_compile)
     history = made.fit(x, y, meta_data=(x, truth), batch_size=25, epochs=2, validation_data=(x, truth), verbose=0).history
@@ -171,7 +171,7 @@ def test_metrics_of_a_loss_that_asks_for_no_others():
     def training_loss(model, x, y, losses):
         return scale * keras.ops.mean(keras.ops.square(model(x, training=True) - keras.ops.one_hot(y, 6)))
 
-    made = meta.BilevelTrainer(model, [scale], training_loss=training_loss)
+    made = bilevel.BilevelTrainer(model, [scale], training_loss=training_loss)
     made.compile(keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.0), LOSS, ["accuracy"])
     history = made.fit(x, y, meta_data=(x, y), batch_size=25, verbose=0).history
     assert history["accuracy"] == pytest.approx([np.mean(model.predict(x, verbose=0).argmax(1) == y)], abs=1e-6)
@@ -198,7 +198,7 @@ def test_datasets_and_variables():
     def training_loss(model, x, y, losses):
         return keras.ops.exp(scale) * keras.ops.mean(losses(y, model(x, training=True)))
 
-    made = meta.BilevelTrainer(model, [scale], meta.OneStep(), training_loss=training_loss)
+    made = bilevel.BilevelTrainer(model, [scale], bilevel.OneStep(), training_loss=training_loss)
     made.compile(keras.optimizers.SGD(0.05), keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(40)
     history = made.fit(data, meta_data=data, epochs=10, validation_data=data, verbose=0).history
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     def training_loss(model, x, y, losses):
         return keras.ops.mean(losses(y, model(x, training=True))) + 0.0 * keras.ops.sqrt(scale) * model.weights[0][0, 0]
 
-    made = meta.BilevelTrainer(network(), [scale], training_loss=training_loss)
+    made = bilevel.BilevelTrainer(network(), [scale], training_loss=training_loss)
     made.compile(keras.optimizers.SGD(0.0), keras.optimizers.Adam(1e-2), LOSS)
     history = made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0).history
     assert history["skipped"] == [1.0]
@@ -242,7 +242,7 @@ def test_rotation_turns_counterclockwise_and_has_a_derivative():
     assert float(tape.gradient(value, angle)) == pytest.approx(quotient, rel=1e-6)
 
 
-class Turn(meta.TrainingLoss):
+class Turn(bilevel.TrainingLoss):
     """Points of the plane turned by a learned angle."""
 
     def __init__(self):
@@ -261,12 +261,12 @@ class Turn(meta.TrainingLoss):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["evograd", "one step"])
 def test_a_learned_rotation_of_blobs(name):
-    estimator = {"evograd": meta.EvoGrad(), "one step": meta.OneStep()}[name]
+    estimator = {"evograd": bilevel.EvoGrad(), "one step": bilevel.OneStep()}[name]
     turn = math.radians(30.0)
     matrix = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]], "float32")
     for seed in range(3):
         (x, y, _), (valid, valid_y, _), (test, test_y, _) = (blobs(2000, 10 * seed + part) for part in range(3))
-        made = meta.BilevelTrainer(network(seed), Turn(), estimator, first="model", seed=seed)
+        made = bilevel.BilevelTrainer(network(seed), Turn(), estimator, first="model", seed=seed)
         made.compile(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(1e-2), LOSS, ["accuracy"])
         keras.utils.set_random_seed(seed)
         plain = network(seed)
@@ -287,7 +287,7 @@ def test_a_learned_rotation_of_blobs(name):
 def test_hyperparameters_that_hurt_shrink(options, name, sign):
     x, _, y = blobs(300, 0)
     model = network()
-    made = meta.BilevelTrainer(model, meta.Hyperparameters(**options), meta.OneStep(rate=0.1))
+    made = bilevel.BilevelTrainer(model, bilevel.Hyperparameters(**options), bilevel.OneStep(rate=0.1))
     made.compile(keras.optimizers.Adam(1e-2), keras.optimizers.Adam(3e-2), LOSS)
     start = float(made.meta_model.read()[name])
     history = made.fit(x, y, meta_data=blobs(300, 1)[:2], batch_size=50, epochs=20, verbose=0).history
@@ -298,7 +298,7 @@ def test_hyperparameters_that_hurt_shrink(options, name, sign):
 def test_a_class_that_many_get_by_mistake_weighs_least():
     x, truth, _ = blobs(1500, 0)
     wrong = np.where(np.random.default_rng(0).random(len(truth)) < 0.4, 2, truth)
-    made = meta.BilevelTrainer(network(), meta.Hyperparameters(class_weights=6), meta.OneStep(rate=0.1))
+    made = bilevel.BilevelTrainer(network(), bilevel.Hyperparameters(class_weights=6), bilevel.OneStep(rate=0.1))
     made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(3e-2), LOSS)
     made.fit(x, wrong, meta_data=blobs(600, 1)[:2], batch_size=100, epochs=5, verbose=0)
     assert int(tf.argmin(made.meta_model.class_logits)) == 2
@@ -306,7 +306,11 @@ def test_a_class_that_many_get_by_mistake_weighs_least():
 
 @pytest.mark.parametrize(
     "made",
-    [meta.SampleWeightNet(7, seed=3), meta.LearnedRotation(20.0), meta.Hyperparameters(weight_decay=0.1, class_weights=3)],
+    [
+        bilevel.SampleWeightNet(7, seed=3),
+        bilevel.LearnedRotation(20.0),
+        bilevel.Hyperparameters(weight_decay=0.1, class_weights=3),
+    ],
 )
 def test_what_was_learned_is_saved(tmp_path, made):
     path = str(tmp_path / "learned.keras")
@@ -319,7 +323,7 @@ def test_what_was_learned_is_saved(tmp_path, made):
 
 
 def test_equal_losses_have_equal_weights_and_these_sum_to_one():
-    net = meta.SampleWeightNet(5)
+    net = bilevel.SampleWeightNet(5)
     assert net(np.array([0.1, 3.0], "float32")).numpy().tolist() == [0.5, 0.5]  # at first it is the plain mean
     net.second.kernel.assign(np.linspace(-1, 1, 5)[:, None])
     weights = net(np.array([1.0, 1.0, 3.0], "float32")).numpy()
@@ -332,7 +336,7 @@ def test_equal_losses_have_equal_weights_and_these_sum_to_one():
     assert float(loss) == pytest.approx(float(tf.reduce_sum(share * each)), rel=1e-5)
 
 
-class SmallLoss(meta.TrainingLoss):
+class SmallLoss(bilevel.TrainingLoss):
     """A rule made by hand: the half of a batch with the smaller losses counts."""
 
     def __init__(self):
@@ -350,13 +354,13 @@ def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses()
     x, truth, _ = blobs(600, 0)
     y = tasks.noisy_labels(truth, 6, 0.4, "flip", seed=0)
     wrong, losses = y != truth, {}
-    for name, made in (("by hand", SmallLoss()), ("learned", meta.SampleWeightNet(20))):
+    for name, made in (("by hand", SmallLoss()), ("learned", bilevel.SampleWeightNet(20))):
         model = network()
         model.compile(keras.optimizers.Adam(1e-2), LOSS)
         model.fit(x, (truth + 1) % 6, batch_size=50, epochs=10, verbose=0)
         before = LOSS.call(y, model(x)).numpy()
         assert before[wrong].mean() < 0.1 < 3.0 < before[~wrong].mean()
-        tuned = meta.BilevelTrainer(model, made, meta.OneStep())
+        tuned = bilevel.BilevelTrainer(model, made, bilevel.OneStep())
         tuned.compile(keras.optimizers.SGD(0.01), keras.optimizers.Adam(1e-2), LOSS)
         tuned.fit(x, y, meta_data=blobs(100, 1)[:2], batch_size=50, epochs=4, verbose=0)
         each = LOSS.call(y, model(x)).numpy()
@@ -371,12 +375,12 @@ def test_a_pseudo_clean_split_finds_most_right_labels():
     model = network()
     model.compile(keras.optimizers.Adam(1e-2), LOSS)
     model.fit(x, y, batch_size=50, epochs=5, verbose=0)
-    chosen = meta.PseudoCleanSplit().split(model, x, y, LOSS)
+    chosen = bilevel.PseudoCleanSplit().split(model, x, y, LOSS)
     right = y == truth
     assert right[chosen].mean() > 0.9 > 0.6 > right.mean()
     assert chosen[right].mean() > 0.8
     order = np.random.default_rng(0).permutation(len(x))
-    np.testing.assert_array_equal(meta.PseudoCleanSplit().split(model, x[order], y[order], LOSS), chosen[order])
+    np.testing.assert_array_equal(bilevel.PseudoCleanSplit().split(model, x[order], y[order], LOSS), chosen[order])
 
 
 @pytest.mark.parametrize(
@@ -385,9 +389,9 @@ def test_a_pseudo_clean_split_finds_most_right_labels():
 )
 def test_losses_that_cannot_be_split_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
-        meta.PseudoCleanSplit().probabilities(np.array(losses))
+        bilevel.PseudoCleanSplit().probabilities(np.array(losses))
     with pytest.raises(ValueError, match="`threshold` must be a number between 0 and 1"):
-        meta.PseudoCleanSplit(threshold=1.0)
+        bilevel.PseudoCleanSplit(threshold=1.0)
 
 
 def test_noise_is_as_often_as_it_says():
@@ -412,12 +416,12 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: meta.BilevelTrainer(None, meta.SampleWeightNet()), "`model` must be a built Keras model"),
+        (lambda: bilevel.BilevelTrainer(None, bilevel.SampleWeightNet()), "`model` must be a built Keras model"),
         (lambda: trainer(first="last"), "`first` must be one of 'meta', 'model'"),
         (lambda: trainer(meta.Unroll(3)), "`estimator` must be one of OneStep"),
-        (lambda: trainer(meta.EvoGrad(scope=("no",))), "`scope` must be names of layers with weights"),
-        (lambda: meta.BilevelTrainer(network(), [keras.Variable(1.0)]), "`meta_model` must be a TrainingLoss, or a list"),
-        (lambda: meta.BilevelTrainer(network(), meta.TrainingLoss()), "`meta_model` must have something to learn"),
+        (lambda: trainer(bilevel.EvoGrad(scope=("no",))), "`scope` must be names of layers with weights"),
+        (lambda: bilevel.BilevelTrainer(network(), [keras.Variable(1.0)]), "`meta_model` must be a TrainingLoss, or a list"),
+        (lambda: bilevel.BilevelTrainer(network(), bilevel.TrainingLoss()), "`meta_model` must have something to learn"),
         (lambda: trainer().compile("sgd"), "`loss` must be given"),
         (lambda: trainer().fit(X, Y, meta_data=X, batch_size=4), "`meta_data` must be a tf.data.Dataset or"),
         (lambda: trainer().fit(X, Y, meta_data=(X, Y)), "`x` must hold at least `batch_size` examples, 32. Received: 8"),
@@ -426,8 +430,8 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
             lambda: trainer().fit(X, Y, meta_data=(X, Y + 6), batch_size=4),
             "`y` of `meta_data` must hold integers from 0",
         ),
-        (lambda: meta.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
-        (lambda: meta.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be a number between 0 and 1"),
+        (lambda: bilevel.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
+        (lambda: bilevel.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be a number between 0 and 1"),
     ],
 )
 def test_a_wrong_argument_is_named(make, message):

@@ -28,7 +28,7 @@ def model(loss=LOGITS, units=3, **options):
 
 def trainer(loss=LOGITS, units=3):
     network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units)])
-    made = meta.BilevelTrainer(network, meta.SampleWeightNet(), meta.EvoGrad())
+    made = bilevel.BilevelTrainer(network, bilevel.SampleWeightNet(), bilevel.EvoGrad())
     made.compile(keras.optimizers.SGD(0.1), None, loss, jit_compile=False)
     return made
 
@@ -412,7 +412,7 @@ def test_a_bilevel_trainer_takes_a_py_dataset_as_it_takes_a_dataset():
 def test_other_uses_of_data():
     network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="top"), keras.layers.Dense(3)])
     warp = learners.Warp(network, ["top"], keras.optimizers.SGD(0.1))
-    split = meta.PseudoCleanSplit()
+    split = bilevel.PseudoCleanSplit()
     for fault in ("NaN in x", "fractional label", "wrong width", "lengths"):
         x, y, name, wanted = FAULTS[fault]
         with pytest.raises(ValueError, match=f"^`{name}` {wanted}"):

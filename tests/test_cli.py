@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, __version__, cli, genomes
-from keras_blur.checks import check_output
 from keras_blur.cli.common import write_json
 from keras_blur.cli.flags import Flags
 from keras_blur.cli.progress import ProgressLine
+from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images
 
 VECTORS = pathlib.Path(__file__).parent / "conformance"
@@ -287,7 +287,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = sorted(
     {
         command
-        for path in [ROOT / "README.md", *(ROOT / "keras_blur" / "zoo").glob("*.md")]
+        for path in [ROOT / "README.md", *(ROOT / "keras_blur" / "genomes").glob("*.md")]
         for command in re.findall(
             r"(?:^|&& \.venv/bin/)keras-blur ([a-z]+[a-z-]* .*)$", path.read_text().replace("\\\n", " "), re.M
         )

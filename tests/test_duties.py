@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import Rule, learners, meta, tasks
+from keras_blur import Rule, bilevel, learners, meta, tasks
 
 SGD, MSE = keras.optimizers.SGD, "mean_squared_error"
 POLICIES = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
-class Unchanged(meta.TrainingLoss):
+class Unchanged(bilevel.TrainingLoss):
     """The plain mean, with an outer parameter that changes nothing."""
 
     def __init__(self):
@@ -19,7 +19,7 @@ class Unchanged(meta.TrainingLoss):
         self.unused = self.add_weight(shape=(), initializer="zeros", name="unused")
 
 
-class Scale(meta.TrainingLoss):
+class Scale(bilevel.TrainingLoss):
     """The plain mean times a learned factor."""
 
     def __init__(self, factor=1.0):
@@ -77,7 +77,7 @@ ONES = np.ones((8, 1), "float32")
 
 
 def bilevel(model, optimizer, meta_optimizer=None, meta_model=None, estimator=None, **options):
-    made = meta.BilevelTrainer(model, meta_model or Unchanged(), estimator)
+    made = bilevel.BilevelTrainer(model, meta_model or Unchanged(), estimator)
     options = {"loss": MSE, "jit_compile": False, **options}
     made.compile(optimizer, meta_optimizer or SGD(0.1), **options)
     return made
@@ -139,7 +139,7 @@ def assert_as_keras(optimizer, *, dtype=None, tolerance=2e-5, **options):
     plain, model = network(dtype), network(dtype)
     plain.compile(optimizer(), MSE, jit_compile=False)
     wanted = plain.fit(batches(x, y), epochs=2, shuffle=False, verbose=0).history
-    made = bilevel(model, optimizer(), estimator=meta.OneStep(rate=0.1), **options)
+    made = bilevel(model, optimizer(), estimator=bilevel.OneStep(rate=0.1), **options)
     found = made.fit(batches(x, y), meta_data=batches(x, y), epochs=2, verbose=0).history
     assert_close(model.get_weights(), plain.get_weights(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=10 * tolerance)
@@ -240,7 +240,7 @@ def test_the_first_step_of_a_policy(policy, jit_compile):
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
 def test_gradients_below_float16_are_kept(policy):
     model, scale = single(), Scale(1e-7)
-    made = bilevel(model, SGD(1e6), SGD(1e13), scale, estimator=meta.OneStep(rate=0.1))
+    made = bilevel(model, SGD(1e6), SGD(1e13), scale, estimator=bilevel.OneStep(rate=0.1))
     made.fit(ONES, ONES, meta_data=(ONES, ONES), batch_size=8, verbose=0)
     # The meta gradient is -rate * <train gradient, meta gradient> = -0.1 * 2e-7 * 2.
     moved = float(scale.log_scale.numpy())
@@ -271,11 +271,11 @@ def test_loss_scaling_can_be_left_out(policy):
 
 
 ESTIMATORS = {
-    "one step": meta.OneStep(rate=0.1),
-    "difference": meta.FiniteDifference(rate=0.1),
-    "evograd": meta.EvoGrad(4, sigma=0.05),
-    "cut": meta.LayerwiseMetaGradient("last:1", rate=0.1),
-    "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1), rate=0.1),
+    "one step": bilevel.OneStep(rate=0.1),
+    "difference": bilevel.FiniteDifference(rate=0.1),
+    "evograd": bilevel.EvoGrad(4, sigma=0.05),
+    "cut": bilevel.LayerwiseMetaGradient("last:1", rate=0.1),
+    "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1), rate=0.1),
 }
 
 
@@ -286,7 +286,7 @@ def test_outer_gradients_of_all_policies_agree(name):
     for policy in POLICIES:
         keras.config.set_dtype_policy(policy)
         try:
-            model, net = network(penalties=False), started(meta.SampleWeightNet(4))
+            model, net = network(penalties=False), started(bilevel.SampleWeightNet(4))
             made = bilevel(model, SGD(0.1), SGD(1.0), net, ESTIMATORS[name])
             before = [np.array(v.value) for v in net.trainable_variables]
             history = made.fit(x, y, meta_data=(x, y), batch_size=8, verbose=0).history

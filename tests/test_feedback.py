@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import losses
 from keras.src.saving import serialization_lib
 
-from keras_blur import feedback
+from keras_blur.core import feedback
 
 BATCH, UNITS = 6, 4
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import meta, random
-from keras_blur.meta.evograd import named
-from keras_blur.meta.hypergradient import Bilevel, LookAhead
+from keras_blur import bilevel, random
+from keras_blur.bilevel.evograd import named
+from keras_blur.bilevel.hypergradient import Bilevel, LookAhead
 
 LAYERS = {"low": ("a", "b"), "middle": ("c",), "high": ("d",)}
 SEED, RATE = random.seed_of(3), 0.3
@@ -53,10 +53,10 @@ def problem(dtype="float64", activation=tf.tanh):
 
 
 def estimate(estimator, found):
-    bilevel, outer, weights = found
+    nested, outer, weights = found
     own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
     rate = tf.constant(RATE, weights["a"].dtype)
-    return estimator.estimate(bilevel, outer, weights, rate, SEED, own)[0]
+    return estimator.estimate(nested, outer, weights, rate, SEED, own)[0]
 
 
 def flat(gradients):
@@ -73,20 +73,20 @@ def difference(function, outer, name, index):
     return (results[0] - results[1]) / 2e-5
 
 
-def after_a_step(bilevel, weights):
+def after_a_step(nested, weights):
     def function(outer):
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            loss = bilevel.train(outer, weights)
+            loss = nested.train(outer, weights)
         slope = tape.gradient(loss, weights)
-        return bilevel.judge({name: weights[name] - RATE * slope[name] for name in weights})
+        return nested.judge({name: weights[name] - RATE * slope[name] for name in weights})
 
     return function
 
 
 def test_one_step_is_the_derivative_of_the_loss_after_it():
-    bilevel, outer, weights = found = problem()
-    got, function = estimate(meta.OneStep(), found), after_a_step(bilevel, weights)
+    nested, outer, weights = found = problem()
+    got, function = estimate(bilevel.OneStep(), found), after_a_step(nested, weights)
     for name, index in (("examples", 0), ("examples", 4), ("scale", ())):
         assert float(np.array(got.gradients[name])[index]) == pytest.approx(
             difference(function, outer, name, index), rel=1e-6
@@ -97,16 +97,18 @@ def test_one_step_is_the_derivative_of_the_loss_after_it():
 def test_a_rate_of_its_own_takes_the_place_of_the_optimizers():
     found = problem()
     np.testing.assert_allclose(
-        flat(estimate(meta.OneStep(rate=RATE), found).gradients), flat(estimate(meta.OneStep(), found).gradients), rtol=1e-12
+        flat(estimate(bilevel.OneStep(rate=RATE), found).gradients),
+        flat(estimate(bilevel.OneStep(), found).gradients),
+        rtol=1e-12,
     )
-    other, own = (flat(estimate(meta.OneStep(rate=rate), found).gradients) for rate in (0.1, None))
+    other, own = (flat(estimate(bilevel.OneStep(rate=rate), found).gradients) for rate in (0.1, None))
     assert np.abs(other - own).max() > 0.1 * np.abs(own).max()
 
 
 def test_the_difference_quotient_comes_close_to_the_exact_gradient():
     found = problem()
-    exact = flat(estimate(meta.OneStep(), found).gradients)
-    wide, narrow = (flat(estimate(meta.FiniteDifference(width=width), found).gradients) for width in (1e-2, 1e-3))
+    exact = flat(estimate(bilevel.OneStep(), found).gradients)
+    wide, narrow = (flat(estimate(bilevel.FiniteDifference(width=width), found).gradients) for width in (1e-2, 1e-3))
     error_wide, error_narrow = (np.linalg.norm(one - exact) / np.linalg.norm(exact) for one in (wide, narrow))
     assert error_narrow < 1e-4
     assert error_wide / error_narrow == pytest.approx(100, rel=0.2)  # of second order in the width
@@ -114,30 +116,30 @@ def test_the_difference_quotient_comes_close_to_the_exact_gradient():
 
 def test_all_layers_are_the_exact_gradient_and_parts_sum_to_it():
     found = problem()
-    exact = flat(estimate(meta.OneStep(), found).gradients)
-    np.testing.assert_allclose(flat(estimate(meta.LayerwiseMetaGradient(None), found).gradients), exact, rtol=1e-10)
-    np.testing.assert_allclose(flat(estimate(meta.LayerwiseMetaGradient("last:3"), found).gradients), exact, rtol=1e-10)
-    parts = [flat(estimate(meta.LayerwiseMetaGradient((layer,)), found).gradients) for layer in LAYERS]
+    exact = flat(estimate(bilevel.OneStep(), found).gradients)
+    np.testing.assert_allclose(flat(estimate(bilevel.LayerwiseMetaGradient(None), found).gradients), exact, rtol=1e-10)
+    np.testing.assert_allclose(flat(estimate(bilevel.LayerwiseMetaGradient("last:3"), found).gradients), exact, rtol=1e-10)
+    parts = [flat(estimate(bilevel.LayerwiseMetaGradient((layer,)), found).gradients) for layer in LAYERS]
     np.testing.assert_allclose(sum(parts), exact, rtol=1e-10)
     assert all(np.abs(part).max() > 1e-4 for part in parts)
 
 
 def test_the_head_alone_is_the_gradient_of_the_heads_weights():
-    bilevel, outer, weights = found = problem()
+    nested, outer, weights = found = problem()
     with tf.GradientTape() as tape:
         tape.watch(weights)
-        loss = bilevel.train(outer, weights)
+        loss = nested.train(outer, weights)
     slope = tape.gradient(loss, weights)
     ahead = {name: weights[name] - RATE * slope[name] for name in weights}  # the step is that of all layers
 
     def function(values):
         with tf.GradientTape() as inner:
             inner.watch(weights["d"])
-            loss = bilevel.train(values, weights)
+            loss = nested.train(values, weights)
         step = RATE * (inner.gradient(loss, weights["d"]) - slope["d"])
-        return bilevel.judge({**ahead, "d": ahead["d"] - step})
+        return nested.judge({**ahead, "d": ahead["d"] - step})
 
-    got = estimate(meta.LayerwiseMetaGradient("last:1"), found).gradients
+    got = estimate(bilevel.LayerwiseMetaGradient("last:1"), found).gradients
     for name, index in (("examples", 1), ("scale", ())):
         assert float(np.array(got[name])[index]) == pytest.approx(difference(function, outer, name, index), rel=1e-6)
 
@@ -145,28 +147,28 @@ def test_the_head_alone_is_the_gradient_of_the_heads_weights():
 def test_the_cut_does_not_compute_what_it_leaves_out():
     found = problem(activation=once)
     held = {"examples": found[1]["examples"]}  # what does not enter below the cut
-    bilevel = found[0]._replace(train=lambda outer, w: found[0].train({**found[1], **outer}, w))
-    cut = estimate(meta.LayerwiseMetaGradient("last:2"), (bilevel, held, found[2]))
+    nested = found[0]._replace(train=lambda outer, w: found[0].train({**found[1], **outer}, w))
+    cut = estimate(bilevel.LayerwiseMetaGradient("last:2"), (nested, held, found[2]))
     assert np.abs(flat(cut.gradients)).max() > 1e-4
     with pytest.raises(RuntimeError, match="no second derivative"):
-        estimate(meta.OneStep(), (bilevel, held, found[2]))
+        estimate(bilevel.OneStep(), (nested, held, found[2]))
 
 
 def test_first_order_estimators_need_no_second_derivative():
     found, smooth = problem(activation=once), problem()
-    for estimator in (meta.EvoGrad(5, sigma=0.1), meta.FiniteDifference()):
+    for estimator in (bilevel.EvoGrad(5, sigma=0.1), bilevel.FiniteDifference()):
         got = flat(estimate(estimator, found).gradients)
         np.testing.assert_allclose(got, flat(estimate(estimator, smooth).gradients), rtol=1e-10)
         assert np.abs(got).max() > 1e-6
     with pytest.raises(RuntimeError, match="no second derivative"):
-        estimate(meta.OneStep(), found)
+        estimate(bilevel.OneStep(), found)
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "normal"])
 @pytest.mark.parametrize("scope", [None, ("middle", "high")])
 def test_evograd_is_the_derivative_of_the_loss_of_the_merged_candidates(noise, scope):
-    bilevel, outer, weights = found = problem()
-    estimator = meta.EvoGrad(4, sigma=0.2, temperature=0.3, noise=noise, scope=scope)
+    nested, outer, weights = found = problem()
+    estimator = bilevel.EvoGrad(4, sigma=0.2, temperature=0.3, noise=noise, scope=scope)
     names = named(LAYERS, scope or tuple(LAYERS), "scope")
     drawn = [
         {n: tf.cast(estimator._drawn(random.fold_in(SEED, k, place), tuple(weights[n].shape)), "float64")
@@ -175,9 +177,9 @@ def test_evograd_is_the_derivative_of_the_loss_of_the_merged_candidates(noise, s
 
     def function(values):
         candidates = [{**weights, **{n: weights[n] + 0.2 * eps[n] for n in names}} for eps in drawn]
-        shares = np.exp([-float(bilevel.train(values, one)) / 0.3 for one in candidates])
+        shares = np.exp([-float(nested.train(values, one)) / 0.3 for one in candidates])
         shares /= shares.sum()
-        return bilevel.judge({n: sum(s * c[n] for s, c in zip(shares, candidates, strict=True)) for n in weights})
+        return nested.judge({n: sum(s * c[n] for s, c in zip(shares, candidates, strict=True)) for n in weights})
 
     got = estimate(estimator, found)
     for name, index in (("examples", 2), ("scale", ())):
@@ -189,7 +191,7 @@ def test_evograd_is_the_derivative_of_the_loss_of_the_merged_candidates(noise, s
 
 
 def test_a_population_of_one_has_no_gradient():
-    assert np.array_equal(flat(estimate(meta.EvoGrad(1), problem()).gradients), np.zeros(7))
+    assert np.array_equal(flat(estimate(bilevel.EvoGrad(1), problem()).gradients), np.zeros(7))
 
 
 def test_small_perturbations_move_as_theory_says():
@@ -199,7 +201,7 @@ def test_small_perturbations_move_as_theory_says():
     size = 200_000
     eps = 2.0 * tf.cast(random.integers(SEED, (size, population, 3), 2), tf.float64) - 1.0
     # By the estimator: with the meta loss <u, theta>, the merged candidate's loss is <u, theta*>.
-    estimator = meta.EvoGrad(population, sigma=sigma, temperature=tau)
+    estimator = bilevel.EvoGrad(population, sigma=sigma, temperature=tau)
     moved = []
     for number in range(200):
         seen = {}
@@ -208,8 +210,8 @@ def test_small_perturbations_move_as_theory_says():
             seen["theta"] = w["theta"]
             return tf.reduce_sum(w["theta"])
 
-        bilevel = Bilevel(lambda outer, w: outer["l"] * tf.reduce_sum(slope * w["theta"]), judge, {"one": ("theta",)})
-        estimator.estimate(bilevel, {"l": tf.ones((), tf.float64)}, {"theta": tf.zeros(3, tf.float64)}, None,
+        nested = Bilevel(lambda outer, w: outer["l"] * tf.reduce_sum(slope * w["theta"]), judge, {"one": ("theta",)})
+        estimator.estimate(nested, {"l": tf.ones((), tf.float64)}, {"theta": tf.zeros(3, tf.float64)}, None,
                            random.fold_in(SEED, number), {})  # fmt: skip
         shares = [tf.cast(estimator._drawn(random.fold_in(SEED, number, k, 0), (3,)), tf.float64) for k in range(population)]
         weighing = tf.nn.softmax(tf.stack([-tf.reduce_sum(slope * sigma * one) / tau for one in shares]))
@@ -232,15 +234,15 @@ def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
     def loss(values):
         return 0.5 * tf.reduce_sum(h * tf.square(values))
 
-    bilevel = Bilevel(
+    nested = Bilevel(
         lambda outer, w: loss(w["theta"] * (1.0 - outer["a"] * h)), lambda w: loss(w["theta"]), {"one": ("theta",)}
     )
-    estimator, start = meta.EvoGrad(population, sigma=sigma, temperature=tau), {"theta": tf.constant(theta)}
+    estimator, start = bilevel.EvoGrad(population, sigma=sigma, temperature=tau), {"theta": tf.constant(theta)}
     rate = tf.constant(0.1, tf.float64)
 
     def draw(number):
         seed = random.fold_in(SEED, number)
-        return estimator.estimate(bilevel, {"a": rate}, start, None, seed, {})[0].gradients["a"]
+        return estimator.estimate(nested, {"a": rate}, start, None, seed, {})[0].gradients["a"]
 
     draws = tf.function(lambda: tf.vectorized_map(draw, tf.range(size)))()
     effective = sigma**2 * (population - 1) / (population * tau)
@@ -253,23 +255,23 @@ def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
 
 
 def test_the_sampler_gates_what_it_says_and_learns_from_its_losses():
-    bilevel, outer, weights = problem("float32")
-    sampler = meta.GradientSampler(target=1, hidden=4, distance_weight=0.0, count_weight=0.0)
-    estimator = meta.LayerwiseMetaGradient(None, sampler)
+    nested, outer, weights = problem("float32")
+    sampler = bilevel.GradientSampler(target=1, hidden=4, distance_weight=0.0, count_weight=0.0)
+    estimator = bilevel.LayerwiseMetaGradient(None, sampler)
     own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
     rate = tf.constant(RATE)
     seen = set()
     for number in range(12):
         seed = random.fold_in(SEED, number)
-        got, changes = estimator.estimate(bilevel, outer, weights, rate, seed, own)
+        got, changes = estimator.estimate(nested, outer, weights, rate, seed, own)
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            loss = bilevel.train(outer, weights)
+            loss = nested.train(outer, weights)
         slope = tape.gradient(loss, weights)
         gates = estimator._gates(sampler, tuple(LAYERS), list(LAYERS.values()), slope, seed, own).numpy()
         seen.add(tuple(gates.tolist()))
         chosen = tuple(layer for layer, gate in zip(LAYERS, gates, strict=True) if gate)
-        wanted = meta.LayerwiseMetaGradient(chosen).estimate(bilevel, outer, weights, rate, seed, {})[0]
+        wanted = bilevel.LayerwiseMetaGradient(chosen).estimate(nested, outer, weights, rate, seed, {})[0]
         np.testing.assert_allclose(flat(got.gradients), flat(wanted.gradients), rtol=1e-4, atol=1e-7)
         assert float(got.logs["layers"]) == sum(gates)
         assert float(got.logs["depth"]) == len(LAYERS) - list(gates).index(1.0)
@@ -279,15 +281,15 @@ def test_the_sampler_gates_what_it_says_and_learns_from_its_losses():
 
 def test_a_branch_of_the_sampler_computes_its_own_layers_alone():
     """Nor is a loss computed in it, or its way forward: those are made once, outside."""
-    bilevel, outer, weights = problem("float32", activation=tf.nn.relu)
+    nested, outer, weights = problem("float32", activation=tf.nn.relu)
     held = {"examples": outer["examples"]}  # a scale of inputs would need the layers below the cut
-    bilevel = bilevel._replace(train=lambda values, w, train=bilevel.train: train({**outer, **values}, w))
-    estimator = meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=4))
+    nested = nested._replace(train=lambda values, w, train=nested.train: train({**outer, **values}, w))
+    estimator = bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=4))
     own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()})
 
     @tf.function
     def step(seed):
-        return estimator.estimate(bilevel, held, weights, tf.constant(RATE), seed, own)
+        return estimator.estimate(nested, held, weights, tf.constant(RATE), seed, own)
 
     graph = step.get_concrete_function(tf.TensorSpec(SEED.shape, SEED.dtype)).graph.as_graph_def()
     library = {one.signature.name: one for one in graph.library.function}
@@ -311,17 +313,17 @@ def test_a_branch_of_the_sampler_computes_its_own_layers_alone():
 
 
 def test_the_samplers_count_is_drawn_to_its_target():
-    bilevel, outer, weights = problem("float32")
+    nested, outer, weights = problem("float32")
     shapes = {layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()}
     counts = {}
     for target in (1, 3):
-        sampler = meta.GradientSampler(target=target, hidden=8, temperature=1.0, distance_weight=0.0, count_weight=1.0)
-        estimator = meta.LayerwiseMetaGradient(None, sampler)
+        sampler = bilevel.GradientSampler(target=target, hidden=8, temperature=1.0, distance_weight=0.0, count_weight=1.0)
+        estimator = bilevel.LayerwiseMetaGradient(None, sampler)
         own, logs = estimator.parameters(shapes), []
 
         @tf.function
         def step(own, seed, estimator=estimator):
-            found, changes = estimator.estimate(bilevel, outer, weights, tf.constant(RATE), seed, own)
+            found, changes = estimator.estimate(nested, outer, weights, tf.constant(RATE), seed, own)
             return found.logs["layers"], changes
 
         for number in range(200):
@@ -334,27 +336,27 @@ def test_the_samplers_count_is_drawn_to_its_target():
 
 
 def test_the_third_loss_is_the_distance_at_the_last_layer():
-    bilevel, outer, weights = problem("float32")
+    nested, outer, weights = problem("float32")
     shapes = {layer: [tuple(weights[n].shape) for n in names] for layer, names in LAYERS.items()}
     rate, results = tf.constant(RATE), []
     for weight in (0.0, 0.5):
-        sampler = meta.GradientSampler(hidden=4, distance_weight=weight, count_weight=0.0)
-        estimator = meta.LayerwiseMetaGradient(None, sampler)
-        results.append(estimator.estimate(bilevel, outer, weights, rate, SEED, estimator.parameters(shapes))[0].gradients)
+        sampler = bilevel.GradientSampler(hidden=4, distance_weight=weight, count_weight=0.0)
+        estimator = bilevel.LayerwiseMetaGradient(None, sampler)
+        results.append(estimator.estimate(nested, outer, weights, rate, SEED, estimator.parameters(shapes))[0].gradients)
     with tf.GradientTape() as tape:
         tape.watch(weights)
-        loss = bilevel.train(outer, weights)
+        loss = nested.train(outer, weights)
     slope = tape.gradient(loss, weights)
     ahead = {name: weights[name] - RATE * slope[name] for name in weights}
     with tf.GradientTape() as tape:
         tape.watch(ahead)
-        loss = bilevel.judge(ahead)
+        loss = nested.judge(ahead)
     judged = tf.reduce_mean(tape.gradient(loss, ahead["d"]), axis=0)
     with tf.GradientTape() as above:
         above.watch(outer)
         with tf.GradientTape() as inner:
             inner.watch(weights["d"])
-            loss = bilevel.train(outer, weights)
+            loss = nested.train(outer, weights)
         pooled = tf.reduce_mean(inner.gradient(loss, weights["d"]), axis=0)
         distance = 0.5 * tf.reduce_sum(tf.square(pooled - judged))
     wanted = above.gradient(distance, outer)
@@ -362,10 +364,10 @@ def test_the_third_loss_is_the_distance_at_the_last_layer():
 
 
 def test_a_look_ahead_compiles_whole():
-    bilevel, outer, weights = problem("float32")
+    nested, outer, weights = problem("float32")
 
     def back(outer, weights):
-        return LookAhead(bilevel, outer, weights, tf.constant(RATE)).mixed(weights)
+        return LookAhead(nested, outer, weights, tf.constant(RATE)).mixed(weights)
 
     run = tf.function(back, jit_compile=True)
     np.testing.assert_allclose(flat(run(outer, weights)), flat(back(outer, weights)), rtol=1e-4, atol=1e-6)
@@ -374,15 +376,15 @@ def test_a_look_ahead_compiles_whole():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: meta.EvoGrad(0), "`population` must be a positive integer. Received: population=0"),
-        (lambda: meta.EvoGrad(sigma=-1.0), "`sigma` must be a positive number"),
-        (lambda: meta.EvoGrad(noise="uniform"), "`noise` must be one of 'rademacher', 'normal'"),
-        (lambda: meta.OneStep(rate=0.0), "`rate` must be a positive number"),
-        (lambda: meta.FiniteDifference(width=float("nan")), "`width` must be a positive number"),
-        (lambda: meta.LayerwiseMetaGradient("first:2"), "`layers` must be 'last:N', names of layers, or None"),
-        (lambda: meta.LayerwiseMetaGradient(("no",)).parameters(LAYERS), "`layers` must be names of layers with weights"),
-        (lambda: meta.EvoGrad(scope=("no",)).parameters(LAYERS), "`scope` must be names of layers with weights"),
-        (lambda: meta.GradientSampler(momentum=-1), "`momentum` must be a finite number of at least 0"),
+        (lambda: bilevel.EvoGrad(0), "`population` must be a positive integer. Received: population=0"),
+        (lambda: bilevel.EvoGrad(sigma=-1.0), "`sigma` must be a positive number"),
+        (lambda: bilevel.EvoGrad(noise="uniform"), "`noise` must be one of 'rademacher', 'normal'"),
+        (lambda: bilevel.OneStep(rate=0.0), "`rate` must be a positive number"),
+        (lambda: bilevel.FiniteDifference(width=float("nan")), "`width` must be a positive number"),
+        (lambda: bilevel.LayerwiseMetaGradient("first:2"), "`layers` must be 'last:N', names of layers, or None"),
+        (lambda: bilevel.LayerwiseMetaGradient(("no",)).parameters(LAYERS), "`layers` must be names of layers with weights"),
+        (lambda: bilevel.EvoGrad(scope=("no",)).parameters(LAYERS), "`scope` must be names of layers with weights"),
+        (lambda: bilevel.GradientSampler(momentum=-1), "`momentum` must be a finite number of at least 0"),
     ],
 )
 def test_a_wrong_argument_is_named(make, message):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import learners, meta, random, tasks
+from keras_blur import bilevel, learners, meta, random, tasks
 from keras_blur.learners.base import places, resolve
 from keras_blur.meta.estimator import over_tasks
 
@@ -141,8 +141,8 @@ def data(count=24):
 def learned_weights(name, estimator):
     """Class weights after a step: by the size of the outer step, which the outer gradient has."""
     x, y = data()
-    outer = meta.Hyperparameters(class_weights=CLASSES)
-    made = meta.BilevelTrainer(MODELS[name](), outer, estimator)
+    outer = bilevel.Hyperparameters(class_weights=CLASSES)
+    made = bilevel.BilevelTrainer(MODELS[name](), outer, estimator)
     made.compile(keras.optimizers.SGD(0.5), keras.optimizers.SGD(100.0), LOSS, jit_compile=False)
     made.fit(x, y, meta_data=(x[::-1].copy(), y[::-1].copy()), batch_size=24, verbose=0)
     return np.array(outer.class_logits)
@@ -150,23 +150,23 @@ def learned_weights(name, estimator):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_layers_are_the_exact_step(name):
-    exact = learned_weights(name, meta.OneStep())
+    exact = learned_weights(name, bilevel.OneStep())
     assert np.abs(exact).max() > 1e-3
-    np.testing.assert_allclose(learned_weights(name, meta.LayerwiseMetaGradient(None)), exact, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(learned_weights(name, bilevel.LayerwiseMetaGradient(None)), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_the_parts_of_layers_with_one_name_sum_to_the_whole():
-    parts = [learned_weights("nested", meta.LayerwiseMetaGradient((path,))) for path in ("first/fc", "second/fc", "head")]
+    parts = [learned_weights("nested", bilevel.LayerwiseMetaGradient((path,))) for path in ("first/fc", "second/fc", "head")]
     assert np.abs(parts[0] - parts[1]).max() > 1e-4
-    np.testing.assert_allclose(sum(parts), learned_weights("nested", meta.OneStep()), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(sum(parts), learned_weights("nested", bilevel.OneStep()), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
-        meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=3)),
-        meta.LayerwiseMetaGradient(("second/fc", "head")),
-        meta.EvoGrad(2, scope=("first/fc",)),
+        bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=3)),
+        bilevel.LayerwiseMetaGradient(("second/fc", "head")),
+        bilevel.EvoGrad(2, scope=("first/fc",)),
     ],
 )
 def test_estimators_take_paths(estimator):
@@ -175,11 +175,11 @@ def test_estimators_take_paths(estimator):
 
 @pytest.mark.parametrize(
     ("estimator", "argument"),
-    [(meta.LayerwiseMetaGradient(("fc",)), "layers"), (meta.EvoGrad(2, scope=("fc",)), "scope")],
+    [(bilevel.LayerwiseMetaGradient(("fc",)), "layers"), (bilevel.EvoGrad(2, scope=("fc",)), "scope")],
 )
 def test_a_name_of_several_layers_is_refused_with_their_paths(estimator, argument):
     with pytest.raises(ValueError, match=f"`{argument}` must have the path .* one of first/fc, second/fc"):
-        meta.BilevelTrainer(nested(), meta.SampleWeightNet(), estimator)
+        bilevel.BilevelTrainer(nested(), bilevel.SampleWeightNet(), estimator)
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)

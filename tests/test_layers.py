@@ -11,9 +11,9 @@ import tensorflow as tf
 from layer_harness import run_layer_test
 
 from keras_blur import Genome, Rule, Sequential
+from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.layers import Dense
-from keras_blur.layers.dense import DenseConnection
-from keras_blur.options import ACTIVATIONS
 
 REFERENCE = {
     None: lambda z: z,

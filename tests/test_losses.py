@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import keras_blur as kb
-from keras_blur import feedback, meta
-from keras_blur.losses import ExampleLosses, as_keras, per_example
+from keras_blur import bilevel
+from keras_blur.core import feedback
+from keras_blur.core.losses import ExampleLosses, as_keras, per_example
 
 
 @pytest.mark.parametrize(("execution", "every"), [("eager", 31), ("graph", 701), ("xla", 997)])
@@ -81,8 +82,8 @@ def test_bilevel_trainer_minimises_what_fit_does(name):
     plain, model = network(), network()
     plain.compile(keras.optimizers.SGD(0.05), loss)
     history = plain.fit(x, y, batch_size=12, epochs=3, shuffle=False, verbose=0).history
-    trainer = meta.BilevelTrainer(model, meta.LearnedRotation())
-    trainer._training_loss = meta.TrainingLoss().training_loss  # the plain mean
+    trainer = bilevel.BilevelTrainer(model, bilevel.LearnedRotation())
+    trainer._training_loss = bilevel.TrainingLoss().training_loss  # the plain mean
     trainer.compile(keras.optimizers.SGD(0.05), keras.optimizers.SGD(0.0), loss, jit_compile=False)
     found = trainer.fit(x, y, meta_data=(x, y), batch_size=12, epochs=3, verbose=0).history
     for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
@@ -130,7 +131,7 @@ def test_label_smoothing_leaves_ignored_labels_out():
 
 
 def weights_of(loss, units, y, count=2):
-    made = meta.Hyperparameters(class_weights=count)
+    made = bilevel.Hyperparameters(class_weights=count)
     made.class_logits.assign(np.log(np.arange(1.0, count + 1)))
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(units, kernel_initializer="zeros")])
     x = np.zeros((len(y), 3), "float32")
@@ -167,7 +168,7 @@ def test_pseudo_clean_split_takes_any_rank_of_labels_and_losses():
     y = 2.0 * x[:, 0] + np.where(np.arange(60) < 20, 3.0, 0.0)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer=keras.initializers.Constant(2.0))])
     for loss, labels in itertools.product((square, "mse", keras.losses.Huber(10.0)), (y, y[:, None])):
-        clean = meta.PseudoCleanSplit().split(model, x, labels, loss, batch_size=16)
+        clean = bilevel.PseudoCleanSplit().split(model, x, labels, loss, batch_size=16)
         assert clean.tolist() == [False] * 20 + [True] * 40
 
 
@@ -176,7 +177,7 @@ def test_a_loss_that_is_none_is_named():
         def __call__(self, y, prediction, sample_weight=None):
             return 0.0
 
-    trainer = meta.BilevelTrainer(dense(1)(), meta.Hyperparameters(weight_decay=0.1))
+    trainer = bilevel.BilevelTrainer(dense(1)(), bilevel.Hyperparameters(weight_decay=0.1))
     for loss in ("crossentropy", 3, len, [square]):
         with pytest.raises(ValueError, match=r"`loss` must be a keras.losses.Loss or its name, or a function"):
             trainer.compile("sgd", "sgd", loss)

@@ -11,9 +11,9 @@ import rule_table
 import tensorflow as tf
 from rule_table import COVER, SIZES, draw_batch, draw_genome, draw_synapses, stages
 
-from keras_blur import Genome, Rule, network
-from keras_blur import rule as equations
-from keras_blur.layers.connection import TRACE
+from keras_blur import Genome, Rule
+from keras_blur.core import equations, network
+from keras_blur.core.connection import TRACE
 
 STEPS = 2
 # Rules whose batch is a plain sum over examples, so that a weight is a count.

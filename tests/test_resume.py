@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_blur import Genome, Rule, cli, files, learners, meta, tasks
-from keras_blur.meta import loop, settings
+from keras_blur import Genome, Rule, bilevel, cli, files, learners, meta, tasks
+from keras_blur.training import loop, settings
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -43,8 +43,8 @@ def data(seed=0):
     return rng.normal(size=(24, 5)).astype("float32"), rng.integers(3, size=24)
 
 
-def bilevel(model=None, meta_model=None, optimizer=None, meta_optimizer=None, loss=LOSS, metrics=None, **options):
-    made = meta.BilevelTrainer(model or network(), meta_model or meta.SampleWeightNet(3), **options)
+def bilevel_trainer(model=None, meta_model=None, optimizer=None, meta_optimizer=None, loss=LOSS, metrics=None, **options):
+    made = bilevel.BilevelTrainer(model or network(), meta_model or bilevel.SampleWeightNet(3), **options)
     made.compile(
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9), meta_optimizer or keras.optimizers.Adam(1e-2), loss, metrics,
         jit_compile=False,
@@ -64,7 +64,7 @@ def run(made, path, epochs, steps=2, *, seed=0, **options):
 def made_with(tmp_path_factory):
     """Checkpoints of one epoch."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    paths = {kind: folder / f"{kind.__name__}.weights.h5" for kind in (trainer, bilevel)}
+    paths = {kind: folder / f"{kind.__name__}.weights.h5" for kind in (trainer, bilevel_trainer)}
     for kind, path in paths.items():
         run(kind(), path, 1)
     return paths
@@ -98,29 +98,29 @@ OTHER = {
     "query_size": (lambda: trainer(query_size=9), "query_size=8", "query_size=9"),
     "clipnorm": (lambda: trainer(clipnorm=None), "clipnorm=10.0", "clipnorm=None"),
     "start": (lambda: trainer(start=Genome.random(Rule(), seed=7)), "start=None", "start={"),
-    "outer model": (lambda: bilevel(network(7)), "model.layers[1].config.units=6", "model.layers[1].config.units=7"),
-    "activation": (lambda: bilevel(network(activation="tanh")), "activation='relu'", "activation='tanh'"),
+    "outer model": (lambda: bilevel_trainer(network(7)), "model.layers[1].config.units=6", "model.layers[1].config.units=7"),
+    "activation": (lambda: bilevel_trainer(network(activation="tanh")), "activation='relu'", "activation='tanh'"),
     "training loss": (
-        lambda: bilevel(meta_model=meta.SampleWeightNet(4)),
+        lambda: bilevel_trainer(meta_model=bilevel.SampleWeightNet(4)),
         "meta_model.hidden=3",
         "meta_model.hidden=4",
     ),
     "other training loss": (
-        lambda: bilevel(meta_model=meta.Hyperparameters(weight_decay=0.1)),
+        lambda: bilevel_trainer(meta_model=bilevel.Hyperparameters(weight_decay=0.1)),
         "meta_model=SampleWeightNet",
         "meta_model=Hyperparameters",
     ),
-    "hypergradient": (lambda: bilevel(estimator=meta.EvoGrad()), "estimator=OneStep", "estimator=EvoGrad"),
-    "first": (lambda: bilevel(first="model"), "first='meta'", "first='model'"),
-    "judge_training": (lambda: bilevel(judge_training=False), "judge_training=True", "judge_training=False"),
+    "hypergradient": (lambda: bilevel_trainer(estimator=bilevel.EvoGrad()), "estimator=OneStep", "estimator=EvoGrad"),
+    "first": (lambda: bilevel_trainer(first="model"), "first='meta'", "first='model'"),
+    "judge_training": (lambda: bilevel_trainer(judge_training=False), "judge_training=True", "judge_training=False"),
     "loss": (
-        lambda: bilevel(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)),
+        lambda: bilevel_trainer(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)),
         "loss.ignore_class=None",
         "loss.ignore_class=1",
     ),
-    "metrics": (lambda: bilevel(metrics=["accuracy"]), "metrics=None", 'metrics=["accuracy"]'),
+    "metrics": (lambda: bilevel_trainer(metrics=["accuracy"]), "metrics=None", 'metrics=["accuracy"]'),
     "meta_optimizer": (
-        lambda: bilevel(meta_optimizer=keras.optimizers.RMSprop(1e-2)),
+        lambda: bilevel_trainer(meta_optimizer=keras.optimizers.RMSprop(1e-2)),
         "meta_optimizer=Adam",
         "meta_optimizer=RMSprop",
     ),
@@ -128,7 +128,7 @@ OTHER = {
 
 
 def kind_of(made):
-    return trainer if isinstance(made, meta.MetaTrainer) else bilevel
+    return trainer if isinstance(made, meta.MetaTrainer) else bilevel_trainer
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -162,7 +162,7 @@ def test_another_setting_is_named_before_any_work(name, made_with):
 )
 def test_another_argument_of_fit_is_named(options, old, new, made_with):
     with pytest.raises(ValueError, match=r"^`checkpoint` '.*' was made with ") as raised:
-        run(bilevel(), made_with[bilevel], 2, **options)
+        run(bilevel_trainer(), made_with[bilevel_trainer], 2, **options)
     first, second = str(raised.value).split("; this run has ")
     assert old in first
     assert new in second
@@ -179,7 +179,7 @@ def test_all_that_differs_is_in_one_sentence(made_with):
 
 
 def test_a_checkpoint_of_the_other_trainer_is_said_to_be_one(made_with):
-    for kind, other in ((trainer, bilevel), (bilevel, trainer)):
+    for kind, other in ((trainer, bilevel_trainer), (bilevel_trainer, trainer)):
         names = [type(one()).__name__ for one in (other, kind)]
         sentence = f"was made with trainer={names[0]!r}; this run has trainer={names[1]!r}.$"
         with pytest.raises(ValueError, match=sentence):
@@ -268,7 +268,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("name", RATES)
-@pytest.mark.parametrize("kind", [pytest.param(trainer, marks=pytest.mark.slow), bilevel])
+@pytest.mark.parametrize("kind", [pytest.param(trainer, marks=pytest.mark.slow), bilevel_trainer])
 def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
     before, now, used, said = RATES[name]
     path, make = (
@@ -307,8 +307,8 @@ def test_the_state_goes_on_under_another_rate(tmp_path):
 
 def test_each_optimizer_has_a_rate_of_its_own(tmp_path):
     path = tmp_path / "run.weights.h5"
-    run(bilevel(), path, 1)
-    second = bilevel(meta_optimizer=keras.optimizers.Adam(1e-5))
+    run(bilevel_trainer(), path, 1)
+    second = bilevel_trainer(meta_optimizer=keras.optimizers.Adam(1e-5))
     with pytest.warns(UserWarning, match=r"The learning rate of `meta_optimizer` is now 1e-05; .* with 0\.01"):
         run(second, path, 2)
     assert rate_of(second.meta_optimizer) == pytest.approx(1e-5)

@@ -9,39 +9,27 @@ import keras_blur
 
 ROOT = pathlib.Path(keras_blur.__file__).parent
 
-# Checks of plain arguments, which every room may import and which imports none.
-SHARED = {"arguments"}
+# Checks of plain arguments and files that are written whole: every room may import them, and they import none.
+SHARED = {"arguments", "files"}
 # Each room, and the rooms it may import from.
 # fmt: off
 BELOW = {
     "_version": set(),
-    "files": set(),
-    "losses": {"distribution"},
-    "feedback": {"losses"},
-    "options": {"feedback"},
-    "genome": {"options", "files", "checks"},
-    "genomes": {"genome", "options", "files"},
-    "rule": {"genome", "options"},
-    "layers": {"rule", "genome", "options", "distribution", "random"},
-    "network": {"layers", "rule", "genome"},
-    "checks": {"feedback", "losses", "random", "files"},
-    "models": {
-        "network", "layers", "rule", "genome", "options", "feedback", "losses", "checks", "distribution", "files",
-    },
-    "conversion": {"models", "layers", "rule", "genome", "options"},
-    "conformance": {"network", "layers", "genome", "options"},
-    "zoo": set(),
     "random": set(),
     "compiling": set(),
     "distribution": set(),
+    "core": {"distribution", "random"},
+    "genomes": {"core"},
+    "layers": {"core"},
+    "checks": {"core", "random"},
+    "models": {"layers", "core", "checks", "distribution"},
+    "conformance": {"core"},
     "tasks": {"random", "checks"},
-    "learners": {
-        "network", "layers", "rule", "genome", "options", "feedback", "losses", "random", "distribution", "files", "checks",
-    },
-    "meta": {
-        "checks", "losses", "feedback", "learners", "tasks", "genome", "random", "compiling", "distribution", "files",
-    },
-    "report": {"learners", "meta", "network", "genome", "random", "tasks", "compiling", "files", "checks"},
+    "learners": {"core", "random", "distribution", "checks"},
+    "training": {"tasks", "checks", "distribution"},
+    "meta": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
+    "bilevel": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
+    "report": {"learners", "meta", "core", "random", "tasks", "compiling", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all
 
@@ -74,8 +62,8 @@ def test_imports_only_what_is_below(path):
 
 
 def test_the_check_sees_a_wrong_import():
-    tree = ast.parse("from keras_blur import models\nimport keras_blur.cli.fit\nfrom keras_blur.network import step")
-    assert rooms_imported(tree) == {"models", "cli", "network"}
+    tree = ast.parse("from keras_blur import models\nimport keras_blur.cli.fit\nfrom keras_blur.core.network import step")
+    assert rooms_imported(tree) == {"models", "cli", "core"}
 
 
 def test_the_map_has_no_cycle():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import learners, meta, tasks
+from keras_blur import bilevel, learners, meta, tasks
 from keras_blur.meta.estimator import accuracy, explained, right_bits
 
 HUGE = 1e25  # weights this large overflow every loss
@@ -192,7 +192,7 @@ def test_validation_of_what_diverged_is_nan_and_never_the_best(tmp_path):
         assert np.isfinite(own).all()
 
 
-def bilevel(outer_start):
+def bilevel_trainer(outer_start):
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((8, 3)).astype("float32"), rng.integers(0, 2, 8)
     scale = keras.Variable(outer_start, name="scale")
@@ -201,7 +201,7 @@ def bilevel(outer_start):
         return keras.ops.mean(losses(y, model(x, training=True))) * keras.ops.sqrt(scale)
 
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    made = meta.BilevelTrainer(model, [scale], training_loss=training_loss)
+    made = bilevel.BilevelTrainer(model, [scale], training_loss=training_loss)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     made.compile(keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.0), loss, jit_compile=False)
     return made, x, y
@@ -209,7 +209,7 @@ def bilevel(outer_start):
 
 @pytest.mark.parametrize("start", [0.0, 1.0])
 def test_a_skipped_outer_step_has_no_loss(start):
-    made, x, y = bilevel(start)
+    made, x, y = bilevel_trainer(start)
     history = made.fit(x, y, meta_data=(x, y), batch_size=4, verbose=0).history
     assert np.isnan(history["meta_loss"][0]) == (start == 0.0)
     assert history["skipped"] == [float(start == 0.0)]
@@ -217,7 +217,7 @@ def test_a_skipped_outer_step_has_no_loss(start):
 
 
 def test_an_epoch_without_an_outer_step_has_no_meta_loss():
-    made, x, y = bilevel(1.0)
+    made, x, y = bilevel_trainer(1.0)
     history = made.fit(x, y, meta_data=(x, y), batch_size=4, epochs=2, meta_every=4, verbose=0).history
     assert np.isnan(history["meta_loss"]).tolist() == [False, True]
     assert np.isnan(history["skipped"]).tolist() == [False, True]

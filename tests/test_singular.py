@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blur import Genome, Rule, learners, meta, random
-from keras_blur import rule as equations
+from keras_blur import Genome, Rule, bilevel, learners, meta, random
+from keras_blur.bilevel.evograd import named
+from keras_blur.bilevel.hypergradient import Bilevel
+from keras_blur.core import equations
 from keras_blur.learners import updates
-from keras_blur.meta.evograd import named
-from keras_blur.meta.hypergradient import Bilevel
 
 FEATURES, CLASSES = 4, 3
 
@@ -179,10 +179,10 @@ def flat_problem():
 
 
 HYPERGRADIENTS = {
-    "one step": meta.OneStep(),
-    "difference": meta.FiniteDifference(),
-    "evograd": meta.EvoGrad(1),
-    "sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=3)),
+    "one step": bilevel.OneStep(),
+    "difference": bilevel.FiniteDifference(),
+    "evograd": bilevel.EvoGrad(1),
+    "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=3)),
 }
 
 
@@ -206,7 +206,7 @@ def test_hypergradients_where_gradients_vanish(name, rate):
 def test_without_a_learning_rate_a_step_says_nothing_of_the_outer_parameters(name):
     (problem, outer, weights), estimator = flat_problem(), HYPERGRADIENTS[name]
     if name == "sampler":
-        estimator = meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=1, hidden=3, distance_weight=0.0))
+        estimator = bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1, hidden=3, distance_weight=0.0))
     own = estimator.parameters({layer: [tuple(weights[n].shape) for n in names] for layer, names in problem.layers.items()})
     found, _ = estimator.estimate(problem, outer, weights, tf.constant(0.0), random.seed_of(0), own)
     np.testing.assert_array_equal(found.gradients["examples"], np.zeros(4))

@@ -12,8 +12,8 @@ import tensorflow as tf
 from keras import layers as kl
 
 from keras_blur import Genome, Rule, Sequential
+from keras_blur.core.weightless import structural_map
 from keras_blur.layers import Dense
-from keras_blur.layers.structural import structural_map
 
 STATES, BATCH = 3, 2
 

@@ -9,8 +9,9 @@ import numpy_twin
 import pytest
 import rule_table
 
-from keras_blur import Genome, Rule, feedback, genomes, network
-from keras_blur.layers.dense import DenseConnection
+from keras_blur import Genome, Rule, genomes
+from keras_blur.core import feedback, network
+from keras_blur.core.connections.dense import DenseConnection
 
 STEPS = 3
 WHOLE = ["default", "four_states", "oja_weights", "oja_activations", "mean", "directions_tied_updates"]

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 import keras_blur as kb
-from keras_blur import learners, meta, random, tasks
+from keras_blur import bilevel, learners, meta, random, tasks
 from keras_blur.cli.meta_train import RULE
 from keras_blur.distribution import Runner
 from keras_blur.meta import trainer as trainers
@@ -123,12 +123,12 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
     return Case(tf.function(one_step_on_data, autograph=False), (batch,), _variables(made))
 
 
-def bilevel(size: Size, estimator: Any) -> Case:
+def bilevel_case(size: Size, estimator: Any) -> Case:
     """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own; metrics included."""
     dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
     layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
     model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])
-    made = meta.BilevelTrainer(model, meta.SampleWeightNet(8), estimator, seed=3)
+    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(8), estimator, seed=3)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, ["accuracy"], jit_compile=False)
     batch = size.batch * size.tasks
@@ -163,8 +163,10 @@ CASES: dict[str, Callable[[Size], Case]] = {
     "es": lambda size: _meta(size, _estimator(meta.ES, size)),
     "pes": lambda size: _meta(size, _estimator(meta.PES, size)),
     "cma": lambda size: _meta(size, _estimator(meta.Evolution, size)),
-    "bilevel": lambda size: bilevel(size, meta.OneStep(rate=0.1)),
-    "famus": lambda size: bilevel(size, meta.LayerwiseMetaGradient(None, meta.GradientSampler(1, hidden=8), rate=0.1)),
+    "bilevel": lambda size: bilevel_case(size, bilevel.OneStep(rate=0.1)),
+    "famus": lambda size: bilevel_case(
+        size, bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(1, hidden=8), rate=0.1)
+    ),
     "warpgrad": lambda size: _meta(size, meta.WarpGrad(size.steps, start="leap"), learner=_warped(size)),
 }
 

@@ -23,8 +23,9 @@ import tensorflow as tf
 from experiment import Outcome, Setting, cell, main, meta_train
 
 import keras_blur as kb
-from keras_blur import feedback, genomes, learners, network, random, tasks
+from keras_blur import genomes, learners, random, tasks
 from keras_blur.compiling import compiled
+from keras_blur.core import feedback, network
 from keras_blur.report import style
 
 RULE = kb.Rule(last_activation="linear", directions="tied", batch_reduction="mean")

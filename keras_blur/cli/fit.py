@@ -12,11 +12,11 @@ import keras
 from keras_blur import genomes
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import PICTURES, Flags, When
-from keras_blur.conversion import copy_kernels
+from keras_blur.core.genome import Genome
 from keras_blur.files import save
-from keras_blur.genome import Genome
 from keras_blur.layers import Dense
 from keras_blur.models import Sequential
+from keras_blur.models.convert import copy_kernels
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"

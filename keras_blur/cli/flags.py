@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from keras_blur.checks import check_output
-from keras_blur.files import exists, is_remote
+from keras_blur.files import check_output, exists, is_remote
 
 PICTURES = (".png", ".pdf", ".svg")
 

@@ -17,8 +17,8 @@ import keras
 from keras_blur import genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
+from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
-from keras_blur.options import Rule
 
 USAGE = "[flags]"
 EXAMPLES = (

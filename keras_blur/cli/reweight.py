@@ -8,11 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_blur import meta
+from keras_blur import bilevel
+from keras_blur.bilevel.hypergradient import HypergradientEstimator
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import Flags, When
 from keras_blur.files import save
-from keras_blur.meta.hypergradient import HypergradientEstimator
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels
 
@@ -24,11 +24,11 @@ EXAMPLES = (
 )
 
 METHODS: dict[str, HypergradientEstimator] = {
-    "meta_weight_net": meta.OneStep(),
-    "famus": meta.LayerwiseMetaGradient("last:2"),
-    "famus_sampler": meta.LayerwiseMetaGradient(None, meta.GradientSampler(target=2)),
-    "evograd": meta.EvoGrad(),
-    "difference": meta.FiniteDifference(),
+    "meta_weight_net": bilevel.OneStep(),
+    "famus": bilevel.LayerwiseMetaGradient("last:2"),
+    "famus_sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=2)),
+    "evograd": bilevel.EvoGrad(),
+    "difference": bilevel.FiniteDifference(),
 }
 
 
@@ -74,14 +74,14 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     print(f"{images.name}: {len(rest)} training images, {wrong:.1%} of their labels wrong; {len(clean)} clean ones")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-    def train(plain: bool) -> tuple[meta.BilevelTrainer, dict[str, Any]]:
+    def train(plain: bool) -> tuple[bilevel.BilevelTrainer, dict[str, Any]]:
         """The same trainer and batches; of equal weights, the outer rate is 0 and their turn never comes again."""
         init = [keras.initializers.GlorotUniform(1000 * flag["seed"] + place) for place in range(len(hidden) + 1)]
         dense = [keras.layers.Dense(n, "relu", kernel_initializer=one) for n, one in zip(hidden, init, strict=False)]
         last = keras.layers.Dense(images.classes, kernel_initializer=init[-1])
         model = keras.Sequential([keras.Input((x.shape[1],)), *dense, last])
         estimator = METHODS[flag["method"]]
-        trainer = meta.BilevelTrainer(model, meta.SampleWeightNet(), estimator, seed=flag["seed"])
+        trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(), estimator, seed=flag["seed"])
         optimizer = keras.optimizers.SGD(flag["learning_rate"], momentum=0.9)
         meta_rate = 0.0 if plain else flag["meta_rate"]
         trainer.compile(optimizer, keras.optimizers.Adam(meta_rate), loss, ["accuracy"])
@@ -102,7 +102,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         return trainer, {**result, "partial": True} if stopped else result
 
     results: dict[str, dict[str, Any]] = {}
-    trainer: meta.BilevelTrainer | None = None
+    trainer: bilevel.BilevelTrainer | None = None
     stopped = False
     if flag["plain"]:
         print("\nequal weights", flush=True)
@@ -138,7 +138,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")
 
 
-def mean_weights(trainer: meta.BilevelTrainer, losses: Any, correct: np.ndarray) -> dict[str, float]:
+def mean_weights(trainer: bilevel.BilevelTrainer, losses: Any, correct: np.ndarray) -> dict[str, float]:
     """The mean weights of the examples whose labels are right, and of those whose labels are wrong."""
     weights = trainer.learned(losses).numpy()
     sides = {"right": correct, "wrong": ~correct}

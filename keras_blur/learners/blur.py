@@ -13,12 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, feedback, network
+from keras_blur import arguments
+from keras_blur.core import feedback, network
+from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
 from keras_blur.distribution import ALL, Share
-from keras_blur.genome import Genome
-from keras_blur.layers.dense import DenseConnection
 from keras_blur.learners.base import Array, Learner, MetaLearner, Outer, draw_kernel
-from keras_blur.options import Rule
 
 _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
 

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur import rule as equations
+from keras_blur.core import equations
+from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.learners.base import keras_model, places
-from keras_blur.options import ACTIVATIONS
 
 Array = Any
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.distribution import ALL, Share
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
-from keras_blur.options import ACTIVATIONS
 
 
 class OptimizerState(NamedTuple):

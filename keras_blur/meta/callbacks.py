@@ -12,10 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files, random
-from keras_blur.checks import check_output
 from keras_blur.compiling import compiled
+from keras_blur.files import check_output
 from keras_blur.learners.base import MetaLearner
-from keras_blur.meta import settings
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.tasks.base import Tasks, check_split
 
@@ -218,26 +217,3 @@ class SaveLearned(keras.callbacks.Callback):
     def _write(self, logs: Any) -> None:
         if self.model.sound and not np.isnan((logs or {}).get("loss", 0.0)) and self.model.runner.writes_files:
             files.save(self.model.learned, self.path)
-
-
-class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch: `fit` of a trainer adds it.
-
-    Args:
-        path: a `.weights.h5` file.
-        made_with: the settings of the run, which the file carries.
-    """
-
-    def __init__(self, path: str, made_with: Mapping[str, Any]):
-        super().__init__()
-        self.path, self.made_with = path, dict(made_with)
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.write()
-
-    def write(self) -> None:
-        """Writes it now."""
-        if self.model.runner.writes_files:
-            memory = files.Memory(os.path.basename(self.path))
-            self.model.save_weights(memory)
-            settings.write(self.path, memory, self.made_with)

@@ -21,17 +21,7 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import (
-    Array,
-    Carried,
-    Episodes,
-    Estimate,
-    Estimator,
-    Outer,
-    Pieces,
-    choose,
-    start,
-)
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Pieces, choose, start
 
 _NOISE = 1  # folded into the seed of an estimate for its perturbations
 

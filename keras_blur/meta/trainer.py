@@ -31,18 +31,18 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
+from keras_blur.core.genome import Genome
 from keras_blur.distribution import Share, mean, share
-from keras_blur.genome import Genome
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
-from keras_blur.meta import settings
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.estimator import NOTHING, Carried, Estimator
 from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
-from keras_blur.meta.loop import OuterLoop, apply_scaled, clips, parts, plain
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.mixture import Mixture
+from keras_blur.training import settings
+from keras_blur.training.loop import OuterLoop, apply_scaled, clips, parts, plain
 
 Array = Any
 _WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # look at whole arrays of weights

@@ -16,16 +16,7 @@ import tensorflow as tf
 
 from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import (
-    Array,
-    Carried,
-    Episodes,
-    Estimate,
-    Estimator,
-    Outer,
-    Pieces,
-    start,
-)
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Pieces, start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,16 +25,7 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.distribution import Share
 from keras_blur.learners.base import Learner, MetaLearner
-from keras_blur.meta.estimator import (
-    Array,
-    Carried,
-    Episodes,
-    Estimate,
-    Estimator,
-    Outer,
-    over_tasks,
-    start,
-)
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, over_tasks, start
 
 ORDERS = ("exact", "first")
 STARTS = ("none", "reptile", "leap", "maml")

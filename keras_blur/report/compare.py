@@ -25,9 +25,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.checks import Expected, check_output, check_tasks, checked_arrays
+from keras_blur.checks import Expected, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
-from keras_blur.genome import Genome
+from keras_blur.core.genome import Genome
+from keras_blur.files import check_output
 from keras_blur.learners import Blur, Learner, Optimizer, updates
 from keras_blur.learners.blur import check_genome
 from keras_blur.meta.estimator import classes_of

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import network, random
-from keras_blur.checks import check_output
+from keras_blur import random
 from keras_blur.compiling import compiled
-from keras_blur.genome import Genome
+from keras_blur.core import network
+from keras_blur.core.genome import Genome
+from keras_blur.files import check_output
 from keras_blur.learners import Blur, Learner
 from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style

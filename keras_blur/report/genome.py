@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_blur.checks import check_output
-from keras_blur.genome import Genome
+from keras_blur.core.genome import Genome
+from keras_blur.files import check_output
 from keras_blur.report import style
 
 if TYPE_CHECKING:

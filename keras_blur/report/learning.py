@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from keras_blur.checks import check_output
+from keras_blur.files import check_output
 from keras_blur.report import style
 
 if TYPE_CHECKING:

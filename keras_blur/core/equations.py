@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_blur.genome import Genome
-from keras_blur.options import Rule
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
 
 Array = Any
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_blur import arguments
 from keras_blur.checks import checked_arrays, model_expects
-from keras_blur.losses import as_keras, check_weighable, mask_of, per_example
+from keras_blur.core.losses import as_keras, check_weighable, mask_of, per_example
 from keras_blur.tasks.datasets import needs
 
 

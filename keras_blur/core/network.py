@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_blur import rule as equations
-from keras_blur.genome import Genome
-from keras_blur.layers.connection import Connection, Synapses
-from keras_blur.layers.structural import StructuralMap
+from keras_blur.core import equations
+from keras_blur.core.connection import Connection, Synapses
+from keras_blur.core.genome import Genome
+from keras_blur.core.weightless import StructuralMap
 
 Array = Any
 Statistics = tuple[Array, Array] | None

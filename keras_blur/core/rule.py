@@ -2,7 +2,7 @@
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), whose options and those of its published code
 are fields of `Rule`, and what later work added. A rule decides shapes and which code runs, so it must be known when a graph
-is traced and is hashable; the numbers that go with it are a `keras_blur.genome.Genome`.
+is traced and is hashable; the numbers that go with it are a `keras_blur.core.genome.Genome`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
-from keras_blur.feedback import loss_text, resolve_loss
+from keras_blur.core.feedback import loss_text, resolve_loss
 
 ACTIVATIONS = ("tanh", "relu", "relu_tanh", "sigmoid", "linear")
 

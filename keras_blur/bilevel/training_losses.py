@@ -19,8 +19,8 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
+from keras_blur.core.losses import ExampleLosses, check_weighable
 from keras_blur.distribution import share, total
-from keras_blur.losses import ExampleLosses, check_weighable
 
 Array = Any
 

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_blur.losses import SUMS, FunctionLoss, as_keras, mask_of
+from keras_blur.core.losses import SUMS, FunctionLoss, as_keras, mask_of
 
 Array = Any
 TARGETS = ("classes", "indicators", "signs", "values")

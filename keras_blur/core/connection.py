@@ -18,9 +18,9 @@ from typing import Any
 
 from keras import ops
 
-from keras_blur import rule as equations
-from keras_blur.genome import Genome
-from keras_blur.options import Rule
+from keras_blur.core import equations
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
 
 Array = Any
 Synapses = Mapping[str, Array]

@@ -26,9 +26,8 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
-from keras_blur.checks import check_output
-from keras_blur.files import read_text, write_text
-from keras_blur.options import Rule
+from keras_blur.core.rule import Rule
+from keras_blur.files import check_output, read_text, write_text
 
 FORMAT = "keras_blur.genome"
 VERSION = 1

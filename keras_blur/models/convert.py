@@ -8,12 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_blur import rule as equations
-from keras_blur.genome import Genome
-from keras_blur.layers.connection import TRACE
+from keras_blur.core import equations
+from keras_blur.core.connection import TRACE
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.layers.dense import Dense
-from keras_blur.models import Sequential
-from keras_blur.options import ACTIVATIONS
+from keras_blur.models.sequential import Sequential
 
 _SAMPLES = np.array([-1e3, -7.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 7.0, 1e3], np.float32)
 

@@ -43,10 +43,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files
-from keras_blur.checks import check_output
 from keras_blur.distribution import Runner
-from keras_blur.meta import settings
-from keras_blur.meta.callbacks import Checkpoint
+from keras_blur.files import check_output
+from keras_blur.training import settings
+from keras_blur.training.checkpoint import Checkpoint
 
 Array = Any
 _HEADROOM = 16.0

@@ -7,9 +7,9 @@ from importlib import resources
 from typing import Any
 
 from keras_blur import arguments
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import ACTIVATIONS, Rule
 from keras_blur.files import exists
-from keras_blur.genome import Genome
-from keras_blur.options import ACTIVATIONS, Rule
 
 
 def backprop(
@@ -75,7 +75,7 @@ def backprop(
 
 def names() -> list[str]:
     """Names of the trained genomes in the package."""
-    folder = resources.files("keras_blur") / "zoo"
+    folder = resources.files("keras_blur.genomes")
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -101,7 +101,7 @@ def load(name: str | os.PathLike[str]) -> Genome:
     if text == "backprop":
         return backprop()
     if text in names():
-        content = (resources.files("keras_blur") / "zoo" / f"{text}.json").read_text(encoding="utf-8")
+        content = (resources.files("keras_blur.genomes") / f"{text}.json").read_text(encoding="utf-8")
         return Genome.from_json(content, source=f"Genome {text!r}")
     if text and not os.path.isdir(text) and exists(text):
         return Genome.load(text)
@@ -121,4 +121,4 @@ def card(name: str) -> str:
     """
     if name not in names():
         raise ValueError(f"`name` must be one of {', '.join(names())}. Received: name={name!r}")
-    return (resources.files("keras_blur") / "zoo" / f"{name}.md").read_text(encoding="utf-8")
+    return (resources.files("keras_blur.genomes") / f"{name}.md").read_text(encoding="utf-8")

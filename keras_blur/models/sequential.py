@@ -1,7 +1,7 @@
 """The Keras face of a network: a model that learns by a genome under `fit`.
 
 Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021). The model keeps the
-synapses as Keras variables and calls the one network step of `keras_blur.network`; no gradient is taken anywhere. The
+synapses as Keras variables and calls the one network step of `keras_blur.core.network`; no gradient is taken anywhere. The
 genome is a constant of the compiled step: it does not change while a network learns, and a constant lets the compiler
 drop the terms that a genome's zeros make vanish.
 """
@@ -21,16 +21,17 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_blur import arguments, distribution, files, network
-from keras_blur import feedback as feedbacks
+from keras_blur import arguments, distribution, files
 from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
-from keras_blur.genome import Genome
-from keras_blur.layers.connection import TRACE, Connection
+from keras_blur.core import feedback as feedbacks
+from keras_blur.core import network
+from keras_blur.core.connection import TRACE, Connection
+from keras_blur.core.equations import SharedBatch, update_gate
+from keras_blur.core.genome import Genome
+from keras_blur.core.losses import ignored_class
+from keras_blur.core.rule import Rule
+from keras_blur.core.weightless import StructuralMap, structural_map
 from keras_blur.layers.dense import Dense, check_keywords, refuse_outer_training
-from keras_blur.layers.structural import StructuralMap, structural_map
-from keras_blur.losses import ignored_class
-from keras_blur.options import Rule
-from keras_blur.rule import SharedBatch, update_gate
 
 Array = Any
 _TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
@@ -271,7 +272,7 @@ class Sequential(CheckedModel):
 
     @property
     def stages(self) -> tuple[network.Stage, ...]:
-        """The network as `keras_blur.network` takes it."""
+        """The network as `keras_blur.core.network` takes it."""
         return tuple(
             network.Stage(layer.connection, maps, layer.trainable and self.trainable)
             for layer, maps in zip(self._synaptic(), self._maps, strict=True)

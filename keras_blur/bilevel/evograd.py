@@ -25,8 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, random
-from keras_blur.learners.base import resolve
-from keras_blur.meta.hypergradient import (
+from keras_blur.bilevel.hypergradient import (
     Array,
     Bilevel,
     Hypergradient,
@@ -37,6 +36,7 @@ from keras_blur.meta.hypergradient import (
     scaled,
     unscaled,
 )
+from keras_blur.learners.base import resolve
 
 NOISES = ("rademacher", "normal")
 

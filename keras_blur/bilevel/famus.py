@@ -31,18 +31,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, random
+from keras_blur.bilevel.hypergradient import Array, Bilevel, Hypergradient, LookAhead, Outer, VirtualStep, Weights
 from keras_blur.compiling import with_own_constants
 from keras_blur.distribution import share
 from keras_blur.learners.base import resolve
-from keras_blur.meta.hypergradient import (
-    Array,
-    Bilevel,
-    Hypergradient,
-    LookAhead,
-    Outer,
-    VirtualStep,
-    Weights,
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The kinds of connections: one bilinear map a file."""

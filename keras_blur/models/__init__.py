@@ -1,0 +1,6 @@
+"""Keras models that learn by a genome."""
+
+from keras_blur.models.convert import convert
+from keras_blur.models.sequential import Sequential
+
+__all__ = ["Sequential", "convert"]
