@@ -44,7 +44,7 @@ from keras_blur.compiling import operations, without_tpu_kernel
 from keras_blur.core import feedback, network
 from keras_blur.files import write_text
 from keras_blur.meta import callbacks
-from keras_blur.report import compare
+from keras_blur.report import comparison as compare
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 

@@ -19,7 +19,7 @@ from absl import app, flags
 
 from keras_blur import Rule, files, learners, meta, tasks
 from keras_blur.report import style
-from keras_blur.report.compare import evaluate
+from keras_blur.report.comparison import evaluate
 from keras_blur.report.episodes import memorization_gap, score_episodes
 
 _QUICK = flags.DEFINE_boolean("quick", False, "Small numbers everywhere.")

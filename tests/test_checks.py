@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_blur as kb
 from keras_blur import checks, learners, meta, random, tasks
-from keras_blur.report import compare as comparing
+from keras_blur.report import comparison as comparing
 from keras_blur.report import episodes as scoring
 from keras_blur.tasks.base import SPLITS
 from keras_blur.tasks.datasets import Images

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_blur import Genome, Rule, cli, genomes, random, tasks
 from keras_blur.learners import Blur, Optimizer
-from keras_blur.report.compare import compare, evaluate, format_compare, format_several, plot_compare, steps_to
+from keras_blur.report.comparison import compare, evaluate, format_compare, format_several, plot_compare, steps_to
 from keras_blur.tasks.datasets import Images, load_images
 
 RULE = Rule(last_activation="linear", normalize_activations="both", batch_reduction="mean")
@@ -153,7 +153,7 @@ def test_table_and_picture(result, tmp_path):
 
 
 def test_shell(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("keras_blur.report.compare.GRIDS", {"SGD": (0.3,)})
+    monkeypatch.setattr("keras_blur.report.comparison.GRIDS", {"SGD": (0.3,)})
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     genome.save(tmp_path / "g.json")
     arguments = ["compare", f"--genome={tmp_path / 'g.json'}", "--hidden=8", "--steps=2", "--seeds=2",
@@ -341,7 +341,7 @@ def test_ctrl_c_keeps_the_curves_so_far(tmp_path, capsys, monkeypatch, command):
         return score(*arguments, watch=stop, **options)
 
     monkeypatch.setattr(f"keras_blur.cli.{command}.{command}", ended)
-    monkeypatch.setattr("keras_blur.report.compare.GRIDS", {"SGD": (0.3,)})
+    monkeypatch.setattr("keras_blur.report.comparison.GRIDS", {"SGD": (0.3,)})
     path, numbers = tmp_path / "mine.json", tmp_path / "n.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
     size = ["--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", f"--json={numbers}"]

@@ -13,7 +13,7 @@ from rule_table import COVER, SINGLE
 
 from keras_blur import Genome, Rule, genomes, random, tasks
 from keras_blur.learners import Blur, Optimizer
-from keras_blur.report.compare import plot_compare
+from keras_blur.report.comparison import plot_compare
 from keras_blur.report.decisions import _tint, draw_decisions, trace_decisions
 from keras_blur.report.genome import _short, draw_genome
 from keras_blur.report.learning import plot_fits

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_blur import Genome, Rule, learners, meta, random, tasks
 from keras_blur.learners import updates
 from keras_blur.meta.estimator import classes_of, cross_entropy, over_tasks, start
-from keras_blur.report.compare import compare, evaluate
+from keras_blur.report.comparison import compare, evaluate
 
 FEATURES = 2
 

@@ -17,7 +17,7 @@ from experiment import Outcome, Setting, cell, main, save, step_axis
 
 from keras_blur import genomes
 from keras_blur.report import style
-from keras_blur.report.compare import compare
+from keras_blur.report.comparison import compare
 from keras_blur.tasks.datasets import load_images
 
 GENOME = "mnist-4state"

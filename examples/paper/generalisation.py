@@ -17,7 +17,7 @@ from experiment import RULE, Outcome, Setting, accuracies, cell, main, meta_trai
 
 from keras_blur import genomes, tasks
 from keras_blur.report import style
-from keras_blur.report.compare import compare
+from keras_blur.report.comparison import compare
 from keras_blur.tasks.datasets import load_images
 
 THREE, ZOO, SGD = "three MNIST tasks", "mnist-4state (zoo)", "SGD, best rate at each step"

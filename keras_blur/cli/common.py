@@ -13,7 +13,7 @@ from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import write_text
-from keras_blur.report.compare import Progress, plot_compare
+from keras_blur.report.comparison import Progress, plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
@@ -116,7 +116,7 @@ def score_all(
 
     Args:
         flag: the scoring flags.
-        score: `report.compare.compare` or `evaluate`.
+        score: `report.compare` or `evaluate`.
         show: a result as text.
 
     Returns:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_blur.cli.common import define_scoring_flags, score_all, stopped_early
-from keras_blur.report.compare import compare, format_compare, format_several
+from keras_blur.report.comparison import compare, format_compare, format_several
 
 USAGE = "--genome NAME_OR_FILE [flags]"
 EXAMPLES = (

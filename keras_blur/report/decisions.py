@@ -2,7 +2,7 @@
 
 A curve of the accuracy says how much of a task was learned; the regions say what: a half-plane where a corner is asked for,
 a hole that is filled, a map that a step turns over. Several learners stand below each other on the same batches, from the
-same initial networks, as in `keras_blur.report.compare`.
+same initial networks, as in `keras_blur.report.comparison`.
 
 Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.1.
 """
