@@ -48,7 +48,13 @@ def learner(kind: str) -> learners.Blur:
 def trained(digits: tasks.Tasks, kind: str, seed: int) -> kb.Genome:
     """A genome meta-trained with products of a type."""
     trainer = meta.MetaTrainer(
-        digits, learner(kind), meta.Unroll(10, along=1.0), batch_size=BATCH, query_size=QUERY, clipnorm=1.0, seed=seed
+        digits,
+        learner(kind),
+        meta.Unroll(10, trajectory_loss_weight=1.0),
+        batch_size=BATCH,
+        query_size=QUERY,
+        clipnorm=1.0,
+        seed=seed,
     )
     trainer.compile(keras.optimizers.Adam(3e-3), jit_compile=False)
     trainer.fit(_EPOCHS.value, _STEPS.value, verbose=0)

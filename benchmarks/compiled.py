@@ -278,7 +278,7 @@ def meta_step(
     members = 1 if evolution else more.pop("members", 2)
     trainer = meta.MetaTrainer(
         of or tasks.functions("blobs3"), learner or learners.Blur(HIDDEN, rule), estimator, members=members,
-        **{"tasks_per_step": 2, "batch_size": 6, "query_size": 9, **more}, seed=1,
+        **{"meta_batch_size": 2, "batch_size": 6, "query_size": 9, **more}, seed=1,
         start=None if learner else draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
     )  # fmt: skip
     # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
@@ -290,11 +290,11 @@ def meta_step(
         found = {"C": vectors * values @ vectors.T, "B": vectors, "D": np.sqrt(values)}
         for name, value in found.items():
             trainer.evolution[name].assign(value)
-    pieces = trainer.estimator.pieces
+    windows = trainer.estimator.windows
     calls = []
     for number in range(CALLS):
         seed = random.fold_in(random.seed_of(0), number)
-        calls.append((trainer._episodes(0, number % pieces), seed, tf.constant(number % pieces)))
+        calls.append((trainer._episodes(0, number % windows), seed, tf.constant(number % windows)))
     return Program(trainer._step_of(0).python_function, calls, META)
 
 
@@ -428,10 +428,10 @@ def _rows() -> dict[str, Callable[[], Program]]:
     add("train_step, global pooling", keras_step, "train", {}, pooling)
 
     estimators: dict[str, meta.Estimator | meta.Evolution] = {
-        "unroll": meta.Unroll(3, along=0.5),
-        "truncated": meta.TruncatedUnroll(2, total=6, along=0.5),
-        "es": meta.ES(3, pairs=3),
-        "pes": meta.PES(2, total=6, pairs=3),
+        "unroll": meta.Unroll(3, trajectory_loss_weight=0.5),
+        "truncated": meta.TruncatedUnroll(2, episode_steps=6, trajectory_loss_weight=0.5),
+        "es": meta.ES(3, antithetic_pairs=3),
+        "pes": meta.PES(2, episode_steps=6, antithetic_pairs=3),
         "cma": meta.Evolution(3, population=6),
     }
     for name, estimator in estimators.items():
@@ -439,8 +439,11 @@ def _rows() -> dict[str, Callable[[], Program]]:
             add(f"meta-step, {name}, {rule}", meta_step, estimator, COVER[rule])
         add(f"meta-step, {name}, values", meta_step, dataclasses.replace(estimator, kind="values"), RULE,
             tasks.functions("sine"))  # fmt: skip
-    for name, recomputed in (("unroll", meta.Unroll(5, recompute=True)), ("truncated", meta.TruncatedUnroll(4, total=12))):
-        recomputed = dataclasses.replace(recomputed, recompute=True, along=0.5)
+    for name, recomputed in (
+        ("unroll", meta.Unroll(5, recompute=True)),
+        ("truncated", meta.TruncatedUnroll(4, episode_steps=12)),
+    ):
+        recomputed = dataclasses.replace(recomputed, recompute=True, trajectory_loss_weight=0.5)
         for rule in ("three", "orthogonal"):
             add(f"meta-step, {name}, {rule}, recompute", meta_step, recomputed, COVER[rule])
     for loss in ("binary", "squared"):
@@ -448,7 +451,7 @@ def _rows() -> dict[str, Callable[[], Program]]:
     add("meta-step, unroll, one output", meta_step, meta.Unroll(3), RULE, tasks.images("digits", size=4, project=5))
     add("meta-step, unroll, SGD, no clipping", meta_step, estimators["unroll"], RULE, clipnorm=None,
         optimizer=keras.optimizers.SGD(0.01, momentum=0.9))  # fmt: skip
-    add("meta-step, unroll, one member and task", meta_step, meta.Unroll(3), RULE, members=1, tasks_per_step=1)
+    add("meta-step, unroll, one member and task", meta_step, meta.Unroll(3), RULE, members=1, meta_batch_size=1)
     add("meta-step, cma, loss", meta_step, meta.Evolution(3, population=6, fitness="loss"), RULE)
 
     sgd = keras.optimizers.SGD(0.1, momentum=0.5)

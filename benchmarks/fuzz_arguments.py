@@ -208,7 +208,7 @@ def targets(folder: str) -> list[Target]:
     stages: dict[str, Any] = {
         "stages": ([(0, 1)], [(0, 1), (2, 3)], [(1, 1)], [], [(0, 0)], [(0, 1), (0, 2)], [(0,)], 3, None, "ab", [(0, 1.5)])
     }
-    both = {"steps": 2, "total": 4}
+    both = {"steps": 2, "episode_steps": 4}
     small = {"batch_size": 4, "query_size": 4, "estimator": meta.Unroll(1)}
     saved = os.path.join(folder, "learned.json")
     return [
@@ -241,7 +241,7 @@ def targets(folder: str) -> list[Target]:
         Target("tasks.noisy_labels", tasks.noisy_labels, {"y": labels, "classes": 3, "share": 0.5}),
         Target("learners.Blur", learners.Blur, {"hidden": (3,)}, learn, {"rule": (kb.Rule(), None, 3, "x")}),
         Target("learners.MAML", learners.MAML, {"optimizer": sgd, "hidden": (3,)}, learn, rates),
-        Target("learners.Optimizer", learners.Optimizer, {"optimizer": sgd, "hidden": (3,)}, plain, rates),
+        Target("learners.BaselineLearner", learners.BaselineLearner, {"optimizer": sgd, "hidden": (3,)}, plain, rates),
         Target("learners.Prototypes", learners.Prototypes, {"hidden": (3,), "dimensions": 2}, learn),
         Target("learners.NeuralProcess", learners.NeuralProcess, {"hidden": (3,), "representation": 2}, learn),
         Target("learners.OnlineRule", learners.OnlineRule, {"hidden": 3}, online),
@@ -250,7 +250,7 @@ def targets(folder: str) -> list[Target]:
             Target(
                 f"meta.{one.__name__}",
                 one,
-                both if "total" in inspect.signature(one).parameters else {"steps": 2},
+                both if "episode_steps" in inspect.signature(one).parameters else {"steps": 2},
                 estimator,
             )
             for one in (
@@ -292,7 +292,7 @@ def targets(folder: str) -> list[Target]:
             {
                 "tasks": (xor, sines, [xor, xor], [xor, sines], *OBJECTS),
                 "learner": (learners.Blur((2,)), [learners.Blur((2,)), learners.Blur((4,))], *OBJECTS),
-                "estimator": (meta.ES(1, pairs=2), meta.TruncatedUnroll(1, total=2), *OBJECTS),
+                "estimator": (meta.ES(1, antithetic_pairs=2), meta.TruncatedUnroll(1, episode_steps=2), *OBJECTS),
             },
         ),
         Target(

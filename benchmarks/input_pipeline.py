@@ -63,23 +63,24 @@ class Timed:
         return element
 
 
-def meta_training(of: tasks.Tasks, tasks_per_step: int) -> dict[str, float]:
+def meta_training(of: tasks.Tasks, meta_batch_size: int) -> dict[str, float]:
     """What a meta-step waits for episodes.
 
     Args:
         of: the tasks.
-        tasks_per_step: episodes of a step.
+        meta_batch_size: episodes of a step.
     """
     learner = learners.Blur(tuple(map(int, _HIDDEN.value)), kb.Rule(**RULE))
     trainer = meta.MetaTrainer(
-        of, learner, meta.Unroll(_UNROLL.value, along=1.0), members=_MEMBERS.value, tasks_per_step=tasks_per_step,
-        batch_size=_BATCH.value, query_size=min(128, of.available("train") // 2), clipnorm=1.0,
+        of, learner, meta.Unroll(_UNROLL.value, trajectory_loss_weight=1.0), members=_MEMBERS.value,
+        meta_batch_size=meta_batch_size, batch_size=_BATCH.value, query_size=min(128, of.available("train") // 2),
+        clipnorm=1.0,
     )  # fmt: skip
     trainer.compile(keras.optimizers.Adam(3e-3))
     made: list[Timed] = []
 
-    def deal(shard: Callable[[int, int], tf.data.Dataset]) -> Timed:
-        made.append(Timed(iterator_of(shard)))
+    def deal(dataset_of: Callable[[int, int], tf.data.Dataset]) -> Timed:
+        made.append(Timed(iterator_of(dataset_of)))
         return made[-1]
 
     iterator_of = trainer.runner.deal

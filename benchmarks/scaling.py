@@ -97,7 +97,7 @@ def stepper(point: Point) -> Any:
         learners.Blur((point.width, point.width), kb.Rule(**RULE)),
         meta.Unroll(point.steps),
         members=point.members,
-        tasks_per_step=point.tasks,
+        meta_batch_size=point.tasks,
         batch_size=point.batch,
         query_size=point.batch,
     )

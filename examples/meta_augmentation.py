@@ -50,7 +50,7 @@ what the network knew of them.
 def trained(of, learner, steps, its, *, support, query, per_step, seed):
     """A learner that is meta-trained on tasks."""
     run = meta.MetaTrainer(
-        of, learner, meta.Unroll(steps), tasks_per_step=per_step, batch_size=support, query_size=query, seed=seed
+        of, learner, meta.Unroll(steps), meta_batch_size=per_step, batch_size=support, query_size=query, seed=seed
     )
     run.compile(keras.optimizers.Adam(1e-3), jit_compile=not _QUICK.value)
     run.fit(1, its, verbose=0)
@@ -137,8 +137,8 @@ def genomes(members, epochs, seeds):
     found = {}
     for name, augmentation in {"labels as they are": tasks.Compose([]), "permuted labels": tasks.LabelPermutation()}.items():
         run = meta.MetaTrainer(
-            tasks.augment(plain, augmentation), learners.Blur((64,), rule), meta.Unroll(10, along=1.0), members=members,
-            clipnorm=1.0, seed=_SEED.value + 1,
+            tasks.augment(plain, augmentation), learners.Blur((64,), rule), meta.Unroll(10, trajectory_loss_weight=1.0),
+            members=members, clipnorm=1.0, seed=_SEED.value + 1,
         )  # fmt: skip
         run.compile(keras.optimizers.Adam(3e-3), jit_compile=not _QUICK.value)
         run.fit(epochs, 100, verbose=0)

@@ -45,7 +45,7 @@ SIZES = ((16, 4), (24, 4), (32, 4), (16, 6), (8, 4))  # units and patterns; the 
 def trained(learner, seed, its):
     """A learner that is meta-trained to remember."""
     run = meta.MetaTrainer(
-        tasks.remember(16), learner, meta.Unroll(4), tasks_per_step=32, batch_size=1, query_size=4, clipnorm=1.0, seed=seed
+        tasks.remember(16), learner, meta.Unroll(4), meta_batch_size=32, batch_size=1, query_size=4, clipnorm=1.0, seed=seed
     )
     run.compile(keras.optimizers.Adam(3e-3), jit_compile=not _QUICK.value)
     begin = time.perf_counter()

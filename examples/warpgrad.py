@@ -74,11 +74,11 @@ def tuned(of, network, loss, estimator, runs, start_optimizers, rates, test_rate
         model, warps = network(seed)
         learner = learners.Warp(model, warps, sgd(rate), loss=loss)
         trainer = meta.MetaTrainer(
-            of, learner, estimator, tasks_per_step=per_step, batch_size=batch, query_size=100, seed=seed
+            of, learner, estimator, meta_batch_size=per_step, batch_size=batch, query_size=100, seed=seed
         )
         trainer.compile(keras.optimizers.Adam(warp_rate), start_optimizer=start_optimizer(), jit_compile=jit_compile)
         begin = time.perf_counter()
-        trainer.fit(1, runs * estimator.pieces, verbose=0)
+        trainer.fit(1, runs * estimator.windows, verbose=0)
         seconds = time.perf_counter() - begin
         for other in test_rates:
             again = learners.Warp(model, warps, sgd(other), loss=loss)

@@ -20,7 +20,7 @@ Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Shard:
     """A replica's part of the work.
 
     Attributes:
@@ -38,7 +38,7 @@ class Share:
 
         Example:
 
-        >>> Share(1, 2).part(tf.range(6), axis=0).numpy().tolist()
+        >>> Shard(1, 2).part(tf.range(6), axis=0).numpy().tolist()
         [1, 3, 5]
         """
 
@@ -67,7 +67,7 @@ class Share:
         return tf.nest.pack_sequence_as(values, [next(joined) if leaf.shape.rank > axis else leaf for leaf in leaves])
 
 
-ALL = Share()
+ALL = Shard()
 
 
 def _dealt(value: Array, axis: int, count: int) -> Array:
@@ -83,12 +83,12 @@ def replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def share() -> Share:
+def shard() -> Shard:
     """This replica's share, inside its program; all, outside."""
     context = tf.distribute.get_replica_context()
     if context is None:
         return ALL
-    return Share(context.replica_id_in_sync_group, context.num_replicas_in_sync)
+    return Shard(context.replica_id_in_sync_group, context.num_replicas_in_sync)
 
 
 def total(values: Sequence[Array]) -> list[Array]:
@@ -129,7 +129,7 @@ class Runner:
 
     Example:
 
-    >>> int(Runner().run(lambda x: share().count * x, tf.constant(3)))
+    >>> int(Runner().run(lambda x: shard().count * x, tf.constant(3)))
     3
     """
 
@@ -168,18 +168,19 @@ class Runner:
         results = self._strategy.run(program, args=arguments)
         return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
 
-    def deal(self, shard: Callable[[int, int], tf.data.Dataset]) -> Any:
+    def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
         """An iterator over data of which each replica has its share.
 
         Args:
-            shard: called with the number of a replica and that of all; gives the elements of that replica, one a step.
+            dataset_of: takes a replica's index and the number of replicas. It returns the dataset of that replica,
+                one element per step.
         """
 
         def of_pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:
             count = context.num_replicas_in_sync
             local = count // context.num_input_pipelines
             first = context.input_pipeline_id * local
-            shards = [shard(first + number, count) for number in range(local)]
+            shards = [dataset_of(first + number, count) for number in range(local)]
             if local == 1:
                 return shards[0]
             return tf.data.Dataset.choose_from_datasets(shards, tf.data.Dataset.range(local).repeat())

@@ -22,10 +22,10 @@ from keras_blur import Genome, Rule, Sequential, bilevel, genomes, layers, learn
 asked: dict = {}  # the JSON
 RULE = Rule(batch_reduction="mean", last_activation="linear", normalize_activations="both", normalize_synapses="stored")
 ESTIMATORS = {
-    "unroll": lambda: meta.Unroll(3, along=0.5),
-    "truncated": lambda: meta.TruncatedUnroll(2, total=4),
-    "es": lambda: meta.ES(3, pairs=4),
-    "pes": lambda: meta.PES(2, total=4, pairs=4),
+    "unroll": lambda: meta.Unroll(3, trajectory_loss_weight=0.5),
+    "truncated": lambda: meta.TruncatedUnroll(2, episode_steps=4),
+    "es": lambda: meta.ES(3, antithetic_pairs=4),
+    "pes": lambda: meta.PES(2, episode_steps=4, antithetic_pairs=4),
     "cma": lambda: meta.Evolution(3, population=6),
     "warpgrad": lambda: meta.WarpGrad(3),
     "offline": lambda: meta.OfflineWarpGrad(2),
@@ -73,7 +73,7 @@ def trainer():
     evolution = asked["case"] == "cma"
     made = meta.MetaTrainer(
         tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),
-        members=1 if evolution else 2, tasks_per_step=3 if evolution else 4, batch_size=8, query_size=16, seed=3,
+        members=1 if evolution else 2, meta_batch_size=3 if evolution else 4, batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
     # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is zero.
     made.compile(None if evolution else keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=asked.get("jit", False))

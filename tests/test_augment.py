@@ -263,7 +263,7 @@ def test_sines_live_where_nobody_else_does():
 
 
 def trained(of, seed, steps):
-    made = meta.MetaTrainer(of, learners.NeuralProcess(), meta.Unroll(1), tasks_per_step=32, batch_size=5, query_size=10,
+    made = meta.MetaTrainer(of, learners.NeuralProcess(), meta.Unroll(1), meta_batch_size=32, batch_size=5, query_size=10,
                             clipnorm=None, seed=seed)  # fmt: skip
     made.compile("adam")
     made.fit(1, steps, verbose=0)
@@ -318,7 +318,7 @@ class Answers(learners.NeuralProcess):
         super().__init__(hidden=(4,), representation=2)
         self.how, self.codes, self.angles = how, *map(tf.constant, of._objects["train"])
 
-    def init(self, outer, seed, features, outputs, shape=(), share=None):
+    def init(self, outer, seed, features, outputs, shape=(), shard=None):
         return tf.zeros((*shape, 2))
 
     def step(self, outer, state, x, y):
@@ -426,7 +426,7 @@ def test_shuffles_help_as_in_the_paper():
     for name, augmentation in settings.items():
         of = tasks.augment(plain, augmentation)
         learner = learners.MAML(keras.optimizers.SGD(0.1), (64,))
-        run = meta.MetaTrainer(of, learner, meta.Unroll(3), tasks_per_step=4, batch_size=5, query_size=25, seed=0)
+        run = meta.MetaTrainer(of, learner, meta.Unroll(3), meta_batch_size=4, batch_size=5, query_size=25, seed=0)
         run.compile("adam")
         run.fit(1, 1500, verbose=0)
         scored = score_episodes(learner, run.learned, of, steps=3, batch_size=5, query_size=25, episodes=400)

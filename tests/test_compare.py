@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from keras_blur import Genome, Rule, cli, genomes, random, tasks
-from keras_blur.learners import Blur, Optimizer
+from keras_blur.learners import BaselineLearner, Blur
 from keras_blur.report.comparison import compare, evaluate, format_compare, format_several, plot_compare, steps_to
 from keras_blur.tasks.datasets import Images, load_images
 
@@ -34,7 +34,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_optimizer_equals_keras_step_by_step(name):
-    learner = Optimizer(MAKERS[name](), (7, 4))
+    learner = BaselineLearner(MAKERS[name](), (7, 4))
     state = learner.init({}, random.seed_of(2), 5, 3)
     twin = keras.Sequential([keras.Input((5,)), *(keras.layers.Dense(u, "tanh") for u in (7, 4)), keras.layers.Dense(3)])
     twin.set_weights([np.array(w).reshape(v.shape) for w, v in zip(state.weights, twin.weights, strict=True)])
@@ -49,7 +49,7 @@ def test_optimizer_equals_keras_step_by_step(name):
 
 
 def test_leading_axes_are_separate_networks_with_their_own_rates():
-    learner = Optimizer(keras.optimizers.Adam(), (6,))
+    learner = BaselineLearner(keras.optimizers.Adam(), (6,))
     rates = tf.constant([[0.01], [0.1]])
     xs, ys = batches(leading=(2,))  # two tasks
     state = learner.init({}, random.seed_of(2), 5, 3, (2, 2))
@@ -72,7 +72,7 @@ def test_leading_axes_are_separate_networks_with_their_own_rates():
 def test_learners_start_from_the_same_network():
     seed = random.seed_of(4)
     ours = Blur((7, 4), Rule(states=3)).init({}, seed, 5, 3)
-    theirs = Optimizer(keras.optimizers.SGD(0.1), (7, 4)).init({}, seed, 5, 3)
+    theirs = BaselineLearner(keras.optimizers.SGD(0.1), (7, 4)).init({}, seed, 5, 3)
     for index, layer in enumerate(ours.synapses):
         np.testing.assert_array_equal(layer["kernel"][0], theirs.weights[2 * index])
 
@@ -86,17 +86,17 @@ REFUSED += [Adam(clipnorm=1.0), Adam(gradient_accumulation_steps=2), Adam(weight
 @pytest.mark.parametrize("optimizer", REFUSED)
 def test_other_optimizers_are_refused(optimizer):
     with pytest.raises(ValueError, match="`optimizer` must be a Keras SGD, Adam or RMSprop"):
-        Optimizer(optimizer)
+        BaselineLearner(optimizer)
 
 
 def test_learner_errors():
     with pytest.raises(ValueError, match=r"`activation` must be one of.*'swish'"):
-        Optimizer(keras.optimizers.SGD(0.1), activation="swish")
+        BaselineLearner(keras.optimizers.SGD(0.1), activation="swish")
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_compiled_equals_eager(name):
-    learner = Optimizer(MAKERS[name](), (7,))
+    learner = BaselineLearner(MAKERS[name](), (7,))
     xs, ys = batches(1)
     state = learner.init({}, random.seed_of(2), 5, 3)
     eager, _ = learner.step({}, state, xs[0], ys[0])

@@ -13,13 +13,13 @@ import pytest
 import tensorflow as tf
 
 from keras_blur import learners, meta, tasks
-from keras_blur.distribution import ALL, Runner, Share, mean, replicas, share, total
+from keras_blur.distribution import ALL, Runner, Shard, mean, replicas, shard, total
 
 SCRIPT = pathlib.Path(__file__).with_name("replicas.py")
 
 
 def test_without_a_strategy_a_share_is_all():
-    assert (share(), replicas()) == (ALL, 1)
+    assert (shard(), replicas()) == (ALL, 1)
     values = {"a": tf.range(6.0), "b": tf.constant(2.0)}
     for same in (mean(values), ALL.part(values, 0), ALL.whole(values, 0)):
         assert same["a"].numpy().tolist() == [0, 1, 2, 3, 4, 5]
@@ -32,12 +32,12 @@ def test_without_a_strategy_a_share_is_all():
 def test_shares_are_disjoint_and_together_all(axis):
     values = tf.reshape(tf.range(48), (6, 4, 2))
     count = 2
-    parts = [Share(index, count).part({"x": values, "n": tf.constant(5)}, axis) for index in range(count)]
+    parts = [Shard(index, count).part({"x": values, "n": tf.constant(5)}, axis) for index in range(count)]
     assert all(int(part["n"]) == 5 for part in parts)
     for index, part in enumerate(parts):
         np.testing.assert_array_equal(part["x"], np.take(values, range(index, values.shape[axis], count), axis))
     with pytest.raises(ValueError, match=r"An axis of 6 cannot be dealt to 4 replicas"):
-        Share(0, 4).part(values, 0)
+        Shard(0, 4).part(values, 0)
 
 
 def asked(**options):
@@ -151,5 +151,5 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path):
 
 def test_tasks_must_be_dealt_out_evenly(monkeypatch):
     monkeypatch.setattr(Runner, "replicas", 2)
-    with pytest.raises(ValueError, match=r"`tasks_per_step` must be a multiple of the 2 replicas .* tasks_per_step=3"):
-        meta.MetaTrainer(tasks.images("digits"), learners.Blur((4,)), meta.Unroll(2), tasks_per_step=3)
+    with pytest.raises(ValueError, match=r"`meta_batch_size` must be a multiple of the 2 replicas .* meta_batch_size=3"):
+        meta.MetaTrainer(tasks.images("digits"), learners.Blur((4,)), meta.Unroll(2), meta_batch_size=3)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from test_unroll import BATCH, Double, episodes, outer_of
 
 from keras_blur import Genome, Rule, random
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import Blur, Learner
 from keras_blur.meta import ES, PES, Evolution, TruncatedUnroll, Unroll
 from keras_blur.meta.es import perturbations, perturbed
@@ -19,7 +19,7 @@ STEPS, SIGMA, THETA = 3, 0.4, 0.25
 class Drift(Learner):
     """Adds theta to a number at each step and predicts its square: all expectations are polynomials."""
 
-    def init(self, outer, seed, features, outputs, leading=(), share=ALL):
+    def init(self, outer, seed, features, outputs, leading=(), shard=ALL):
         return {"s": tf.ones(leading)}
 
     def step(self, outer, state, x, y):
@@ -33,9 +33,9 @@ def test_a_share_of_the_tasks_starts_as_among_all():
     learner, seed = Blur((4,), Rule(states=2)), random.seed_of(3)
     whole = learner.init({}, seed, 3, 2, (2, 6))
     for index in range(3):
-        share = Share(index, 3)
-        part = learner.init({}, seed, 3, 2, (2, 2), share)
-        for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(share.part(whole, axis=1)), strict=True):
+        shard = Shard(index, 3)
+        part = learner.init({}, seed, 3, 2, (2, 2), shard)
+        for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(shard.part(whole, axis=1)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
@@ -44,10 +44,10 @@ def nothing(steps=STEPS):
             "query_x": tf.zeros((1, 1, 1)), "query_y": tf.zeros((1, 1, 1))}  # fmt: skip
 
 
-def true_gradient(piece):
-    """d/dtheta E[s^4] after `piece` pieces, s normal with mean m and deviation steps sigma sqrt(piece)."""
-    mean, variance = 1.0 + STEPS * piece * THETA, piece * (STEPS * SIGMA) ** 2
-    return 4 * STEPS * piece * (mean**3 + 3 * mean * variance)
+def true_gradient(window):
+    """d/dtheta E[s^4] after `window` windows, s normal with mean m and deviation steps sigma sqrt(window)."""
+    mean, variance = 1.0 + STEPS * window * THETA, window * (STEPS * SIGMA) ** 2
+    return 4 * STEPS * window * (mean**3 + 3 * mean * variance)
 
 
 def within_errors(found, wanted):
@@ -58,7 +58,7 @@ def within_errors(found, wanted):
 
 
 def test_es_is_the_gradient_of_the_smoothed_loss():
-    estimator = ES(STEPS, pairs=500, sigma=SIGMA, kind="values")
+    estimator = ES(STEPS, antithetic_pairs=500, sigma=SIGMA, kind="values")
     outer = {"theta": tf.constant([THETA])}
     run = tf.function(lambda seed: estimator(Drift(), outer, nothing(), seed)[0])
     found = [run(random.seed_of(number)) for number in range(60)]
@@ -69,22 +69,22 @@ def test_es_is_the_gradient_of_the_smoothed_loss():
 
 
 def test_pes_is_the_gradient_of_the_smoothed_loss_over_all_pieces():
-    estimator = PES(STEPS, pairs=500, sigma=SIGMA, kind="values", total=3 * STEPS)
+    estimator = PES(STEPS, antithetic_pairs=500, sigma=SIGMA, kind="values", episode_steps=3 * STEPS)
     outer = {"theta": tf.constant([THETA])}
     run = tf.function(lambda seed, carried, first: estimator(Drift(), outer, nothing(), seed, carried, first))
     found = np.zeros((3, 60))
     for number in range(60):
         carried = estimator.nothing_carried(Drift(), outer, nothing())
-        for piece in range(3):
-            seed = random.fold_in(random.seed_of(number), piece)
-            estimate, carried = run(seed, carried, tf.constant(piece == 0))
-            found[piece, number] = float(estimate.gradients["theta"][0])
-    for piece in range(3):
-        within_errors(found[piece], true_gradient(piece + 1))
+        for window in range(3):
+            seed = random.fold_in(random.seed_of(number), window)
+            estimate, carried = run(seed, carried, tf.constant(window == 0))
+            found[window, number] = float(estimate.gradients["theta"][0])
+    for window in range(3):
+        within_errors(found[window], true_gradient(window + 1))
 
 
 def test_pes_starts_anew_where_an_episode_begins():
-    estimator = PES(STEPS, pairs=4, kind="values", total=2 * STEPS)
+    estimator = PES(STEPS, antithetic_pairs=4, kind="values", episode_steps=2 * STEPS)
     outer, seed = {"theta": tf.constant([THETA, -0.5])}, random.seed_of(5)
     empty = estimator.nothing_carried(Drift(), outer, nothing())
     garbage = tf.nest.map_structure(lambda leaf: leaf + 7.0, empty)
@@ -100,13 +100,13 @@ def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
     rule = Rule(states=2, normalize_activations="both", batch_reduction="mean")
     learner, outer, data, seed = Double((5,), rule), outer_of(rule), episodes(), random.seed_of(3)
     exact = Unroll(STEPS)(learner, outer, data, seed)[0].gradients
-    estimator, pairs = ES(STEPS, pairs=100, sigma=1e-4), 100
+    estimator, antithetic_pairs = ES(STEPS, antithetic_pairs=100, sigma=1e-4), 100
     state = start(learner, outer, data, seed)
-    copies = tf.nest.map_structure(lambda leaf: tf.repeat(leaf, 2 * pairs, 0) if leaf.shape.rank else leaf, state)
+    copies = tf.nest.map_structure(lambda leaf: tf.repeat(leaf, 2 * antithetic_pairs, 0) if leaf.shape.rank else leaf, state)
 
     @tf.function
     def gradient(number):  # other noise, the same initial network
-        noise = perturbations(outer, pairs, number)
+        noise = perturbations(outer, antithetic_pairs, number)
         losses, right, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
         return estimator.estimate(outer, noise, tf.reduce_mean(losses, 1), tf.reduce_mean(right, 1)).gradients
 
@@ -120,7 +120,7 @@ def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
 
 
 def test_a_pair_without_a_finite_loss_is_left_out():
-    estimator = ES(1, pairs=3, sigma=0.5)
+    estimator = ES(1, antithetic_pairs=3, sigma=0.5)
     outer = {"theta": tf.zeros((1,))}
     directions = {"theta": tf.constant([[1.0, 2.0, -1.0]])}
     losses = tf.constant([3.0, np.nan, 1.0, 1.0, 9.0, 2.0])  # three pluses, three minuses
@@ -141,19 +141,19 @@ def test_perturbations_are_antithetic_and_differ():
     assert len(np.unique(np.concatenate([np.ravel(noise["a"]), np.ravel(noise["b"])]))) == 32
 
 
-def cut(data, piece, steps):
-    return {name: value[:, piece * steps : (piece + 1) * steps] if name in "xy" else value for name, value in data.items()}
+def cut(data, window, steps):
+    return {name: value[:, window * steps : (window + 1) * steps] if name in "xy" else value for name, value in data.items()}
 
 
 def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_difference_quotient():
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean", update_decay="power")
     learner, outer, seed = Double((5,), rule), outer_of(rule), random.seed_of(3)
     data = episodes(steps=6)
-    estimator = TruncatedUnroll(3, along=0.5, total=6)
+    estimator = TruncatedUnroll(3, trajectory_loss_weight=0.5, episode_steps=6)
     empty = estimator.nothing_carried(learner, outer, cut(data, 0, 3))
     first, carried = estimator(learner, outer, cut(data, 0, 3), seed, empty, tf.constant(True))
     second, final = estimator(learner, outer, cut(data, 1, 3), random.seed_of(9), carried, tf.constant(False))
-    same = Unroll(3, along=0.5)(learner, outer, cut(data, 0, 3), seed)[0]
+    same = Unroll(3, trajectory_loss_weight=0.5)(learner, outer, cut(data, 0, 3), seed)[0]
     for name in outer:
         np.testing.assert_array_equal(first.gradients[name], same.gradients[name])
     _, _, whole = Unroll(6).objective(learner, outer, data, start(learner, outer, data, seed))
@@ -171,7 +171,12 @@ def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_differen
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: TruncatedUnroll(3, total=6), lambda: ES(3, pairs=2), lambda: PES(3, pairs=2, total=6)]
+    "make",
+    [
+        lambda: TruncatedUnroll(3, episode_steps=6),
+        lambda: ES(3, antithetic_pairs=2),
+        lambda: PES(3, antithetic_pairs=2, episode_steps=6),
+    ],
 )
 def test_compiled_equals_uncompiled(make):
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
@@ -228,11 +233,11 @@ def test_losses_of_values_and_single_outputs():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ES(3, pairs=0), "`pairs` must be a positive integer"),
+        (lambda: ES(3, antithetic_pairs=0), "`antithetic_pairs` must be a positive integer"),
         (lambda: ES(3, sigma=0.0), "`sigma` must be a positive number"),
         (lambda: ES(3, recompute=True), "`recompute` must be False"),
-        (lambda: PES(3, total=10), "`total` must be a multiple of steps=3. Received: total=10"),
-        (lambda: TruncatedUnroll(4, total=6), "`total` must be a multiple of steps=4"),
+        (lambda: PES(3, episode_steps=10), "`episode_steps` must be a multiple of steps=3. Received: episode_steps=10"),
+        (lambda: TruncatedUnroll(4, episode_steps=6), "`episode_steps` must be a multiple of steps=4"),
         (lambda: Unroll(3, loss="hinge"), "`loss` must be one of"),
         (lambda: Unroll(3, loss="binary", kind="values"), "`loss` of values"),
         (lambda: Unroll(3, kind="words"), "`kind` must be"),

@@ -14,9 +14,9 @@ from keras_blur import Rule, genomes, learners, meta, tasks
 RULE = Rule(last_activation="linear", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
 
 ESTIMATORS = {
-    "truncated": lambda: meta.TruncatedUnroll(2, along=1.0, total=6),
-    "es": lambda: meta.ES(2, pairs=4),
-    "pes": lambda: meta.PES(2, pairs=4, total=6),
+    "truncated": lambda: meta.TruncatedUnroll(2, trajectory_loss_weight=1.0, episode_steps=6),
+    "es": lambda: meta.ES(2, antithetic_pairs=4),
+    "pes": lambda: meta.PES(2, antithetic_pairs=4, episode_steps=6),
     "warpgrad": lambda: meta.WarpGrad(2),
     "offline": lambda: meta.OfflineWarpGrad(3),
     "evolution": lambda: meta.Evolution(3, population=6, fitness="loss"),
@@ -72,7 +72,7 @@ def test_resume_after_kill_is_bit_for_bit(name, tmp_path):
 
 def test_evolution_learns_from_random_numbers():
     estimator, of = meta.Evolution(8, population=16, fitness="loss"), tasks.functions("blobs2", relabel=True)
-    made = trainer(estimator, of, jit_compile=True, tasks_per_step=4, hidden=(8,), seed=1)
+    made = trainer(estimator, of, jit_compile=True, meta_batch_size=4, hidden=(8,), seed=1)
     history = made.fit(4, 20, verbose=0).history
     assert set(history) == {"loss", "accuracy", "best", "sigma", "skipped"}
     assert history["accuracy"][-1] > history["accuracy"][0] + 0.05
@@ -91,15 +91,15 @@ def test_evolution_errors():
 
 
 def test_an_unroll_in_pieces_cannot_grow():
-    made = trainer(meta.PES(2, pairs=2, total=4))
+    made = trainer(meta.PES(2, antithetic_pairs=2, episode_steps=4))
     with pytest.raises(ValueError, match="unroll of PES cannot change"):
         made.unroll_for(4)
 
 
 def test_a_curriculum_keeps_the_other_options():
-    made = trainer(meta.ES(2, pairs=3, sigma=0.2, along=0.5))
+    made = trainer(meta.ES(2, antithetic_pairs=3, sigma=0.2, trajectory_loss_weight=0.5))
     made.unroll_for(5)
-    assert made.estimator == meta.ES(5, pairs=3, sigma=0.2, along=0.5)
+    assert made.estimator == meta.ES(5, antithetic_pairs=3, sigma=0.2, trajectory_loss_weight=0.5)
 
 
 def test_a_mixture_is_taken_by_weight():
@@ -113,7 +113,12 @@ def test_a_mixture_is_taken_by_weight():
 
 def test_values_are_learned():
     made = trainer(
-        meta.Unroll(5, along=1.0), tasks.functions("sine"), jit_compile=True, hidden=(16,), tasks_per_step=4, rate=3e-2
+        meta.Unroll(5, trajectory_loss_weight=1.0),
+        tasks.functions("sine"),
+        jit_compile=True,
+        hidden=(16,),
+        meta_batch_size=4,
+        rate=3e-2,
     )
     history = made.fit(4, 50, verbose=0).history
     assert set(history) == {"loss", "r2", "gradient_norm", "skipped"}

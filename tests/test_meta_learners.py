@@ -7,7 +7,7 @@ import tensorflow as tf
 from gradient_harness import assert_difference_quotient, draw_episodes
 
 from keras_blur import learners, meta, random, tasks
-from keras_blur.distribution import Share
+from keras_blur.distribution import Shard
 from keras_blur.meta.estimator import over_tasks, start
 
 FEATURES, CLASSES, TASKS, BATCH, QUERY = 4, 3, 2, 6, 5
@@ -37,7 +37,12 @@ def episodes(steps, dtype="float64"):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_outer_gradient_is_the_difference_quotient(name):
     make, steps = LEARNERS[name]
-    learner, estimator, data, seed = make(), meta.Unroll(steps, along=0.5), episodes(steps), random.seed_of(3)
+    learner, estimator, data, seed = (
+        make(),
+        meta.Unroll(steps, trajectory_loss_weight=0.5),
+        episodes(steps),
+        random.seed_of(3),
+    )
     outer = drawn(learner)
     found = estimator(learner, outer, data, seed)[0].gradients
     assert_difference_quotient(estimator, learner, outer, data, seed, found)
@@ -64,7 +69,7 @@ def test_members_and_tasks_do_not_touch_each_other(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_compiled_equals_uncompiled(name):
     make, steps = LEARNERS[name]
-    learner, estimator, data = make(), meta.Unroll(steps, along=0.5), episodes(steps, "float32")
+    learner, estimator, data = make(), meta.Unroll(steps, trajectory_loss_weight=0.5), episodes(steps, "float32")
     outer, seed = drawn(learner, dtype="float32"), random.seed_of(3)
 
     def gradients(outer, data, seed):
@@ -94,7 +99,7 @@ def trainer(name, **options):
     made = meta.MetaTrainer(
         of,
         make(),
-        **{"estimator": meta.Unroll(steps), "tasks_per_step": 4, "batch_size": BATCH, "query_size": 12, **options},
+        **{"estimator": meta.Unroll(steps), "meta_batch_size": 4, "batch_size": BATCH, "query_size": 12, **options},
     )
     made.compile(None if isinstance(made.estimator, meta.Evolution) else keras.optimizers.Adam(3e-3), jit_compile=False)
     return made
@@ -112,7 +117,9 @@ def test_meta_training_improves_and_resumes_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("estimator", [meta.ES(2, pairs=8, sigma=0.03), meta.Evolution(2, population=12, sigma=0.1)])
+@pytest.mark.parametrize(
+    "estimator", [meta.ES(2, antithetic_pairs=8, sigma=0.03), meta.Evolution(2, population=12, sigma=0.1)]
+)
 def test_a_population_works_as_for_a_genome(estimator):
     made = trainer("prototypes", estimator=estimator)
     history = made.fit(3, 20, verbose=0).history["loss"]
@@ -153,7 +160,7 @@ def test_tasks_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match="`learner` must be one or more learners that share"):
         meta.MetaTrainer(tasks.functions("xor"), [learner, learners.Prototypes((5,), 4)], meta.Unroll(1))
     with pytest.raises(ValueError, match="`learner` must be one or more learners that share"):
-        meta.MetaTrainer(tasks.functions("xor"), [learners.Optimizer(keras.optimizers.SGD(0.1))], meta.Unroll(1))
+        meta.MetaTrainer(tasks.functions("xor"), [learners.BaselineLearner(keras.optimizers.SGD(0.1))], meta.Unroll(1))
     small = trainer("prototypes").learned
     with pytest.raises(ValueError, match="`start` must fit the learner and the tasks"):
         meta.MetaTrainer(tasks.images("digits"), learner, meta.Unroll(1), start=small)
@@ -262,8 +269,8 @@ def test_a_share_of_the_tasks_starts_as_among_all(name):
     learner = LEARNERS[name][0]()
     outer = over_tasks(drawn(learner))
     whole = learner.init(outer, random.seed_of(0), FEATURES, CLASSES, (2, 4))
-    part = learner.init(outer, random.seed_of(0), FEATURES, CLASSES, (2, 2), Share(1, 2))
-    for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(Share(1, 2).part(whole, axis=1)), strict=True):
+    part = learner.init(outer, random.seed_of(0), FEATURES, CLASSES, (2, 2), Shard(1, 2))
+    for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(Shard(1, 2).part(whole, axis=1)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -314,7 +321,9 @@ def test_a_warped_model_of_another_precision_is_meta_trained(policy):
         learner = warp_learner_of(2, 3)
     finally:
         keras.config.set_dtype_policy(before)
-    made = meta.MetaTrainer(tasks.functions("blobs3"), learner, meta.Unroll(2), tasks_per_step=2, batch_size=6, query_size=6)
+    made = meta.MetaTrainer(
+        tasks.functions("blobs3"), learner, meta.Unroll(2), meta_batch_size=2, batch_size=6, query_size=6
+    )
     made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
     history = made.fit(1, 3, verbose=0).history
     assert history["skipped"] == [0.0]

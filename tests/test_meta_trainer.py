@@ -20,7 +20,7 @@ def trainer(learner=None, of=None, *, rate=1e-2, jit_compile=False, steps=3, **o
     made = meta.MetaTrainer(
         of or tasks.images("digits", classes=range(3)),
         learner or learners.Blur((8,), RULE),
-        meta.Unroll(steps, along=1.0),
+        meta.Unroll(steps, trajectory_loss_weight=1.0),
         **{"batch_size": 16, "query_size": 32, "clipnorm": 1.0, **options},
     )
     made.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile)
@@ -91,7 +91,7 @@ made.fit(4, 3, checkpoint={path!r}, callbacks=[meta.UnrollCurriculum([(0, 2), (2
 
 def several():
     digits = [tasks.images("digits", classes=range(3)), tasks.images("digits", size=6, relabel=True)]
-    return trainer(learners.Blur((8,), RULE), digits, members=2, tasks_per_step=2, steps=2)
+    return trainer(learners.Blur((8,), RULE), digits, members=2, meta_batch_size=2, steps=2)
 
 
 def test_resume_after_kill_is_bit_for_bit(tmp_path):
@@ -328,7 +328,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--method=maml --rule=oja=weights", "--rule applies only with --method=blur"),
         ("--method=prototypes --functions=sine", "needs tasks of two classes or more"),
         ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),
-        ("--estimator=warpgrad --along=1", "`along` must be 0"),
+        ("--estimator=warpgrad --trajectory_loss_weight=1", "`trajectory_loss_weight` must be 0"),
         ("--rule=nonsense=1", "--rule must be option=value pairs"),
         ("--rule=keep_neurons=maybe", "keep_neurons cannot be 'maybe'"),
         ("--rule=oja=never", "`oja` must be one of"),

@@ -7,7 +7,7 @@ import tensorflow as tf
 from gradient_harness import assert_difference_quotient
 
 from keras_blur import learners, meta, random, tasks
-from keras_blur.meta.estimator import binary_cross_entropy, over_tasks, right_bits, start
+from keras_blur.meta.estimator import binary_cross_entropy, correct_bits, over_tasks, start
 from keras_blur.report.episodes import score_episodes
 
 UNITS, ITEMS, TASKS, QUERY = 6, 3, 2, 4
@@ -83,7 +83,8 @@ def test_a_twin_in_numpy():
 
 
 @pytest.mark.parametrize(
-    "estimator", [meta.Unroll(ITEMS, along=0.5, kind="bits"), meta.TruncatedUnroll(1, total=ITEMS, kind="bits")]
+    "estimator",
+    [meta.Unroll(ITEMS, trajectory_loss_weight=0.5, kind="bits"), meta.TruncatedUnroll(1, episode_steps=ITEMS, kind="bits")],
 )
 def test_the_outer_gradient_is_the_difference_quotient(estimator):
     learner, data = rule(), episodes()
@@ -178,7 +179,7 @@ def test_only_labelled_bits_are_scored():
     y = tf.constant([[[1.0, -1.0, 0.0, 0.0]]])
     for unscored in (-5.0, 5.0):
         prediction = tf.constant([[[2.0, 1.0, unscored, unscored]]])
-        assert float(right_bits(prediction, y)[0]) == 0.5
+        assert float(correct_bits(prediction, y)[0]) == 0.5
         loss = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(1.0))) / 2
         assert float(binary_cross_entropy(prediction, y)[0]) == pytest.approx(loss, rel=1e-6)
 
@@ -221,7 +222,7 @@ def test_a_rule_learns_to_remember():
     learner = learners.OnlineRule()
     of, shape = tasks.remember(16), {"steps": 4, "batch_size": 1, "query_size": 4, "episodes": 500}
     made = meta.MetaTrainer(
-        of, learner, meta.Unroll(4), members=3, tasks_per_step=32, batch_size=1, query_size=4, clipnorm=1.0, seed=0
+        of, learner, meta.Unroll(4), members=3, meta_batch_size=32, batch_size=1, query_size=4, clipnorm=1.0, seed=0
     )
     made.compile(keras.optimizers.Adam(3e-3))
     made.fit(1, 900, verbose=0)

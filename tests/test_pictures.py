@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rule_table import COVER, SINGLE
 
 from keras_blur import Genome, Rule, genomes, random, tasks
-from keras_blur.learners import Blur, Optimizer
+from keras_blur.learners import BaselineLearner, Blur
 from keras_blur.report.comparison import plot_compare
 from keras_blur.report.decisions import _tint, draw_decisions, trace_decisions
 from keras_blur.report.genome import _short, draw_genome
@@ -194,7 +194,7 @@ def test_divergence_is_drawn_as_what_it_is(tmp_path):
 
 def test_backprop_descends_as_the_optimizer_does():
     trace = trace_synapses(genomes.backprop(0.3), tasks.functions("circle"), (6,), steps=5, seed=3, batch_size=8)
-    learner = Optimizer(keras.optimizers.SGD(0.3), (6,))
+    learner = BaselineLearner(keras.optimizers.SGD(0.3), (6,))
     episode = next(iter(tasks.functions("circle").dataset(3, steps=5, batch=8, query=1, split="test")))
     state = learner.init({}, random.seed_of(3), 2, 2)
     for x, y in zip(episode["x"], episode["y"], strict=True):
@@ -237,7 +237,7 @@ def test_decisions_are_those_of_predict(name):
     given = {
         "backprop": genomes.backprop(0.5),
         "random": Genome.random(Rule(batch_reduction="mean", states=3), seed=0, std=0.5, synapse_update=-0.1),
-        "optimizer": Optimizer(keras.optimizers.Adam(0.1), (6,)),
+        "optimizer": BaselineLearner(keras.optimizers.Adam(0.1), (6,)),
     }[name]
     trace = trace_decisions(given, of, (6,), **SMALL)
     (row,) = trace["rows"]
@@ -258,7 +258,7 @@ def test_decisions_are_those_of_predict(name):
 
 
 def test_backprop_decides_as_sgd_does():
-    learners = {"backprop": genomes.backprop(0.5), "SGD": Optimizer(keras.optimizers.SGD(0.5), (6,))}
+    learners = {"backprop": genomes.backprop(0.5), "SGD": BaselineLearner(keras.optimizers.SGD(0.5), (6,))}
     rows = trace_decisions(learners, tasks.functions(["circle", "xor"]), (6,), **SMALL)["rows"]
     assert [(row["task"], row["learner"]) for row in rows] == list(itertools.product(["circle", "xor"], learners))
     for one, other in zip(rows[::2], rows[1::2], strict=True):
@@ -345,7 +345,7 @@ def test_mistakes_about_decisions():
         with pytest.raises(ValueError, match="`tasks` must be one or more different functions"):
             trace_decisions(genome, odd)
     for odd in ({}, "functions", None):
-        with pytest.raises(ValueError, match="`learners` must be a genome, an Optimizer, or several by name"):
+        with pytest.raises(ValueError, match="`learners` must be a genome, a BaselineLearner, or several by name"):
             trace_decisions(odd, xor)
     for odd in (Blur((4,)), "functions"):
         with pytest.raises(ValueError, match="`learners` must be genomes and Optimizers"):

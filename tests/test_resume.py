@@ -93,7 +93,7 @@ OTHER = {
         "optimizer.beta_1=0.9",
         "optimizer.beta_1=0.5",
     ),
-    "tasks_per_step": (lambda: trainer(tasks_per_step=2), "tasks_per_step=1", "tasks_per_step=2"),
+    "meta_batch_size": (lambda: trainer(meta_batch_size=2), "meta_batch_size=1", "meta_batch_size=2"),
     "batch_size": (lambda: trainer(batch_size=9), "batch_size=8", "batch_size=9"),
     "query_size": (lambda: trainer(query_size=9), "query_size=8", "query_size=9"),
     "clipnorm": (lambda: trainer(clipnorm=None), "clipnorm=10.0", "clipnorm=None"),

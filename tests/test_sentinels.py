@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_blur import bilevel, learners, meta, tasks
-from keras_blur.meta.estimator import accuracy, explained, right_bits
+from keras_blur.meta.estimator import accuracy, correct_bits, explained
 
 HUGE = 1e25  # weights this large overflow every loss
 
@@ -228,11 +228,11 @@ def test_a_prediction_that_is_not_finite_is_wrong():
     prediction = tf.constant([[1.0, 0.0], [np.nan, np.nan], [np.inf, 0.0], [0.0, np.inf]])
     assert float(accuracy(prediction, y)) == 0.25
     assert float(accuracy(tf.constant([[np.nan], [-1.0]]), tf.constant([[-1.0], [-1.0]]))) == 0.5
-    assert float(right_bits(tf.constant([[np.nan, -1.0]]), tf.constant([[-1.0, -1.0]]))) == 0.5
+    assert float(correct_bits(tf.constant([[np.nan, -1.0]]), tf.constant([[-1.0, -1.0]]))) == 0.5
 
 
 def test_bits_of_which_none_is_scored_have_no_share():
-    assert np.isnan(right_bits(tf.ones((2, 3)), tf.zeros((2, 3))))
+    assert np.isnan(correct_bits(tf.ones((2, 3)), tf.zeros((2, 3))))
 
 
 @pytest.mark.parametrize(("predicted", "wanted"), [(0.3, 1.0), (0.4, 0.0), (np.nan, np.nan)])

@@ -65,7 +65,7 @@ def test_the_cross_entropy_of_one_logit_is_the_logistic_one():
 @pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
 def test_one_output_is_learned(name, loss):
     made = meta.MetaTrainer(
-        Sides(1), LEARNERS[name](1), meta.Unroll(3, loss=loss), tasks_per_step=4, batch_size=12, query_size=32
+        Sides(1), LEARNERS[name](1), meta.Unroll(3, loss=loss), meta_batch_size=4, batch_size=12, query_size=32
     )
     made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
     history = made.fit(2, 5 if loss == "cross_entropy" else 80, verbose=0).history

@@ -54,7 +54,7 @@ RULES = {name: options for name, options in SINGLE.items() if not Rule(**options
 def test_gradient_is_the_difference_quotient(name):
     rule = Rule(**RULES[name])
     learner = Double((7, 6), rule)
-    estimator = Unroll(STEPS, along=0.5)
+    estimator = Unroll(STEPS, trajectory_loss_weight=0.5)
     outer, data, seed = outer_of(rule), episodes(), random.seed_of(3)
     found = estimator(learner, outer, data, seed)[0].gradients
     rng = np.random.default_rng(2)
@@ -94,14 +94,16 @@ def test_a_diverged_member_does_not_spread():
         np.testing.assert_allclose(torn.gradients[key][0], whole.gradients[key][0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("steps", "along", "jit"), [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)])
-def test_recomputation_changes_nothing(steps, along, jit):
+@pytest.mark.parametrize(
+    ("steps", "trajectory_loss_weight", "jit"), [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)]
+)
+def test_recomputation_changes_nothing(steps, trajectory_loss_weight, jit):
     rule = Rule(normalize_activations="both", batch_reduction="mean")
     data, outer = episodes(steps=steps), outer_of(rule)
     learner, seed = Double((7,), rule), random.seed_of(1)
 
     def gradient(recompute):
-        estimator = Unroll(steps, along=along, recompute=recompute)
+        estimator = Unroll(steps, trajectory_loss_weight=trajectory_loss_weight, recompute=recompute)
         run = lambda outer, data: estimator(learner, outer, data, seed)[0]  # noqa: E731
         return (run if jit is None else tf.function(run, jit_compile=jit))(outer, data)
 
@@ -145,7 +147,11 @@ def test_losses_by_hand():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "`steps`.*steps=0"), ({"steps": 2.0}, "`steps`"), ({"along": -1.0}, "`along`.*along=-1.0")],
+    [
+        ({"steps": 0}, "`steps`.*steps=0"),
+        ({"steps": 2.0}, "`steps`"),
+        ({"trajectory_loss_weight": -1.0}, "`trajectory_loss_weight`.*trajectory_loss_weight=-1.0"),
+    ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import tensorflow as tf
 from gradient_harness import draw_episodes
 
 from keras_blur import compiling, learners, meta, random, tasks
-from keras_blur.distribution import Share
+from keras_blur.distribution import Shard
 from keras_blur.meta.estimator import over_tasks, start
 from keras_blur.report.episodes import adaptation_curve
 
@@ -114,8 +114,8 @@ def test_a_buffer_in_any_order_gives_the_online_gradient():
             np.testing.assert_allclose(found[name], online[name], atol=1e-12)
     single = meta.OfflineWarpGrad(STEPS, thetas=1)
     carried, sums = single.nothing_carried(learner, outer, data), dict.fromkeys(online, 0.0)
-    for piece in range(single.pieces):
-        estimate, carried = single(learner, outer, data, random.seed_of(9 + piece), carried, piece == 0)
+    for window in range(single.windows):
+        estimate, carried = single(learner, outer, data, random.seed_of(9 + window), carried, window == 0)
         sums = {name: sums[name] + np.asarray(estimate.gradients[name]) / STEPS for name in sums}
     for name in online:
         np.testing.assert_allclose(sums[name], online[name], atol=1e-12)
@@ -282,8 +282,8 @@ def test_shares_of_the_tasks_have_the_mean_of_all():
     whole = estimator(learner, outer, data, SEED)[0]
     parts = []
     for index in range(2):
-        own = Share(index, 2).part(data, axis=0)
-        parts.append(estimator.measure(learner, outer, own, SEED, (), True, Share(index, 2))[0])
+        own = Shard(index, 2).part(data, axis=0)
+        parts.append(estimator.local_estimate(learner, outer, own, SEED, (), True, Shard(index, 2))[0])
     for one, other in zip(tf.nest.flatten(whole), zip(*map(tf.nest.flatten, parts), strict=True), strict=True):
         np.testing.assert_allclose(one, np.mean(other, axis=0), atol=1e-12)
 
@@ -291,7 +291,7 @@ def test_shares_of_the_tasks_have_the_mean_of_all():
 def trainer(estimator, **options):
     made = meta.MetaTrainer(
         tasks.functions("blobs2"), learners.Warp(plane(), ["bend"], keras.optimizers.SGD(0.1)), estimator,
-        **{"members": 2, "tasks_per_step": 2, "batch_size": 8, "query_size": 16, **options},
+        **{"members": 2, "meta_batch_size": 2, "batch_size": 8, "query_size": 16, **options},
     )  # fmt: skip
     made.compile(keras.optimizers.Adam(1e-2), start_optimizer=keras.optimizers.SGD(0.1), jit_compile=False)
     return made
@@ -344,7 +344,7 @@ def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
         (lambda: warp().parameters("/no/such.keras"), "is no Keras model"),
         (lambda: meta.WarpGrad(3, order="second"), "`order` must be one of"),
         (lambda: meta.WarpGrad(3, start="zero"), "`start` must be one of"),
-        (lambda: meta.WarpGrad(3, along=1.0), "`along` must be 0"),
+        (lambda: meta.WarpGrad(3, trajectory_loss_weight=1.0), "`trajectory_loss_weight` must be 0"),
         (lambda: meta.OfflineWarpGrad(10, thetas=3), "`thetas` must divide steps=10"),
         (
             lambda: meta.MetaTrainer(tasks.functions("xor"), learners.Blur((4,)), meta.WarpGrad(2, start="leap")).compile(
@@ -380,7 +380,7 @@ def test_warps_learn_sines_better_than_their_start_alone():
             return learners.Warp(model, names, keras.optimizers.SGD(rate, global_clipnorm=10.0), loss="squared")
 
         made = meta.MetaTrainer(
-            of, learner(0.02), meta.WarpGrad(50, start="reptile"), tasks_per_step=8, batch_size=16, query_size=100, seed=0
+            of, learner(0.02), meta.WarpGrad(50, start="reptile"), meta_batch_size=8, batch_size=16, query_size=100, seed=0
         )
         made.compile(keras.optimizers.Adam(3e-3), start_optimizer=keras.optimizers.SGD(0.3))
         made.fit(1, 400, verbose=0)

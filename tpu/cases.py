@@ -93,7 +93,7 @@ def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.Met
     evolution = isinstance(estimator, meta.Evolution)
     made = trainer(
         Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), estimator,
-        members=1 if evolution else size.members, tasks_per_step=size.tasks, batch_size=size.batch, query_size=size.batch,
+        members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
         seed=3,
     )  # fmt: skip
     # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
@@ -141,11 +141,11 @@ def bilevel_case(size: Size, estimator: Any) -> Case:
 
 def _estimator(kind: Any, size: Size) -> Any:
     # A difference of two losses over a small sigma would be rounding magnified.
-    noise: dict[str, Any] = {"pairs": size.population // 2, "sigma": 0.2}
+    noise: dict[str, Any] = {"antithetic_pairs": size.population // 2, "sigma": 0.2}
     if kind is meta.PES:
-        return meta.PES(size.steps, total=2 * size.steps, **noise)
+        return meta.PES(size.steps, episode_steps=2 * size.steps, **noise)
     if kind is meta.TruncatedUnroll:
-        return meta.TruncatedUnroll(size.steps, total=2 * size.steps)
+        return meta.TruncatedUnroll(size.steps, episode_steps=2 * size.steps)
     if kind is meta.ES:
         return meta.ES(size.steps, **noise)
     return meta.Evolution(size.steps, population=size.population) if kind is meta.Evolution else kind(size.steps)

@@ -1,6 +1,6 @@
 """Meta-trains on a Cloud TPU: `keras-blur meta-train` under `TPUStrategy`.
 
-    python tpu/train.py --tpu local --out gs://BUCKET/RUN --data mnist --tasks_per_step 32
+    python tpu/train.py --tpu local --out gs://BUCKET/RUN --data mnist --meta_batch_size 32
 
 It takes the flags of `keras-blur meta-train`, and where the TPU is. What a run writes goes to `--out`, a folder or a
 bucket: the checkpoint after each epoch, the genome, the history, logs for TensorBoard where that is installed. On SIGTERM
@@ -32,7 +32,7 @@ from keras_blur.files import make_folder
 
 USAGE = "[flags]"
 EXAMPLES = (
-    "--tpu local --out gs://BUCKET/RUN --data mnist --tasks_per_step 32",
+    "--tpu local --out gs://BUCKET/RUN --data mnist --meta_batch_size 32",
     "--tpu none --out run --functions xor --hidden 8 --epochs 2",
 )
 

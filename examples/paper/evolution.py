@@ -30,7 +30,8 @@ def run(setting: Setting) -> Outcome:
     hidden, batch_size, query_size = setting.pick(((16,), 32, 64), ((512,), 128, 20 * 128))
     images = tasks.images(setting.data, size=setting.pick(None, 14), data_dir=setting.data_dir)
     trainer = meta.MetaTrainer(
-        images, learners.Blur(hidden, RULE.replace(states=2)), meta.Evolution(unroll, along=0.0, population=population),
+        images, learners.Blur(hidden, RULE.replace(states=2)),
+        meta.Evolution(unroll, trajectory_loss_weight=0.0, population=population),
         batch_size=batch_size, query_size=query_size, seed=setting.seed,
     )  # fmt: skip
     trainer.compile()

@@ -136,7 +136,8 @@ def meta_train(
     """
     stages = [unroll] if isinstance(unroll, int) else list(unroll)
     trainer = meta.MetaTrainer(
-        tasks, [learners.Blur(units, rule) for units in hidden], meta.Unroll(stages[0], along=1.0), members=members,
+        tasks, [learners.Blur(units, rule) for units in hidden],
+        meta.Unroll(stages[0], trajectory_loss_weight=1.0), members=members,
         batch_size=batch_size, query_size=query_size, clipnorm=1.0, start=genome, seed=seed,
     )  # fmt: skip
     trainer.compile(keras.optimizers.Adam(learning_rate), jit_compile=jit_compile)

@@ -27,8 +27,8 @@ def found_by_evolution(rule: kb.Rule, seed: int, generations: int, episodes: int
     """The centre of the last distribution: nothing is selected. Classes change places, so that no one knows theirs."""
     trainer = meta.MetaTrainer(
         tasks.functions(TRAINED_ON, relabel=True), learners.Blur(HIDDEN, rule),
-        meta.Evolution(UNROLL, along=1.0, population=16, fitness="loss"),
-        tasks_per_step=episodes, batch_size=64, query_size=128, seed=seed,
+        meta.Evolution(UNROLL, trajectory_loss_weight=1.0, population=16, fitness="loss"),
+        meta_batch_size=episodes, batch_size=64, query_size=128, seed=seed,
     )  # fmt: skip
     trainer.compile()
     trainer.fit(1, generations, verbose=0)

@@ -33,7 +33,7 @@ import tensorflow as tf
 from keras_blur import arguments, random
 from keras_blur.bilevel.hypergradient import Array, Bilevel, Hypergradient, LookAhead, Outer, VirtualStep, Weights
 from keras_blur.compiling import with_own_constants
-from keras_blur.distribution import share
+from keras_blur.distribution import shard
 from keras_blur.learners.base import resolve
 
 
@@ -157,7 +157,7 @@ class LayerwiseMetaGradient(VirtualStep):
         names = [name for own_names in parts for name in own_names]
         above = [[name for own_names in parts[first:] for name in own_names] for first in range(len(parts))]
 
-        branches = share().count == 1
+        branches = shard().count == 1
 
         def of_lowest(back: Callable[[list[str]], Any]) -> Any:
             if not branches:

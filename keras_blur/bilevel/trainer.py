@@ -31,7 +31,7 @@ from keras_blur.bilevel.training_losses import TrainingLoss
 from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
 from keras_blur.compiling import compiled
 from keras_blur.core.losses import ExampleLosses, as_keras, per_example
-from keras_blur.distribution import mean, share, total
+from keras_blur.distribution import mean, shard, total
 from keras_blur.learners.base import places
 from keras_blur.training import settings
 from keras_blur.training.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
@@ -502,7 +502,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
 def _size(batch: Any) -> Array:
     """The number of examples of a batch over all replicas, which share it evenly."""
-    return tf.cast(tf.shape(batch[0])[0] * share().count, tf.float32)
+    return tf.cast(tf.shape(batch[0])[0] * shard().count, tf.float32)
 
 
 def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:

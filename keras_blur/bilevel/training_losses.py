@@ -20,7 +20,7 @@ from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core.losses import ExampleLosses, check_weighable
-from keras_blur.distribution import share, total
+from keras_blur.distribution import shard, total
 
 Array = Any
 
@@ -93,7 +93,7 @@ class SampleWeightNet(TrainingLoss):
         check_weighable(each)
         weights = ops.cast(self(ops.stop_gradient(each)), each.dtype)
         # Over replicas the sum is that of the whole batch, and has a derivative; each has its part of a mean.
-        replicas = share().count
+        replicas = shard().count
         whole = total([ops.sum(weights)])[0] if replicas > 1 else ops.sum(weights)
         return replicas * ops.sum(weights * each) / ops.maximum(whole, 1e-8)
 

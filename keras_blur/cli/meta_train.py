@@ -49,7 +49,7 @@ RULE: dict[str, Any] = {
 METHODS = ("blur", "maml", "prototypes", "neural_process", "warp", "online")
 # Unrolled steps, and the weight of the loss along the way: one look at the support is all that some learners take.
 _UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"], "online": ["4"]}
-_ALONG = {"blur": 1.0}
+_TRAJECTORY_LOSS_WEIGHT = {"blur": 1.0}
 
 AUGMENTATIONS = {
     "labels": tasks.LabelPermutation,
@@ -121,8 +121,14 @@ def define_flags(flags: Flags) -> None:
         [with_value("estimator", "warpgrad", "warpgrad_offline")],
     )  # fmt: skip
     flags.switch("first_order", False, "Whether the outer gradient takes inner ones for constants.", [_FIRST_ORDER])
-    flags.integer("total", 100, "Steps of an episode, in pieces of --unroll.", least=1, when=_takes("total"))
-    flags.integer("pairs", 16, "Antithetic pairs.", least=1, when=_takes("pairs"))
+    flags.integer(
+        "episode_steps",
+        100,
+        "Steps of an episode, in truncation windows of --unroll.",
+        least=1,
+        when=_takes("episode_steps"),
+    )
+    flags.integer("antithetic_pairs", 16, "Antithetic pairs.", least=1, when=_takes("antithetic_pairs"))
     flags.integer("population", 80, "Genomes of a generation.", least=4, when=_takes("population"))
     flags.number(
         "sigma", None, "Deviation of the perturbations (es, pes) or the first generation (cma).", when=_takes("sigma")
@@ -132,13 +138,16 @@ def define_flags(flags: Flags) -> None:
     flags.switch("recompute", False, "Whether to trade time for memory.", [with_value("estimator", "unroll", "truncated")])
     flags.switch("jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.")
     flags.number(
-        "along", None, "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.", least=0.0
+        "trajectory_loss_weight",
+        None,
+        "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.",
+        least=0.0,
     )
     gradient = [unless_value("estimator", "cma")]
     flags.integer(
         "members", None, "Genomes, or starts, trained side by side; by default 4 of blur, else 1.", 1, when=gradient
     )
-    flags.integer("tasks_per_step", 1, "Episodes of a meta-step.", least=1)
+    flags.integer("meta_batch_size", 1, "Episodes of a meta-step.", least=1)
     flags.integer("batch_size", None, "Examples of a support batch; by default 64, few-shot all, patterns one.", least=1)
     flags.integer("query_size", 128, "Examples of the query.", least=1)
     flags.number("learning_rate", 3e-3, "Rate of the outer Adam.", least=0.0, when=gradient)
@@ -185,8 +194,8 @@ def complete(flag: dict[str, Any], given: set[str]) -> None:
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
     flag["estimator"] = flag["estimator"] or ("warpgrad" if method == "warp" else "unroll")
     flag["members"] = flag["members"] or (4 if method == "blur" else 1)
-    if flag["along"] is None:
-        flag["along"] = _ALONG.get(method, 0.0)
+    if flag["trajectory_loss_weight"] is None:
+        flag["trajectory_loss_weight"] = _TRAJECTORY_LOSS_WEIGHT.get(method, 0.0)
     if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
         raise ValueError("--functions, --synthetic and --ways exclude one another: each names the tasks")
 
@@ -221,7 +230,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
             learner,
             _estimator(flag, unrolls[0]),
             members=1 if flag["estimator"] == "cma" else flag["members"],
-            tasks_per_step=flag["tasks_per_step"],
+            meta_batch_size=flag["meta_batch_size"],
             batch_size=flag["batch_size"],
             query_size=flag["query_size"],
             clipnorm=flag["clipnorm"] or None,

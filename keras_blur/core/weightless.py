@@ -106,7 +106,7 @@ class _Dropout(StructuralMap):
         # The layer's own seed, but not its random numbers, which are others in a step that XLA compiles.
         seed = ops.cast(self.layer.seed_generator.next(), "int32")
         rows = ops.shape(ops.reshape(ones, (-1, *self.source)))
-        mine = distribution.share()  # every replica draws the mask of the whole batch, and takes its own rows
+        mine = distribution.shard()  # every replica draws the mask of the whole batch, and takes its own rows
         whole = (rows[0] * mine.count, *self.source)
         stays = random.uniform(seed, self._noise_shape(whole)) >= self.layer.rate
         mask = ops.broadcast_to(ops.cast(stays, states.dtype) / (1.0 - self.layer.rate), whole)

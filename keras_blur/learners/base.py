@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import files, random
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 
 Array = Any
 Outer = Mapping[str, Array]
@@ -31,7 +31,7 @@ class Learner(abc.ABC):
 
     @abc.abstractmethod
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> Any:
         """The state before the first batch.
 
@@ -41,7 +41,7 @@ class Learner(abc.ABC):
             features: number of input features.
             outputs: size of the output.
             leading: sizes of the leading axes; members get the same network, tasks their own.
-            share: which of the tasks of all replicas these are; a task's network is the same whatever its replica.
+            shard: which of the tasks of all replicas these are; a task's network is the same whatever its replica.
 
         Returns:
             A nest of tensors.
@@ -122,13 +122,13 @@ def keras_model(learned: Any) -> keras.Model:
 
 
 def draw_kernel(
-    seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...], share: Share = ALL
+    seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...], shard: Shard = ALL
 ) -> Array:
     """An initial kernel: normal, of deviation `1 / sqrt(in)`; equal for members (the first axis), not for tasks."""
     tasks, rows = leading[1:], None
-    if share.count > 1:
-        rows = share.index + share.count * tf.range(leading[1])
-        tasks = (leading[1] * share.count, *leading[2:])
+    if shard.count > 1:
+        rows = shard.index + shard.count * tf.range(leading[1])
+        tasks = (leading[1] * shard.count, *leading[2:])
     kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(shape[0]) ** 0.5
     return tf.broadcast_to(kernel, (*leading, *shape))
 

@@ -18,7 +18,7 @@ from keras_blur.core import feedback, network
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Array, Learner, MetaLearner, Outer, draw_kernel
 
 _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
@@ -118,7 +118,7 @@ class Blur(MetaLearner):
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> network.NetworkState:
         synapses = []
         before = features
@@ -128,7 +128,7 @@ class Blur(MetaLearner):
                 if name == "bias":
                     return tf.zeros((*leading, *shape))
                 # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
-                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading, share)
+                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading, shard)
 
             synapses.append(stage.connection.init(self.rule, before, draw, feeds_back=index > 0))
             before = stage.connection.units

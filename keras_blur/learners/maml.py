@@ -16,22 +16,22 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
-from keras_blur.learners.optimizer import Optimizer, OptimizerState
+from keras_blur.learners.baseline import BaselineLearner, BaselineState
 
 _NAME = "start"
 
 
-class MAML(Optimizer, MetaLearner):
+class MAML(BaselineLearner, MetaLearner):
     """A dense network under a Keras optimizer whose initial weights, the outer parameters, are learned.
 
     Args:
-        optimizer: as of `learners.Optimizer`; the paper has plain SGD.
+        optimizer: as of `learners.BaselineLearner`; the paper has plain SGD.
         hidden: units of the hidden layers.
         activation: their nonlinearity.
-        loss: as of `learners.Optimizer`: what the inner steps descend.
+        loss: as of `learners.BaselineLearner`: what the inner steps descend.
         first_order: whether the outer gradient takes the inner gradients for constants.
 
     Raises:
@@ -68,12 +68,12 @@ class MAML(Optimizer, MetaLearner):
         return dense.read(learned, _NAME)
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
-    ) -> OptimizerState:
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
+    ) -> BaselineState:
         weights = dense.weights(_NAME, outer)
         return self.begin(tuple(tf.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
 
-    def adapted(self, state: OptimizerState) -> dict[str, Array]:
+    def adapted(self, state: BaselineState) -> dict[str, Array]:
         names = [f"{_NAME}_{kind}_{index}" for index in range(len(state.weights) // 2) for kind in ("kernel", "bias")]
         return dict(zip(names, state.weights, strict=True))
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
 
@@ -81,7 +81,7 @@ class NeuralProcess(MetaLearner):
         return dense.read(learned, "encoder", "decoder")
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> Encoded:
         dtype = dense.weights("encoder", outer)[0].dtype
         return Encoded(tf.zeros((*leading, 1, self.representation), dtype), tf.zeros((*leading, 1, 1), dtype))

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, places
 
@@ -114,7 +114,7 @@ class OnlineRule(MetaLearner):
             raise ValueError(f"`learner` OnlineRule needs tasks of bits, such as tasks.remember. Received: tasks of {kind}")
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> OnlineState:
         dtype = outer["types"].dtype
         neurons = tf.zeros((*leading, outputs, self.neuron), dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
 
@@ -76,7 +76,7 @@ class Prototypes(MetaLearner):
             raise ValueError(f"`learner` Prototypes needs tasks of two classes or more. Received: tasks of {kind}")
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> Sums | TwoSides:
         dtype = dense.weights(_NAME, outer)[0].dtype
         kind, classes = (TwoSides, 2) if outputs == 1 else (Sums, outputs)

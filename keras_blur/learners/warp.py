@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from keras_blur import arguments
 from keras_blur.checks import checked_arrays, model_expects
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, MetaLearner, Outer, check_unshared, keras_model, places, resolve
 
@@ -179,7 +179,7 @@ class Warp(MetaLearner):
         return dict(zip(self._adapted, state.weights, strict=True))
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> WarpState:
         weights = [
             _spread(outer[name], leading, len(variable.shape))

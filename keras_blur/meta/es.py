@@ -19,9 +19,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_blur import arguments, random
-from keras_blur.distribution import Share
+from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Pieces, choose, start
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, choose, start
 
 _NOISE = 1  # folded into the seed of an estimate for its perturbations
 
@@ -31,8 +31,8 @@ class ES(Estimator):
     """Antithetic evolution strategies over whole episodes.
 
     Args:
-        steps, along, loss, kind: as in `Estimator`.
-        pairs: number of perturbations, each used with both signs, of each member.
+        steps, trajectory_loss_weight, loss, kind: as in `Estimator`.
+        antithetic_pairs: number of perturbations, each used with both signs, of each member.
         sigma: their standard deviation.
 
     Raises:
@@ -40,45 +40,45 @@ class ES(Estimator):
 
     Example:
 
-    >>> ES(steps=20, pairs=8, sigma=0.05).horizon
+    >>> ES(steps=20, antithetic_pairs=8, sigma=0.05).horizon
     20
     """
 
-    pairs: int = 16
+    antithetic_pairs: int = 16
     sigma: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arguments.count("pairs", self.pairs)
+        arguments.count("antithetic_pairs", self.antithetic_pairs)
         arguments.positive("sigma", self.sigma)
         if self.recompute:
             raise ValueError("`recompute` must be False: evolution strategies keep nothing of the unroll.")
 
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        particles = perturbed(outer, perturbations(outer, self.pairs, seed), self.sigma)
-        state = self.begin(learner, particles, episodes, seed, carried, first, share)
+        particles = perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
+        state = self.begin(learner, particles, episodes, seed, carried, first, shard)
         losses, accuracies, state = self.objective(learner, particles, episodes, state)
         return (tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)), self.kept(state)
 
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        return self.estimate(outer, perturbations(outer, self.pairs, seed), *measured), ()
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        return self.estimate(outer, perturbations(outer, self.antithetic_pairs, seed), *measured), ()
 
     def estimate(self, outer: Outer, directions: Outer, losses: Array, accuracies: Array) -> Estimate:
         """The gradient from the losses of the particles.
 
         Args:
             outer: outer parameters `[members, ...]`.
-            directions: standard normal directions `[members, pairs, ...]`, or their sums.
-            losses: means over the tasks `[members * 2 * pairs]`, as `perturbed` orders them.
+            directions: standard normal directions `[members, antithetic_pairs, ...]`, or their sums.
+            losses: means over the tasks `[members * 2 * antithetic_pairs]`, as `perturbed` orders them.
             accuracies: alike.
 
         Returns:
             The estimate; its loss is the smoothed one. A pair of which one has no finite loss is left out.
         """
         members = next(iter(outer.values())).shape[0]
-        shape = (members, 2, self.pairs)
+        shape = (members, 2, self.antithetic_pairs)
         loss, right = tf.reshape(losses, shape), tf.reshape(accuracies, shape)
         sound = tf.reduce_all(tf.math.is_finite(loss), axis=1)
         weight = tf.cast(sound, loss.dtype)
@@ -90,52 +90,53 @@ class ES(Estimator):
         difference = tf.where(sound, loss[:, 0] - loss[:, 1], tf.zeros_like(weight)) / (2.0 * self.sigma)
         gradients = {}
         for name, direction in directions.items():
-            factor = tf.reshape(difference, (members, self.pairs) + (1,) * (direction.shape.rank - 2))
+            factor = tf.reshape(difference, (members, self.antithetic_pairs) + (1,) * (direction.shape.rank - 2))
             total = tf.reduce_sum(tf.cast(direction, loss.dtype) * factor, axis=1)
             gradients[name] = total / tf.reshape(count, (members,) + (1,) * (total.shape.rank - 1))
         return Estimate(gradients, over_pairs(tf.reduce_mean(loss, axis=1)), over_pairs(tf.reduce_mean(right, axis=1)))
 
 
 @dataclasses.dataclass(frozen=True)
-class PES(Pieces, ES):
+class PES(Truncated, ES):
     """Persistent evolution strategies: pieces of long episodes, unbiased.
 
     Args:
         steps: learning steps of a piece; each ends with the query.
-        along, loss, kind, pairs, sigma: as in `ES`.
-        total: learning steps of an episode, a multiple of `steps`.
+        trajectory_loss_weight, loss, kind, antithetic_pairs, sigma: as in `ES`.
+        episode_steps: learning steps of an episode, a multiple of `steps`.
 
     Example:
 
-    >>> PES(steps=10, total=200, pairs=8).horizon
+    >>> PES(steps=10, episode_steps=200, antithetic_pairs=8).horizon
     200
     """
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         zero = tf.zeros(2, tf.int32)
-        noise = perturbations(outer, self.pairs, zero)
+        noise = perturbations(outer, self.antithetic_pairs, zero)
         state = start(learner, perturbed(outer, noise, self.sigma), episodes, zero)
         return tf.nest.map_structure(tf.zeros_like, Carried(state, noise))
 
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        noise = perturbations(outer, self.pairs, seed)
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        noise = perturbations(outer, self.antithetic_pairs, seed)
         before = choose(first, tf.nest.map_structure(tf.zeros_like, noise), carried.directions)
         directions = {name: before[name] + noise[name] for name in noise}
         return self.estimate(outer, directions, *measured), directions
 
 
-def perturbations(outer: Outer, pairs: int, seed: Array) -> Outer:
-    """Standard normal directions `[members, pairs, ...]` for each outer parameter."""
+def perturbations(outer: Outer, antithetic_pairs: int, seed: Array) -> Outer:
+    """Standard normal directions `[members, antithetic_pairs, ...]` for each outer parameter."""
     return {
         name: tf.cast(
-            random.normal(random.fold_in(seed, _NOISE, index), (value.shape[0], pairs, *value.shape[1:])), value.dtype
+            random.normal(random.fold_in(seed, _NOISE, index), (value.shape[0], antithetic_pairs, *value.shape[1:])),
+            value.dtype,
         )
         for index, (name, value) in enumerate(sorted(outer.items()))
     }
 
 
 def perturbed(outer: Outer, noise: Outer, sigma: float) -> Outer:
-    """The particles `[members * 2 * pairs, ...]`: for each member all pairs with a plus, then all with a minus."""
+    """The particles `[members * 2 * antithetic_pairs, ...]`: for each member all positive signs, then all negative."""
     moved = {}
     for name, value in outer.items():
         both = tf.stack([value[:, None] + sigma * noise[name], value[:, None] - sigma * noise[name]], axis=1)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_blur import arguments
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Learner
 
 Array = Any
@@ -70,7 +70,7 @@ def squared_error(prediction: Array, y: Array) -> Array:
 
 
 def accuracy(prediction: Array, y: Array) -> Array:
-    """Share of examples whose largest output is the true class: `[..., batch, classes]` to `[...]`.
+    """Fraction of examples whose largest output is the true class: `[..., batch, classes]` to `[...]`.
 
     Of a single output, the share whose sign is that of the label. A prediction that is not finite is wrong.
     """
@@ -94,8 +94,8 @@ def classes_of(outputs: Array) -> Array:
     return tf.argmax(outputs, axis=-1, output_type=tf.int32)
 
 
-def right_bits(prediction: Array, y: Array) -> Array:
-    """Share of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`.
+def correct_bits(prediction: Array, y: Array) -> Array:
+    """Fraction of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`.
 
     A prediction that is not finite is wrong. Where no label is scored, the share is NaN, as is the loss.
     """
@@ -106,7 +106,7 @@ def right_bits(prediction: Array, y: Array) -> Array:
 
 
 def explained(prediction: Array, y: Array) -> Array:
-    """Share of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`.
+    """Fraction of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`.
 
     Values that do not vary have nothing to explain: as in Keras and scikit-learn it is then 0, or 1 of an exact prediction.
     """
@@ -127,7 +127,7 @@ class InnerLoop:
 
     Args:
         steps: number of learning steps of one estimate.
-        along: weight of the mean loss along the way beside that of the query, 0 for the query alone.
+        trajectory_loss_weight: weight of the mean loss along the way beside that of the query, 0 for the query alone.
         loss: `"cross_entropy"` (softmax; logistic of a single output), `"binary"` (each output on its own), `"squared"`,
             or `"auto"`: the cross-entropy for classes, binary for bits, squared for values.
         kind: `"classes"`, `"values"` or `"bits"`: what the tasks' outputs are.
@@ -139,14 +139,14 @@ class InnerLoop:
     """
 
     steps: int = 10
-    along: float = 0.0
+    trajectory_loss_weight: float = 0.0
     loss: str = "auto"
     kind: str = "classes"
     recompute: bool = False
 
     def __post_init__(self) -> None:
         arguments.count("steps", self.steps)
-        arguments.real("along", self.along, low=0.0)
+        arguments.real("trajectory_loss_weight", self.trajectory_loss_weight, low=0.0)
         arguments.choice("loss", self.loss, LOSSES)
         arguments.choice("kind", self.kind, KINDS)
         arguments.flag("recompute", self.recompute)
@@ -159,7 +159,7 @@ class InnerLoop:
         return self.steps
 
     @property
-    def pieces(self) -> int:
+    def windows(self) -> int:
         """Estimates that are made on the same episodes, one after the other."""
         return 1
 
@@ -184,8 +184,8 @@ class InnerLoop:
             # Data have no gradient: without this the loop back would form that of all batches, in every step.
             batch_x, batch_y = (tf.stop_gradient(tf.gather(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
-            if self.along:
-                total = total + loss_of(prediction, batch_y) * (self.along / self.steps)
+            if self.trajectory_loss_weight:
+                total = total + loss_of(prediction, batch_y) * (self.trajectory_loss_weight / self.steps)
             return time + 1, state, total
 
         state, total = self._loop(body, outer, state, tf.zeros(leading, state_dtype(state)))
@@ -195,7 +195,7 @@ class InnerLoop:
 
     def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
         """Loss and quality of predictions `[..., batch, outputs]`: `[...]` each."""
-        right = {"classes": accuracy, "values": explained, "bits": right_bits}[self.kind]
+        right = {"classes": accuracy, "values": explained, "bits": correct_bits}[self.kind]
         return self._loss()(prediction, y), right(prediction, y)
 
     def _loss(self) -> Any:
@@ -277,27 +277,27 @@ NOTHING = Carried()
 class Estimator(InnerLoop, abc.ABC):
     """An inner loop, and the way to the gradient of its score; arguments as `InnerLoop`.
 
-    An estimate has two halves, so that tasks can be dealt out to several devices: `measure`, which looks at a share of the
-    tasks, and `conclude`, which takes the mean of what the shares measured.
+    An estimate has two halves, so that tasks can be split over several devices. `local_estimate` computes statistics on one
+    shard of the tasks. `combine` turns their mean over shards into the estimate.
     """
 
     @abc.abstractmethod
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         """What some tasks say of the outer parameters.
 
         Args:
             learner, outer, seed, carried, first: as in a call.
             episodes: those of the share.
-            share: which of the tasks they are.
+            shard: which of the tasks they are.
 
         Returns:
-            A nest whose mean over shares goes to `conclude`, and the learners' states to carry on.
+            A nest whose mean over shares goes to `combine`, and the learners' states to carry on.
         """
 
     @abc.abstractmethod
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         """The estimate from the means of what was measured, and the directions to carry on."""
 
     def __call__(
@@ -316,20 +316,20 @@ class Estimator(InnerLoop, abc.ABC):
         Returns:
             The estimate, and what to carry to the next one.
         """
-        measured, learners = self.measure(learner, outer, episodes, seed, carried, first, ALL)
-        estimate, directions = self.conclude(outer, measured, seed, carried, first)
+        measured, learners = self.local_estimate(learner, outer, episodes, seed, carried, first, ALL)
+        estimate, directions = self.combine(outer, measured, seed, carried, first)
         return estimate, Carried(learners, directions)
 
     def begin(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
         """The learners' states before the first of the batches."""
         del carried, first
-        return start(learner, outer, episodes, seed, share)
+        return start(learner, outer, episodes, seed, shard)
 
-    def part(self, episodes: Episodes, piece: Array) -> Episodes:
+    def part(self, episodes: Episodes, window: Array) -> Episodes:
         """What an estimate sees of the support batches, by the number of its piece."""
-        del piece
+        del window
         return episodes
 
     def kept(self, learners: Any) -> Any:
@@ -344,49 +344,51 @@ class Estimator(InnerLoop, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces(Estimator):
-    """An estimator that cuts episodes of `total` steps, a multiple of `steps`, and carries learners from piece to piece."""
+class Truncated(Estimator):
+    """Cuts episodes of `episode_steps` steps into truncation windows of `steps` and carries learners across."""
 
-    total: int = 100
+    episode_steps: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arguments.count("total", self.total)
-        if self.total % self.steps:
-            raise ValueError(f"`total` must be a multiple of steps={self.steps}. Received: total={self.total!r}")
+        arguments.count("episode_steps", self.episode_steps)
+        if self.episode_steps % self.steps:
+            raise ValueError(
+                f"`episode_steps` must be a multiple of steps={self.steps}. Received: episode_steps={self.episode_steps!r}"
+            )
 
     @property
     def horizon(self) -> int:
-        return self.total
+        return self.episode_steps
 
     @property
-    def pieces(self) -> int:
-        return self.total // self.steps
+    def windows(self) -> int:
+        return self.episode_steps // self.steps
 
-    def part(self, episodes: Episodes, piece: Array) -> Episodes:
+    def part(self, episodes: Episodes, window: Array) -> Episodes:
         def cut(batches: Array) -> Array:  # of `[tasks, steps, ...]`, by a slice of static size, as a TPU needs it
             axes = batches.shape.rank - 2
-            return tf.slice(batches, [0, piece * self.steps, *[0] * axes], [-1, self.steps, *[-1] * axes])
+            return tf.slice(batches, [0, window * self.steps, *[0] * axes], [-1, self.steps, *[-1] * axes])
 
         return {**episodes, **{name: cut(episodes[name]) for name in ("x", "y")}}
 
     def begin(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
-        return choose(first, start(learner, outer, episodes, seed, share), carried.learners)
+        return choose(first, start(learner, outer, episodes, seed, shard), carried.learners)
 
     def kept(self, learners: Any) -> Any:
         return learners
 
 
-def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, share: Share = ALL) -> Any:
+def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard = ALL) -> Any:
     """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`.
 
     A share of the tasks starts as it does among all of them.
     """
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
-    return learner.init(over_tasks(outer), seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), share)
+    return learner.init(over_tasks(outer), seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), shard)
 
 
 def over_tasks(outer: Outer) -> Outer:

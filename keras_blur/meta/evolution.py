@@ -26,7 +26,7 @@ class Evolution(InnerLoop):
     """CMA-ES on the genome.
 
     Args:
-        steps, along, loss, kind: as in `InnerLoop`.
+        steps, trajectory_loss_weight, loss, kind: as in `InnerLoop`.
         population: genomes of a generation.
         sigma: standard deviation of the first generation.
         fitness: `"accuracy"` of the query or `"loss"`.

@@ -32,7 +32,7 @@ from keras_blur import arguments, random
 from keras_blur.checks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.core.genome import Genome
-from keras_blur.distribution import Share, mean, share
+from keras_blur.distribution import Shard, mean, shard
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
 from keras_blur.meta.cma import CMAES, CMAState
@@ -60,7 +60,7 @@ class MetaTrainer(OuterLoop):
             place of gradient and optimizer.
         members: number of sets of outer parameters that are trained side by side, from different starts, on the same tasks.
             Evolution has its population instead.
-        tasks_per_step: episodes whose gradients are averaged in one step; under a strategy a multiple of its replicas, but
+        meta_batch_size: episodes whose gradients are averaged in one step; under a strategy a multiple of its replicas, but
             for evolution, whose candidates are dealt out instead.
         batch_size: examples of a support batch.
         query_size: examples of the query.
@@ -93,7 +93,7 @@ class MetaTrainer(OuterLoop):
         estimator: Estimator | Evolution | None = None,
         *,
         members: int = 1,
-        tasks_per_step: int = 1,
+        meta_batch_size: int = 1,
         batch_size: int = 64,
         query_size: int = 128,
         clipnorm: float | None = 10.0,
@@ -107,7 +107,8 @@ class MetaTrainer(OuterLoop):
         several: list[Any] = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
         learners: list[Any] = list(learner) if isinstance(learner, (list, tuple)) else [learner]
         for name, value in (
-            ("members", members), ("tasks_per_step", tasks_per_step), ("batch_size", batch_size), ("query_size", query_size),
+            ("members", members), ("meta_batch_size", meta_batch_size),
+            ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
             arguments.count(name, value)
         arguments.integer("seed", seed, 0)
@@ -138,16 +139,16 @@ class MetaTrainer(OuterLoop):
                 f"`members` must be 1 under Evolution, whose population is an argument of it. Received: members={members}"
             )
         begin = self._begin(start, members, seed)
-        if tasks_per_step % self.runner.replicas and not isinstance(estimator, Evolution):
+        if meta_batch_size % self.runner.replicas and not isinstance(estimator, Evolution):
             raise ValueError(
-                f"`tasks_per_step` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
-                f"tasks_per_step={tasks_per_step}"
+                f"`meta_batch_size` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
+                f"meta_batch_size={meta_batch_size}"
             )
         self._given_estimator = estimator
         self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
-        self.members, self.tasks_per_step = members, tasks_per_step
+        self.members, self.meta_batch_size = members, meta_batch_size
         self.batch_size, self.query_size, self.clipnorm, self.seed = batch_size, query_size, clipnorm, seed
         self.outer: dict[str, keras.Variable] = {}
         self.evolution: dict[str, keras.Variable] = {}
@@ -198,10 +199,10 @@ class MetaTrainer(OuterLoop):
 
     def _room_to_carry(self, number: int) -> Any:
         """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
-        if isinstance(self.estimator, Evolution) or self.estimator.pieces == 1:
+        if isinstance(self.estimator, Evolution) or self.estimator.windows == 1:
             return NOTHING
         of, learner = self.families[number]
-        shape = (self.tasks_per_step, self.estimator.steps, self.batch_size)
+        shape = (self.meta_batch_size, self.estimator.steps, self.batch_size)
         episodes = {"x": tf.zeros((*shape, of.features)), "y": tf.zeros((*shape, of.outputs))}
         outer = {name: tf.convert_to_tensor(value.value) for name, value in self.outer.items()}
         empty = self.estimator.nothing_carried(learner, outer, episodes)
@@ -365,7 +366,7 @@ class MetaTrainer(OuterLoop):
         learners = list({id(learner): learner for _, learner in self.families}.values())
         return {
             "tasks": tasks, "weights": self.weights_of_families, "learner": learners, "estimator": self._given_estimator,
-            "members": self.members, "tasks_per_step": self.tasks_per_step, "batch_size": self.batch_size,
+            "members": self.members, "meta_batch_size": self.meta_batch_size, "batch_size": self.batch_size,
             "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
         }  # fmt: skip
 
@@ -394,16 +395,16 @@ class MetaTrainer(OuterLoop):
         """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
-        piece = int(self.drawn.numpy()[family]) % self.estimator.pieces
+        window = int(self.drawn.numpy()[family]) % self.estimator.windows
         seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
-        logs = self._step_of(family)(self._episodes(family, piece), seed, tf.constant(piece))
+        logs = self._step_of(family)(self._episodes(family, window), seed, tf.constant(window))
         return {name: float(value) for name, value in logs.items()}
 
-    def _episodes(self, family: int, piece: int) -> Any:
+    def _episodes(self, family: int, window: int) -> Any:
         """The episodes of a step, dealt out to the replicas."""
         if family not in self._streams:
             self._streams[family] = [self.runner.deal(lambda index, count: self._shard(family, index, count)), None]
-        if piece == 0 or self._streams[family][1] is None:
+        if window == 0 or self._streams[family][1] is None:
             self._streams[family][1] = next(self._streams[family][0])
         return self._streams[family][1]
 
@@ -411,12 +412,12 @@ class MetaTrainer(OuterLoop):
         """The episodes of one replica: its share of each step's tasks, or all of them where candidates are dealt out."""
         if self.evolution:
             index, count = 0, 1
-        done = int(self.drawn.numpy()[family]) // self.estimator.pieces * self.tasks_per_step
+        done = int(self.drawn.numpy()[family]) // self.estimator.windows * self.meta_batch_size
         stream = self.families[family][0].dataset(
             self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
             start=done + index, stride=count,
         )  # fmt: skip
-        return stream.batch(self.tasks_per_step // count, drop_remainder=True)
+        return stream.batch(self.meta_batch_size // count, drop_remainder=True)
 
     def unroll_for(self, steps: int) -> None:
         """Changes the number of unrolled steps, for a curriculum.
@@ -424,7 +425,7 @@ class MetaTrainer(OuterLoop):
         Raises:
             ValueError: if the estimator cuts episodes into pieces.
         """
-        if self.estimator.pieces > 1:
+        if self.estimator.windows > 1:
             raise ValueError(
                 f"The unroll of {type(self.estimator).__name__} cannot change in meta-training: its learners are inside an "
                 "episode."
@@ -442,8 +443,8 @@ class MetaTrainer(OuterLoop):
                 program = self._descent(family, estimator)
             number = tf.one_hot(family, len(self.families), dtype="int32")
 
-            def step(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, Array]:
-                found = program(episodes, seed, piece)
+            def step(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, Array]:
+                found = program(episodes, seed, window)
                 self.drawn.assign(self.drawn + number)
                 return self.count_step(found)
 
@@ -474,23 +475,23 @@ class MetaTrainer(OuterLoop):
         learner, clipnorm = self.families[family][1], self.clipnorm
         rooms = self._carried[family]
 
-        def measure(
+        def local_estimate(
             outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array, index: Array
         ) -> Any:
-            share = Share(index, self.runner.replicas)
-            return estimator.measure(learner, outer, episodes, seed, carried, first, share)
+            shard = Shard(index, self.runner.replicas)
+            return estimator.local_estimate(learner, outer, episodes, seed, carried, first, shard)
 
-        measure = measure if self.run_eagerly else compiled(measure, jit_compile=self.jit_step)
+        local_estimate = local_estimate if self.run_eagerly else compiled(local_estimate, jit_compile=self.jit_step)
 
-        def descent(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
+        def descent(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, tuple[Array, Array]]:
             outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
-            first = tf.equal(piece, 0)
-            episodes = estimator.part(episodes, piece)
-            mine = share()
+            first = tf.equal(window, 0)
+            episodes = estimator.part(episodes, window)
+            mine = shard()
             carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
             own = carried._replace(learners=mine.part(carried.learners, axis=1))
-            measured, learners = measure(outer, episodes, seed, own, first, tf.convert_to_tensor(mine.index))
-            found, directions = estimator.conclude(outer, mean(measured), seed, carried, first)
+            measured, learners = local_estimate(outer, episodes, seed, own, first, tf.convert_to_tensor(mine.index))
+            found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
             kept = Carried(mine.whole(learners, axis=1), directions)
             for room, value in zip(tf.nest.flatten(rooms), tf.nest.flatten(kept), strict=True):
                 room.assign(value)
@@ -553,11 +554,11 @@ class MetaTrainer(OuterLoop):
         if not self.run_eagerly:
             score, ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (score, ask, tell))
 
-        def generation(episodes: Mapping[str, Array], seed: Array, piece: Array) -> dict[str, tuple[Array, Array]]:
-            del piece
+        def generation(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, tuple[Array, Array]]:
+            del window
             state = CMAState(**{name: tf.convert_to_tensor(v.value) for name, v in self.evolution.items()})
             candidates = ask(state, random.fold_in(seed, 2))
-            mine = share()
+            mine = shard()
             dealt = tf.range(-(-estimator.population // mine.count) * mine.count) % estimator.population  # some twice
             scores = score(mine.part(tf.gather(candidates, dealt), axis=0), episodes, seed)
             fitness, loss, accuracy = (value[: estimator.population] for value in mine.whole(scores, axis=0))

@@ -1,10 +1,12 @@
-"""The gradient of the outer parameters by differentiating through a learner's learning.
+"""The outer gradient by differentiation through the inner loop.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3: backpropagation through the
-unroll. `Unroll` goes through all of an episode. `TruncatedUnroll` goes through a piece and carries the learner to the next
-piece, as in truncated backpropagation through time ("An efficient gradient-based algorithm for on-line training of recurrent
-network trajectories", Williams and Peng, 1990): long horizons for the price of short ones, with a gradient that does not see
-what a step does beyond its piece.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3.
+
+`Unroll` differentiates through the whole episode. `TruncatedUnroll` differentiates through one
+truncation window at a time and carries the learner to the next one, as in truncated backpropagation
+through time ("An efficient gradient-based algorithm for on-line training of recurrent network
+trajectories", Williams and Peng, 1990). Memory depends on the window and not on the episode, but the
+gradient ignores effects beyond the window.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blur.distribution import Share
+from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Pieces, start
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +27,17 @@ class Unroll(Estimator):
 
     Example:
 
-    >>> Unroll(steps=10, along=0.5).steps
+    >>> Unroll(steps=10, trajectory_loss_weight=0.5).steps
     10
     """
 
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
             tape.watch(watched)
-            state = self.begin(learner, watched, episodes, seed, carried, first, share)
+            state = self.begin(learner, watched, episodes, seed, carried, first, shard)
             losses, accuracies, state = self.objective(learner, watched, episodes, state)
             # Members do not touch each other, so the gradient of the sum holds each one's own.
             loss = tf.reduce_mean(losses, axis=1)
@@ -43,22 +45,22 @@ class Unroll(Estimator):
         gradients = tape.gradient(total, watched, unconnected_gradients="zero")
         return Estimate(gradients, loss, tf.reduce_mean(accuracies, axis=1)), self.kept(state)
 
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedUnroll(Pieces, Unroll):
+class TruncatedUnroll(Truncated, Unroll):
     """The gradient through pieces of a long unroll, the learner carried from piece to piece.
 
     Args:
         steps: learning steps of a piece; each ends with the query.
-        along, loss, kind, recompute: as in `Estimator`.
-        total: learning steps of an episode, a multiple of `steps`.
+        trajectory_loss_weight, loss, kind, recompute: as in `Estimator`.
+        episode_steps: learning steps of an episode, a multiple of `steps`.
 
     Example:
 
-    >>> TruncatedUnroll(steps=10, total=100).horizon
+    >>> TruncatedUnroll(steps=10, episode_steps=100).horizon
     100
     """
 

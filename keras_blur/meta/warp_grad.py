@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_blur import arguments, random
-from keras_blur.distribution import Share
+from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, over_tasks, start
 
@@ -51,7 +51,7 @@ class WarpGrad(Estimator):
     """The trajectory-agnostic gradient, online: each step of the inner loop adds its own.
 
     Args:
-        steps, loss, kind: as in `Estimator`. `along` and `recompute` are not used.
+        steps, loss, kind: as in `Estimator`. `trajectory_loss_weight` and `recompute` are not used.
         order: `"exact"`, equation 11, or `"first"`, equation 12.
         start: how initial weights are learned: `"none"`, `"reptile"`, `"leap"` or `"maml"`.
 
@@ -71,18 +71,20 @@ class WarpGrad(Estimator):
         super().__post_init__()
         arguments.choice("order", self.order, ORDERS)
         arguments.choice("start", self.start, STARTS)
-        if self.along or self.recompute:
-            raise ValueError("`along` must be 0 and `recompute` False: each step is its own, and nothing of it is kept.")
+        if self.trajectory_loss_weight or self.recompute:
+            raise ValueError(
+                "`trajectory_loss_weight` must be 0 and `recompute` False: each step is its own, and nothing of it is kept."
+            )
 
     @property
     def horizon(self) -> int:
         return self.steps + 1  # the batch after a step's own is the one that the step is judged by
 
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         learner = self._checked(learner, outer)
-        state = self.begin(learner, outer, episodes, seed, carried, first, share)
+        state = self.begin(learner, outer, episodes, seed, carried, first, shard)
         begin, nothing = state, {name: tf.zeros_like(value) for name, value in outer.items()}
 
         def body(time: Array, state: Any, sums: Outer) -> tuple[Array, Any, Outer]:
@@ -94,11 +96,11 @@ class WarpGrad(Estimator):
         _, state, sums = tf.while_loop(
             lambda time, *_: time < self.steps, body, (tf.constant(0), state, nothing), maximum_iterations=self.steps
         )
-        sums = {**sums, **self._of_run(learner, outer, episodes, seed, share, begin, state)}
+        sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
         loss, right = self.judged(learner, outer, episodes, state)
         return Estimate(sums, loss, right), self.kept(state)
 
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
 
     def _checked(self, learner: Learner, outer: Outer) -> MetaLearner:
@@ -145,7 +147,7 @@ class WarpGrad(Estimator):
         return tf.reduce_mean(losses, axis=1), tf.reduce_mean(quality, axis=1)
 
     def _of_run(
-        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share, begin: Any, end: Any
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, begin: Any, end: Any
     ) -> Outer:
         """The gradient of the start where it is of the whole run, from its first state to its last."""
         if self.start == "reptile":
@@ -156,7 +158,7 @@ class WarpGrad(Estimator):
             starts = {name: tf.convert_to_tensor(v) for name, v in outer.items() if name.startswith("start_")}
             tape.watch(starts)
             every = {**outer, **starts}
-            losses, _, _ = self.objective(learner, every, episodes, start(learner, every, episodes, seed, share))
+            losses, _, _ = self.objective(learner, every, episodes, start(learner, every, episodes, seed, shard))
             total = tf.reduce_sum(tf.reduce_mean(losses, axis=1))
         return tape.gradient(total, starts, unconnected_gradients="zero")
 
@@ -174,7 +176,7 @@ class OfflineWarpGrad(WarpGrad):
 
     Example:
 
-    >>> OfflineWarpGrad(steps=100, thetas=5).pieces
+    >>> OfflineWarpGrad(steps=100, thetas=5).windows
     20
     """
 
@@ -187,7 +189,7 @@ class OfflineWarpGrad(WarpGrad):
             raise ValueError(f"`thetas` must divide steps={self.steps}. Received: thetas={self.thetas!r}")
 
     @property
-    def pieces(self) -> int:
+    def windows(self) -> int:
         return self.steps // self.thetas
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
@@ -199,21 +201,21 @@ class OfflineWarpGrad(WarpGrad):
 
         return Carried(TrajectoryBuffer(tf.nest.map_structure(room, state)), (tf.zeros(2, tf.int32), tf.zeros((), tf.int32)))
 
-    def measure(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, share: Share
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         learner = self._checked(learner, outer)
         nothing = {name: tf.zeros_like(value) for name, value in outer.items()}
         buffer, starts = tf.cond(
             first,
-            lambda: self.collect(learner, outer, episodes, seed, share, nothing),
+            lambda: self.collect(learner, outer, episodes, seed, shard, nothing),
             lambda: (carried.learners, nothing),
         )
-        root, piece = self._turn(seed, carried, first)
+        root, window = self._turn(seed, carried, first)
         order = random.permutation(random.fold_in(root, _SHUFFLE), self.steps)
 
         def body(number: Array, sums: Outer, loss: Array, right: Array) -> tuple[Array, Outer, Array, Array]:
-            place = tf.gather(order, piece * self.thetas + number)
+            place = tf.gather(order, window * self.thetas + number)
             found = self.at(learner, outer, episodes, buffer.take(place), place, place + 1)
             sums = {name: sums[name] + found[0][name] / self.thetas for name in sums}
             return number + 1, sums, loss + found[1] / self.thetas, right + found[2] / self.thetas
@@ -226,20 +228,20 @@ class OfflineWarpGrad(WarpGrad):
         )  # fmt: skip
         return Estimate({name: sums[name] + starts[name] for name in sums}, loss, right), buffer
 
-    def conclude(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        root, piece = self._turn(seed, carried, first)
-        return measured, (root, piece + 1)
+    def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
+        root, window = self._turn(seed, carried, first)
+        return measured, (root, window + 1)
 
     def _turn(self, seed: Array, carried: Carried, first: Any) -> tuple[Array, Array]:
         """The seed of the order, which is that of the first step on these episodes, and the step's number among theirs."""
-        root, piece = carried.directions
-        return tf.where(first, seed, root), tf.where(first, tf.zeros_like(piece), piece)
+        root, window = carried.directions
+        return tf.where(first, seed, root), tf.where(first, tf.zeros_like(window), window)
 
     def collect(
-        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, share: Share, nothing: Outer
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, nothing: Outer
     ) -> tuple[TrajectoryBuffer, Outer]:
         """What inner descent visits, and the gradient of the start."""
-        state = begin = start(learner, outer, episodes, seed, share)
+        state = begin = start(learner, outer, episodes, seed, shard)
         leaves = tf.nest.flatten(state)
         rooms = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
 
@@ -255,7 +257,7 @@ class OfflineWarpGrad(WarpGrad):
         _, state, rooms, sums = tf.while_loop(
             lambda time, *_: time < self.steps, body, (tf.constant(0), state, rooms, nothing), maximum_iterations=self.steps
         )
-        sums = {**sums, **self._of_run(learner, outer, episodes, seed, share, begin, state)}
+        sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
 
         def whole(room: Any, leaf: Array) -> Array:
             value = room.stack()  # [K, members, tasks, ...]

@@ -29,7 +29,7 @@ from keras_blur.checks import Expected, check_tasks, checked_arrays
 from keras_blur.compiling import compiled
 from keras_blur.core.genome import Genome
 from keras_blur.files import check_output
-from keras_blur.learners import Blur, Learner, Optimizer, updates
+from keras_blur.learners import BaselineLearner, Blur, Learner, updates
 from keras_blur.learners.blur import check_genome
 from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style
@@ -133,7 +133,7 @@ def compare(
     source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split)
 
     def optimizer(name: str, rates: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
-        learner = Optimizer(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
+        learner = BaselineLearner(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
         grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
         for found in _curves(learner, grid, len(rates), source, at):
             yield [{"optimizer": name, "rate": float(rate), **one} for rate, one in zip(rates, found, strict=True)]

@@ -57,10 +57,10 @@ def trace_decisions(
     which its accuracy is measured too.
 
     Args:
-        learners: a genome, or a `learners.Optimizer`, or several by name. A genome that learns from errors descends its
-            loss; without one, the softmax cross-entropy.
+        learners: a genome, or a `learners.BaselineLearner`, or several by name. A genome that learns from errors descends
+            its loss; without one, the softmax cross-entropy.
         tasks: tasks of classes on the plane; of several functions, each is a task of its own.
-        hidden: units of the hidden layers of a genome's network; an `Optimizer` has its own.
+        hidden: units of the hidden layers of a genome's network; a `BaselineLearner` has its own.
         steps: learning steps after which to look, increasing, from 0 on.
         seed: of the initial networks and the episodes.
         resolution: points on a side of the square.
@@ -148,7 +148,7 @@ def _named(learners: Any, hidden: Sequence[int]) -> dict[str, tuple[Learner, dic
     elif isinstance(learners, Learner):
         learners = {type(getattr(learners, "optimizer", learners)).__name__: learners}
     if not isinstance(learners, Mapping) or not learners:
-        raise ValueError(f"`learners` must be a genome, an Optimizer, or several by name. Received: {learners!r}")
+        raise ValueError(f"`learners` must be a genome, a BaselineLearner, or several by name. Received: {learners!r}")
     found: dict[str, tuple[Learner, dict[str, Array]]] = {}
     for name, learner in learners.items():
         if isinstance(learner, Genome):

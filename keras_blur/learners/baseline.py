@@ -12,12 +12,12 @@ import keras
 import tensorflow as tf
 
 from keras_blur.core.rule import ACTIVATIONS
-from keras_blur.distribution import ALL, Share
+from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
 
 
-class OptimizerState(NamedTuple):
+class BaselineState(NamedTuple):
     """Kernels and biases by layer; two arrays of moments for each; the number of steps."""
 
     weights: tuple[Array, ...]
@@ -26,7 +26,7 @@ class OptimizerState(NamedTuple):
     step: Array
 
 
-class Optimizer(Learner):
+class BaselineLearner(Learner):
     """A dense network under a Keras optimizer.
 
     Args:
@@ -41,7 +41,7 @@ class Optimizer(Learner):
 
     Example:
 
-    >>> Optimizer(keras.optimizers.SGD(0.1), hidden=(32,)).hidden
+    >>> BaselineLearner(keras.optimizers.SGD(0.1), hidden=(32,)).hidden
     (32,)
     """
 
@@ -60,20 +60,20 @@ class Optimizer(Learner):
         self.optimizer, self.hidden, self.activation, self.loss = optimizer, tuple(hidden), activation, loss
 
     def init(
-        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), share: Share = ALL
-    ) -> OptimizerState:
+        self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
+    ) -> BaselineState:
         weights: list[Array] = []
         before = features
         for index, units in enumerate((*self.hidden, outputs)):
-            weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, share))
+            weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, shard))
             weights.append(tf.zeros((*leading, 1, units)))
             before = units
         return self.begin(tuple(weights))
 
-    def begin(self, weights: tuple[Array, ...]) -> OptimizerState:
+    def begin(self, weights: tuple[Array, ...]) -> BaselineState:
         """The state of a network that has not yet learned."""
         zeros = tuple(tf.zeros_like(weight) for weight in weights)
-        return OptimizerState(weights, zeros, zeros, tf.zeros((), tf.int32))
+        return BaselineState(weights, zeros, zeros, tf.zeros((), tf.int32))
 
     def check(self, kind: str, outputs: int) -> None:
         """Raises a `ValueError` if the loss is not for tasks of this kind."""
@@ -88,13 +88,13 @@ class Optimizer(Learner):
             loss = tf.reduce_sum(tf.reduce_mean(updates.losses(self.loss, prediction, y), axis=-1))
         return tape.gradient(loss, weights), prediction
 
-    def step(self, outer: Outer, state: OptimizerState, x: Array, y: Array) -> tuple[OptimizerState, Array]:
+    def step(self, outer: Outer, state: BaselineState, x: Array, y: Array) -> tuple[BaselineState, Array]:
         gradients, prediction = self.gradients(state.weights, x, y)
         rate = tf.cast(tf.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
         moments = (state.weights, state.first, state.second, gradients)
         leading = prediction.shape.rank - 2
         arrays = updates.updated(self.optimizer, rate[..., None, None], state.step, *moments, leading=leading)
-        return OptimizerState(*arrays, state.step + 1), prediction
+        return BaselineState(*arrays, state.step + 1), prediction
 
-    def predict(self, outer: Outer, state: OptimizerState, x: Array) -> Array:
+    def predict(self, outer: Outer, state: BaselineState, x: Array) -> Array:
         return dense.forward(state.weights, x, self.activation)
