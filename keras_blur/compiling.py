@@ -1,7 +1,7 @@
-"""Compiled functions that may be traced for many shapes; and whether a TPU has every operation of a traced one.
+"""Compiled functions with many shapes, and a check for operations without a TPU kernel.
 
-TensorFlow warns of a function that it traces often, since that mostly is a mistake. Here it is not: each family of tasks and
-networks, and each length of a block of steps, has a shape and a program of its own, once.
+TensorFlow warns about functions that are retraced often. Here that is intended: each family of
+tasks and networks, and each number of steps, has its own shapes and is traced once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import tensorflow as tf
 
 
 def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
-    """A function of nests of tensors, compiled once for each combination of shapes and dtypes.
+    """Compiles a function of nests of tensors once for each combination of shapes and dtypes.
 
     Args:
-        function: takes and returns nests of tensors.
+        function: a function from nests of tensors to a nest of tensors.
         jit_compile: whether XLA compiles it.
 
     Example:
@@ -42,13 +42,13 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
 
 
 def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A branch of a conditional that has its own copy of each constant that it takes from outside.
+    """Makes a branch of `tf.cond` that copies the constants it captures.
 
-    What a branch takes from outside is an argument of it. Gradients of gradients take shapes from outside; XLA has to know
-    them when it compiles, and of an argument, on a TPU, does not.
+    A captured value becomes an argument of the branch. Second-order gradients capture shapes, which
+    XLA must know at compile time. On a TPU it cannot read them from an argument.
 
     Args:
-        function: of no arguments, to a nest of tensors.
+        function: a function without arguments that returns a nest of tensors.
 
     Example:
 
@@ -84,7 +84,7 @@ def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def operations(function: Any) -> collections.Counter[str]:
-    """How often each operation stands in a traced function and all that it calls.
+    """Counts the operations in a traced function and in all functions it calls.
 
     Args:
         function: a `tf.types.experimental.ConcreteFunction`.
@@ -116,7 +116,7 @@ def operations(function: Any) -> collections.Counter[str]:
 
 
 def without_tpu_kernel(function: Any) -> dict[str, int]:
-    """Operations of a traced function that no TPU kernel exists for, and how often each stands there.
+    """Counts the operations of a traced function that have no TPU kernel.
 
     Args:
         function: a `tf.types.experimental.ConcreteFunction`.

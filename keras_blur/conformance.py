@@ -1,9 +1,10 @@
-"""Replays published numbers through the network step that `fit` uses, and says how far they are apart.
+"""Replays published numbers through the network step that `fit` uses and reports the differences.
 
-A vector file holds a small network, its batches, and the synapses, neurons, prediction and meta-gradients that the authors'
-implementation of "Meta-Learning Bidirectional Update Rules" (2021) computed for it. The format is described in
-`tests/conformance/README.md`. There is no second implementation here: the file's options become a `Rule`, its arrays
-a `Genome` and synapses, and `keras_blur.core.network.step` does the rest, under a gradient tape for the meta-gradients.
+A vector file holds a small network and its batches. It also holds the synapses, neurons, prediction
+and meta-gradients computed by the authors' implementation of "Meta-Learning Bidirectional Update
+Rules" (2021). `tests/conformance/README.md` describes the format. There is no second implementation
+here. The options of the file become a `Rule`, its arrays become a `Genome` and synapses, and
+`keras_blur.core.network.step` computes the rest. Meta-gradients come from a gradient tape.
 """
 
 from __future__ import annotations
@@ -56,13 +57,14 @@ _SYNAPSE_ARRAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How far a case is from the file.
+    """Differences between a replayed case and its file.
 
     Attributes:
-        case: name of the file without its ending.
-        errors: the largest absolute difference in each group.
-        excess: the largest difference in each group over its tolerance, `atol + rtol |expected|`; above 1 is a failure.
-        worst: the key of the file with the largest excess.
+        case: name of the file without its suffix.
+        errors: largest absolute difference in each group.
+        excess: largest difference in each group divided by its tolerance, `atol + rtol |expected|`.
+            A value above 1 is a failure.
+        worst: key of the file with the largest excess.
     """
 
     case: str
@@ -77,10 +79,10 @@ class Report:
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The `.npz` files of paths: files themselves, and those directly in folders, sorted.
+    """Lists `.npz` files: the given files and those directly inside the given folders, sorted.
 
     Raises:
-        ValueError: if a path does not exist, or a folder holds no such file.
+        ValueError: if a path does not exist or a folder has no `.npz` file.
     """
     found: list[str] = []
     for given in paths:
@@ -107,7 +109,7 @@ def replay(path: str | os.PathLike[str]) -> Report:
         A `Report`.
 
     Raises:
-        ValueError: if the file cannot be read, lacks something, or asks for an option that is not known.
+        ValueError: if the file cannot be read, is incomplete, or contains an unknown option.
     """
     vectors = _Vectors(os.fspath(path))
     rule = _rule(vectors)
@@ -141,7 +143,7 @@ def replay(path: str | os.PathLike[str]) -> Report:
 
 
 def _short(error: Exception) -> str:
-    """An error's message on one line, cut where it shows the bytes of a file."""
+    """Puts an error message on one line and truncates it."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -159,7 +161,7 @@ def _group(key: str) -> str:
 
 
 class _Vectors:
-    """The arrays of a file, by key; a missing one is an error that names it."""
+    """The arrays of a file by key. A missing key raises an error that names it."""
 
     def __init__(self, path: str):
         self.name = path
@@ -252,7 +254,7 @@ def _rule(vectors: _Vectors) -> Rule:
 
 
 def _genome(vectors: _Vectors, rule: Rule, tensors: Mapping[str, tf.Tensor]) -> Genome:
-    """The file's genome with axes `[layers?, species, 1 for the replicas, ...]`."""
+    """The genome of the file, with axes `[layers?, species, 1 for the replicas, ...]`."""
     k, species = rule.states, int(vectors.option("species"))
     leading = (() if rule.layers is None else (rule.layers,)) + (species,)
 
@@ -289,7 +291,10 @@ def _genome(vectors: _Vectors, rule: Rule, tensors: Mapping[str, tf.Tensor]) -> 
 
 
 def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tensor:
-    """All training steps and the query; fills in what the file holds after each step, and returns the prediction."""
+    """Runs all training steps and the query.
+
+    Stores in `computed` what the file holds after each step, and returns the prediction.
+    """
     sizes, steps, batch = (vectors.option(key) for key in ("sizes", "steps", "batch"))
     leading = (int(vectors.option("species")), int(vectors.option("replicas")))
     inputs = _shaped(vectors, "inputs", (steps + 1, *leading, batch, sizes[0]))
@@ -339,7 +344,10 @@ def _shaped(vectors: _Vectors, key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, tf.Tensor]:
-    """Published kernels, bias as last input row and state axis last, as this library holds them."""
+    """Converts published kernels to the layout of this library.
+
+    Published kernels have the bias as their last input row and the state axis last.
+    """
     forward, backward = (
         tf.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward))
     )

@@ -1,11 +1,13 @@
-"""Several devices: the one file that names `tf.distribute`.
+"""Multi-device execution: the only module that uses `tf.distribute`.
 
-Whatever runs on several devices is written once, as a replica's program: it takes its share of the work, adds up with the
-others what all need, and goes on with equal numbers, so that every replica writes the same values into its own copy of a
-variable. Under no strategy a share is all the work and adding up changes nothing.
+Multi-device code is written once, as the program of one replica. Each replica processes its shard
+of the work, reduces the intermediate results with the others, and continues with identical values.
+All replicas therefore write the same values into their copies of a variable. Without a strategy,
+the shard is the whole work and reductions are identities.
 
-Work is dealt out like cards: of `n` pieces, replica `r` of `R` has those numbered `r`, `r + R`, `r + 2 R`, ... So what is
-dealt does not depend on which replicas share a host, and results can be put back in order by one sum over replicas.
+Work is interleaved: of `n` tasks, replica `r` of `R` takes tasks `r`, `r + R`, `r + 2 R`, ... The
+assignment does not depend on how replicas are placed on hosts, and a single sum over replicas
+restores the original order.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A replica's part of the work.
+    """One replica's part of the work.
 
     Attributes:
-        index: number of the replica; an integer, or a scalar tensor.
+        index: index of the replica; an integer or a scalar tensor.
         count: number of replicas.
     """
 
@@ -32,9 +34,10 @@ class Shard:
     count: int = 1
 
     def part(self, values: Any, axis: int) -> Any:
-        """This share of every array of a nest along an axis, whose size must be a multiple of `count`.
+        """Selects this shard of every array in a nest along `axis`.
 
-        Arrays without that axis are shared by all and come back as they are.
+        The size of the axis must be a multiple of `count`. Arrays without that axis are returned
+        unchanged.
 
         Example:
 
@@ -50,13 +53,16 @@ class Shard:
         return tf.nest.map_structure(cut, values)
 
     def whole(self, values: Any, axis: int) -> Any:
-        """The inverse of `part`, inside a replica's program: all shares of every array, in order, on each replica."""
+        """Inverse of `part`: gathers all shards in order on every replica.
+
+        Call it in a replica context.
+        """
         if self.count == 1:
             return values
         leaves = tf.nest.flatten(values)
         wide = [value for value in leaves if value.shape.rank > axis]
         spread = []
-        for value in wide:  # zeros but for the own share; chosen, not multiplied: what is not finite stays where it is
+        for value in wide:  # zero outside the own shard; selected, not multiplied, so NaN does not spread
             shape = [1] * (axis + 1) + [self.count] + [1] * (value.shape.rank - axis - 1)
             own = tf.reshape(tf.equal(tf.range(self.count), tf.cast(self.index, tf.int32)), shape)
             spread.append(tf.where(own, tf.expand_dims(value, axis + 1), tf.zeros((), value.dtype)))
@@ -71,20 +77,20 @@ ALL = Shard()
 
 
 def _dealt(value: Array, axis: int, count: int) -> Array:
-    """An array with the axis cut in two: pieces of a share, and shares."""
+    """Splits an axis in two: position within a shard, and shard."""
     size = value.shape[axis]
     if size % count:
-        raise ValueError(f"An axis of {size} cannot be dealt to {count} replicas in equal shares.")
+        raise ValueError(f"An axis of {size} cannot be split into equal shards for {count} replicas.")
     return tf.reshape(value, (*value.shape[:axis], size // count, count, *value.shape[axis + 1 :]))
 
 
 def replicas() -> int:
-    """Number of replicas of the strategy in whose scope this is called, 1 where there is none."""
+    """Number of replicas of the current strategy; 1 without a strategy."""
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def shard() -> Shard:
-    """This replica's share, inside its program; all, outside."""
+    """The shard of this replica in a replica context; `ALL` elsewhere."""
     context = tf.distribute.get_replica_context()
     if context is None:
         return ALL
@@ -92,7 +98,7 @@ def shard() -> Shard:
 
 
 def total(values: Sequence[Array]) -> list[Array]:
-    """The sums over all replicas of a list of arrays, inside a replica's program; at no place inside a loop."""
+    """Sums a list of arrays over replicas. Call it in a replica context, never inside a loop."""
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1 or not values:
         return list(values)
@@ -100,32 +106,32 @@ def total(values: Sequence[Array]) -> list[Array]:
 
 
 def mean(values: Any) -> Any:
-    """The means over all replicas of every array of a nest, inside a replica's program."""
+    """Averages every array of a nest over replicas. Call it in a replica context."""
     count = tf.distribute.get_replica_context().num_replicas_in_sync
     sums = total(tf.nest.flatten(values))
     return tf.nest.pack_sequence_as(values, [value / tf.cast(count, value.dtype) if count > 1 else value for value in sums])
 
 
 def several_workers() -> bool:
-    """Whether the strategy spans processes that add up by collectives."""
+    """Whether the strategy spans several processes."""
     return Runner().several_workers
 
 
 def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
-    """A replica's logs for the `fit` of Keras, whose mean over several workers needs an axis to run over."""
+    """Adds an axis to logs for Keras's `fit`, which averages over it under several workers."""
     if not several_workers():
         return dict(logs)
     return {name: value[None] for name, value in logs.items()}
 
 
 def local_batch(batch: Any) -> Any:
-    """The part of a distributed batch that the first replica of this process has."""
+    """The part of a distributed batch on the first replica of this process."""
     strategy = tf.distribute.get_strategy()
     return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], batch)
 
 
 class Runner:
-    """Runs programs on every replica of the strategy in whose scope it was made.
+    """Runs programs on every replica of the strategy that was current at construction.
 
     Example:
 
@@ -143,37 +149,43 @@ class Runner:
 
     @property
     def several_workers(self) -> bool:
-        """Whether the strategy spans processes that add up by collectives."""
+        """Whether the strategy spans several processes."""
         return isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     @property
     def compiles(self) -> bool:
-        """Whether the strategy compiles what it runs: a TPU's does, and refuses functions that ask for it themselves."""
+        """Whether the strategy compiles programs itself, as `TPUStrategy` does.
+
+        Such a strategy rejects functions with their own `jit_compile`.
+        """
         return isinstance(self._strategy, tf.distribute.TPUStrategy)
 
     @property
     def writes_files(self) -> bool:
-        """Whether this process is the one that writes what all would write alike."""
+        """Whether this process writes files. Exactly one process does."""
         resolver = self._strategy.cluster_resolver
         if resolver is None or not resolver.task_type:
             return True
         return resolver.task_type == "chief" or (resolver.task_type == "worker" and resolver.task_id == 0)
 
     def scope(self) -> Any:
-        """The strategy's scope, for variables that are made later."""
+        """The strategy's scope, for creating variables later."""
         return self._strategy.scope()
 
     def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
-        """The first local replica's results of a program that gives equal ones on all."""
+        """Runs a program on all replicas and returns the results of the first local one.
+
+        The results must be equal on all replicas.
+        """
         results = self._strategy.run(program, args=arguments)
         return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
 
     def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
-        """An iterator over data of which each replica has its share.
+        """Returns an iterator in which each replica has its own dataset.
 
         Args:
-            dataset_of: takes a replica's index and the number of replicas. It returns the dataset of that replica,
-                one element per step.
+            dataset_of: takes a replica's index and the number of replicas. It returns the dataset
+                of that replica, one element per step.
         """
 
         def of_pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:

@@ -1,7 +1,9 @@
-"""Random numbers that depend on a seed alone: not on the device, the compiler, the number of replicas, or what ran before.
+"""Random numbers that depend only on a seed.
 
-Only integers of the Philox generator are drawn from TensorFlow; they are equal under its own kernels, XLA and the TPU
-lowering, which floating-point draws are not. Floats are made from their upper bits here.
+The numbers do not depend on the device, the compiler, the number of replicas or earlier draws.
+TensorFlow only draws the integers of the Philox generator. These are identical under TensorFlow's
+kernels, XLA and the TPU lowering, unlike its floating-point draws. Floats are built here from the
+upper bits of the integers.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ Array = Any
 
 
 def seed_of(number: int | Array) -> Array:
-    """A seed, a pair of integers, from one integer of 32 bits."""
+    """Makes a seed, a pair of integers, from a 32-bit integer."""
     if isinstance(number, int) and not -(2**31) <= number < 2**31:
         raise ValueError(f"A seed must fit in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
     return tf.stack([tf.zeros((), tf.int32), tf.cast(number, tf.int32)])
 
 
 def fold_in(seed: Array, *numbers: int | Array) -> Array:
-    """A seed for each combination of numbers (a step, a member, a purpose)."""
+    """Derives a seed from a seed and numbers such as a step, a member or a purpose."""
     for number in numbers:
         seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
     return seed
@@ -39,9 +41,10 @@ _BLOCK = 4  # integers that Philox makes of one value of its counter
 
 
 def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
-    """Some rows of what `bits` draws as rows of a size, without the others: `[rows, size]`.
+    """Draws selected rows of `bits(seed, [n, size])` without the others: `[rows, size]`.
 
-    Philox makes each block of integers from the block's number alone, so that a row can be begun anywhere.
+    Philox computes each block of integers from the block's index alone, so a row can start
+    anywhere.
 
     Example:
 
@@ -65,27 +68,28 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
 
 
 def uniform(seed: Array, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Array:
-    """Uniform float32 numbers from `low` to `high`, rounded once, so that each compiler gives the same.
+    """Uniform float32 numbers from `low` to `high`, equal under every compiler.
 
-    In float32 one compiler fuses the multiplication and the addition and another does not; in float64 the product of
-    two 24-bit numbers is exact, and fusing changes nothing.
+    In float32, some compilers fuse the multiplication and the addition and others do not. In
+    float64 the product of two 24-bit numbers is exact, so fusing has no effect. Each value is rounded
+    once.
     """
     span = float(np.float32(high - low))
     return tf.cast(float(np.float32(low)) + span * _unit(bits(seed, shape)), tf.float32)
 
 
 def _unit(drawn: Array) -> Array:
-    """Integers as float64 numbers from 0 to 1, of their upper 24 bits."""
+    """Maps integers to float64 numbers in `[0, 1)`, using their upper 24 bits."""
     return tf.cast(tf.bitwise.right_shift(drawn, tf.constant(8, tf.uint32)), tf.float64) * 2.0**-24
 
 
 def normal(seed: Array, shape: tuple[int, ...], rows: Array | None = None) -> Array:
-    """Standard normal float32 numbers, by the Box-Muller transform.
+    """Standard normal float32 numbers by the Box-Muller transform.
 
     Args:
         seed: a seed.
-        shape: of the array.
-        rows: numbers `[n]` of the rows of it to draw, the others left out; `None` for all.
+        shape: shape of the array.
+        rows: indices `[n]` of the rows to draw; `None` draws all.
     """
     if rows is None:
         pair = uniform(seed, (2, *shape))
@@ -103,6 +107,6 @@ def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
 
 
 def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
-    """Random orders of `size` things, `[*leading, size]`."""
+    """Random permutations of `range(size)`: `[*leading, size]`."""
     keys = tf.cast(bits(seed, (*leading, size)), tf.int64)
     return tf.argsort(keys, stable=True)

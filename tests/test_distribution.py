@@ -36,7 +36,7 @@ def test_shares_are_disjoint_and_together_all(axis):
     assert all(int(part["n"]) == 5 for part in parts)
     for index, part in enumerate(parts):
         np.testing.assert_array_equal(part["x"], np.take(values, range(index, values.shape[axis], count), axis))
-    with pytest.raises(ValueError, match=r"An axis of 6 cannot be dealt to 4 replicas"):
+    with pytest.raises(ValueError, match=r"An axis of 6 cannot be split into equal shards for 4 replicas"):
         Shard(0, 4).part(values, 0)
 
 

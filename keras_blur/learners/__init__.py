@@ -1,4 +1,4 @@
-"""How a learner learns inside a task."""
+"""Learners: algorithms that learn a single task."""
 
 from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.learners.baseline import BaselineLearner

@@ -1,8 +1,9 @@
-"""A learner learns one task from batches. Pure: what it reads is given, what it writes is returned.
+"""The interface of learners. A learner learns one task from batches, as a set of pure functions.
 
-Meta-learning, comparisons and benchmarks see every way to learn through three functions, `init`, `step` and `predict`, so
-that all of them get the same batches and the same initial networks. What is the same in all tasks, the outer parameters, is
-an argument of each; a `MetaLearner` also says where these start and what they are to a user.
+Meta-learning, comparisons and benchmarks use every learner through `init`, `step` and `predict`, so
+all learners see the same batches and the same initial networks. Outer parameters, which are common
+to all tasks, are an argument of each function. A `MetaLearner` also defines their initial values
+and their saved form.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ Outer = Mapping[str, Array]
 
 
 class Learner(abc.ABC):
-    """How something learns inside a task.
+    """An algorithm that learns a task.
 
-    Arrays may carry leading axes `[members, tasks]`: members differ in their outer parameters, tasks in their data.
+    Arrays may have leading axes `[members, tasks]`. Members differ in their outer parameters, tasks
+    in their data.
     """
 
     @abc.abstractmethod
@@ -36,12 +38,14 @@ class Learner(abc.ABC):
         """The state before the first batch.
 
         Args:
-            outer: the outer parameters, with axes that go with `leading`.
-            seed: a seed; equal seeds give equal initial networks, to every learner and every member.
+            outer: outer parameters, whose leading axes broadcast with `leading`.
+            seed: a seed. Equal seeds give equal initial networks for every learner and member.
             features: number of input features.
             outputs: size of the output.
-            leading: sizes of the leading axes; members get the same network, tasks their own.
-            shard: which of the tasks of all replicas these are; a task's network is the same whatever its replica.
+            leading: sizes of the leading axes. Members get the same network, tasks get different
+                ones.
+            shard: the shard of tasks to initialise. The network of a task does not depend on the
+                sharding.
 
         Returns:
             A nest of tensors.
@@ -55,10 +59,10 @@ class Learner(abc.ABC):
             outer: the outer parameters.
             state: from `init` or `step`.
             x: `[..., batch, features]`.
-            y: `[..., batch, outputs]`: +1 for the true class and -1 for others, or values.
+            y: `[..., batch, outputs]`: +1 for the true class and -1 for the others, or values.
 
         Returns:
-            The new state, and the prediction for x before it learned.
+            The new state, and the prediction for `x` made before the update.
         """
 
     @abc.abstractmethod
@@ -67,48 +71,56 @@ class Learner(abc.ABC):
 
 
 class MetaLearner(Learner):
-    """A learner whose outer parameters can be learned: what `meta.MetaTrainer` takes."""
+    """A learner with learnable outer parameters, as used by `meta.MetaTrainer`."""
 
     @abc.abstractmethod
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        """Outer parameters to begin meta-training with, by name, `[members, ...]`.
+        """Draws initial outer parameters by name, `[members, ...]`.
 
         Args:
-            seed: of what is drawn.
-            members: how many, each from numbers of its own.
+            seed: random seed.
+            members: number of independent sets.
             features: number of input features of the tasks.
-            outputs: size of their output.
+            outputs: number of outputs of the tasks.
         """
 
     @abc.abstractmethod
     def learned(self, outer: Mapping[str, np.ndarray]) -> Any:
-        """A single set of outer parameters as a user keeps it: something with `save(path)`."""
+        """Converts one set of outer parameters to an object with `save(path)`."""
 
     @abc.abstractmethod
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        """The outer parameters, `[1 or members, ...]`, of what `learned` gave or of a path to its file.
+        """Converts the result of `learned`, or the path to its file, back to outer parameters.
+
+        Their shape is `[1 or members, ...]`.
 
         Raises:
             ValueError: if it does not fit this learner.
         """
 
     def adapted(self, state: Any) -> dict[str, Array]:
-        """The weights of a state that a task adapts, by the names of the outer parameters that they start from, if any."""
+        """The adapted weights in a state, by the names of the outer parameters that initialise
+        them.
+
+        Empty if the learner has no learned initial weights.
+        """
         return {}
 
     def shares_outer(self, other: Learner) -> bool:
-        """Whether another learner can have the same outer parameters."""
+        """Whether another learner has the same outer parameters."""
         return other is self
 
     def check(self, kind: str, outputs: int) -> None:
-        """Raises a `ValueError` if this learner cannot learn tasks of a kind, `"classes"` or `"values"`, so many of them."""
+        """Raises a `ValueError` if the learner cannot learn tasks of this kind and number of
+        outputs.
+        """
 
 
 def keras_model(learned: Any) -> keras.Model:
-    """A Keras model that is given, or that is in a file of the given path.
+    """Returns a Keras model, or loads it from a path.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the argument is neither a model nor a path to one.
     """
     if isinstance(learned, (str, os.PathLike)):
         try:
@@ -124,7 +136,10 @@ def keras_model(learned: Any) -> keras.Model:
 def draw_kernel(
     seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...], shard: Shard = ALL
 ) -> Array:
-    """An initial kernel: normal, of deviation `1 / sqrt(in)`; equal for members (the first axis), not for tasks."""
+    """An initial kernel: normal with standard deviation `1 / sqrt(in)`.
+
+    Kernels are equal for members (the first axis) and different for tasks.
+    """
     tasks, rows = leading[1:], None
     if shard.count > 1:
         rows = shard.index + shard.count * tf.range(leading[1])
@@ -137,8 +152,8 @@ class Place(NamedTuple):
     """A layer in a model.
 
     Attributes:
-        layer: the layer; of weights that a model has beside its layers, the model.
-        weights: its weights, without those of a layer before it.
+        layer: the layer; the model itself for weights that belong to no layer.
+        weights: the weights of the layer that belong to no earlier layer.
     """
 
     layer: keras.layers.Layer
@@ -146,11 +161,11 @@ class Place(NamedTuple):
 
 
 def places(model: keras.Model) -> dict[str, Place]:
-    """The layers of a model, and of the models in it, by their paths.
+    """Layers of a model and of its nested models by path.
 
-    A path is the names from the outermost model's layers inwards, joined by slashes. A layer that is used several times
-    has one path, the first. Layers are in the order in which a functional model runs them; those of a subclass of
-    `keras.Model` in the order in which Keras lists them.
+    A path consists of the layer names from the outermost model inwards, joined by slashes. A layer
+    that is used several times has one path, the first. Layers of a functional model are in
+    execution order; layers of a subclass of `keras.Model` are in the order of `layers`.
 
     Example:
 
@@ -176,7 +191,10 @@ def places(model: keras.Model) -> dict[str, Place]:
 
 
 def check_unshared(model: keras.Model) -> None:
-    """Raises a `ValueError` if a layer is in several of the models inside a model: its copy would have it twice."""
+    """Raises a `ValueError` if a layer belongs to several nested models.
+
+    A copy of the model would duplicate such a layer.
+    """
     paths: dict[int, str] = {}
     for path, layer, own in _walk(model):
         if own and id(layer) in paths:
@@ -188,15 +206,15 @@ def check_unshared(model: keras.Model) -> None:
 
 
 def resolve(chosen: Sequence[str], paths: Iterable[str], argument: str) -> tuple[str, ...]:
-    """The paths of the layers that are named, by a path or, where no other layer has it, by its last part.
+    """Resolves layer names to paths. A name is a path or an unambiguous last part of one.
 
     Args:
         chosen: the names.
-        paths: those of all layers.
-        argument: what `chosen` is called in an error.
+        paths: the paths of all layers.
+        argument: name of the argument, for errors.
 
     Raises:
-        ValueError: if there is no name, or one is of no layer or of several.
+        ValueError: if `chosen` is empty, or a name matches no layer or several.
     """
     paths = list(paths)
     if isinstance(chosen, str) or not chosen or not all(isinstance(name, str) for name in chosen):
@@ -220,7 +238,10 @@ def resolve(chosen: Sequence[str], paths: Iterable[str], argument: str) -> tuple
 
 
 def _walk(model: keras.Model, above: str = "") -> Iterator[tuple[str, keras.layers.Layer, tuple[keras.Variable, ...]]]:
-    """Paths, layers and weights of all layers, repeated ones too; before them what a model has of its own."""
+    """Yields path, layer and weights of all layers, including repeated ones.
+
+    Weights that belong to the model itself come first.
+    """
     within = {id(weight) for layer in model.layers for weight in layer.weights}
     beside = tuple(weight for weight in model.weights if id(weight) not in within)
     if beside:

@@ -1,7 +1,7 @@
-"""The baseline: a plain network that learns by a Keras optimizer, as most do.
+"""The baseline: a dense network trained by a Keras optimizer.
 
-It has the interface, the batches and the initial networks of the other learners, so that a comparison compares the rules and
-nothing else.
+It has the same interface, batches and initial networks as the other learners, so a comparison only
+compares the rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
 
 
 class BaselineState(NamedTuple):
-    """Kernels and biases by layer; two arrays of moments for each; the number of steps."""
+    """Kernels and biases by layer, two moment arrays for each, and the step number."""
 
     weights: tuple[Array, ...]
     first: tuple[Array, ...]
@@ -27,17 +27,18 @@ class BaselineState(NamedTuple):
 
 
 class BaselineLearner(Learner):
-    """A dense network under a Keras optimizer.
+    """A dense network trained by a Keras optimizer.
 
     Args:
-        optimizer: a Keras SGD (with momentum or without), Adam or RMSprop, without options beyond its rates.
+        optimizer: a Keras SGD (with or without momentum), Adam or RMSprop. Only its rates and
+            coefficients may be set.
         hidden: units of the hidden layers.
-        activation: their nonlinearity, a name that a `Rule` knows.
-        loss: what it descends: `"cross_entropy"`, of the softmax or of a single logit, or `"squared"`, the mean squared
-            error.
+        activation: hidden activation, one known to `Rule`.
+        loss: training loss: `"cross_entropy"` (softmax, or logistic for a single output) or
+            `"squared"` (mean squared error).
 
     Raises:
-        ValueError: if the optimizer is not one of these, or an argument is out of range.
+        ValueError: if the optimizer is not supported or an argument is out of range.
 
     Example:
 
@@ -71,16 +72,16 @@ class BaselineLearner(Learner):
         return self.begin(tuple(weights))
 
     def begin(self, weights: tuple[Array, ...]) -> BaselineState:
-        """The state of a network that has not yet learned."""
+        """The state of an untrained network with the given weights."""
         zeros = tuple(tf.zeros_like(weight) for weight in weights)
         return BaselineState(weights, zeros, zeros, tf.zeros((), tf.int32))
 
     def check(self, kind: str, outputs: int) -> None:
-        """Raises a `ValueError` if the loss is not for tasks of this kind."""
+        """Raises a `ValueError` if the loss does not fit tasks of this kind."""
         updates.check_loss(self.loss, kind)
 
     def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
-        """The gradient of the loss on a batch by the weights, and the prediction."""
+        """The gradient of the batch loss with respect to the weights, and the prediction."""
         with tf.GradientTape() as tape:
             tape.watch(weights)
             prediction = dense.forward(weights, x, self.activation)

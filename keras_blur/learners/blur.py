@@ -1,6 +1,7 @@
-"""The learner that learns by a genome: the network step of `Sequential.fit`, with plain tensors for synapses.
+"""The learner that uses a genome: the network step of `Sequential.fit` on plain tensors.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and 3.3.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
+3.3.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
 
 
 class Blur(MetaLearner):
-    """A network of dense layers that learns by a genome, the outer parameters.
+    """A network of dense layers that learns by a genome. The genome is its outer parameters.
 
     Args:
         hidden: units of the hidden layers.
-        rule: the rule of the genome. One that learns from errors descends its loss; without one, the softmax
-            cross-entropy, of a single output the logistic one.
-        compute_dtype: type in which products are formed, `"bfloat16"` or `"float16"`; sums and all else stay float32, as in
-            Keras's mixed precision. `None` is float32.
-        std: standard deviation of the transforms of a genome from which meta-training begins.
+        rule: rule of the genome. A rule that learns from errors descends its loss. Without a loss
+            it descends the softmax cross-entropy, or the logistic one for a single output.
+        compute_dtype: dtype of matrix products, `"bfloat16"` or `"float16"`. Sums and everything
+            else stay float32, as in Keras's mixed precision. `None` is float32.
+        std: standard deviation of the random transforms at the start of meta-training.
 
     Raises:
-        ValueError: if the rule keeps neurons, or an argument is out of range.
+        ValueError: if the rule keeps neurons or an argument is out of range.
 
     Example:
 
@@ -63,17 +64,20 @@ class Blur(MetaLearner):
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
 
     def units(self, outputs: int) -> tuple[int, ...]:
-        """Units of each layer."""
+        """Units of each layer, including the output."""
         return (*self.hidden, outputs)
 
     def stages(self, outputs: int) -> tuple[network.Stage, ...]:
-        """The network."""
+        """The stages of the network."""
         return tuple(
             network.Stage(DenseConnection(units, compute_dtype=self.compute_dtype)) for units in self.units(outputs)
         )
 
     def genome(self, outer: Outer) -> Genome:
-        """The genome of outer parameters that are its arrays by name; a layer axis stands after the leading ones."""
+        """The genome made of outer parameters.
+
+        Its arrays have the layer axis, if any, after the leading axes.
+        """
         if self.rule.layers is None:
             return Genome(self.rule, outer)
         own = {name: len(shape) for name, shape in self.rule.shapes().items()}
@@ -141,7 +145,7 @@ class Blur(MetaLearner):
         return result.state, result.output
 
     def _feedback(self, y: Array, prediction: Array) -> Array:
-        """What the output receives: the labels, or the derivative of the loss by the prediction."""
+        """The feedback at the output: the labels, or the gradient of the loss."""
         if self.rule.feedback == "labels":
             return y
         loss = loss_of(self.rule, int(prediction.shape[-1]))
@@ -158,7 +162,7 @@ class Blur(MetaLearner):
 
 
 def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:
-    """The loss that a rule which learns from errors descends in a learner: by default the cross-entropy of its outputs."""
+    """The loss of a rule that learns from errors; cross-entropy by default."""
     if rule.keras_loss is not None:
         return rule.keras_loss
     if outputs == 1:
@@ -167,10 +171,10 @@ def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:
 
 
 def check_genome(genome: Genome, hidden: Sequence[int], axes: int = 0) -> None:
-    """Raises a `ValueError` if a genome has more than `axes` population axes, or not the layers of a network.
+    """Raises a `ValueError` if a genome does not fit a network.
 
     Args:
-        genome: a genome.
+        genome: a genome with at most `axes` population axes.
         hidden: units of the hidden layers.
         axes: 0 or 1.
     """
@@ -182,7 +186,7 @@ def check_genome(genome: Genome, hidden: Sequence[int], axes: int = 0) -> None:
 
 
 def _layers_first(value: Array, own: int) -> Array:
-    """Moves the layer axis, the last before an array's own `own` axes, to the front."""
+    """Moves the layer axis to the front. It is the last axis before the array's own `own` axes."""
     rank = len(value.shape)
     axis = rank - own - 1
     return tf.transpose(value, [axis, *range(axis), *range(axis + 1, rank)])

@@ -1,4 +1,4 @@
-"""Dense networks as plain arrays, for learners whose outer parameters are their weights."""
+"""Dense networks as plain arrays, for learners whose outer parameters are network weights."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ KERAS_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu_tanh")  
 
 
 def check(activation: str, known: Sequence[str] = KERAS_ACTIVATIONS, **units: Sequence[int]) -> None:
-    """Raises a `ValueError` if a nonlinearity is unknown or numbers of units are not positive integers."""
+    """Raises a `ValueError` for an unknown activation or a non-positive number of units."""
     arguments.choice("activation", activation, known)
     for name, numbers in units.items():
         arguments.counts(name, numbers)
 
 
 def draw(name: str, sizes: Sequence[int], activation: str, members: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
-    """Weights `[members, in, out]` and biases `[members, 1, out]` of a network: normal, of deviation `1 / sqrt(in)`.
+    """Draws weights `[members, in, out]` and zero biases `[members, 1, out]`.
 
-    Before a relu it is `sqrt(2 / in)`, so that activations neither grow nor fade.
+    Weights are normal with standard deviation `1 / sqrt(in)`, or `sqrt(2 / in)` before a relu,
+    which keeps the scale of activations.
 
     Args:
-        name: what their names begin with.
-        sizes: units of each layer, the input first.
-        activation: the nonlinearity between layers.
-        members: networks.
-        seed: of the numbers.
+        name: prefix of the array names.
+        sizes: units of each layer, starting with the input.
+        activation: hidden activation.
+        members: number of networks.
+        seed: random seed.
     """
     rng, made = np.random.default_rng(seed), {}
     for index, (before, after) in enumerate(pairwise(sizes)):
@@ -49,7 +50,7 @@ def draw(name: str, sizes: Sequence[int], activation: str, members: int, seed: S
 
 
 def weights(name: str, outer: Mapping[str, Array]) -> tuple[Array, ...]:
-    """The arrays that `draw` made under a name, kernels and biases in turn."""
+    """The arrays that `draw` made under a name, alternating kernels and biases."""
     count = sum(key.startswith(f"{name}_kernel_") for key in outer)
     return tuple(outer[f"{name}_{kind}_{index}"] for index in range(count) for kind in ("kernel", "bias"))
 
@@ -64,7 +65,7 @@ def forward(arrays: Sequence[Array], x: Array, activation: str) -> Array:
 
 
 def layers(name: str, outer: Mapping[str, np.ndarray], activation: str) -> list[keras.layers.Layer]:
-    """The same network as Keras layers; `fill` gives them the weights once they are built."""
+    """The network as Keras layers. `fill` sets their weights once they are built."""
     biases = weights(name, outer)[1::2]
     return [
         keras.layers.Dense(bias.shape[-1], activation if index < len(biases) - 1 else "linear", name=f"{name}_{index}")
@@ -73,13 +74,13 @@ def layers(name: str, outer: Mapping[str, np.ndarray], activation: str) -> list[
 
 
 def sequential(name: str, outer: Mapping[str, np.ndarray], activation: str) -> keras.Model:
-    """The same network as a Keras model."""
+    """The network as a Keras model."""
     features = weights(name, outer)[0].shape[-2]
     return fill(keras.Sequential([keras.Input((features,)), *layers(name, outer, activation)]), outer)
 
 
 def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
-    """A Keras model with the weights of `outer` in the layers that `layers` made."""
+    """Sets the weights of the layers made by `layers`; returns the model."""
     for layer in model.layers:
         if isinstance(layer, keras.layers.Dense):
             name, _, index = layer.name.rpartition("_")
@@ -88,14 +89,14 @@ def fill(model: keras.Model, outer: Mapping[str, np.ndarray]) -> keras.Model:
 
 
 def read(model: Any, *names: str) -> dict[str, np.ndarray]:
-    """The arrays, of one member, of a model that `fill` made, or of the path to its file.
+    """Reads the arrays of one member from a model made by `fill`, or from its file.
 
     Args:
-        model: the model, or one around it, or a path.
-        names: what the names of the networks in it begin with.
+        model: the model, a model that contains it, or a path.
+        names: prefixes of the networks in the model.
 
     Raises:
-        ValueError: if it is no such model.
+        ValueError: if the model does not contain these networks.
     """
     found = {}
     for place in places(keras_model(model)).values():

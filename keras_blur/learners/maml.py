@@ -1,9 +1,10 @@
-"""MAML: an initial network from which a few steps of an optimizer learn any of the tasks.
+"""MAML: initial weights from which a few optimizer steps learn any of the tasks.
 
-Source: "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel and Levine, ICML 2017), algorithm
-1: theta' = theta - alpha grad L(theta) on the support, and the outer gradient of the loss of theta' on the query by theta.
-The exact one goes through the inner gradients; the first-order one takes them for constants, which needs less arithmetic
-and memory.
+Source: "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel and
+Levine, ICML 2017), algorithm 1. The support gives theta' = theta - alpha grad L(theta). The outer
+gradient is that of the query loss of theta' with respect to theta. The exact gradient
+differentiates through the inner gradients. The first-order variant takes them as constants, which
+needs less time and memory.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _NAME = "start"
 
 
 class MAML(BaselineLearner, MetaLearner):
-    """A dense network under a Keras optimizer whose initial weights, the outer parameters, are learned.
+    """A dense network with learned initial weights, trained by a Keras optimizer.
 
     Args:
-        optimizer: as of `learners.BaselineLearner`; the paper has plain SGD.
+        optimizer: as in `learners.BaselineLearner`. The paper uses plain SGD.
         hidden: units of the hidden layers.
-        activation: their nonlinearity.
-        loss: as of `learners.BaselineLearner`: what the inner steps descend.
-        first_order: whether the outer gradient takes the inner gradients for constants.
+        activation: hidden activation.
+        loss: loss of the inner steps, as in `learners.BaselineLearner`.
+        first_order: whether the outer gradient takes inner gradients as constants.
 
     Raises:
         ValueError: if an argument is out of range.

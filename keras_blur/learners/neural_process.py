@@ -1,8 +1,9 @@
-"""Conditional neural processes: the support as one vector, the mean of its encoded examples, and a network that is told it.
+"""Conditional neural processes: the support is encoded as one vector that conditions a network.
 
-Source: "Conditional Neural Processes" (Garnelo et al., ICML 2018), equations 1 to 3: r_i = h(x_i, y_i), r their mean,
-prediction g(x, r). Learning inside a task is a mean, at the price of one forward pass; the rest is in the outer parameters.
-Values are predicted by their mean alone; the paper's decoder also gives a variance.
+Source: "Conditional Neural Processes" (Garnelo et al., ICML 2018), equations 1 to 3: r_i = h(x_i,
+y_i); r is the mean of all r_i; the prediction is g(x, r). Learning a task is a single forward pass
+and a mean. Everything else is in the outer parameters. Only the mean of values is predicted,
+whereas the decoder of the paper also gives a variance.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from keras_blur.learners.base import Array, MetaLearner, Outer
 
 
 class Encoded(NamedTuple):
-    """The sum of encoded examples, and their number."""
+    """The sum of encoded examples and their number."""
 
     total: Array
     count: Array
 
 
 class NeuralProcess(MetaLearner):
-    """An encoder and a decoder, both dense, the outer parameters; for values and for classes.
+    """A dense encoder and a dense decoder, for values and classes. Their weights are learned.
 
     Args:
-        hidden: units of the hidden layers of either.
-        representation: numbers that the support is encoded into.
-        activation: the hidden layers' nonlinearity.
+        hidden: units of the hidden layers of the encoder and the decoder.
+        representation: size of the encoded support.
+        activation: hidden activation.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -58,9 +59,9 @@ class NeuralProcess(MetaLearner):
         }
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """A model of the support's x and y, `[tasks, examples, ...]`, and of the x that is asked for.
+        """A model with inputs support x, support y and query x, `[tasks, examples, ...]`.
 
-        A support without examples is encoded as zeros, here as in the learner.
+        A support without examples is encoded as zeros, as in the learner.
         """
         features = dense.weights("decoder", outer)[0].shape[-2] - self.representation
         outputs = dense.weights("decoder", outer)[-1].shape[-1]

@@ -1,19 +1,21 @@
-"""A learned online rule: neurons and synapses with vector states, updated by small networks that all of them share.
+"""Learned online rules: vector states of neurons and synapses, updated by small shared networks.
 
-Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv 2003.03124). The idea as its
-abstract and introduction have it: every neuron and every synapse has a state that is a small vector; two shared networks
-update them, local and online, a synapse from its own state and those of the neurons at its ends; types of neurons differ by
-an embedding alone; all is trained by short backpropagation to remember past snippets. Its equations and sizes were not at
-hand; those here are ours:
+Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv
+2003.03124). This module follows the idea of its abstract and introduction. Every neuron and every
+synapse has a small vector as its state. Two shared networks update them online and locally: a
+synapse sees its own state and those of the neurons at its ends. Types of neurons differ only by an
+embedding. Everything is trained by short backpropagation to remember past snippets. The paper's
+equations and sizes were not available; the following are ours:
 
     message   m_j  = mean over i of M(w_ij, x_i)
     neuron    x_j  <- tanh F(x_j, m_j, v_j, k_j, phase, e_type(j))                         some ticks for each item
     synapse   g, u = G(w_ij, x_i, x_j);  w_ij <- (1 - s(g - 1)) w_ij + s(g - 1) tanh u     once for each item
     read-out  R(x_j)
 
-with v the bits that are shown and k where they are. The mean, not the sum, lets a rule work at other sizes; the gate begins
-nearly closed, as items would else overwrite each other; synapses begin at zero and neurons differ by their input alone, so
-that no unit has numbers of its own.
+Here v are the shown bits and k marks where they are shown. The mean instead of a sum makes a rule
+independent of the network size. The gate starts nearly closed, since items would otherwise
+overwrite each other. Synapses start at zero and neurons differ only by their input, so no unit has
+parameters of its own.
 """
 
 from __future__ import annotations
@@ -34,24 +36,27 @@ STORE, RECALL = 0, 1
 
 
 class OnlineState(NamedTuple):
-    """Neurons `[..., units, neuron]` and synapses `[..., units, units, synapse]`, from the first to the second."""
+    """Neurons `[..., units, neuron]` and synapses `[..., from units, to units, synapse]`."""
 
     neurons: Array
     synapses: Array
 
 
 class OnlineRule(MetaLearner):
-    """A network of all-to-all synapses that stores by a learned rule and recalls with its activations wiped.
+    """A fully connected network that stores patterns by a learned rule.
+
+    Activations are wiped before recall.
 
     Args:
-        neuron: numbers of a neuron's state.
-        synapse: numbers of a synapse's state.
+        neuron: size of a neuron's state.
+        synapse: size of a synapse's state.
         hidden: units of the hidden layer of each shared network.
-        types: types of neurons; unit i is of type `i % types`.
-        embedding: numbers that tell a type.
-        ticks: updates of the neurons for a stored item, and for a cue.
-        plastic: whether synapses are updated; without that nothing is stored, a control.
-        units: bits of a pattern in the Keras model that `learned` gives; the rule itself has no size.
+        types: number of neuron types. Unit i has type `i % types`.
+        embedding: size of the type embedding.
+        ticks: neuron updates for a stored item and for a cue.
+        plastic: whether synapses are updated. If not, nothing is stored: a control.
+        units: number of bits of a pattern in the Keras model returned by `learned`. The rule itself
+            has no fixed size.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -92,7 +97,9 @@ class OnlineRule(MetaLearner):
         return made
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """A model of sequences `[batch, time, 2 units + 1]`, made of `keras.layers.RNN` around an `OnlineCell`."""
+        """A model of sequences `[batch, time, 2 units + 1]`: a `keras.layers.RNN` with an
+        `OnlineCell`.
+        """
         cell = OnlineCell(
             self.units, neuron=self.neuron, synapse=self.synapse, hidden=self.hidden, types=self.types,
             embedding=self.embedding, ticks=self.ticks, plastic=self.plastic,
@@ -129,14 +136,14 @@ class OnlineRule(MetaLearner):
         return OnlineState(neurons, synapses), self.predict(outer, state, x)
 
     def predict(self, outer: Outer, state: OnlineState, x: Array) -> Array:
-        """Logits `[..., batch, units]` of the bits; what neurons hold is wiped before each cue."""
+        """Logits `[..., batch, units]` of the bits. Neurons are wiped before each cue."""
         wiped = tf.zeros_like(state.neurons)[..., None, :, :]
         wiped = tf.broadcast_to(wiped, (*_sizes(wiped)[:-3], x.shape[-2], *wiped.shape[-2:]))
         neurons = self._settled(outer, wiped, state.synapses[..., None, :, :, :], x, RECALL)
         return _shared("read", outer, neurons)[..., 0]
 
     def _settled(self, outer: Outer, neurons: Array, synapses: Array, x: Array, phase: int) -> Array:
-        """Neurons `[..., units, neuron]` after some ticks under an input `[..., 2 units]`."""
+        """Neurons `[..., units, neuron]` after several ticks under an input `[..., 2 units]`."""
         leading, units = _sizes(neurons)[:-2], neurons.shape[-2]
         synapses = tf.broadcast_to(synapses, (*leading, units, units, self.synapse))
         shown = tf.stack([x[..., :units], x[..., units:]], axis=-1)
@@ -160,7 +167,7 @@ class OnlineRule(MetaLearner):
 
 
 def _shared(name: str, outer: Outer, values: Array) -> Array:
-    """A shared network on each vector of `[..., size]`."""
+    """Applies a shared network to each vector of `[..., size]`."""
     arrays, sizes = dense.weights(name, outer), _sizes(values)
     leading = sizes[: arrays[0].shape.rank - 2]
     rows = tf.reshape(values, (*leading, -1, sizes[-1]))
@@ -169,7 +176,7 @@ def _shared(name: str, outer: Outer, values: Array) -> Array:
 
 
 def _sizes(value: Array) -> list[Any]:
-    """The sizes of an array: integers, or tensors where they are not known before it runs, as of a batch of Keras."""
+    """The shape of an array, with tensors for sizes that are unknown before execution."""
     if value.shape.is_fully_defined():
         return list(value.shape)
     return [tf.shape(value)[axis] if size is None else size for axis, size in enumerate(value.shape)]
@@ -177,14 +184,15 @@ def _sizes(value: Array) -> list[Any]:
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class OnlineCell(keras.layers.Layer):
-    """The rule as a cell for `keras.layers.RNN`: stores or recalls an item at each step of a sequence.
+    """The rule as a cell of `keras.layers.RNN`. Each step of a sequence stores or recalls an item.
 
-    Inputs `[batch, 2 units + 1]` are bits of +1 and -1 (0 where they are not shown), 1 where they are shown, and a last
-    number: 0 to store the item, 1 to recall. Outputs `[batch, units]` are the logits of the bits, before the item is stored.
+    Inputs `[batch, 2 units + 1]` hold the bits as +1 and -1 (0 if not shown), a mask of the shown
+    bits, and a final number: 0 to store the item, 1 to recall. Outputs `[batch, units]` are the
+    logits of the bits before the item is stored.
 
     Args:
-        units: bits of an item.
-        **options: of `OnlineRule`, but `units`.
+        units: number of bits of an item.
+        **options: options of `OnlineRule` except `units`.
 
     Example:
 

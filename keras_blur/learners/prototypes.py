@@ -1,9 +1,9 @@
-"""Prototypical networks: a learned space in which an example is of the class whose mean it is nearest to.
+"""Prototypical networks: nearest class mean in a learned embedding.
 
-Source: "Prototypical Networks for Few-shot Learning" (Snell, Swersky and Zemel, NeurIPS 2017), equations 1 and 2: a class's
-prototype is the mean of its embedded support, and logits are minus the squared distances to the prototypes. Learning inside
-a task is that mean, so one look at the support is enough, and the outputs have no weights that could know classes by
-number.
+Source: "Prototypical Networks for Few-shot Learning" (Snell, Swersky and Zemel, NeurIPS 2017),
+equations 1 and 2. The prototype of a class is the mean of its embedded support. Logits are negative
+squared distances to the prototypes. One pass over the support is enough, and the outputs have no
+class-specific parameters.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _NAME = "embedding"
 
 
 class Sums(NamedTuple):
-    """Sums `[..., classes, dimensions]` of embedded examples, and their numbers `[..., classes, 1]`."""
+    """Sums `[..., classes, dimensions]` of embedded examples, and counts `[..., classes, 1]`."""
 
     total: Array
     count: Array
 
 
 class TwoSides(NamedTuple):
-    """The same where one output tells two classes: of the labels +1 and -1, in this order."""
+    """The sums and counts of a single output, for labels +1 and -1 in this order."""
 
     total: Array
     count: Array
 
 
 class Prototypes(MetaLearner):
-    """A dense embedding, the outer parameters, and a prototype for each class that occurs in the support.
+    """A dense embedding with a prototype for each class in the support.
 
-    A class without an example is never predicted.
+    The weights of the embedding are learned. A class without an example is never predicted.
 
     Args:
         hidden: units of the hidden layers.
-        dimensions: of the embedding.
-        activation: the hidden layers' nonlinearity.
+        dimensions: size of the embedding.
+        activation: hidden activation.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -97,17 +97,18 @@ class Prototypes(MetaLearner):
 
 
 def _logits(state: Sums | TwoSides, embedded: Array) -> Array:
-    """Logits of the classes; where one output tells two, the difference of theirs."""
+    """Logits of the classes; for a single output, the difference of the two logits."""
     logits = _nearness(state, embedded)
     return logits[..., :1] - logits[..., 1:] if isinstance(state, TwoSides) else logits
 
 
 def _nearness(state: Sums | TwoSides, embedded: Array) -> Array:
-    """Logits: minus the squared distances, equation 2, but for the example's own square, which a softmax does not see.
+    """Negative squared distances (equation 2), up to the square of the embedding itself.
 
-    A class without support has no prototype. Its logit is so far below the log-sum-exp of the others that its probability
-    is lost in rounding. So it is never predicted, other classes have the loss that they would have without it, and its own
-    examples have a finite loss whose gradient is zero. If no class has support, all are equal.
+    The omitted term cancels in the softmax. A class without support has no prototype. Its logit is
+    far enough below the log-sum-exp of the others that its probability vanishes in rounding. It is
+    therefore never predicted and does not affect the loss of other classes. Its own examples have a
+    finite loss with a zero gradient. If no class has support, all logits are equal.
     """
     shown = state.count > 0
     prototypes = state.total / tf.where(shown, state.count, tf.ones_like(state.count))  # zeros of those not shown

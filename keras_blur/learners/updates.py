@@ -1,8 +1,9 @@
-"""The updates of Keras's optimizers as functions of arrays, and the losses that learners descend with them.
+"""Updates of Keras optimizers as pure functions, and the losses of the inner loop.
 
-On TensorFlow, Keras's optimizers have no functional face (`stateless_apply` raises), so the update of each is written here,
-with the hyperparameters read from the Keras object; tests hold it to Keras's own numbers. As functions they also run a
-whole grid of rates at once, on a leading axis, and can be differentiated.
+On TensorFlow, Keras optimizers have no functional interface (`stateless_apply` raises). The updates
+are therefore written here, with hyperparameters read from the Keras object. Tests compare them with
+Keras. Pure functions can also run a grid of learning rates on a leading axis, and can be
+differentiated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _EXTRAS = ("clipnorm", "clipvalue", "weight_decay", "use_ema", "amsgrad", "neste
 
 
 def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
-    """Raises a `ValueError` if an optimizer is not one of those that are written here."""
+    """Raises a `ValueError` if an optimizer is not supported here."""
     kind = type(optimizer)
     used = [name for name in _EXTRAS if getattr(optimizer, name, None)]
     if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
@@ -37,12 +38,15 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
-    """The learning rate as a number: the optimizer has it in a variable, which is nothing for a pure function."""
+    """The learning rate as a number.
+
+    Keras stores it in a variable, which a pure function cannot read.
+    """
     return float(optimizer.learning_rate.numpy())
 
 
 def check_loss(loss: str, kind: str | None = None) -> None:
-    """Raises a `ValueError` if a loss is unknown, or not for tasks of a kind."""
+    """Raises a `ValueError` if a loss is unknown or does not fit tasks of this kind."""
     arguments.choice("loss", loss, tuple(LOSSES))
     if kind is not None and kind not in LOSSES.values():
         raise ValueError(f"`tasks` of this learner must be of classes or values. Received: tasks of {kind}")
@@ -52,7 +56,7 @@ def check_loss(loss: str, kind: str | None = None) -> None:
 
 
 def losses(loss: str, prediction: Array, y: Array) -> Array:
-    """The loss of each example, `[..., batch]`, of logits against labels of +1 and -1, or of values.
+    """The loss of each example, `[..., batch]`, of logits and +1/-1 labels or of values.
 
     The cross-entropy of a single logit is the logistic one.
     """
@@ -74,14 +78,15 @@ def updated(
     gradients: Sequence[Array],
     leading: int = 0,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
-    """Weights and moments after one step.
+    """Weights and moments after one optimizer step.
 
     Args:
-        optimizer: a Keras optimizer, for what it does and its numbers but the rate.
-        rate: the learning rate, which goes with the weights.
-        step: number of steps before.
-        weights, first, second, gradients: arrays with the same leading axes, which tell networks apart.
-        leading: how many these are.
+        optimizer: a Keras optimizer. Everything but the learning rate is read from it.
+        rate: the learning rate, which broadcasts with the weights.
+        step: number of steps so far.
+        weights, first, second, gradients: arrays with the same leading axes, one network per
+            position.
+        leading: number of leading axes.
     """
     if optimizer.global_clipnorm:
         squares = [tf.reduce_sum(tf.square(g), axis=list(range(leading, g.shape.rank))) for g in gradients]
@@ -97,7 +102,7 @@ def updated(
 def _update(
     o: keras.optimizers.Optimizer, rate: Array, step: Array, weight: Array, first: Array, second: Array, gradient: Array
 ) -> tuple[Array, Array, Array]:
-    """One weight array and its moments after one step, as Keras's optimizers define it."""
+    """One weight array and its moments after one step, as defined by the Keras optimizer."""
     if isinstance(o, keras.optimizers.SGD):
         if not o.momentum:
             return weight - rate * gradient, first, second
@@ -117,11 +122,11 @@ def _update(
 def root(value: Array) -> Array:
     """The square root, with a derivative of 0 at 0.
 
-    The derivative of `tf.sqrt` at 0 is infinite, and an infinity times 0 is not a number. Kernels differ in whether they
-    hide that: under XLA a single weight without a gradient makes every meta-gradient NaN.
+    The derivative of `tf.sqrt` at 0 is infinite, and infinity times 0 is NaN. Some kernels hide
+    this, but under XLA a single weight without a gradient would make every meta-gradient NaN.
 
     Args:
-        value: numbers of at least 0.
+        value: non-negative numbers.
 
     Example:
 

@@ -1,12 +1,13 @@
-"""Warped gradient descent: layers that bend the loss surface on which the layers around them descend.
+"""Warped gradient descent: layers that precondition the descent of the layers around them.
 
-Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020). A network's task layers adapt to a task
-by plain gradient descent; warp layers between them are held while they do, and are what is meta-learned. Through them the
-same descent is a preconditioned one: with Omega the map that they induce, a step is theta - alpha G^-1 grad L with G^-1 =
-(D Omega)(D Omega)^T, to second order in alpha. A warp that is the identity changes nothing: that is where it starts.
+Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020). The task layers
+of a network adapt to a task by gradient descent. The warp layers between them are frozen meanwhile
+and are meta-learned. They precondition the descent: with the map Omega that they induce, a step is
+theta - alpha G^-1 grad L with G^-1 = (D Omega)(D Omega)^T, to second order in alpha. Warps start as
+the identity, which has no effect.
 
-Any Keras model will do. Its layers know nothing of leading axes, so networks of several members and tasks take turns in a
-loop.
+Any Keras model can be used. Keras layers know no leading axes, so networks of several members and
+tasks are processed in a loop.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _START, _WARP = "start_", "warp_"
 
 
 class WarpState(NamedTuple):
-    """A network inside a task.
+    """The state of a network during adaptation.
 
     Attributes:
-        weights, first, second: of the task layers, with two arrays of moments for each.
-        buffers: what layers keep that is not trained, such as moving averages; a task starts with the model's own.
+        weights, first, second: weights of the task layers with two moment arrays each.
+        buffers: non-trainable state such as moving averages. It starts with the values of the
+            model.
         step: number of steps.
     """
 
@@ -44,18 +46,23 @@ class WarpState(NamedTuple):
 
 
 class Warp(MetaLearner):
-    """A Keras model of which some layers are warps; the outer parameters are their weights and the start of the others'.
+    """A Keras model whose layers are split into warp layers and task layers.
+
+    The outer parameters are the warps and the initial weights of the task layers.
 
     Args:
-        model: a built Keras model from `[batch, features]` to logits or values `[batch, outputs]`. Of several members the
-            first starts with its weights, others with random task layers of the same mean and deviation; all with its warps.
-        warp: the warp layers, by their paths, such as `"block/bend"` of a layer in a model in the model, or by names that
-            no other layer has; of none, it is a model whose start is learned, and no more.
-        optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training, `global_clipnorm` included.
-        loss: what the task layers descend, `"cross_entropy"` of logits or `"squared"`.
+        model: a built Keras model from `[batch, features]` to logits or values `[batch, outputs]`.
+            The first member starts with its weights. Other members have the same warps but random
+            task layers with the same mean and standard deviation.
+        warp: warp layers, by path (such as `"block/bend"` in a nested model) or by unambiguous
+            name. Without warps only the initial weights are learned.
+        optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training.
+            `global_clipnorm` is supported.
+        loss: loss of the task layers, `"cross_entropy"` of logits or `"squared"`.
 
     Raises:
-        ValueError: if a name is not that of a layer with weights, or none is left to adapt, or an argument is out of range.
+        ValueError: if a name matches no layer with weights, no task layer is left, or an argument
+            is out of range.
 
     Example:
 
@@ -106,7 +113,10 @@ class Warp(MetaLearner):
         return made
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """The model with the learned start and warps, which are frozen: `fit` adapts the rest."""
+        """The model with the learned initial weights and frozen warps.
+
+        `fit` adapts the task layers.
+        """
         model = keras.models.clone_model(self.model)
         model.set_weights(self.model.get_weights())
         names = _names(model, self.warp)
@@ -140,23 +150,23 @@ class Warp(MetaLearner):
         loss: Any = None,
         seed: int = 0,
     ) -> keras.Model:
-        """Learns a task with the warps held.
+        """Learns a task with frozen warps.
 
         Args:
-            learned: from `learned`, or a file of it that Keras loaded.
+            learned: a model from `learned`, or loaded from its file.
             x: inputs `[n, features]`.
-            y: integer classes `[n]`, of a single output 0 and 1, or values `[n, outputs]`.
-            steps: steps of the optimizer.
-            batch_size: examples of a batch, at most n.
-            optimizer: any Keras optimizer; `None` takes a new one like this learner's.
-            loss: any Keras loss; `None` takes this learner's.
-            seed: of the order of the examples.
+            y: integer classes `[n]` (0 and 1 for a single output) or values `[n, outputs]`.
+            steps: optimizer steps.
+            batch_size: examples per batch, at most n.
+            optimizer: any Keras optimizer; `None` uses a copy of this learner's.
+            loss: any Keras loss; `None` uses this learner's.
+            seed: seed of the order of examples.
 
         Returns:
-            An ordinary Keras model, compiled; `learned` is not changed.
+            A compiled Keras model. `learned` is unchanged.
 
         Raises:
-            ValueError: if data don't fit the model or the loss.
+            ValueError: if the data do not fit the model or the loss.
         """
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
@@ -212,14 +222,17 @@ class Warp(MetaLearner):
         return self._each(one, False, outer, state, x)
 
     def _call(self, outer: Outer, state: WarpState, x: Array, training: bool) -> tuple[Array, tuple[Array, ...]]:
-        """The model's outputs and new buffers, of a single network."""
+        """Outputs and new buffers of the model for a single network."""
         every = {**outer, **self.adapted(state)}
         trainable = [every[name] for name in self._trainable]
         prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
         return tf.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
 
     def _each(self, one: Callable[..., Any], learns: bool, outer: Outer, state: WarpState, *data: Array) -> Any:
-        """A function of a single network, of which a prediction comes, and new arrays if it learns, for each of several."""
+        """Maps a function of a single network over several networks.
+
+        The function returns a prediction and, if it learns, new arrays.
+        """
         ranks = {name: len(v.shape) for name, v in zip(self._trainable, self.model.trainable_variables, strict=True)}
         place = state.weights[0].shape.rank - ranks[self._adapted[0]]
         leading = tuple(state.weights[0].shape[:place])
@@ -248,18 +261,18 @@ class Warp(MetaLearner):
 def warped(
     features: int, hidden: Sequence[int], outputs: int, activation: str = "tanh", *, warps: bool = True, seed: int = 0
 ) -> tuple[keras.Model, list[str]]:
-    """A dense network with a linear warp, at first the identity, before each hidden nonlinearity.
+    """A dense network with a linear warp, initially the identity, before each hidden activation.
 
     Args:
-        features: inputs.
+        features: number of inputs.
         hidden: units of the hidden layers.
-        outputs: outputs.
-        activation: a Keras nonlinearity.
-        warps: whether there are any; without them it is the control.
-        seed: of the task layers' weights, the same with and without warps.
+        outputs: number of outputs.
+        activation: a Keras activation.
+        warps: whether to add warps. Without them the network is a control.
+        seed: seed of the task layers' weights, which are the same with and without warps.
 
     Returns:
-        The model, and the names of its warps, for `Warp`.
+        The model, and the names of its warps for `Warp`.
 
     Example:
 
@@ -285,14 +298,17 @@ def warped(
 
 
 def _spread(value: Array, leading: tuple[int, ...], rank: int) -> Array:
-    """An array of a network, `rank` axes, for each on the leading axes, of which it may have the first ones, or ones."""
+    """Broadcasts an array with `rank` own axes to the leading axes.
+
+    The array may have the first of the leading axes, or axes of size 1.
+    """
     own, given = value.shape[value.shape.rank - rank :], value.shape[: value.shape.rank - rank]
     value = tf.reshape(value, (*given, *[1] * (len(leading) - len(given)), *own))
     return tf.broadcast_to(value, (*leading, *own))
 
 
 def _names(model: keras.Model, warp: Sequence[str]) -> dict[int, str]:
-    """Names of the outer parameters that a model's weights are, by the weights' identity."""
+    """Names of the outer parameters by the identity of the model's weights."""
     return {
         id(variable): f"{_WARP if path in warp else _START}{path}_{index}"
         for path, place in places(model).items()

@@ -1,4 +1,4 @@
-"""How the rule itself is learned."""
+"""Meta-training: learning the outer parameters of a learner."""
 
 from keras_blur.meta.callbacks import MetaValidate, SaveLearned, UnrollCurriculum
 from keras_blur.meta.cma import CMAES, CMAState

@@ -1,4 +1,4 @@
-"""Callbacks of meta-training: a growing unroll, validation on tasks that are not trained on, what was learned in a file."""
+"""Callbacks of meta-training: unroll curriculum, validation on other tasks, saving."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from keras_blur.tasks.base import Tasks, check_split
 
 
 class UnrollCurriculum(keras.callbacks.Callback):
-    """Lengthens the unroll in stages, and at each switch copies the best member to all.
+    """Lengthens the unroll in stages and copies the best member to all members at each switch.
+
+    Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 and appendix C.4: 10
+    steps, then 5 more in each stage.
 
     Args:
-        stages: pairs of (first epoch, number of unrolled steps), in rising order, the first at epoch 0.
+        stages: pairs of (first epoch, number of unrolled steps) in ascending order, starting at
+            epoch 0.
 
     Raises:
         ValueError: if the stages are not in order.
 
-    Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 and appendix C.4: 10 steps, then 5 more in each
-    stage.
+        Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 and appendix C.4: 10
+        steps, then 5 more in each stage.
 
     Example:
 
@@ -53,11 +57,11 @@ class UnrollCurriculum(keras.callbacks.Callback):
             )
 
     def steps_at(self, epoch: int) -> int:
-        """Unrolled steps in an epoch."""
+        """The number of unrolled steps in an epoch."""
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
     def get_config(self) -> dict[str, Any]:
-        """The stages, which a checkpoint remembers."""
+        """The stages, which are stored in checkpoints."""
         return {"stages": [list(stage) for stage in self.stages]}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -69,20 +73,23 @@ class UnrollCurriculum(keras.callbacks.Callback):
 
 
 class MetaValidate(keras.callbacks.Callback):
-    """Scores the trainer's best member on episodes of other examples, or of other tasks and networks, after each epoch.
+    """Scores the best member on validation episodes after each epoch.
 
-    It adds `val_loss` and `val_accuracy` (of values, `val_r2`) to the epoch's logs, so that callbacks after it in the list
-    (`CSVLogger`, `EarlyStopping`, `TensorBoard`) and the history see them. The episodes are the same each time.
+    The callback adds `val_loss` and `val_accuracy` (`val_r2` for values) to the logs of the epoch,
+    so later callbacks in the list (`CSVLogger`, `EarlyStopping`, `TensorBoard`) and the history see
+    them. The episodes are the same in every epoch.
 
     Args:
-        tasks: a task distribution, or several, whose scores are averaged.
-        learner: one that shares the outer parameters of the trainer's; `None` takes the trainer's first.
-        steps: learning steps of an episode; `None` takes those of the trainer's estimator at the start.
-        episodes: episodes of each task distribution.
-        split: the examples that are used: `"validation"` to choose by, `"test"` only to report.
-        path: file for the parameters with the best score so far, or `None`. A file that is already there is replaced, but a
-            resumed run reads it first and replaces it by a better one only.
-        seed: of the episodes and initial networks.
+        tasks: one or more task distributions. Scores are averaged.
+        learner: a learner with the same outer parameters as the trainer's; `None` uses the first
+            learner of the trainer.
+        steps: learning steps of an episode; `None` uses the initial value of the trainer's
+            estimator.
+        episodes: episodes per task distribution.
+        split: `"validation"` for model selection, `"test"` for reporting only.
+        path: file for the best parameters so far, or `None`. An existing file is replaced. A
+            resumed run reads it first and only replaces it by better parameters.
+        seed: seed of the episodes and initial networks.
 
     Raises:
         ValueError: if a number is not positive.
@@ -173,23 +180,22 @@ class MetaValidate(keras.callbacks.Callback):
 
 
 def _check_learned_path(learned: Any, path: str | os.PathLike[str]) -> None:
-    """Raises before training what saving would raise after it."""
+    """Raises before training if saving would fail after it."""
     check_output("path", path, (".keras",) if isinstance(learned, keras.Model) else (".json",))
 
 
 class SaveLearned(keras.callbacks.Callback):
-    """Writes the parameters that the best member learned after each epoch and at the end of training.
+    """Saves the outer parameters of the best member after each epoch and at the end of training.
 
-    A file that is already there is replaced, also one of another run. Each write is whole or not at all.
-
-    After an epoch whose loss is NaN, or whose last step is sound for no member, it leaves the file as it is.
+    An existing file is replaced, even one of another run. Writes are atomic. After an epoch with a
+    NaN loss, or whose last step has no sound member, the file is left unchanged.
 
     Args:
-        path: the file: `.json` for a genome, `.keras` for any other learner.
+        path: `.json` for a genome, `.keras` for any other learner.
 
     Raises:
-        ValueError: at the start of training, if what is learned cannot be saved, the file has another ending, or it cannot
-            be written.
+        ValueError: at the start of training, if the result has no `save`, the file has another
+            suffix, or the file cannot be written.
         OSError: during training, if the disk is full.
 
     Example:

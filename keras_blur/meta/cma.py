@@ -1,20 +1,22 @@
-"""CMA-ES: search without gradients by a normal distribution that learns its mean, its size and its shape.
+"""CMA-ES: gradient-free search by a normal distribution with adaptive mean, scale and covariance.
 
-Source: "The CMA Evolution Strategy: A Tutorial" (N. Hansen, 2016, arXiv 1604.00772); the numbers in brackets are its
-equations, the constants those of its Table 1 (with the 1/4 in (58) of the revision of 2023). Negative weights (active CMA)
-are on.
+Source: "The CMA Evolution Strategy: A Tutorial" (N. Hansen, 2016, arXiv 1604.00772). Numbers in
+brackets refer to its equations. The constants are those of its Table 1, with the 1/4 in (58) from
+the revision of 2023. Negative weights (active CMA) are used.
 
-It is written anew, as pure functions of tensors, because a generation has to compile as one program with the learners that
-it scores, and because its whole state has to be a handful of arrays that are saved, restored and distributed. Where it
-does more than the tutorial says:
+This implementation consists of pure functions of tensors. A generation compiles as one program
+together with the learners it scores, and the whole state is a few arrays that can be saved,
+restored and distributed. It differs from the tutorial as follows:
 
-- Candidates are drawn with the symmetric root B D B^T in place of B D: the same distribution, but one that does not hang on
-  the signs and the order that a compiler gives to the eigenvectors.
-- Eigenvectors are found by Jacobi's rotations from those of the generation before. XLA's `eigh` stops at errors of about
-  1e-7 of the largest eigenvalue in float64 too; at a condition of 1e12 its small eigenvalues mean nothing.
-- A score that is not finite is the worst of all. If so many are that one gets a positive weight, it counts as having stayed
-  at the mean, and a generation without any finite score changes nothing.
-- The condition of C, the size and its growth in one generation are bounded.
+- Candidates are drawn with the symmetric root B D B^T instead of B D. The distribution is the same,
+  but it does not depend on the signs and the order of the eigenvectors, which differ between
+  compilers.
+- Eigenvectors are found by Jacobi rotations, starting from those of the previous generation. XLA's
+  `eigh` stops at errors of about 1e-7 of the largest eigenvalue, even in float64. At a condition
+  number of 1e12 its small eigenvalues are meaningless.
+- A non-finite score is the worst of all. If one still gets a positive weight, its candidate counts
+  as if it had stayed at the mean. A generation without a finite score changes nothing.
+- The condition number of C, the step size and its growth per generation are bounded.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ _SWEEPS = 30  # of rotations at most; two to five are usual, up to twenty from f
 
 
 class CMAState(NamedTuple):
-    """The distribution after some generations, tensors only; names as in the tutorial.
+    """The search distribution. Tensors only, named as in the tutorial.
 
     Args:
-        mean: the best guess, `[size]`.
-        sigma: the overall standard deviation.
-        C: the covariance without it, `[size, size]`.
-        p_sigma: the evolution path that sets sigma, `[size]`.
-        p_c: that of the rank-one update, `[size]`.
-        B: eigenvectors of C in columns, in no order, `[size, size]`.
+        mean: mean, `[size]`.
+        sigma: overall standard deviation (step size).
+        C: covariance without sigma, `[size, size]`.
+        p_sigma: evolution path of the step size, `[size]`.
+        p_c: evolution path of the rank-one update, `[size]`.
+        B: eigenvectors of C in columns, unordered, `[size, size]`.
         D: square roots of the eigenvalues, `[size]`.
-        generation: generations so far, int32.
+        generation: number of generations so far, int32.
     """
 
     mean: Array
@@ -61,23 +63,25 @@ class CMAState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CMAES:
-    """The constants of CMA-ES and its pure methods.
+    """The constants and the pure methods of CMA-ES.
 
     Args:
-        size: number of unknowns.
-        population: candidates of a generation; `None` is `4 + floor(3 ln(size))`.
-        sigma: standard deviation at the start. The optimum should be within a few of it, in every direction.
-        dtype: `"float64"`, or `"float32"`, which does not resolve badly conditioned problems.
-        gap: generations from one eigendecomposition to the next; `None` as often as pays.
-        sigma_range: sigma is kept within it.
-        condition: the largest condition number of the covariance; `None` is 1e14, in float32 1e5.
+        size: number of variables.
+        population: candidates per generation; `None` is `4 + floor(3 ln(size))`.
+        sigma: initial standard deviation. The optimum should be within a few sigma in every
+            direction.
+        dtype: `"float64"` or `"float32"`. float32 does not resolve ill-conditioned problems.
+        gap: generations between eigendecompositions; `None` balances their cost.
+        sigma_range: lower and upper bound of sigma.
+        condition: largest condition number of the covariance; `None` is 1e14, or 1e5 in float32.
 
     Attributes:
-        weights: of the candidates from best to worst; the first `mu` are positive and sum to one.
-        mu, mu_eff: number of positive weights, and how many equal ones would vary as much.
-        c_sigma, d_sigma, c_c, c_1, c_mu: rates of the path of sigma, its damping, rates of the other path and of the
-            rank-one and rank-mu updates.
-        chi: expected length of a standard normal vector.
+        weights: recombination weights from the best to the worst candidate. The first `mu` are
+            positive and sum to one.
+        mu, mu_eff: number of positive weights, and the variance-effective selection mass.
+        c_sigma, d_sigma, c_c, c_1, c_mu: learning rate and damping of sigma, learning rate of p_c,
+            and learning rates of the rank-one and rank-mu updates.
+        chi: expected norm of a standard normal vector.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -168,13 +172,13 @@ class CMAES:
         """The state before the first generation.
 
         Args:
-            mean: where to start, `[size]`.
+            mean: initial mean, `[size]`.
 
         Returns:
-            A round distribution about `mean`.
+            A state with an isotropic distribution around `mean`.
 
         Raises:
-            ValueError: if `mean` has another shape or, as far as can be seen, a value that is not finite.
+            ValueError: if `mean` has another shape or, in eager mode, a non-finite value.
 
         Example:
 
@@ -191,11 +195,12 @@ class CMAES:
         return CMAState(mean, sigma, eye, zeros, zeros, eye, tf.ones(self.size, self.dtype), tf.constant(0, tf.int32))
 
     def ask(self, state: CMAState, seed: Array) -> Array:
-        """Candidates of a generation.
+        """Samples the candidates of a generation.
 
         Args:
-            state: the distribution.
-            seed: a seed as of `random.seed_of`; the generation's number is folded in, so that one will do for a run.
+            state: the search distribution.
+            seed: a seed from `random.seed_of`. The generation number is folded in, so one seed
+                serves a whole run.
 
         Returns:
             Candidates `[population, size]`.
@@ -212,18 +217,19 @@ class CMAES:
         return state.mean + state.sigma * y  # (40)
 
     def tell(self, state: CMAState, candidates: Array, fitness: Array) -> CMAState:
-        """The distribution after a generation.
+        """Updates the distribution with the fitness of the candidates.
 
         Args:
-            state: the distribution that the candidates are from.
+            state: the distribution the candidates were sampled from.
             candidates: `[population, size]`.
-            fitness: what is minimised, `[population]`. Only its order counts; of equals the first is the better.
+            fitness: values to minimise, `[population]`. Only their order matters; ties go to the
+                first candidate.
 
         Returns:
             The next state.
 
         Raises:
-            ValueError: if a shape is not right.
+            ValueError: if a shape is wrong.
 
         Example:
 
@@ -284,9 +290,10 @@ class CMAES:
         return chosen._replace(generation=generation)
 
     def _decompose(self, covariance: Array, vectors: Array) -> tuple[Array, Array, Array]:
-        """The covariance, its eigenvectors and the roots of its eigenvalues, the condition bounded.
+        """Bounds the condition of the covariance; returns it with eigenvectors and root
+        eigenvalues.
 
-        As little as is needed is added to the diagonal, which changes no eigenvector.
+        The smallest sufficient number is added to the diagonal, which changes no eigenvector.
         """
         values, vectors = eigh(covariance, vectors)
         limit = self.condition or math.inf
@@ -297,9 +304,10 @@ class CMAES:
 
 
 def _ranks(fitness: Array, sound: Array) -> Array:
-    """The place of each candidate from best, 0, to worst; the first of equals is the better, the unsound come last.
+    """Ranks of the candidates from best, 0, to worst. Ties go to the first; unsound ones are last.
 
-    Counted, not sorted: exact, and the same under every compiler, -0.0 and 0.0 included.
+    Ranks are counted, not sorted. This is exact and identical under every compiler, including -0.0
+    and 0.0.
     """
     fitness = tf.where(sound, fitness, tf.zeros_like(fitness))
     order = tf.range(fitness.shape[0])
@@ -311,20 +319,20 @@ def _ranks(fitness: Array, sound: Array) -> Array:
 
 
 def eigh(matrix: Array, vectors: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors of a symmetric matrix by Jacobi's rotations, from vectors that nearly are.
+    """Eigenvalues and eigenvectors of a symmetric matrix by Jacobi rotations, with a warm start.
 
-    Half of all rows are rotated against the other half at once, in the order of a round-robin tournament, in which every
-    two rows meet once in a sweep. Sweeps go on until each element is nothing beside the two diagonal ones that it belongs
-    to, so that small eigenvalues of a positive matrix are as good as large ones. Source: "Matrix Computations" (Golub and
-    Van Loan), section on Jacobi methods; the stopping rule: "Jacobi's method is more accurate than QR" (Demmel and Veselic,
-    1992).
+    All rows are rotated in pairs at once, in the order of a round-robin tournament, in which every
+    two rows meet once per sweep. Sweeps continue until each off-diagonal element is negligible
+    relative to its two diagonal elements. Small eigenvalues of a positive matrix are therefore as
+    accurate as large ones. Source: "Matrix Computations" (Golub and Van Loan), section on Jacobi
+    methods; stopping rule: "Jacobi's method is more accurate than QR" (Demmel and Veselic, 1992).
 
     Args:
         matrix: symmetric, `[n, n]`.
-        vectors: orthogonal, `[n, n]`; the identity will do.
+        vectors: orthogonal initial eigenvectors, `[n, n]`, for example the identity.
 
     Returns:
-        Eigenvalues `[n]`, not sorted, and eigenvectors in columns.
+        Eigenvalues `[n]`, unsorted, and eigenvectors in columns.
 
     Example:
 

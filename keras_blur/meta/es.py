@@ -1,14 +1,17 @@
-"""The gradient of the outer parameters from the loss alone, by evolution strategies.
+"""Evolution strategies: estimates of the outer gradient from losses alone.
 
-Sources: "Evolution Strategies as a Scalable Alternative to Reinforcement Learning" (Salimans et al., 2017, arXiv 1703.03864;
-mirrored sampling) for `ES`; "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
-Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021, algorithm 2) for `PES`.
+Sources: "Evolution Strategies as a Scalable Alternative to Reinforcement Learning" (Salimans et
+al., 2017, arXiv 1703.03864; mirrored sampling) for `ES`; "Unbiased Gradient Estimation in Unrolled
+Computation Graphs with Persistent Evolution Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021,
+algorithm 2) for `PES`.
 
-Both estimate the gradient of the loss smoothed by a normal distribution, E[L(theta + sigma e)]. That needs no memory for the
-unroll, and stays sensible where a long unroll makes the true gradient explode. Each perturbation is used with both signs,
-which removes the loss's even part from the noise. `ES` sees a whole episode at once. `PES` sees a piece of a long one and
-carries each perturbed learner on; because what a piece shows is due to all perturbations so far, it multiplies by their
-sum, and so has no bias from the truncation.
+Both estimate the gradient of the smoothed loss E[L(theta + sigma e)] with normal e. They store
+nothing of the unroll, and they remain useful where a long unroll makes the true gradient explode.
+Antithetic pairs, one perturbation with both signs, cancel the even part of the loss.
+
+`ES` evaluates whole episodes. `PES` evaluates one truncation window at a time and carries every
+perturbed learner to the next one. The loss of a window depends on all perturbations so far. `PES`
+therefore multiplies it by their sum, which removes the truncation bias.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ class ES(Estimator):
 
     Args:
         steps, trajectory_loss_weight, loss, kind: as in `Estimator`.
-        antithetic_pairs: number of perturbations, each used with both signs, of each member.
-        sigma: their standard deviation.
+        antithetic_pairs: perturbations of each member. Each is used with both signs.
+        sigma: standard deviation of the perturbations.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -66,16 +69,17 @@ class ES(Estimator):
         return self.estimate(outer, perturbations(outer, self.antithetic_pairs, seed), *measured), ()
 
     def estimate(self, outer: Outer, directions: Outer, losses: Array, accuracies: Array) -> Estimate:
-        """The gradient from the losses of the particles.
+        """Computes the gradient from the losses of the particles.
 
         Args:
             outer: outer parameters `[members, ...]`.
-            directions: standard normal directions `[members, antithetic_pairs, ...]`, or their sums.
-            losses: means over the tasks `[members * 2 * antithetic_pairs]`, as `perturbed` orders them.
-            accuracies: alike.
+            directions: standard normal directions `[members, antithetic_pairs, ...]`, or their
+                sums.
+            losses: means over tasks, `[members * 2 * antithetic_pairs]`, ordered as by `perturbed`.
+            accuracies: same shape as `losses`.
 
         Returns:
-            The estimate; its loss is the smoothed one. A pair of which one has no finite loss is left out.
+            The estimate, with the smoothed loss. A pair with a non-finite loss is ignored.
         """
         members = next(iter(outer.values())).shape[0]
         shape = (members, 2, self.antithetic_pairs)
@@ -98,10 +102,10 @@ class ES(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class PES(Truncated, ES):
-    """Persistent evolution strategies: pieces of long episodes, unbiased.
+    """Persistent evolution strategies: unbiased estimates on truncation windows of long episodes.
 
     Args:
-        steps: learning steps of a piece; each ends with the query.
+        steps: learning steps of a truncation window. Each window ends with the query.
         trajectory_loss_weight, loss, kind, antithetic_pairs, sigma: as in `ES`.
         episode_steps: learning steps of an episode, a multiple of `steps`.
 
@@ -136,7 +140,10 @@ def perturbations(outer: Outer, antithetic_pairs: int, seed: Array) -> Outer:
 
 
 def perturbed(outer: Outer, noise: Outer, sigma: float) -> Outer:
-    """The particles `[members * 2 * antithetic_pairs, ...]`: for each member all positive signs, then all negative."""
+    """The particles `[members * 2 * antithetic_pairs, ...]`.
+
+    Each member has all positive signs first, then all negative ones.
+    """
     moved = {}
     for name, value in outer.items():
         both = tf.stack([value[:, None] + sigma * noise[name], value[:, None] - sigma * noise[name]], axis=1)

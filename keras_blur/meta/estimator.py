@@ -1,13 +1,14 @@
-"""What estimators of the outer gradient share: the objective of the inner loop, and the loop.
+"""The objective of the inner loop and the base class of outer-gradient estimators.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3: unroll the inner loop, then
-take the softmax cross-entropy of the output's first state on inputs not seen before (the printed formula lacks its minus
-sign). An optional second term is the loss along the way: each step's prediction of its own batch, before it learns from it,
-which costs nothing and gives early steps a gradient of their own. The paper's published code scores by the squared error to
-labels of +1 and -1; that is `loss="squared"`.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3. The
+inner loop is unrolled and scored by the softmax cross-entropy of the first output state on unseen
+inputs (the printed formula lacks its minus sign). An optional second term is the trajectory loss:
+the mean loss of each step's prediction of its own batch before learning from it. It costs nothing
+and gives early steps a direct gradient. The published code uses the squared error to labels of +1
+and -1 instead, which is `loss="squared"`.
 
-The loop is one `tf.while_loop` with a static bound, so that it compiles in a time that does not grow with its length,
-under XLA too.
+The loop is a single `tf.while_loop` with a static bound. Its compile time, also under XLA, does not
+depend on its length.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Estimate(NamedTuple):
     """An estimate of the outer gradient of each member.
 
     Attributes:
-        gradients: by name, as the outer parameters, `[members, ...]`.
-        loss: the objective of each member, the mean over tasks, `[members]`.
-        accuracy: query accuracy of each member, `[members]`; of values, the share of their variance that is predicted.
+        gradients: gradient of each outer parameter by name, `[members, ...]`.
+        loss: mean objective over tasks, `[members]`.
+        accuracy: query accuracy, `[members]`; R squared if the outputs are values.
     """
 
     gradients: Outer
@@ -47,9 +48,9 @@ class Estimate(NamedTuple):
 
 
 def cross_entropy(prediction: Array, y: Array) -> Array:
-    """Mean softmax cross-entropy of logits against +1/-1 labels: `[..., batch, classes]` to `[...]`.
+    """Mean softmax cross-entropy of logits and +1/-1 labels: `[..., batch, classes]` to `[...]`.
 
-    Of a single logit it is the logistic one.
+    A single logit uses the logistic cross-entropy.
     """
     if prediction.shape[-1] == 1:
         return binary_cross_entropy(prediction, y)
@@ -58,21 +59,25 @@ def cross_entropy(prediction: Array, y: Array) -> Array:
 
 
 def binary_cross_entropy(prediction: Array, y: Array) -> Array:
-    """Mean over outputs and examples of the cross-entropy of each logit against its +1/-1 label; one of 0 is left out."""
+    """Mean logistic cross-entropy of logits and +1/-1 labels over outputs and examples.
+
+    Labels of 0 are ignored.
+    """
     y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
     scored = tf.abs(y)
     return tf.reduce_sum(scored * tf.math.softplus(-prediction * y), axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
 
 
 def squared_error(prediction: Array, y: Array) -> Array:
-    """Mean over outputs and examples of the squared difference."""
+    """Mean squared difference over outputs and examples."""
     return tf.reduce_mean(tf.square(prediction - tf.cast(y, prediction.dtype)), axis=(-2, -1))
 
 
 def accuracy(prediction: Array, y: Array) -> Array:
-    """Fraction of examples whose largest output is the true class: `[..., batch, classes]` to `[...]`.
+    """Classification accuracy: `[..., batch, classes]` to `[...]`.
 
-    Of a single output, the share whose sign is that of the label. A prediction that is not finite is wrong.
+    A prediction is correct if its largest output is the true class. A single output is correct if
+    it has the sign of the label. Non-finite predictions are wrong.
     """
     right = tf.equal(classes_of(prediction), classes_of(y))
     right &= tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
@@ -80,9 +85,10 @@ def accuracy(prediction: Array, y: Array) -> Array:
 
 
 def classes_of(outputs: Array) -> Array:
-    """The classes that logits or labels of +1 and -1 tell: `[..., outputs]` to integers `[...]`.
+    """Classes of logits or +1/-1 labels: `[..., outputs]` to integers `[...]`.
 
-    The largest of several outputs is the class; a single one tells class 1 where it is above 0, else class 0.
+    The class is the index of the largest output. A single output means class 1 above 0 and class 0
+    otherwise.
 
     Example:
 
@@ -95,9 +101,10 @@ def classes_of(outputs: Array) -> Array:
 
 
 def correct_bits(prediction: Array, y: Array) -> Array:
-    """Fraction of outputs whose sign is that of their label, of those whose label is not 0: `[..., batch, bits]` to `[...]`.
+    """Accuracy of bits: the fraction of nonzero labels whose sign is predicted.
 
-    A prediction that is not finite is wrong. Where no label is scored, the share is NaN, as is the loss.
+    Maps `[..., batch, bits]` to `[...]`. Non-finite predictions are wrong. Without a nonzero label
+    the accuracy is NaN, as is the loss.
     """
     y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
     scored = tf.abs(y)
@@ -106,9 +113,9 @@ def correct_bits(prediction: Array, y: Array) -> Array:
 
 
 def explained(prediction: Array, y: Array) -> Array:
-    """Fraction of the variance of values that the prediction explains, R squared: `[..., batch, outputs]` to `[...]`.
+    """Coefficient of determination, R squared: `[..., batch, outputs]` to `[...]`.
 
-    Values that do not vary have nothing to explain: as in Keras and scikit-learn it is then 0, or 1 of an exact prediction.
+    As in Keras and scikit-learn, constant targets give 0, or 1 if the prediction is exact.
     """
     y = tf.cast(y, prediction.dtype)
     spread = tf.reduce_mean(tf.square(y - tf.reduce_mean(y, axis=-2, keepdims=True)), axis=(-2, -1))
@@ -123,16 +130,20 @@ _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "s
 
 @dataclasses.dataclass(frozen=True)
 class InnerLoop:
-    """What is asked of a learner: how long it learns, and how that is scored.
+    """The length of the inner loop and its objective.
 
     Args:
-        steps: number of learning steps of one estimate.
-        trajectory_loss_weight: weight of the mean loss along the way beside that of the query, 0 for the query alone.
-        loss: `"cross_entropy"` (softmax; logistic of a single output), `"binary"` (each output on its own), `"squared"`,
-            or `"auto"`: the cross-entropy for classes, binary for bits, squared for values.
-        kind: `"classes"`, `"values"` or `"bits"`: what the tasks' outputs are.
-        recompute: whether to trade time for memory: only the state at the start of each segment of about the square root
-            of `steps` is kept, and a segment is computed again when its gradient is wanted.
+        steps: learning steps of one estimate.
+        trajectory_loss_weight: weight of the trajectory loss, added to the query loss. The
+            trajectory loss is the mean loss of the predictions made during learning. 0 uses the
+            query loss alone.
+        loss: `"cross_entropy"` (softmax, or logistic for a single output), `"binary"` (each output
+            on its own), `"squared"`, or `"auto"`: cross-entropy for classes, binary for bits,
+            squared for values.
+        kind: output kind of the tasks: `"classes"`, `"values"` or `"bits"`.
+        recompute: whether to trade time for memory. If so, only the state at the start of each
+            segment of about `sqrt(steps)` steps is stored, and the backward pass recomputes the
+            segment.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -155,25 +166,26 @@ class InnerLoop:
 
     @property
     def horizon(self) -> int:
-        """Support batches of an episode: more than `steps` where a learner is carried from piece to piece."""
+        """Number of support batches of an episode. Truncated estimators use more than `steps`."""
         return self.steps
 
     @property
     def windows(self) -> int:
-        """Estimates that are made on the same episodes, one after the other."""
+        """Number of consecutive estimates on the same episodes."""
         return 1
 
     def objective(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array, Any]:
-        """Loss and query accuracy of each member on each task, and the learner's state afterwards.
+        """Computes loss and query accuracy of each member on each task, and the final learner
+        state.
 
         Args:
             learner: the learner.
             outer: outer parameters `[members, ...]`.
-            episodes: as in a call.
-            state: of the learner, with leading axes `[members, tasks]`.
+            episodes: as in `Estimator.__call__`.
+            state: learner state with leading axes `[members, tasks]`.
 
         Returns:
-            Two arrays `[members, tasks]`, and the state.
+            Two arrays `[members, tasks]` and the state.
         """
         x, y = episodes["x"][None], episodes["y"][None]
         loss_of = self._loss()
@@ -194,7 +206,7 @@ class InnerLoop:
         return total + losses, quality, state
 
     def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
-        """Loss and quality of predictions `[..., batch, outputs]`: `[...]` each."""
+        """Loss and quality of predictions `[..., batch, outputs]`, each of shape `[...]`."""
         right = {"classes": accuracy, "values": explained, "bits": correct_bits}[self.kind]
         return self._loss()(prediction, y), right(prediction, y)
 
@@ -259,11 +271,12 @@ class InnerLoop:
 
 
 class Carried(NamedTuple):
-    """What an estimate leaves to the next one of the same episodes.
+    """State passed from an estimate to the next one on the same episodes.
 
     Attributes:
-        learners: their states, `[members or particles, tasks, ...]` but for what all share.
-        directions: what belongs to the members and not to a task.
+        learners: learner states `[members or particles, tasks, ...]`; leaves common to all have no
+            such axes.
+        directions: state of the members that does not depend on a task.
     """
 
     learners: Any = ()
@@ -275,46 +288,50 @@ NOTHING = Carried()
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(InnerLoop, abc.ABC):
-    """An inner loop, and the way to the gradient of its score; arguments as `InnerLoop`.
+    """An inner loop with an estimator of its outer gradient. Arguments as in `InnerLoop`.
 
-    An estimate has two halves, so that tasks can be split over several devices. `local_estimate` computes statistics on one
-    shard of the tasks. `combine` turns their mean over shards into the estimate.
+    An estimate has two halves, so that tasks can be split over several devices. `local_estimate`
+    computes statistics on one shard of the tasks. `combine` turns their mean over shards into the
+    estimate.
     """
 
     @abc.abstractmethod
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        """What some tasks say of the outer parameters.
+        """Computes statistics on one shard of the tasks.
 
         Args:
-            learner, outer, seed, carried, first: as in a call.
-            episodes: those of the share.
-            shard: which of the tasks they are.
+            learner, outer, seed, carried, first: as in `__call__`.
+            episodes: the episodes of the shard.
+            shard: the shard.
 
         Returns:
-            A nest whose mean over shares goes to `combine`, and the learners' states to carry on.
+            A nest, whose mean over shards is passed to `combine`, and the learner states to carry
+            on.
         """
 
     @abc.abstractmethod
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        """The estimate from the means of what was measured, and the directions to carry on."""
+        """Computes the estimate from the mean statistics, and the directions to carry on."""
 
     def __call__(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried = NOTHING, first: Any = True
     ) -> tuple[Estimate, Carried]:
-        """The gradient of each member's mean loss over the tasks.
+        """Estimates the gradient of each member's mean loss over the tasks.
 
         Args:
             learner: the learner.
             outer: outer parameters `[members, ...]`.
-            episodes: `x` `[tasks, steps, batch, features]`, `y`, `query_x` `[tasks, batch, features]`, `query_y`.
-            seed: of the initial networks (equal for members, different for tasks) and of noise.
-            carried: what the estimate before returned; not read where `first`.
-            first: whether the episodes begin here.
+            episodes: `x` `[tasks, steps, batch, features]`, `y`, `query_x` `[tasks, batch,
+                features]` and `query_y`.
+            seed: seed of the initial networks (equal for members, different for tasks) and of
+                noise.
+            carried: state returned by the previous estimate; ignored if `first`.
+            first: whether this is the first estimate on these episodes.
 
         Returns:
-            The estimate, and what to carry to the next one.
+            The estimate, and the state to pass to the next one.
         """
         measured, learners = self.local_estimate(learner, outer, episodes, seed, carried, first, ALL)
         estimate, directions = self.combine(outer, measured, seed, carried, first)
@@ -323,29 +340,32 @@ class Estimator(InnerLoop, abc.ABC):
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
-        """The learners' states before the first of the batches."""
+        """The learner states before the first batch of this estimate."""
         del carried, first
         return start(learner, outer, episodes, seed, shard)
 
     def part(self, episodes: Episodes, window: Array) -> Episodes:
-        """What an estimate sees of the support batches, by the number of its piece."""
+        """Selects the support batches of a truncation window."""
         del window
         return episodes
 
     def kept(self, learners: Any) -> Any:
-        """What of the learners' states is carried on: nothing, where an estimate is a whole episode."""
+        """Selects the learner states to carry on. Estimates of whole episodes carry nothing."""
         del learners
         return ()
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
-        """What stands for `carried` before the first estimate: zeros of the right shapes."""
+        """A placeholder for `carried` before the first estimate: zeros of the correct shapes."""
         del learner, outer, episodes
         return NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncated(Estimator):
-    """Cuts episodes of `episode_steps` steps into truncation windows of `steps` and carries learners across."""
+    """Cuts episodes of `episode_steps` steps into truncation windows of `steps` steps.
+
+    `episode_steps` must be a multiple of `steps`. Learners are carried from window to window.
+    """
 
     episode_steps: int = 100
 
@@ -382,9 +402,9 @@ class Truncated(Estimator):
 
 
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard = ALL) -> Any:
-    """The learner's state before the first batch of the episodes, with leading axes `[members, tasks]`.
+    """The learner state before the first batch, with leading axes `[members, tasks]`.
 
-    A share of the tasks starts as it does among all of them.
+    Initialisation is independent of sharding.
     """
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
@@ -392,20 +412,20 @@ def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard
 
 
 def over_tasks(outer: Outer) -> Outer:
-    """Outer parameters `[members, ...]` with an axis for tasks, `[members, 1, ...]`."""
+    """Adds a task axis to outer parameters: `[members, ...]` to `[members, 1, ...]`."""
     return {name: value[:, None] for name, value in outer.items()}
 
 
 def choose(first: Any, fresh: Any, old: Any) -> Any:
-    """`fresh` where `first`, else `old`: nests of tensors."""
+    """Selects `fresh` if `first`, else `old`, for nests of tensors."""
     return tf.nest.map_structure(lambda one, other: tf.where(first, one, other), fresh, old)
 
 
 def state_dtype(state: Any) -> tf.DType:
-    """The floating-point type of a learner's state."""
+    """The floating-point dtype of a learner state."""
     return next(leaf.dtype for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating)
 
 
 def _as_float(leaf: Array, dtype: tf.DType) -> Array:
-    """A tensor that can have a gradient: integers as numbers of the given type."""
+    """Casts integers to the given dtype, so that the tensor can have a gradient."""
     return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)

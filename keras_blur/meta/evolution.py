@@ -1,8 +1,9 @@
-"""Outer parameters by evolution: the score of whole learners, and CMA-ES on the vector of all numbers.
+"""Outer parameters by evolution: scores of whole learners, and CMA-ES on the vector of all numbers.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.4: accuracy after an unroll as
-fitness, a population of 80, no curriculum. Nothing is differentiated, so a rule may be scored by what is wanted (accuracy)
-and over any number of steps; the price is that each generation learns with every genome of the population.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.4: fitness
+is the accuracy after an unroll, with a population of 80 and no curriculum. Nothing is
+differentiated, so a rule can be scored directly by accuracy and over any number of steps. The price
+is that each generation runs the inner loop with every genome of the population.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Evolution(InnerLoop):
         steps, trajectory_loss_weight, loss, kind: as in `InnerLoop`.
         population: genomes of a generation.
         sigma: standard deviation of the first generation.
-        fitness: `"accuracy"` of the query or `"loss"`.
+        fitness: `"accuracy"` or `"loss"` of the query.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -53,7 +54,10 @@ class Evolution(InnerLoop):
             raise ValueError("`recompute` must be False: evolution keeps nothing of the unroll.")
 
     def score(self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> tuple[Array, Array, Array]:
-        """Fitness (less is better), loss and accuracy of each genome, means over the tasks, `[population]` each."""
+        """Fitness (lower is better), loss and accuracy of each genome, averaged over tasks.
+
+        Each result has shape `[population]`.
+        """
         losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
         loss, accuracy = tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)
         fitness = loss if self.fitness == "loss" else -accuracy
@@ -62,11 +66,14 @@ class Evolution(InnerLoop):
 
 
 def to_vector(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """All numbers of a single set of outer parameters as one float64 vector, arrays in the order of their names."""
+    """Flattens one set of outer parameters to a float64 vector, in the order of their names."""
     return np.concatenate([np.asarray(arrays[name], np.float64).ravel() for name in sorted(arrays)])
 
 
 def from_vectors(shapes: Mapping[str, tuple[int, ...]], vectors: Array) -> Outer:
-    """The outer parameters `[population, ...]` of vectors `[population, size]`; `shapes` are those of a single set."""
+    """Splits vectors `[population, size]` into outer parameters `[population, ...]`.
+
+    `shapes` are the shapes of a single set.
+    """
     parts = tf.split(tf.cast(vectors, tf.float32), [math.prod(shapes[name]) for name in sorted(shapes)], axis=1)
     return {name: tf.reshape(part, (-1, *shapes[name])) for name, part in zip(sorted(shapes), parts, strict=True)}

@@ -1,19 +1,22 @@
-"""Trains outer parameters, such as a genome, on tasks: the outer loop as a Keras model.
+"""`MetaTrainer`: the outer loop of meta-learning as a Keras model.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and 4.2, Table C.1: Adam on the
-gradient through the unroll, clipped; several genomes at once, the best copied to all when the unroll grows.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and
+4.2, Table C.1: Adam on the clipped gradient through the unroll; several genomes at once, and the
+best one is copied to all when the unroll grows.
 
-Why a Keras model: progress bar, callbacks, logging and checkpoints are Keras's own (`loop.py`). Outer parameters, the
-optimizer's state and the counters of the task streams are its variables, and every random number follows from the seed and
-those counters.
+As a Keras model, the trainer gets Keras's progress bar, callbacks, logging and checkpoints
+(`training/loop.py`). The outer parameters, the optimizer state and the counters of the task streams
+are its variables. All random numbers follow from the seed and these counters.
 
-Shapes differ between tasks and networks while compiled code has one shape: each combination is a *family* with a compiled
-step and a task stream of its own, and which family a step takes follows from the seed and the step's number. An estimator
-that carries learners from piece to piece of an episode has them in variables too, for each family its own.
+Tasks and networks differ in shape, but compiled code has fixed shapes. Each combination of a task
+distribution and a learner is a *family* with its own compiled step and task stream. The seed and
+the step number determine the family of a step. Estimators with truncation windows keep the carried
+learners in variables, separately for each family.
 
-Several devices (`tf.distribute`): tasks, or the candidates of evolution, are dealt out to the replicas. Each learns with its
-share alone; what was measured is added up once a step, after the inner loop, and every replica then updates its own copy of
-the variables with the same numbers. What a step does depends on the number of replicas by rounding only.
+Under `tf.distribute`, tasks (or the candidates of evolution) are split over replicas. Each replica
+runs the inner loop on its shard. Statistics are reduced once per step, after the inner loop, and
+every replica updates its own copy of the variables with the same numbers. The number of replicas
+affects a step only by rounding.
 """
 
 from __future__ import annotations
@@ -50,27 +53,31 @@ _WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Mu
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class MetaTrainer(OuterLoop):
-    """Meta-trains the outer parameters of a learner on tasks; made in the scope of a `tf.distribute` strategy, under it.
+    """Meta-trains the outer parameters of a learner on tasks.
+
+    To use a `tf.distribute` strategy, create the trainer in its scope.
 
     Args:
-        tasks: a `Tasks`, or several, of any shapes and one kind, or a `tasks.mixture` with weights.
-        learner: a `learners.MetaLearner`, or several that share outer parameters, as `learners.Blur` of one rule do; each
-            step takes one of the tasks and one of the learners.
-        estimator: how the outer gradient is found, `Unroll`, `TruncatedUnroll`, `ES`, `PES`; or `Evolution`, CMA-ES in the
-            place of gradient and optimizer.
-        members: number of sets of outer parameters that are trained side by side, from different starts, on the same tasks.
-            Evolution has its population instead.
-        meta_batch_size: episodes whose gradients are averaged in one step; under a strategy a multiple of its replicas, but
-            for evolution, whose candidates are dealt out instead.
+        tasks: one or more `Tasks` of any shapes and one kind, or a weighted `tasks.mixture`.
+        learner: a `learners.MetaLearner`, or several with the same outer parameters, such as
+            `learners.Blur` of one rule. Each step uses one of the tasks and one of the learners.
+        estimator: estimator of the outer gradient (`Unroll`, `TruncatedUnroll`, `ES`, `PES`, ...),
+            or `Evolution`, which replaces gradient and optimizer by CMA-ES.
+        members: number of independent sets of outer parameters, trained side by side on the same
+            tasks. Must be 1 under `Evolution`, which has its own population.
+        meta_batch_size: episodes per meta-step, over which gradients are averaged. Under a strategy
+            it must be a multiple of the number of replicas, except for `Evolution`, which splits
+            candidates instead.
         batch_size: examples of a support batch.
         query_size: examples of the query.
-        clipnorm: largest norm of a member's gradient; `None` does not clip.
-        start: where to start: what `learned` of such a trainer gives (of `Blur` a genome, single or a population of
-            `members`), or its file; `None` draws at random. Evolution starts around it.
-        seed: of everything.
+        clipnorm: maximum gradient norm of each member; `None` disables clipping.
+        start: initial outer parameters: the `learned` of such a trainer or its file (for `Blur`, a
+            genome, single or a population of `members`). `None` draws them at random. Evolution
+            starts around it.
+        seed: random seed.
 
     Raises:
-        ValueError: if arguments do not fit together.
+        ValueError: if an argument is invalid or arguments do not match.
 
     Example:
 
@@ -178,7 +185,7 @@ class MetaTrainer(OuterLoop):
         self._compiled_steps: dict[tuple[int, int], Any] = {}
 
     def _begin(self, start: Any, members: int, seed: int) -> dict[str, np.ndarray]:
-        """The outer parameters `[members, ...]` at the start, which must be those of every family."""
+        """The initial outer parameters `[members, ...]`, checked against every family."""
         drawn = [learner.draw(seed, members, tasks.features, tasks.outputs) for tasks, learner in self.families]
         if any({name: own.shape for name, own in one.items()} != {n: o.shape for n, o in drawn[0].items()} for one in drawn):
             raise ValueError(
@@ -198,7 +205,7 @@ class MetaTrainer(OuterLoop):
         return {name: np.broadcast_to(own, drawn[0][name].shape) for name, own in given.items()}
 
     def _room_to_carry(self, number: int) -> Any:
-        """Variables for what a family's estimates carry on: a nest, empty for most estimators."""
+        """Variables for the carried state of a family: a nest, empty for most estimators."""
         if isinstance(self.estimator, Evolution) or self.estimator.windows == 1:
             return NOTHING
         of, learner = self.families[number]
@@ -226,18 +233,19 @@ class MetaTrainer(OuterLoop):
         """Configures meta-training.
 
         Args:
-            optimizer: a Keras optimizer of the outer parameters; Adam at 5e-4 by default, as in the paper's Table C.1.
-                Evolution has none.
-            start_optimizer: another one for initial weights (outer parameters named `start_...`), whose gradient is then
-                clipped apart; `None` for the same. Reptile's own is SGD, whose rate is how far the start moves.
-            run_eagerly: whether a meta-step runs without `tf.function` and XLA, for debugging.
-            steps_per_execution: meta-steps between calls of the batch callbacks.
-            jit_compile: whether XLA compiles a meta-step. It starts later and takes more memory; small networks and
-                orthogonalised terms are several times as fast with it, wide ones on a CPU are not. A TPU's strategy compiles
-                everything, whatever is said here.
+            optimizer: Keras optimizer of the outer parameters; Adam with 5e-4 by default, as in
+                Table C.1 of the paper. Must be `None` under `Evolution`.
+            start_optimizer: separate optimizer of the initial weights (outer parameters named
+                `start_...`), whose gradient is then clipped separately. `None` uses `optimizer`.
+                For Reptile, use SGD; its learning rate is the interpolation factor.
+            run_eagerly: whether to run meta-steps without `tf.function` and XLA, for debugging.
+            steps_per_execution: meta-steps between calls of batch callbacks.
+            jit_compile: whether to compile meta-steps with XLA. Compilation takes time and memory.
+                Small networks and orthogonalised terms run several times as fast; wide networks on
+                a CPU do not. Under a TPU strategy everything is compiled regardless.
 
         Raises:
-            ValueError: if an optimizer clips, or mixes the members.
+            ValueError: if an optimizer clips gradients or mixes members.
         """
         arguments.count("steps_per_execution", steps_per_execution)
         self.jit_step = bool(jit_compile) and not run_eagerly and not self.runner.compiles
@@ -266,11 +274,14 @@ class MetaTrainer(OuterLoop):
 
     @property
     def learner(self) -> MetaLearner:
-        """The learner, the first if there are several: they share what is learned."""
+        """The learner, or the first of several. All have the same outer parameters."""
         return self.families[0][1]
 
     def parameters(self, member: int | None = None) -> dict[str, np.ndarray]:
-        """The outer parameters of a member, the best by default; of evolution, the mean of its distribution."""
+        """Outer parameters of a member, by default the best.
+
+        Under `Evolution`, the mean of the search distribution.
+        """
         if self.evolution:
             centre = from_vectors(self.shapes, self.evolution["mean"].numpy()[None])
             return {name: np.array(value)[0] for name, value in centre.items()}
@@ -278,47 +289,55 @@ class MetaTrainer(OuterLoop):
 
     @property
     def learned(self) -> Any:
-        """The best member as its learner keeps it: of `Blur` a `Genome`, of others a Keras model; it has `save(path)`."""
+        """The result of the best member, with a `save(path)`: a `Genome` for `Blur`, else a Keras
+        model.
+        """
         return self.learner.learned(self.parameters())
 
     @property
     def genome(self) -> Genome:
-        """`learned` of a `Blur` learner."""
+        """The learned genome of a `Blur` learner."""
         self._of_genomes()
         return self.learned
 
     @property
     def population(self) -> Genome:
-        """All members of a `Blur` learner, on a population axis; of evolution, the one genome at the centre."""
+        """The genomes of all members of a `Blur` learner on a population axis.
+
+        Under `Evolution`, the single genome at the mean of the search distribution.
+        """
         rule = self._of_genomes().rule
         if self.evolution:
             return self.genome
         return Genome.from_members(rule, {name: variable.numpy() for name, variable in self.outer.items()})
 
     def _of_genomes(self) -> Blur:
-        """The learner, if what it learns by is a genome."""
+        """The learner, if it is a `Blur`."""
         if not isinstance(self.learner, Blur):
             raise ValueError(f"{type(self.learner).__name__} has no genome; what was learned is `learned`.")
         return self.learner
 
     @property
     def sound(self) -> bool:
-        """Whether a member had a finite loss and gradient in the last step; under evolution, a candidate a finite score."""
+        """Whether any member had a finite loss and gradient in the last step.
+
+        Under `Evolution`, whether any candidate had a finite score.
+        """
         return bool(np.isfinite(self.member_score.numpy()).any())
 
     @property
     def best(self) -> int:
-        """The member with the highest running query accuracy in meta-training.
+        """Index of the member with the highest running query accuracy.
 
-        A member whose last step was not finite comes after all others. If no member is sound, it is the one with the
-        highest running accuracy before that, and the first if none ever was sound.
+        A member whose last step was not finite ranks after all others. If no member is sound, it is
+        the one with the highest running accuracy before that, or 0 if none was ever sound.
         """
         return int(np.argmax((self.member_score if self.sound else self.member_mean).numpy()))
 
     def synchronize(self) -> None:
-        """Copies the best member, with its optimizer state, over all others.
+        """Copies the best member, with its optimizer state, to all others.
 
-        Evolution has no members, and where no member is sound there is nothing to copy: then it does nothing.
+        Does nothing under `Evolution`, or if no member is sound.
         """
         if self.evolution or not self.sound:
             return
@@ -336,28 +355,31 @@ class MetaTrainer(OuterLoop):
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
     ) -> keras.callbacks.History:
-        """Meta-trains, with the progress bar and the callbacks of Keras; here the tasks are the data.
+        """Meta-trains with the progress bar and the callbacks of Keras.
 
-        Logs are means over the epoch: loss, query accuracy (of values, R squared), gradient norm before clipping, share of
-        members skipped; of evolution, loss and accuracy of the population, its best genome's accuracy, and sigma. Steps
-        that a member skips are left out of its means; if all are, the mean is NaN.
+        Logs are means over the epoch: loss, query accuracy (R squared for values), gradient norm
+        before clipping, and the fraction of skipped members. Under `Evolution`: loss and accuracy
+        of the population, accuracy of its best genome, and sigma. Steps skipped by a member are
+        left out of its means. If all are skipped, the mean is NaN.
 
         Args:
-            epochs: number of epochs, those before an interruption included.
-            steps_per_epoch: meta-steps of each.
-            initial_epoch: number of the first epoch, where no checkpoint says another.
-            checkpoint: a `.weights.h5` file, on a disk or in a bucket (`gs://...`), that is written after each epoch. If it
-                exists, meta-training resumes from it and ends with the result of an unbroken run. It carries the settings
-                of its run. Other settings are an error; another learning rate, number or schedule, is used from there on,
-                with a warning. The learning rate that a callback set before the interruption goes on; all other states of
-                callbacks start anew. SIGTERM writes the checkpoint after the present step and ends the process with exit
-                status 143; under several workers, which do not get it at the same step, it ends the process at once.
+            epochs: number of epochs, including those before an interruption.
+            steps_per_epoch: meta-steps per epoch.
+            initial_epoch: index of the first epoch, unless a checkpoint says otherwise.
+            checkpoint: a `.weights.h5` file, local or in a bucket (`gs://...`), written after each
+                epoch. If it exists, training resumes from it and gives the same result as an
+                uninterrupted run. The file holds the settings of its run. Other settings raise an
+                error. Another learning rate, constant or schedule, is accepted with a warning. A
+                learning rate set by a callback is restored; all other callback state starts anew.
+                On SIGTERM the checkpoint is written after the current step and the process exits
+                with status 143. Under several workers, which do not receive SIGTERM at the same
+                step, the process exits at once.
             callbacks: Keras callbacks.
-            verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for a line an epoch.
+            verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for one line per epoch.
 
         Raises:
-            ValueError: if the checkpoint is damaged or was made with other settings, which are named.
-            OSError: if the checkpoint cannot be written; later, if the disk is full.
+            ValueError: if the checkpoint is damaged or has other settings, which are named.
+            OSError: if the checkpoint cannot be written, for example because the disk is full.
         """
         return self.run_epochs(epochs, steps_per_epoch, checkpoint, callbacks, verbose, initial_epoch)
 
@@ -385,14 +407,16 @@ class MetaTrainer(OuterLoop):
     # One step.
 
     def family_of(self, step: int) -> int:
-        """Which family the step of this number takes."""
+        """Index of the family used in a step."""
         rng = np.random.default_rng([self.seed, step])
         if self.weights_of_families is None:
             return int(rng.integers(len(self.families)))
         return int(rng.choice(len(self.families), p=self.weights_of_families))
 
     def meta_train_step(self) -> dict[str, float]:
-        """One meta-step: episodes, gradient, clipping, update; returns the running metrics."""
+        """Runs one meta-step (episodes, gradient, clipping, update); returns the running
+        metrics.
+        """
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
         window = int(self.drawn.numpy()[family]) % self.estimator.windows
@@ -401,7 +425,7 @@ class MetaTrainer(OuterLoop):
         return {name: float(value) for name, value in logs.items()}
 
     def _episodes(self, family: int, window: int) -> Any:
-        """The episodes of a step, dealt out to the replicas."""
+        """The episodes of a step, split over the replicas."""
         if family not in self._streams:
             self._streams[family] = [self.runner.deal(lambda index, count: self._shard(family, index, count)), None]
         if window == 0 or self._streams[family][1] is None:
@@ -409,7 +433,10 @@ class MetaTrainer(OuterLoop):
         return self._streams[family][1]
 
     def _shard(self, family: int, index: int, count: int) -> tf.data.Dataset:
-        """The episodes of one replica: its share of each step's tasks, or all of them where candidates are dealt out."""
+        """The episodes of one replica.
+
+        These are its shard of each step's tasks, or all tasks if candidates are split instead.
+        """
         if self.evolution:
             index, count = 0, 1
         done = int(self.drawn.numpy()[family]) // self.estimator.windows * self.meta_batch_size
@@ -420,10 +447,10 @@ class MetaTrainer(OuterLoop):
         return stream.batch(self.meta_batch_size // count, drop_remainder=True)
 
     def unroll_for(self, steps: int) -> None:
-        """Changes the number of unrolled steps, for a curriculum.
+        """Changes the number of unrolled steps. Used by curricula.
 
         Raises:
-            ValueError: if the estimator cuts episodes into pieces.
+            ValueError: if the estimator uses truncation windows.
         """
         if self.estimator.windows > 1:
             raise ValueError(
@@ -455,10 +482,10 @@ class MetaTrainer(OuterLoop):
         return self._compiled_steps[key]
 
     def _follow(self, accuracy: Array, sound: Array) -> None:
-        """The running accuracy of each member: a plain mean at first, then one that forgets.
+        """Updates the running accuracy of each member: a plain mean at first, exponential later.
 
-        A step that is not sound counts as 0, but never raises a score: R squared has no least value. Until its next sound
-        step the member's score is minus infinity.
+        An unsound step counts as 0 but never raises a score, since R squared has no lower bound.
+        The score of the member is minus infinity until its next sound step.
         """
         rate = tf.maximum(0.01, 1.0 / (tf.cast(self.meta_step.value, tf.float32) + 1.0))
         before = tf.convert_to_tensor(self.member_mean.value)
@@ -471,7 +498,7 @@ class MetaTrainer(OuterLoop):
         self.member_score.assign(tf.where(sound, mean_of_all, -np.inf))
 
     def _descent(self, family: int, estimator: Estimator) -> Callable[..., Any]:
-        """A replica's program for a family: a step of each member against its gradient, clipped on its own."""
+        """The replica program of a family: a gradient step of each member, clipped separately."""
         learner, clipnorm = self.families[family][1], self.clipnorm
         rooms = self._carried[family]
 
@@ -513,7 +540,7 @@ class MetaTrainer(OuterLoop):
         return descent
 
     def _groups(self) -> list[tuple[keras.optimizers.Optimizer, list[str]]]:
-        """The optimizers, and the names of the outer parameters that each changes."""
+        """The optimizers with the names of the outer parameters they update."""
         if self.start_optimizer is None:
             return [(self.optimizer, list(self.outer))]
         starts = [name for name in self.outer if name.startswith("start_")]
@@ -523,15 +550,16 @@ class MetaTrainer(OuterLoop):
         return [(one, names) for one, names in ((self.optimizer, others), (self.start_optimizer, starts)) if names]
 
     def _slots(self) -> list[keras.Variable]:
-        """The optimizers' variables that have a value for each member."""
+        """The optimizer variables that have a value for each member."""
         shapes = {tuple(value.shape) for value in self.outer.values()}
         return [v for optimizer, _ in self._groups() for v in optimizer.variables if tuple(v.shape) in shapes]
 
     def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
-        """Updates each sound member; the others keep their numbers and their optimizer state.
+        """Updates the sound members. The others keep their parameters and optimizer state.
 
-        A step without a sound member does not count: the optimizers' counters stay too. Every replica has the whole
-        gradient already, and Keras's optimizers add up over replicas: so each gives its share.
+        A step without a sound member does not count, not even in the optimizers' counters. Every
+        replica already has the full gradient, but Keras optimizers sum over replicas. Each replica
+        therefore contributes the gradient divided by the number of replicas.
         """
         own = {id(variable) for variable in [*self.outer.values(), *self._slots()]}
         touched = [*self.outer.values(), *(v for optimizer, _ in self._groups() for v in optimizer.variables)]
@@ -544,7 +572,7 @@ class MetaTrainer(OuterLoop):
             variable.assign(tf.where(changed, variable.value, old))
 
     def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
-        """A replica's program for a family: candidates, their scores, the new distribution."""
+        """The replica program of a family under `Evolution`: ask, score, tell."""
         learner, shapes = self.families[family][1], self.shapes
 
         def score(candidates: Array, episodes: Mapping[str, Array], seed: Array) -> Any:
@@ -582,11 +610,13 @@ class MetaTrainer(OuterLoop):
 
 
 def _counted(value: Array, sound: Array) -> tuple[Array, Array]:
-    """Values and their weights in a running mean: 0 where they are not sound, or stand for nothing."""
+    """Values and their weights in a running mean; the weight of unsound or non-finite values is
+    0.
+    """
     counts = sound & tf.math.is_finite(value)
     return tf.where(counts, value, 0.0), tf.cast(counts, value.dtype)
 
 
 def of_members(value: Array, like: Array) -> Array:
-    """A number for each member, shaped to go with arrays `[members, ...]`."""
+    """Reshapes one number per member to broadcast with arrays `[members, ...]`."""
     return tf.reshape(value, (-1,) + (1,) * (like.shape.rank - 1))

@@ -23,7 +23,7 @@ from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estima
 
 @dataclasses.dataclass(frozen=True)
 class Unroll(Estimator):
-    """The exact outer gradient through a full unroll; arguments as `Estimator`.
+    """The exact outer gradient through the full inner loop. Arguments as in `Estimator`.
 
     Example:
 
@@ -51,10 +51,12 @@ class Unroll(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedUnroll(Truncated, Unroll):
-    """The gradient through pieces of a long unroll, the learner carried from piece to piece.
+    """The outer gradient through truncation windows of a long unroll.
+
+    The learner is carried from window to window.
 
     Args:
-        steps: learning steps of a piece; each ends with the query.
+        steps: learning steps of a truncation window. Each window ends with the query.
         trajectory_loss_weight, loss, kind, recompute: as in `Estimator`.
         episode_steps: learning steps of an episode, a multiple of `steps`.
 

@@ -1,18 +1,21 @@
-"""The gradient of warps, and of a start, at the places that inner descent passes, without going through it.
+"""WarpGrad: gradients of warps and initial weights at the points visited by inner descent.
 
-Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020). Equation 11: at each theta that
-adaptation visits, taken as a constant, the loss on other examples after one step from there, L_meta(theta - alpha grad
-L_task(theta; phi); phi), by phi. Equation 12, first order: the bracket is a constant too. Since nothing is differentiated
-from step to step, memory does not grow with their number, and there is no horizon that biases. Algorithm 1 adds up over the
-run (`WarpGrad`); algorithm 2 keeps what was visited in a buffer and takes an outer step for each part of it, in random
-order (`OfflineWarpGrad`).
+Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020). Equation 11
+takes each visited theta as a constant. It differentiates, with respect to phi, the loss on other
+examples after one more step, L_meta(theta - alpha grad L_task(theta; phi); phi). Equation 12 is the
+first-order version, in which the step itself is a constant too. No gradient crosses a step, so
+memory does not grow with the number of steps and there is no truncation bias. Algorithm 1 sums over
+the run (`WarpGrad`). Algorithm 2 stores the visited points in a buffer and takes outer steps on
+random parts of it (`OfflineWarpGrad`).
 
-The start is learned beside, or not: "On First-Order Meta-Learning Algorithms" (Nichol, Achiam and Schulman, 2018), Reptile,
-to where adaptation leads; "Transferring Knowledge across Learning Processes" (Flennerhag et al., ICLR 2019), Leap, along
-the path and in the simplified form of WarpGrad's published code, in which each step counts by its direction alone; or MAML,
-which does go through all steps.
+Initial weights can be learned at the same time: by Reptile ("On First-Order Meta-Learning
+Algorithms", Nichol, Achiam and Schulman, 2018), which moves them towards the adapted weights; by
+Leap ("Transferring Knowledge across Learning Processes", Flennerhag et al., ICLR 2019), in the
+simplified form of WarpGrad's published code, where each step of the path counts by its direction
+only; or by MAML, which differentiates through all steps.
 
-Both estimators ask a learner for no more than its step: any rule whose numbers are outer parameters has such a gradient.
+Both estimators only need the learner's step. They apply to any rule whose numbers are outer
+parameters.
 """
 
 from __future__ import annotations
@@ -33,26 +36,28 @@ _SHUFFLE = 2  # folded into a seed for the order of a buffer
 
 
 class TrajectoryBuffer(NamedTuple):
-    """What inner descent visited, theta_0 to theta_{K-1}, with the state of its optimizer; detached.
+    """The visited points theta_0 to theta_{K-1} with their optimizer states, detached.
 
     Attributes:
-        states: a learner's state, `[members, tasks, K, ...]`, and `[K]` of what all share.
+        states: learner states `[members, tasks, K, ...]`; leaves common to all networks have shape
+            `[K]`.
     """
 
     states: Any
 
     def take(self, place: Array) -> Any:
-        """The states at a place of the trajectories, a scalar integer."""
+        """The states at one position of the trajectories, a scalar integer."""
         return tf.nest.map_structure(lambda leaf: tf.gather(leaf, place, axis=0 if leaf.shape.rank == 1 else 2), self.states)
 
 
 @dataclasses.dataclass(frozen=True)
 class WarpGrad(Estimator):
-    """The trajectory-agnostic gradient, online: each step of the inner loop adds its own.
+    """The trajectory-agnostic gradient, online: each step of the inner loop adds one term.
 
     Args:
-        steps, loss, kind: as in `Estimator`. `trajectory_loss_weight` and `recompute` are not used.
-        order: `"exact"`, equation 11, or `"first"`, equation 12.
+        steps, loss, kind: as in `Estimator`. `trajectory_loss_weight` and `recompute` are not
+            supported.
+        order: `"exact"` (equation 11) or `"first"` (equation 12).
         start: how initial weights are learned: `"none"`, `"reptile"`, `"leap"` or `"maml"`.
 
     Raises:
@@ -104,27 +109,30 @@ class WarpGrad(Estimator):
         return measured, ()
 
     def _checked(self, learner: Learner, outer: Outer) -> MetaLearner:
-        """The learner, if it can have its start learned where that is asked for."""
+        """Checks that the learner has a learned start if `start` asks for one."""
         if not isinstance(learner, MetaLearner) or (self.start != "none" and not any(n.startswith("start_") for n in outer)):
             raise ValueError(f"`start` must be 'none' for a learner whose start is not learned. Received: {self.start!r}")
         return learner
 
     def rate_of(self, name: str) -> float:
-        """By what a term is divided: of warps, for the mean over what was visited; a path has its whole length."""
+        """The divisor of a term: the number of steps for warps, 1 for the start.
+
+        Warps average over the visited points. The start sums over the path.
+        """
         return 1.0 if name.startswith("start_") else float(self.steps)
 
     def at(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, state: Any, task: Array, other: Array
     ) -> tuple[Outer, Array, Array, Any]:
-        """One term of equation 11 or 12.
+        """Computes one term of equation 11 or 12.
 
         Args:
-            learner, outer, episodes: as of a call.
-            state: theta, a constant.
-            task, other: numbers of the batch that is learned from, and of the one that judges.
+            learner, outer, episodes: as in `__call__`.
+            state: theta, taken as a constant.
+            task, other: indices of the batch to learn from and of the batch to score.
 
         Returns:
-            The gradient, the loss and the quality, `[members, ...]`, and the state after the step.
+            Gradient, loss and quality, `[members, ...]`, and the state after the step.
         """
         x, y = (tf.gather(episodes[name], task, axis=1)[None] for name in ("x", "y"))
         other_x, other_y = (tf.gather(episodes[name], other, axis=1)[None] for name in ("x", "y"))
@@ -149,7 +157,7 @@ class WarpGrad(Estimator):
     def _of_run(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, begin: Any, end: Any
     ) -> Outer:
-        """The gradient of the start where it is of the whole run, from its first state to its last."""
+        """The gradient of the start, for methods that use the whole run (Reptile and MAML)."""
         if self.start == "reptile":
             return _mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(end)))
         if self.start != "maml":
@@ -165,14 +173,15 @@ class WarpGrad(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class OfflineWarpGrad(WarpGrad):
-    """The trajectory-agnostic gradient, offline: descent fills a buffer, and outer steps go through it in random order.
+    """The trajectory-agnostic gradient, offline: outer steps read a buffer in random order.
 
-    A step of meta-training is one outer step. The first on some episodes runs the inner loop, and has the gradient of the
-    start; each takes `thetas` of what was visited on each task, until all are used.
+    Each meta-step is one outer step. The first one on some episodes runs the inner loop, fills the
+    buffer and includes the gradient of the start. Every outer step uses `thetas` visited points of
+    each task until all are used.
 
     Args:
         steps, loss, kind, order, start: as in `WarpGrad`.
-        thetas: places of a trajectory that an outer step takes from each task; a divisor of `steps`.
+        thetas: visited points of each task per outer step; a divisor of `steps`.
 
     Example:
 
@@ -233,14 +242,16 @@ class OfflineWarpGrad(WarpGrad):
         return measured, (root, window + 1)
 
     def _turn(self, seed: Array, carried: Carried, first: Any) -> tuple[Array, Array]:
-        """The seed of the order, which is that of the first step on these episodes, and the step's number among theirs."""
+        """The seed of the order, taken from the first step on these episodes, and the index of this
+        step.
+        """
         root, window = carried.directions
         return tf.where(first, seed, root), tf.where(first, tf.zeros_like(window), window)
 
     def collect(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, nothing: Outer
     ) -> tuple[TrajectoryBuffer, Outer]:
-        """What inner descent visits, and the gradient of the start."""
+        """Runs inner descent. Returns the visited points and the gradient of the start."""
         state = begin = start(learner, outer, episodes, seed, shard)
         leaves = tf.nest.flatten(state)
         rooms = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
@@ -268,12 +279,12 @@ class OfflineWarpGrad(WarpGrad):
 
 
 def _differences(before: Outer, after: Outer) -> Outer:
-    """From the weights after to those before, `[members, tasks, ...]`: where a descent leads, as a gradient."""
+    """Weights before minus weights after, `[members, tasks, ...]`: descent as a gradient."""
     return {name: before[name] - after[name] for name in before}
 
 
 def _directions(before: Outer, after: Outer) -> Outer:
-    """The same, of length one over all weights of a network; nothing where nothing moved."""
+    """Differences normalised to length one over all weights of a network; zero without movement."""
     moved = _differences(before, after)
     squares = [tf.reduce_sum(tf.square(one), axis=list(range(2, one.shape.rank))) for one in moved.values()]
     scale = tf.math.divide_no_nan(1.0, tf.sqrt(tf.add_n(squares)))

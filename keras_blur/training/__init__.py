@@ -1,1 +1,1 @@
-"""What both trainers share: the outer loop with the duties of Keras's `fit`, checkpoints, the settings of a run."""
+"""Shared parts of both trainers: the outer training loop, checkpoints and run settings."""

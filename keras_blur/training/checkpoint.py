@@ -1,4 +1,4 @@
-"""The callback that saves a trainer's run."""
+"""The callback that checkpoints a training run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from keras_blur.training import settings
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes everything that a resumed run needs after each epoch: `fit` of a trainer adds it.
+    """Writes a checkpoint after each epoch, with everything needed to resume. `fit` adds it.
 
     Args:
         path: a `.weights.h5` file.
-        made_with: the settings of the run, which the file carries.
+        made_with: the settings of the run, stored in the file.
     """
 
     def __init__(self, path: str, made_with: Mapping[str, Any]):
@@ -28,7 +28,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.write()
 
     def write(self) -> None:
-        """Writes it now."""
+        """Writes the checkpoint now."""
         if self.model.runner.writes_files:
             memory = files.Memory(os.path.basename(self.path))
             self.model.save_weights(memory)
