@@ -1,4 +1,4 @@
-"""Outer parameters that are learned inside one training run."""
+"""Bilevel optimisation: learning outer parameters within a single training run."""
 
 from keras_blur.bilevel.evograd import EvoGrad
 from keras_blur.bilevel.famus import GradientSampler, LayerwiseMetaGradient

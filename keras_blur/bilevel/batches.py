@@ -1,7 +1,8 @@
-"""Where the batches of one training run come from: arrays or a dataset, from any place on, to each replica its part.
+"""Batches of a training run, from arrays or datasets, resumable at any position and sharded.
 
-Why not Keras's own: a run that was killed goes on in the middle of a pass, on the batches that the unbroken one would have
-had, so an order must follow from a seed and the number of the pass alone.
+Keras's own data adapters cannot be used. A killed run resumes in the middle of an epoch with the
+batches of the uninterrupted run, so the order must follow from a seed and the number of the pass
+alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Array = Any
 
 
 class Arrays:
-    """Batches of arrays, each pass in an order that follows from a seed and its number."""
+    """Batches of arrays. The order of each pass follows from a seed and the pass number."""
 
     def __init__(self, arrays: tuple[np.ndarray, ...], batch: int):
         self.arrays, self.batch = arrays, batch
@@ -29,12 +30,12 @@ class Arrays:
         self.spec = tuple(tf.TensorSpec((batch, *array.shape[1:]), array.dtype) for array in arrays)
 
     def settings(self) -> dict[str, Any]:
-        """What a run depends on."""
+        """The settings that identify the data."""
         x, y = self.arrays
         return {"x": x, "y": y, "batch_size": self.batch}
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
-        """What is left after some batches, of each the part of a replica."""
+        """The remaining batches after `done` batches; the part of one replica of each."""
         whole, rest = divmod(done, self.steps)
         arrays = tuple(tf.constant(array) for array in self.arrays)
         size, batch = len(self.arrays[0]), self.batch
@@ -59,12 +60,12 @@ class Batches:
         self.steps = max(0, int(dataset.cardinality()))
 
     def settings(self) -> dict[str, Any]:
-        """What a run depends on, as far as a dataset says."""
+        """The settings that identify the dataset, as far as they are known."""
         shapes = [f"{one.dtype.name} {one.shape}" for one in tf.nest.flatten(self.spec)]
         return {"dataset": shapes, "batches": self.steps}
 
     def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
-        """What is left after some batches, of each the part of a replica."""
+        """The remaining batches after `done` batches; the part of one replica of each."""
         del seed
         parts = self.dataset.repeat().skip(done).map(lambda x, y: (x[index::count], y[index::count]))
         return parts.prefetch(2)
@@ -73,18 +74,18 @@ class Batches:
 def source(
     name: str, data: Any, batch: int, replicas: int, expected: Callable[[], Expected], within: str | None = None
 ) -> Arrays | Batches:
-    """The source of batches for data that are checked.
+    """Checks data and returns the source of their batches.
 
     Args:
-        name: the argument that holds the data.
-        data: a `tf.data.Dataset` or a `PyDataset` of batches (x, y), or a pair of arrays.
-        batch: examples of a batch of arrays.
-        replicas: number of replicas, among which batches are divided.
-        expected: gives the data that the model takes.
-        within: `name`, where messages are to say that x and y are of it.
+        name: name of the argument, for messages.
+        data: a `tf.data.Dataset` or `PyDataset` of batches (x, y), or a pair of arrays.
+        batch: batch size for arrays.
+        replicas: number of replicas, which split each batch.
+        expected: returns the data specification of the model.
+        within: `name`, if messages should say that x and y belong to it.
 
     Raises:
-        ValueError: if data are of another kind, too few, or don't pass the checks.
+        ValueError: if the data have another type, are too few, or fail a check.
     """
     if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         dataset = checked(data, None, None, expected, within=within)[0]
@@ -113,7 +114,7 @@ def source(
 
 
 def _from_py_dataset(data: keras.utils.PyDataset) -> tf.data.Dataset:
-    """The batches of a `PyDataset` as a dataset, one pass long."""
+    """Converts one pass of a `PyDataset` to a dataset."""
     count = data.num_batches
     with plain_errors():
         first = data[0]

@@ -1,19 +1,22 @@
-"""EvoGrad: the gradient of hyperparameters by a small population of perturbed weights, with first derivatives only.
+"""EvoGrad: hypergradients from a small population of perturbed weights, with first derivatives
+only.
 
-Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal, Yang, Hospedales, NeurIPS
-2021, arXiv 2106.10575). In the place of a step of SGD stands a step of evolution: candidates around the weights are weighed
-by a softmax of their training losses, and merged. That weighing is a function of the losses, not of their gradients, so the
-way from the meta loss back to the outer parameters needs no second derivative:
+Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal,
+Yang, Hospedales, NeurIPS 2021, arXiv 2106.10575). A step of evolution replaces the SGD step:
+candidates around the weights are averaged with softmax weights of their training losses. These
+weights depend on losses and not on their gradients, so the derivative of the meta loss with respect
+to the outer parameters needs no second derivatives:
 
     theta_k = theta + sigma eps_k,   w = softmax(-[l_1 .. l_K] / tau),  l_k = L_train(theta_k, lambda),
     theta* = sum_k w_k theta_k,      d L_meta(theta*) / d lambda = sum_k < v, sigma eps_k > dw_k / d lambda,
 
 with v = grad L_meta(theta*).
 
-The weights sum to one, so merging candidates is merging perturbations around theta. The right side is computed as it stands:
-one forward and backward pass of the meta loss, K of the training loss. For a small sigma the merged weights move, on
-average, by -sigma^2 (K - 1) / (K tau) times the training gradient: an estimate is a noisy and tiny multiple of the exact
-gradient through one step. So the outer optimizer should be one that does not depend on scale, such as Adam.
+The weights sum to one, so averaging candidates means averaging perturbations of theta. The formula
+is implemented directly: one forward and backward pass of the meta loss and K of the training loss.
+For small sigma, the average moves by -sigma^2 (K - 1) / (K tau) times the training gradient in
+expectation. An estimate is thus a small and noisy multiple of the exact gradient through one step.
+The outer optimizer should not depend on scale; Adam is a good choice.
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ class EvoGrad(HypergradientEstimator):
     """The gradient through a step of evolution.
 
     Args:
-        population: number K of candidates. Of one, the gradient is exactly 0.
-        sigma: size of a perturbation.
-        temperature: of the softmax over their losses, tau.
-        noise: `"rademacher"`, signs, as in the source's networks, or `"normal"`.
-        scope: the layers whose weights are perturbed, by their paths, such as `"block/dense"`, or by names that no other
-            layer has; `None` for all.
+        population: number K of candidates. With one candidate the gradient is exactly 0.
+        sigma: scale of perturbations.
+        temperature: softmax temperature tau.
+        noise: `"rademacher"` (random signs, as used for networks in the source) or `"normal"`.
+        scope: layers whose weights are perturbed, by path (such as `"block/dense"`) or unambiguous
+            name; `None` for all.
 
     Example:
 
@@ -126,15 +129,15 @@ class EvoGrad(HypergradientEstimator):
 
 
 def named(layers: Mapping[str, tuple[str, ...]], chosen: tuple[str, ...], argument: str) -> list[str]:
-    """Names of the weights of some layers, in the order of the model.
+    """Names of the weights of the given layers, in the order of the model.
 
     Args:
-        layers: names of the weights of each layer, by its path.
-        chosen: paths, or names that no other layer has.
-        argument: what `chosen` is called in an error.
+        layers: names of the weights of each layer, by path.
+        chosen: paths or unambiguous names of layers.
+        argument: name of the argument, for errors.
 
     Raises:
-        ValueError: if one of the layers does not exist, or its name is that of several.
+        ValueError: if a name matches no layer or several.
     """
     paths = resolve(chosen, layers, argument)
     return [name for layer, names in layers.items() if layer in paths for name in names]

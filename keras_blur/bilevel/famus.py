@@ -1,21 +1,26 @@
-"""FaMUS: a one-step outer gradient of which only some layers' parts are computed, fixed ones or those that a sampler picks.
+"""FaMUS: one-step hypergradients restricted to some layers, fixed or chosen by a sampler.
 
-Source: "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021). The gradient through a virtual
-step is a sum over the layers of the model (its equation 7); most of the time goes into parts that change it little. The
-virtual step itself is always that of all layers; what is left out is only the way back through it.
+Source: "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021). The
+gradient through a virtual step is a sum over layers (equation 7). Most of its cost comes from terms
+that hardly change it. The virtual step itself always updates all layers; only the backward passes
+through it are restricted.
 
-A fixed cut (`layers`) leaves out the lower layers, and then neither the meta loss nor the virtual step is differentiated
-below it. With a `GradientSampler` a small network for each layer looks at that layer's training gradient and says whether
-the layer takes part (equations 8 and 9). A gate that multiplies a part by zero saves nothing; so each of the two ways back
-has one branch for each lowest layer that a sample can have, of which only the one that is needed is executed. What saves
-time is that the lowest layer which takes part is high. All branches begin at passes that are made once, outside. On several
-replicas there are none, and a closed gate saves nothing: losses add up over replicas, which a branch cannot.
+A fixed cut (`layers`) drops the lower layers. Neither the meta loss nor the virtual step is then
+differentiated below the cut. With a `GradientSampler`, a small network per layer looks at that
+layer's training gradient and decides whether the layer takes part (equations 8 and 9). Multiplying
+a term by zero saves no time. Each of the two backward passes therefore has one branch for every
+possible lowest layer, and only one branch is executed. The time saved depends on how high the
+lowest chosen layer is. All branches start from passes made once outside. On several replicas there
+are no branches and closed gates save nothing, because losses are reduced over replicas, which is
+impossible in a branch.
 
-The sampler is learned too, by three losses (equations 10 to 12): the meta loss; (sum of gates - target)^2; and the squared
-distance between the pooled gradients of training and meta loss at the last layer. A gate that is open multiplies its layer's
-step, one that is closed multiplies, as one minus itself, a step without a gradient: either way the step's value is
-whole, and the derivative by the gate is -alpha <v, g>, or its opposite. The third loss acts on the outer parameters, through
-the training gradient of the last layer; the meta side is held.
+The sampler is trained by three losses (equations 10 to 12): the meta loss; (sum of gates -
+target)^2; and the squared distance between the pooled training and meta gradients of the last
+layer. An open gate multiplies the step of its layer. A closed gate, as one minus itself, multiplies
+a step without a gradient. In both cases the value of the step is unchanged, and the derivative with
+respect to the gate is -alpha <v, g> or its negative. The third loss also acts on the outer
+parameters, through the training gradient of the last layer; the meta gradient is taken as a
+constant.
 """
 
 from __future__ import annotations
@@ -39,15 +44,15 @@ from keras_blur.learners.base import resolve
 
 @dataclasses.dataclass(frozen=True)
 class GradientSampler:
-    """Which layers take part, learned.
+    """A learned choice of the layers that take part.
 
     Args:
-        target: number of open gates that is aimed at.
-        hidden: units of a gate's hidden layer.
-        temperature: of the Gumbel softmax.
-        count_weight: of (sum of gates - target)^2.
-        distance_weight: of the distance of pooled gradients at the last layer.
-        learning_rate, momentum: of the sampler's SGD.
+        target: target number of open gates.
+        hidden: units of the hidden layer of a gate.
+        temperature: temperature of the Gumbel softmax.
+        count_weight: weight of (sum of gates - target)^2.
+        distance_weight: weight of the distance between pooled gradients of the last layer.
+        learning_rate, momentum: parameters of the sampler's SGD.
 
     Example:
 
@@ -74,13 +79,15 @@ class GradientSampler:
 
 @dataclasses.dataclass(frozen=True)
 class LayerwiseMetaGradient(VirtualStep):
-    """The gradient through one virtual step of SGD, of some layers.
+    """The gradient through one virtual SGD step, restricted to some layers.
 
     Args:
-        layers: those that take part, by their paths, such as `"block/dense"`, or by names that no other layer has; or
-            `"last:N"` for the last N with weights; `None` for all. With a sampler, those among which it chooses.
-        sampler: what chooses among them in each step; `None` takes them all. The last layer always takes part.
-        rate: as of `VirtualStep`.
+        layers: layers that take part: a sequence of paths (such as `"block/dense"`) or unambiguous
+            names, `"last:N"` for the last N layers with weights, or `None` for all. With a sampler,
+            the candidates.
+        sampler: chooses among the layers in each step; `None` uses all. The last layer always takes
+            part.
+        rate: as in `VirtualStep`.
 
     Example:
 
@@ -107,7 +114,7 @@ class LayerwiseMetaGradient(VirtualStep):
         return self.sampler is not None
 
     def chosen(self, layers: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the layers that take part, of all with weights."""
+        """The paths of the layers that take part."""
         every = tuple(layers)
         if self.layers is None:
             return every
@@ -199,7 +206,9 @@ class LayerwiseMetaGradient(VirtualStep):
         self, sampler: GradientSampler, chosen: tuple[str, ...], parts: Sequence[tuple[str, ...]], training: Weights,
         seed: Array, own: Mapping[str, Array],
     ) -> Array:  # fmt: skip
-        """Zeros and ones `[layers]`, with the derivative of the soft sample (equations 8 and 9)."""
+        """Gates `[layers]` of 0 or 1, with the derivative of the soft sample (equations 8 and
+        9).
+        """
         gates = []
         for place, (layer, names) in enumerate(zip(chosen[:-1], parts[:-1], strict=True)):
             inputs = tf.stop_gradient(tf.concat([tf.cast(pooled(training[name]), tf.float32) for name in names], 0))
@@ -214,5 +223,5 @@ class LayerwiseMetaGradient(VirtualStep):
 
 
 def pooled(value: Array) -> Array:
-    """The mean over all axes but the last, `[outputs]`."""
+    """The mean over all axes except the last, `[outputs]`."""
     return tf.reduce_mean(tf.reshape(value, (-1, value.shape[-1] if value.shape.rank else 1)), axis=0)

@@ -1,21 +1,22 @@
-"""Gradients of hyperparameters through one step of a model's training: exact, and by differences.
+"""Hypergradients through one training step: exact, and by finite differences.
 
-Source: the one-step virtual update of "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting" (Shu et al.,
-NeurIPS 2019), whose equations "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021) builds on;
-the difference quotient is that of "DARTS: Differentiable Architecture Search" (Liu et al., ICLR 2019), equation 8.
+Sources: the one-step virtual update of "Meta-Weight-Net: Learning an Explicit Mapping For Sample
+Weighting" (Shu et al., NeurIPS 2019), on whose equations "Faster Meta Update Strategy for
+Noise-Robust Deep Learning" (Xu et al., CVPR 2021) builds; the difference quotient of "DARTS:
+Differentiable Architecture Search" (Liu et al., ICLR 2019), equation 8.
 
-A model with weights w learns from a training loss that has outer parameters lambda (weights of examples, the strength of an
-augmentation, any hyperparameter). What is wanted is lambda for which the model does well by another loss, on other data, the
-meta data. One step of SGD stands for all of training:
+A model with weights w minimises a training loss with outer parameters lambda, such as example
+weights, the strength of an augmentation, or another hyperparameter. The goal is a lambda for which
+the model does well on meta data, by another loss. One SGD step stands for the whole training:
 
     w^ = w - alpha grad_w L_train(w, lambda),   d L_meta(w^) / d lambda = -alpha grad_lambda < grad_w L_train(w, lambda), v >
 
-with v = grad L_meta(w^). Only this product with v is needed, never the matrix of mixed derivatives, and neither w^ nor v
-needs a tape that is differentiated again: so the second derivative is one backward pass through one gradient, whatever the
-size of lambda.
+with v = grad L_meta(w^). Only this product with v is needed, never the matrix of mixed derivatives.
+Neither w^ nor v has to be differentiated again. The second derivative is therefore a single
+backward pass through one gradient, whatever the size of lambda.
 
-Every estimator here is a function of arrays. A *virtual* pass is one whose running statistics and random states are thrown
-away; all passes of a step see the same batch and the same masks of dropout.
+Every estimator is a function of arrays. A *virtual* pass discards its updates of running statistics
+and random states. All passes of a step see the same batch and the same dropout masks.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ Weights = Mapping[str, Array]
 
 
 class Bilevel(NamedTuple):
-    """What is to be differentiated, with the batches of a step in it.
+    """The bilevel problem of one step, including its batches.
 
     Attributes:
-        train: from outer parameters and weights to the training loss, a scalar.
-        judge: from weights to the loss on the meta batch, a scalar.
-        layers: paths of the layers with weights, from first to last, and the names of their weights.
-        mean: of a nest, over replicas; each has its own part of the batches.
-        scale: a factor of each loss while it is differentiated, so that float16 does not underflow; `None` for none.
+        train: maps outer parameters and weights to the training loss, a scalar.
+        judge: maps weights to the loss on the meta batch, a scalar.
+        layers: names of the weights of each layer, by path, from first to last.
+        mean: averages a nest over replicas, each of which has its own part of the batches.
+        scale: loss scale during differentiation, against float16 underflow; `None` for none.
     """
 
     train: Callable[[Outer, Weights], Array]
@@ -59,9 +60,9 @@ class Hypergradient(NamedTuple):
     """An estimate of the outer gradient.
 
     Attributes:
-        gradients: by name, as the outer parameters.
-        loss: the meta loss at the weights where it was taken, a scalar.
-        logs: further scalars, by the names in the estimator's `logged`.
+        gradients: gradient of each outer parameter by name.
+        loss: meta loss at the weights where the gradient was taken, a scalar.
+        logs: further scalars, named as in the estimator's `logged`.
     """
 
     gradients: dict[str, Array]
@@ -71,47 +72,47 @@ class Hypergradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientEstimator(abc.ABC):
-    """How the gradient of the outer parameters is found in a step of `BilevelTrainer`."""
+    """Base class of outer-gradient estimators for `BilevelTrainer`."""
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of what `logs` of an estimate has."""
+        """Names of the scalars in `Hypergradient.logs`."""
         return ()
 
     @property
     def branches(self) -> bool:
-        """Whether a step has branches of which one is executed."""
+        """Whether a step has branches of which only one is executed."""
         return False
 
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
-        """Numbers that the estimator itself learns, by name, where it starts; of most, none.
+        """Initial values of the estimator's own trainable parameters by name. Most have none.
 
         Args:
-            layers: paths of the model's layers with weights, and the shapes of these.
+            layers: shapes of the weights of each layer, by path.
 
         Raises:
-            ValueError: if the estimator names a layer that is not there.
+            ValueError: if the estimator names an unknown layer.
         """
         del layers
         return {}
 
     def optimizer(self) -> keras.optimizers.Optimizer | None:
-        """What changes the numbers of `parameters`, if there are any."""
+        """The optimizer of `parameters`, if there are any."""
         return None
 
     @abc.abstractmethod
     def estimate(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, seed: Array, own: Mapping[str, Array]
     ) -> tuple[Hypergradient, dict[str, Array]]:
-        """The outer gradient.
+        """Estimates the outer gradient.
 
         Args:
-            problem: what is differentiated.
+            problem: the bilevel problem.
             outer: outer parameters by name.
             weights: the model's weights by name.
             rate: learning rate of the virtual step, a scalar.
-            seed: of noise.
-            own: the numbers of `parameters`.
+            seed: seed of noise.
+            own: values of `parameters`.
 
         Returns:
             The estimate, and the gradients of `own`.
@@ -120,11 +121,11 @@ class HypergradientEstimator(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class VirtualStep(HypergradientEstimator):
-    """An estimator that looks ahead by one step of SGD which is not taken.
+    """Base class of estimators that look ahead by one virtual SGD step.
 
     Args:
-        rate: its learning rate; `None` takes that of the model's optimizer at the time, so that a schedule of the one is a
-            schedule of the other.
+        rate: learning rate of the step. `None` uses the current one of the model's optimizer,
+            including its schedule.
     """
 
     rate: float | None = dataclasses.field(default=None, kw_only=True)
@@ -136,28 +137,29 @@ class VirtualStep(HypergradientEstimator):
     def ahead(
         self, problem: Bilevel, outer: Outer, weights: Weights, rate: Array, names: Sequence[str] | None = None
     ) -> LookAhead:
-        """The step; `names` as of `LookAhead`."""
+        """Computes the virtual step. `names` as in `LookAhead`."""
         dtype = widest([rate, *weights.values()])
         alpha = tf.cast(rate, dtype) if self.rate is None else tf.constant(self.rate, dtype)
         return LookAhead(problem, outer, weights, alpha, names)
 
 
 class LookAhead:
-    """A virtual step of SGD, the meta loss after it, and the two ways back, each of as many layers as are wanted.
+    """A virtual SGD step, the meta loss after it, and two backward passes restricted to some
+    layers.
 
-    Both losses are computed once, when this is made, and both ways back begin there: also those in a branch of a
-    conditional, where a compiler could not know that it repeats what has been computed outside. What a way back has no use
-    for, a traced function does not keep.
+    Both losses are computed once, at construction, and both backward passes start from there, even
+    inside a branch of a conditional. A compiler could not detect the repeated computation in a
+    branch. A traced function drops whatever a backward pass does not use.
 
     Args:
-        problem, outer, weights: as of `HypergradientEstimator.estimate`.
-        alpha: the learning rate, a scalar.
-        names: the weights by which the meta loss will be differentiated; `None` for all.
+        problem, outer, weights: as in `HypergradientEstimator.estimate`.
+        alpha: learning rate, a scalar.
+        names: weights with respect to which the meta loss will be differentiated; `None` for all.
 
     Attributes:
-        training: the training gradient by all weights, a mean over replicas.
-        weights: those after the step.
-        loss: the meta loss there, of a replica's own batch.
+        training: training gradient with respect to all weights, averaged over replicas.
+        weights: weights after the step.
+        loss: meta loss after the step, on the replica's own batch.
     """
 
     def __init__(self, problem: Bilevel, outer: Outer, weights: Weights, alpha: Array, names: Sequence[str] | None = None):
@@ -175,16 +177,21 @@ class LookAhead:
             self._scaled_loss = scaled(self.loss, problem.scale)
 
     def slope(self, names: Sequence[str]) -> dict[str, Array]:
-        """The gradient of the meta loss by some weights, of a replica's own batch: no further down than the lowest."""
+        """The meta gradient with respect to some weights, on the replica's own batch.
+
+        The backward pass stops at the lowest of these weights.
+        """
         chosen = {name: self.weights[name] for name in names}
         return unscaled(self._below.gradient(self._scaled_loss, chosen, unconnected_gradients="zero"), self._scale)
 
     def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
-        """-alpha grad_lambda < grad_w L_train, v >, of the weights that v, `slope`, has, of a replica's own batch.
+        """-alpha grad_lambda < grad_w L_train, v > over the weights in v, on the replica's own
+        batch.
 
         Args:
             slope: v.
-            beside: arrays by the names of some of these weights: grad_lambda < grad_w L_train, beside > is added.
+            beside: arrays for some of these weights; grad_lambda < grad_w L_train, beside > is
+                added.
         """
         first = {name: self._first[name] for name in slope}
         upstream = {name: -tf.cast(self.alpha, value.dtype) * value for name, value in slope.items()}
@@ -201,7 +208,7 @@ class LookAhead:
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(VirtualStep):
-    """The exact gradient through one virtual step of SGD; arguments as `VirtualStep`.
+    """The exact gradient through one virtual SGD step. Arguments as in `VirtualStep`.
 
     Example:
 
@@ -220,12 +227,15 @@ class OneStep(VirtualStep):
 
 @dataclasses.dataclass(frozen=True)
 class FiniteDifference(VirtualStep):
-    """The gradient through one virtual step of SGD, its mixed derivative by a central difference: no second derivatives.
+    """The gradient through one virtual SGD step, with a central difference as mixed derivative.
+
+    No second derivatives are computed.
 
     Args:
-        rate: as of `VirtualStep`.
-        width: length of the step in weights, from one side to the other, over the square root of their number. The
-            difference has an error of the order of its square; in float32 much smaller ones drown in rounding.
+        rate: as in `VirtualStep`.
+        width: distance between the two points in weight space, divided by the square root of the
+            number of weights. The error is quadratic in the width. In float32, much smaller widths
+            suffer from rounding.
 
     Example:
 
@@ -263,12 +273,12 @@ class FiniteDifference(VirtualStep):
 def gradient(
     function: Callable[[Any], Array], values: Mapping[str, Array], scale: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """A function's value, and its gradient by a dictionary of arrays.
+    """The value of a function and its gradient with respect to a dictionary of arrays.
 
     Args:
-        function: from the arrays to a scalar.
+        function: maps the arrays to a scalar.
         values: the arrays.
-        scale: a factor of the value while it is differentiated, as of `Bilevel`; the gradient is divided by it.
+        scale: loss scale during differentiation, as in `Bilevel`. The gradient is divided by it.
     """
     values = {name: tf.convert_to_tensor(value) for name, value in values.items()}
     with tf.GradientTape() as tape:
@@ -280,16 +290,16 @@ def gradient(
 
 
 def scaled(loss: Array, scale: Array | None) -> Array:
-    """A loss as it is differentiated."""
+    """The loss multiplied by the loss scale."""
     return loss if scale is None else loss * tf.cast(scale, loss.dtype)
 
 
 def unscaled(gradients: Mapping[str, Array], scale: Array | None) -> dict[str, Array]:
-    """Gradients by name, divided by the scale of their loss."""
+    """Gradients divided by the loss scale."""
     dense = {name: tf.convert_to_tensor(g) for name, g in gradients.items()}  # that of a lookup is sparse
     return {name: g if scale is None else g / tf.cast(scale, g.dtype) for name, g in dense.items()}
 
 
 def widest(values: Iterable[Array]) -> tf.DType:
-    """The floating-point type that holds all of some arrays, float32 at least."""
+    """The widest floating-point dtype of some arrays, at least float32."""
     return max((tf.float32, *(value.dtype for value in values)), key=lambda dtype: dtype.size)

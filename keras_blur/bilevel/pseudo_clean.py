@@ -1,9 +1,10 @@
-"""Which labels are probably right, told by the losses of a network that has begun to learn, where no clean data are at hand.
+"""Detects labels that are probably correct from early training losses, without clean data.
 
-Source: "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021), section 3.3, after "DivideMix"
-(Li et al., ICLR 2020). A network learns what labels have in common before it learns their mistakes by heart. So, early, the
-losses of right and wrong labels are two heaps; a mixture of two normal distributions is fitted to them, and an example is
-taken as clean if it belongs to the lower one with more than an even chance. The mixture is scikit-learn's.
+Source: "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021), section
+3.3, after "DivideMix" (Li et al., ICLR 2020). A network learns common patterns before it memorises
+wrong labels. Early in training, the losses of correct and wrong labels therefore form two
+components. A mixture of two normal distributions is fitted, and an example counts as clean if it
+belongs to the lower component with a probability above one half. The mixture is scikit-learn's.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from keras_blur.tasks.datasets import needs
 
 @dataclasses.dataclass(frozen=True)
 class PseudoCleanSplit:
-    """Splits examples by their loss into those that are probably labelled right, and others.
+    """Splits examples by loss into probably correct and other labels.
 
-    Let a model learn for a few epochs as usual, split, and give what is clean as `meta_data` to `BilevelTrainer.fit`. It is
-    not clean data: what the network mistakes for right has the same say.
+    Train a model as usual for a few epochs, split, and pass the clean part as `meta_data` to
+    `BilevelTrainer.fit`. This is not a clean data set: mistakes of the network are included.
 
     Args:
-        threshold: probability of the lower component from which an example counts as clean.
-        seed: of the start of the mixture.
+        threshold: probability of the lower component above which an example counts as clean.
+        seed: random seed of the mixture's initialisation.
 
     Raises:
         ValueError: if the threshold is not between 0 and 1.
@@ -51,17 +52,17 @@ class PseudoCleanSplit:
         arguments.integer("seed", self.seed, 0)
 
     def probabilities(self, losses: np.ndarray) -> np.ndarray:
-        """Of each example, that its label is right.
+        """The probability of each example that its label is correct.
 
         Args:
             losses: `[n]`.
 
         Returns:
-            Probabilities `[n]` of the component of the mixture with the lower mean.
+            Probabilities `[n]` of the mixture component with the lower mean.
 
         Raises:
-            ValueError: if losses are not finite, or all the same.
-            ImportError: if scikit-learn is not installed; it names the install command.
+            ValueError: if losses are not finite or are all equal.
+            ImportError: if scikit-learn is not installed; the message has the install command.
         """
         losses = np.asarray(losses, "float64")
         if losses.ndim != 1 or not np.all(np.isfinite(losses)) or not np.ptp(losses) > 0:
@@ -77,19 +78,20 @@ class PseudoCleanSplit:
         return mixture.predict_proba(scaled)[:, int(np.argmin(mixture.means_))]
 
     def split(self, model: keras.Model, x: np.ndarray, y: np.ndarray, loss: Any, batch_size: int = 512) -> np.ndarray:
-        """Which examples are probably labelled right.
+        """Selects the examples whose labels are probably correct.
 
         Args:
-            model: one that has begun to learn.
-            x, y: inputs `[n, ...]`, and labels as the loss takes them, some of them wrong.
+            model: a model after a few epochs of training.
+            x, y: inputs `[n, ...]`, and labels in the format of the loss, some of them wrong.
             loss: a Keras loss, its name, or a function of labels and predictions.
-            batch_size: examples at a time.
+            batch_size: examples per batch.
 
         Returns:
             Booleans `[n]`.
 
         Raises:
-            ValueError: if data don't fit the model or the loss, a loss is not finite, or all are the same.
+            ValueError: if the data do not fit the model or the loss, a loss is not finite, or all
+                losses are equal.
         """
         loss = as_keras(loss)
         x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))

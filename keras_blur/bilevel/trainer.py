@@ -1,15 +1,18 @@
-"""Learns outer parameters inside one ordinary training run: a model, its training data, and a stream of meta data.
+"""`BilevelTrainer`: learns outer parameters within a training run, on a stream of meta data.
 
-Sources: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021);
-"Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR
-2021). Each step takes a batch of either stream. The outer parameters, such as weights of examples, change so that the model
-would do better on the meta batch after a step by the training loss; then the model takes that step, with its own optimizer.
+Sources: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal
+et al., NeurIPS 2021); "Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strategy
+for Noise-Robust Deep Learning" (Xu et al., CVPR 2021). Each step takes a training batch and a meta
+batch. First the outer parameters, such as example weights, are updated to lower the meta loss after
+a step of training. Then the model takes a training step with its own optimizer.
 
-The model is any Keras model. Its passes are `stateless`: a virtual one cannot touch running statistics or random states, and
-only the step that is really taken writes them. Compiled, a step is one program.
+Any Keras model can be used. All passes are stateless: virtual passes do not touch running
+statistics or random states, and only the real training step writes them. A compiled step is a
+single program.
 
-Several devices: each has its part of both batches, gradients are added up over replicas inside an estimate wherever a mean
-over the batch stands in the equations, and a step does what one device would do, but for layers that look at a whole batch.
+On several devices, each has its part of both batches. Estimators reduce gradients over replicas
+wherever the equations contain a mean over the batch. A step therefore equals that of a single
+device, except for layers that depend on the whole batch.
 """
 
 from __future__ import annotations
@@ -47,20 +50,23 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
     Args:
         model: any built Keras model.
-        meta_model: a `TrainingLoss`, as `SampleWeightNet`, `LearnedRotation` and `Hyperparameters` are; or a list of Keras
-            variables, on which `training_loss` depends.
-        estimator: how the outer gradient is found: `OneStep`, `FiniteDifference`, `EvoGrad`, `LayerwiseMetaGradient`.
-        training_loss: with variables, a function of `(model, x, y, losses)` as `TrainingLoss.training_loss`.
-        first: what changes first in a step, `"meta"`, as in Meta-Weight-Net, or `"model"`, as in EvoGrad's rotation.
-        judge_training: whether the model is in training mode where it is judged on meta data.
-        seed: of the order of data and of noise.
+        meta_model: a `TrainingLoss`, such as `SampleWeightNet`, `LearnedRotation` or
+            `Hyperparameters`, or a list of Keras variables used by `training_loss`.
+        estimator: estimator of the outer gradient: `OneStep`, `FiniteDifference`, `EvoGrad` or
+            `LayerwiseMetaGradient`.
+        training_loss: a function of `(model, x, y, losses)` as in `TrainingLoss.training_loss`, if
+            `meta_model` is a list of variables.
+        first: which update comes first in a step: `"meta"`, as in Meta-Weight-Net, or `"model"`, as
+            in EvoGrad's rotation.
+        judge_training: whether the model is in training mode when evaluated on meta data.
+        seed: random seed of data order and noise.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
 
     Example:
 
-    >>> from keras_blur.meta import EvoGrad, SampleWeightNet
+    >>> from keras_blur.bilevel import EvoGrad, SampleWeightNet
     >>> x, y = np.eye(4, dtype="float32"), np.arange(4)
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
     >>> trainer = BilevelTrainer(model, SampleWeightNet(), EvoGrad())
@@ -149,24 +155,27 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """Configures training.
 
         Args:
-            optimizer: any Keras optimizer, of the model.
-            meta_optimizer: any Keras optimizer, of the outer parameters; Adam at 1e-3 by default.
-            loss: a Keras loss, its name, or a function of labels and predictions: of each example in training, of the
-                batch on meta data. Ranks, masks and reductions are those of Keras's `fit`.
-            metrics: as in Keras, of validation, and of training with the labels that it has, wrong ones included, and the
-                prediction of which a training loss asks the loss first.
-            weighted_metrics: metrics that take the sample weights of validation data.
-            run_eagerly: whether a step runs without `tf.function` and XLA, for debugging.
-            steps_per_execution: steps between calls of the batch callbacks.
-            jit_compile: whether XLA compiles a step; not on several replicas, which have to add up inside it, nor with a
-                sampler, whose branches take TensorFlow minutes to hand over. On a CPU convolutions are many times as fast
-                without.
-            auto_scale_loss: whether both optimizers scale the loss if the model's dtype policy is
-                mixed_float16, as in Keras.
+            optimizer: any Keras optimizer, for the model.
+            meta_optimizer: any Keras optimizer, for the outer parameters; Adam with 1e-3 by
+                default.
+            loss: a Keras loss, its name, or a function of labels and predictions. Used per example
+                in training and per batch on meta data. Ranks, masks and reductions are handled as
+                in Keras's `fit`.
+            metrics: as in Keras. Training metrics use the given, possibly noisy labels and the
+                first prediction that the training loss computes.
+            weighted_metrics: metrics that use the sample weights of validation data.
+            run_eagerly: whether to run steps without `tf.function` and XLA, for debugging.
+            steps_per_execution: steps between calls of batch callbacks.
+            jit_compile: whether to compile steps with XLA. Ignored on several replicas, which
+                reduce inside a step, and with a sampler, whose branches take minutes to compile. On
+                a CPU, convolutions are many times faster without XLA.
+            auto_scale_loss: whether to use loss scaling for both optimizers if the dtype policy of
+                the model is mixed_float16, as in Keras.
 
         Raises:
-            ValueError: if `loss` is missing or no Keras loss, if an optimizer clips on several replicas, stands in two
-                places or was built for other weights, or if the estimator needs a learning rate and the optimizer has none.
+            ValueError: if `loss` is missing or not a Keras loss; if an optimizer clips on several
+                replicas, is used twice or was built for other weights; or if the estimator needs a
+                learning rate and the optimizer has none.
         """
         if loss is None:
             raise ValueError("`loss` must be given. Received: loss=None")
@@ -220,30 +229,34 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = "auto",
     ) -> keras.callbacks.History:
-        """Trains, with the progress bar and the callbacks of Keras.
+        """Trains with the progress bar and the callbacks of Keras.
 
         Args:
-            x: inputs `[n, ...]`, or a `tf.data.Dataset` or `PyDataset` of batches `(x, y)`, which is repeated. A resumed run
-                skips the batches that were seen before; it sees the same ones if the dataset repeats its order.
-            y: labels that go with arrays.
-            meta_data: a pair of arrays, or a dataset, likewise: clean data, on which the model is to do well.
-            batch_size: examples of a batch, where arrays are given.
-            meta_batch_size: the same of meta data; `None` for the same number.
-            epochs: number of epochs, those before an interruption included.
-            steps_per_epoch: steps of an epoch; `None` for one pass over the training data, what is left over left out.
-            meta_every: outer parameters change in every so many-th step.
-            initial_epoch: number of the first epoch, where no checkpoint says another.
-            validation_data: for `evaluate` after an epoch: a tuple of arrays, inputs, labels and, if wanted, sample weights,
-                or a dataset of such batches.
-            validation_batch_size: examples of a validation batch, where arrays are given; `None` for `batch_size`.
-            validation_steps: batches of a validation; `None` for all.
-            validation_freq: epochs from one validation to the next, or the epochs, counted from 1, that have one.
+            x: inputs `[n, ...]`, or a `tf.data.Dataset` or `PyDataset` of batches `(x, y)`, which
+                is repeated. A resumed run skips the batches already seen. They are the same ones if
+                the dataset has a reproducible order.
+            y: labels, if `x` is an array.
+            meta_data: clean data: a pair of arrays or a dataset. The outer parameters are learned
+                on them.
+            batch_size: batch size for arrays.
+            meta_batch_size: batch size of meta data given as arrays; `None` uses `batch_size`.
+            epochs: number of epochs, including those before an interruption.
+            steps_per_epoch: steps per epoch; `None` is one pass over the training data without an
+                incomplete last batch.
+            meta_every: number of steps between updates of the outer parameters.
+            initial_epoch: index of the first epoch, unless a checkpoint says otherwise.
+            validation_data: data for `evaluate` after an epoch: a tuple of inputs, labels and
+                optional sample weights, or a dataset of such batches.
+            validation_batch_size: batch size for validation arrays; `None` uses `batch_size`.
+            validation_steps: number of validation batches; `None` for all.
+            validation_freq: number of epochs between validations, or a list of epochs, counted from
+                1.
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
 
         Raises:
-            ValueError: if data are missing, don't fit the model or the loss, or are fewer than a batch, or if the
-                checkpoint was made with other settings or is damaged.
-            OSError: if the checkpoint cannot be written; later, if the disk is full.
+            ValueError: if data are missing, do not fit the model or the loss, or are fewer than a
+                batch; or if the checkpoint is damaged or has other settings.
+            OSError: if the checkpoint cannot be written, for example because the disk is full.
         """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
@@ -265,7 +278,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             return self.run_epochs(epochs, steps, checkpoint, callbacks, verbose, initial_epoch)
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
-        """Checks both kinds of data, keeps where their batches come from, and makes the metrics of such data."""
+        """Checks training and meta data, opens their sources and creates the training metrics."""
         replicas = self.runner.replicas
         self._sources = [
             batches.source("x", train, batch_size, replicas, self._expected),
@@ -274,7 +287,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self._make_metric_state()
 
     def _make_metric_state(self) -> None:
-        """Makes the variables of the metrics of training: apart from those of `evaluate`, and saved with all others."""
+        """Creates the variables of training metrics.
+
+        They are separate from those of `evaluate` and are saved with all other variables.
+        """
         if self._metric_state or not self._measures:
             return
         x, y = (tf.zeros((2, *spec.shape[1:]), spec.dtype) for spec in self._sources[0].spec)
@@ -292,12 +308,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             variable.assign(tf.zeros_like(variable.value))
 
     def _expected(self) -> Expected:
-        """The data that the model takes."""
+        """The data specification of the model."""
         return model_expects(self.model, self._loss_of if self.compiled else None)
 
     @property
     def learned(self) -> Any:
-        """What was learned beside the model: the `TrainingLoss`, which has `save(path)`, or the variables by name."""
+        """The `TrainingLoss`, with its `save(path)`, or the learned variables by name."""
         if isinstance(self.meta_model, TrainingLoss):
             return self.meta_model
         return {name: np.array(variable.value) for name, variable in self.outer.items()}
@@ -346,7 +362,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return next(self._streams[which])
 
     def meta_train_step(self) -> dict[str, float]:
-        """One step of the model, and of the outer parameters where it is their turn; returns the running metrics."""
+        """Runs one step of the model and, every `meta_every` steps, of the outer parameters.
+
+        Returns the running metrics.
+        """
         step = int(self.meta_step.numpy())
         turn = step % self.meta_every == 0
         batches = [self._next(_TRAIN, step)]
@@ -372,8 +391,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return self._programs[turn]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
-        """A replica's program, its values with weights and the metrics of training; without a meta batch the outer
-        parameters stay as they are."""
+        """The replica program: logged values with weights, and training metrics.
+
+        Without a meta batch, the outer parameters are not updated.
+        """
         found: dict[str, Array] = {}
         if self.first == "model":
             loss, metrics = self._change_model(train)
@@ -388,7 +409,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return {name: self._weighed(name, found, sizes.get(name, 1.0)) for name in self.logged}, metrics
 
     def _weighed(self, name: str, found: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
-        """A value and its weight in the running mean: 0 where a step has no such value, or skips the estimate it is of."""
+        """A value and its weight in the running mean.
+
+        The weight is 0 if a step lacks the value or skips its estimate.
+        """
         if name not in found:
             return tf.zeros(()), tf.zeros(())
         value, weight = tf.cast(found[name], tf.float32), tf.cast(size, tf.float32)
@@ -398,7 +422,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
-        """The step that is taken: its loss, and the metrics of training."""
+        """Takes the training step; returns its loss and the training metrics."""
         weights, scale = _values(self._trained), loss_scale(self.optimizer)
         with tf.GradientTape() as tape:
             tape.watch(weights)
@@ -416,7 +440,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return loss, self._measure(batch[1], prediction)
 
     def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
-        """The metrics of training so far in the epoch; what a batch adds to their state is added up over replicas."""
+        """Updates the training metrics of the epoch, with sums over replicas."""
         before = [tf.convert_to_tensor(variable.value) for variable in self._metric_state]
         if not before:
             return {}
@@ -432,7 +456,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return {name: value for name, value in results.items() if name not in self.logged}
 
     def _change_outer(self, seed: Array, batch: Any, judge: Any) -> dict[str, Array]:
-        """An estimate, and the step of the outer parameters; one that is not finite is skipped and counted."""
+        """Estimates the outer gradient and updates the outer parameters.
+
+        Non-finite estimates are skipped and counted.
+        """
         problem = Bilevel(
             lambda outer, weights: self._pass(outer, weights, batch)[0], lambda weights: self._judge(weights, judge),
             self._weights_of_layers, mean, loss_scale(self.meta_optimizer),
@@ -461,7 +488,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _pass(
         self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any
     ) -> tuple[Array, list[Array], Array]:
-        """The training loss, what the model's buffers would be, and its prediction."""
+        """The training loss, the updated buffers of the model, and its prediction."""
         losses = ExampleLosses(self._loss_of)
         with self._scope(outer, weights) as scope:
             loss = self._training_loss(self.model, *batch, losses)
@@ -483,9 +510,11 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
     ) -> None:
-        """A step of an optimizer, unless the gradient is not sound; every replica has the whole one and gives its share.
+        """Takes an optimizer step, unless the gradient is unsound.
 
-        An optimizer that scales the loss skips the step itself, and lowers its scale.
+        Every replica has the full gradient, but Keras sums over replicas. Each replica therefore
+        contributes the gradient divided by the number of replicas. A loss-scaling optimizer skips
+        the step itself and lowers its scale.
         """
         parts = dict(gradients)
         if self.runner.replicas > 1:
@@ -501,7 +530,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
 
 def _size(batch: Any) -> Array:
-    """The number of examples of a batch over all replicas, which share it evenly."""
+    """The number of examples of a batch over all replicas, which have equal parts."""
     return tf.cast(tf.shape(batch[0])[0] * shard().count, tf.float32)
 
 

@@ -1,12 +1,12 @@
-"""Training losses with outer parameters of their own: what `BilevelTrainer` learns beside a model.
+"""Training losses with outer parameters, which `BilevelTrainer` learns along with a model.
 
-Sources: weights of examples by a function of their loss, "Meta-Weight-Net" (Shu et al., NeurIPS 2019), as "Faster Meta
-Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021) takes it; a learned rotation of training images,
-"EvoGrad" (Bohdal et al., NeurIPS 2021).
+Sources: example weights as a function of the loss, "Meta-Weight-Net" (Shu et al., NeurIPS 2019), as
+used by "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et al., CVPR 2021); a
+learned rotation of training images, "EvoGrad" (Bohdal et al., NeurIPS 2021).
 
-Each is a Keras model whose trainable weights are the outer parameters, and a function `training_loss` that is written as any
-Keras code: the trainer calls it in a scope in which variables have the values that an estimator wants them to have. A new
-one is a subclass with that one function.
+Each is a Keras model whose trainable weights are the outer parameters, with a method
+`training_loss` written as ordinary Keras code. The trainer calls it in a scope where variables have
+the values chosen by the estimator. To add a training loss, write a subclass with this method.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Array = Any
 
 
 class TrainingLoss(keras.Model):
-    """A training loss with outer parameters, which are this model's trainable weights."""
+    """A training loss whose outer parameters are the trainable weights of this model."""
 
     def __init__(self, name: str | None = None):
         super().__init__(name=name)
         self.built, self.autocast = True, False  # the layers that it has cast their own inputs
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
-            model: the model that learns; call it with `training=True`.
+            model: the model to train. Call it with `training=True`.
             x, y: the batch.
-            losses: from labels and predictions to the loss of each example, `[batch]`; their mean is what Keras's `fit`
-                would minimise.
+            losses: maps labels and predictions to the loss of each example, `[batch]`. Their mean
+                is the loss of Keras's `fit`.
 
         Returns:
             A scalar.
@@ -47,7 +47,7 @@ class TrainingLoss(keras.Model):
         return ops.mean(losses(y, model(x, training=True)))
 
     def read(self) -> dict[str, Array]:
-        """Scalars to log, of the outer parameters as they are."""
+        """Scalars to log, computed from the current outer parameters."""
         return {}
 
     def call(self, inputs: Array) -> Array:
@@ -56,16 +56,17 @@ class TrainingLoss(keras.Model):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class SampleWeightNet(TrainingLoss):
-    """A small network from the loss of an example to its weight, from 0 to 1: Meta-Weight-Net.
+    """Meta-Weight-Net: a small network that maps the loss of an example to its weight in [0, 1].
 
-    The loss is held, so that a model cannot learn to be judged. Weights are divided by their sum in the batch: that leaves
-    the scale of this network free, so that a large outer learning rate drives all weights to 1 and the method away. At first
-    all weights are 1/2, which is the plain mean: begun from random numbers, half of the networks would prefer large losses,
-    and some would be saturated before the meta data could tell.
+    The loss is taken as a constant, so the model cannot learn to influence its weights. Weights are
+    divided by their sum in the batch. This leaves the scale of the network free, and a large outer
+    learning rate can drive all weights to 1, which disables the method. All weights start at 1/2,
+    which is the plain mean. With a random start, half of the networks would prefer large losses,
+    and some would saturate before the meta data have an effect.
 
     Args:
         hidden: units of the hidden layer.
-        seed: of the initial weights of its hidden layer.
+        seed: random seed of the hidden layer.
 
     Example:
 
@@ -85,7 +86,7 @@ class SampleWeightNet(TrainingLoss):
         self.second.build((None, hidden))
 
     def call(self, inputs: Array) -> Array:
-        """Weights `[batch]` of losses `[batch]`."""
+        """Maps losses `[batch]` to weights `[batch]`."""
         return self.second(self.first(ops.expand_dims(inputs, -1)))[:, 0]
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
@@ -103,10 +104,10 @@ class SampleWeightNet(TrainingLoss):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class LearnedRotation(TrainingLoss):
-    """Training images rotated by one learned angle.
+    """Rotates training images by a learned angle.
 
     Args:
-        degrees: the angle at the start, counterclockwise.
+        degrees: initial angle, counterclockwise.
 
     Example:
 
@@ -123,7 +124,7 @@ class LearnedRotation(TrainingLoss):
         self.angle = self.add_weight(name="angle", shape=(), initializer=start)
 
     def call(self, inputs: Array) -> Array:
-        """Images `[batch, height, width, channels]`, rotated around their middle; what comes from outside is 0."""
+        """Rotates images `[batch, height, width, channels]` around their centre, with zero fill."""
         return rotated(inputs, self.angle)
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
@@ -138,17 +139,17 @@ class LearnedRotation(TrainingLoss):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Hyperparameters(TrainingLoss):
-    """Scalars of a training loss: those that are given are learned, from there on.
+    """Scalar hyperparameters of a training loss. The given ones are learned, starting there.
 
     Args:
         weight_decay: factor of half the sum of squares of the model's kernels, above 0.
-        label_smoothing: share of a label that is spread evenly over all classes, between 0 and 1; labels are integers or
-            one column a class.
-        class_weights: number of classes; the weight of each is learned, 1 at first, and 1 on average. Labels have shape
-            (batch,), (batch, 1) or (batch, classes).
+        label_smoothing: fraction of a label that is distributed evenly over all classes, between 0
+            and 1. Labels are integers or one-hot.
+        class_weights: number of classes. The weight of each class is learned. Weights start at 1
+            and average 1. Labels have shape (batch,), (batch, 1) or (batch, classes).
 
     Raises:
-        ValueError: if none is given, or one is out of range.
+        ValueError: if no argument is given or one is out of range.
 
     Example:
 
@@ -199,7 +200,10 @@ class Hyperparameters(TrainingLoss):
         return loss
 
     def _weights_of(self, y: Array, prediction: Array) -> Array:
-        """The weight of each example, `[batch]`, of labels `[batch]`, `[batch, 1]` or `[batch, classes]`."""
+        """The weight of each example, `[batch]`.
+
+        Labels have shape `[batch]`, `[batch, 1]` or `[batch, classes]`.
+        """
         count, columns = int(self.class_logits.shape[0]), prediction.shape[-1]
         if count != max(2, columns):
             raise ValueError(
@@ -236,14 +240,14 @@ class Hyperparameters(TrainingLoss):
 
 
 def rotated(images: Array, angle: Array) -> Array:
-    """Images turned counterclockwise around their middle, with bilinear interpolation: differentiable in the angle.
+    """Rotates images counterclockwise by bilinear interpolation, differentiable in the angle.
 
     Args:
-        images: `[batch, height, width, channels]` float numbers.
-        angle: in radians, a scalar.
+        images: floating-point images `[batch, height, width, channels]`.
+        angle: angle in radians, a scalar.
 
     Returns:
-        As `images`; 0 where a pixel comes from outside.
+        Images of the same shape, with zeros where a pixel comes from outside.
     """
     height, width = images.shape[1:3]
     rows, columns = np.meshgrid(np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij")

@@ -157,7 +157,7 @@ def _named(learners: Any, hidden: Sequence[int]) -> dict[str, tuple[Learner, dic
             found[name] = (learner, {})
         else:
             raise ValueError(
-                f"`learners` must be genomes and Optimizers; a Blur has no numbers: give its genome. Received: "
+                f"`learners` must be genomes and BaselineLearners; pass the genome of a Blur. Received: "
                 f"{name!r}: {learner!r}"
             )
     return found

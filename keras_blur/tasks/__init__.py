@@ -1,4 +1,4 @@
-"""What is learned: distributions of tasks, and the image sets beneath them."""
+"""Task distributions and the data sets behind them."""
 
 from keras_blur.tasks.arrays import arrays
 from keras_blur.tasks.augment import (

@@ -1,7 +1,7 @@
-"""Tasks on the user's own arrays, split for meta-training, meta-validation and meta-test.
+"""Tasks on user-provided arrays, split for meta-training, meta-validation and meta-test.
 
-Source of relabelled and projected tasks, as of `tasks.images`: "Meta-Learning Bidirectional Update Rules" (2021), section
-4.2.
+Source of relabelled and projected tasks, as in `tasks.images`: "Meta-Learning Bidirectional Update
+Rules" (2021), section 4.2.
 """
 
 from __future__ import annotations
@@ -35,33 +35,35 @@ def arrays(
     name: str = "arrays",
     seed: int = 0,
 ) -> ArrayTasks:
-    """Tasks on arrays: an episode draws its support and its query from one split.
+    """Tasks on arrays. An episode draws support and query from one split.
 
-    The splits have no example in common: equal inputs go to the same split.
+    The splits have no example in common: equal inputs are in the same split.
 
     Args:
-        x: inputs `[n, ...]`, numbers of any dtype; each is flattened.
-        y: for `kind="classes"` labels `[n]` or `[n, 1]`, integers from 0 as any dtype; for `kind="values"` targets `[n]` or
-            `[n, outputs]`.
+        x: inputs `[n, ...]` of any numeric dtype; each is flattened.
+        y: for `kind="classes"`, integer labels `[n]` or `[n, 1]` from 0 on, of any dtype; for
+            `kind="values"`, targets `[n]` or `[n, outputs]`.
         kind: `"classes"` or `"values"`.
-        classes: number of classes; `None` takes the largest label plus 1, and at least 2.
-        shares: sizes of the splits for meta-training, meta-validation and meta-test, in proportion.
-        size: images `[n, height, width]` or `[n, height, width, channels]` are resized to `size` x `size` (area
-            interpolation); `None` leaves inputs as they are.
-        standardize: whether inputs are shifted and scaled to mean 0 and deviation 1 over the training split (one number
-            each for all features).
-        relabel: whether each episode permutes the classes.
-        permute: whether each episode permutes the features.
-        project: each episode multiplies inputs by a random matrix with this many columns; `None` for none.
-        name: what messages and reports call the tasks.
+        classes: number of classes; `None` is the largest label plus 1, at least 2.
+        shares: proportions of the splits for meta-training, meta-validation and meta-test.
+        size: target size of images `[n, height, width]` or `[n, height, width, channels]`, resized
+            by area interpolation; `None` leaves inputs unchanged.
+        standardize: whether to standardise inputs with the mean and standard deviation of the
+            training split (one number each for all features).
+        relabel: whether to permute the classes in each episode.
+        permute: whether to permute the features in each episode.
+        project: number of columns of a random matrix that multiplies the inputs of each episode;
+            `None` for no projection.
+        name: name of the tasks in messages and reports.
         seed: random seed of the split.
 
     Returns:
         `ArrayTasks`.
 
     Raises:
-        ValueError: if arrays differ in length, aren't finite, have a wrong shape or dtype, a label is fractional or out of
-            range, an option doesn't fit, or a split would have fewer than 2 examples.
+        ValueError: if arrays differ in length, are not finite or have a wrong shape or dtype; if a
+            label is fractional or out of range; if an option is invalid; or if a split would have
+            fewer than 2 examples.
 
     Example:
 
@@ -115,7 +117,10 @@ def arrays(
 
 
 def _split(x: np.ndarray, shares: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The places of each split's examples, in proportion to `shares`; equal rows are in the same split."""
+    """Indices of the examples of each split, in proportion to `shares`.
+
+    Equal rows are in the same split.
+    """
     known: dict[bytes, int] = {}
     group = np.array([known.setdefault(row.tobytes(), len(known)) for row in x + np.float32(0)])  # -0 as 0
     rank = np.random.default_rng(seed).permutation(len(known))

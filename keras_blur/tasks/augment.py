@@ -1,13 +1,14 @@
-"""Meta-augmentation: the labels of each training episode are changed by a key, so that only its support tells them.
+"""Meta-augmentation: a random key changes the labels of each training episode.
 
-Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020). Where x alone predicts y in all
-tasks of meta-training, a learner can know the tasks and never look at its support: it memorises, and fails on new tasks.
-Noise on x does not help, since H(Y|X) stays. A key e, drawn once an episode and used for support and query alike, y' = g(e,
-y), raises it to H(Y'|X) = H(Y|X) + H(e) if (e, x, y) to (x, y') is one-to-one: so many bits of e have to be read from the
-support.
+Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020). If x
+alone predicts y in all meta-training tasks, a learner can memorise the tasks, ignore the support,
+and fail on new tasks. Noise on x does not help, because H(Y|X) is unchanged. A key e, drawn once
+per episode and used for support and query, with y' = g(e, y), raises it to H(Y'|X) = H(Y|X) + H(e)
+if (e, x, y) to (x, y') is one-to-one. The learner has to read these bits of e from the support.
 
-A key for each point instead of each episode is noise on the labels, which nothing can read; it is here as a control
-(`shared=False`). Keys have a random stream of their own and are never used in meta-validation or meta-test.
+A key per point instead of per episode is label noise, which cannot be learned. It is available as a
+control (`shared=False`). Keys have their own random stream and are never used in meta-validation or
+meta-test.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ _TRAIN = SPLITS[0]
 
 
 class Augmentation(abc.ABC):
-    """What a key does to labels."""
+    """A change of labels by a key."""
 
     def prepared(self, tasks: Tasks) -> Tasks:
         """The tasks whose training episodes get keys.
 
         Raises:
-            ValueError: if they cannot.
+            ValueError: if the tasks cannot be augmented.
         """
         return tasks
 
     @abc.abstractmethod
     def entropy_bits(self, tasks: Tasks) -> float:
-        """H(e) in bits; of a key from a continuum, its differential entropy."""
+        """H(e) in bits; the differential entropy if keys are continuous."""
 
     @abc.abstractmethod
     def draw(self, seed: Array, count: int, tasks: Tasks) -> Any:
-        """`count` keys: arrays `[count, ...]`."""
+        """Draws `count` keys, `[count, ...]`."""
 
     @abc.abstractmethod
     def apply(self, keys: Any, y: Array) -> Array:
-        """Labels `[n, outputs]` under one key or `n`."""
+        """Changes labels `[n, outputs]` by one key or by `n` keys."""
 
     @abc.abstractmethod
     def undo(self, keys: Any, y: Array) -> Array:
@@ -59,7 +60,7 @@ class Augmentation(abc.ABC):
 
 
 class LabelPermutation(Augmentation):
-    """The classes change places: what the paper calls intra-shuffle, where an episode's classes are fixed.
+    """Permutes the classes. The paper calls this intra-shuffle if an episode's classes are fixed.
 
     Example:
 
@@ -87,12 +88,13 @@ class LabelPermutation(Augmentation):
 
 
 class LabelOffset(Augmentation):
-    """A number is added to values.
+    """Adds a random number to values.
 
     Args:
-        low, high: the number is uniform between them.
-        modulo: the sum is taken modulo this; `None` leaves it.
-        values: the number is one of this many, equally spaced from `low` on, `high` excluded; `None` for any.
+        low, high: bounds of the uniform random number.
+        modulo: modulus of the sum; `None` for none.
+        values: number of equally spaced values from `low` to below `high` to choose from; `None`
+            for a continuous number.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -147,9 +149,10 @@ class LabelOffset(Augmentation):
 
 
 class LabelRotation(Augmentation):
-    """Points of the plane, such as (cos, sin) of a pose, are turned by any angle.
+    """Rotates points of the plane, such as (cos, sin) of a pose, by a random angle.
 
-    Over the full circle y' says nothing of the task, which an offset over a part of the range leaves to be guessed.
+    Over the full circle y' alone contains no information about the task, unlike an offset over a
+    part of the range.
     """
 
     def prepared(self, tasks: Tasks) -> Tasks:
@@ -175,10 +178,10 @@ class LabelRotation(Augmentation):
 
 
 class ClassResample(Augmentation):
-    """Each episode has any of the classes as its outputs, in any order: what the paper calls inter-shuffle.
+    """Draws any classes in any order as the outputs of an episode; inter-shuffle in the paper.
 
-    For tasks of fixed groups of classes (`tasks.episodes(..., exclusive=False)`). The labels are changed by drawing other
-    classes, so there is no key to apply or undo.
+    For tasks with fixed groups of classes (`tasks.episodes(..., exclusive=False)`). Labels change
+    because other classes are drawn, so there is no key to apply or undo.
     """
 
     def prepared(self, tasks: Tasks) -> Tasks:
@@ -203,7 +206,9 @@ class ClassResample(Augmentation):
 
 
 class Compose(Augmentation):
-    """Several, one after the other, each with a key of its own; of none, labels stay what they are.
+    """Applies several augmentations in turn, each with its own key.
+
+    Without parts, labels stay the same.
 
     Args:
         parts: augmentations.
@@ -235,12 +240,12 @@ class Compose(Augmentation):
 
 
 class AugmentedTasks(Tasks):
-    """See `augment`.
+    """Augmented tasks; see `augment`.
 
     Attributes:
-        tasks: what they are made of, with which meta-validation and meta-test go on as they are.
-        augmentation: what their keys do.
-        shared: whether an episode has one key.
+        tasks: the original tasks, used unchanged in meta-validation and meta-test.
+        augmentation: the augmentation.
+        shared: whether all points of an episode have the same key.
     """
 
     def __init__(self, tasks: Tasks, augmentation: Augmentation, shared: bool):
@@ -252,7 +257,10 @@ class AugmentedTasks(Tasks):
 
     @property
     def entropy_bits(self) -> float:
-        """H(e): how many bits of the key a learner has to read from the support (of a composition, the sum of its parts)."""
+        """H(e): the number of key bits a learner has to read from the support.
+
+        For a composition, the sum over its parts.
+        """
         return self.augmentation.entropy_bits(self.tasks)
 
     def available(self, split: str) -> int:
@@ -263,7 +271,7 @@ class AugmentedTasks(Tasks):
         return x, self.augmentation.apply(self.keys(seed, count), y) if split == _TRAIN else y
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
-        """As of the tasks it is made of; in meta-training, labels of support and query are changed by the key."""
+        """As for the original tasks; in meta-training, the key changes all labels."""
         episode = self._of(split).episode(seed, steps=steps, batch=batch, query=query, split=split)
         if split != _TRAIN:
             return episode
@@ -274,7 +282,7 @@ class AugmentedTasks(Tasks):
         return {**episode, "y": y, "query_y": tf.ensure_shape(every[support:], (query, self.outputs))}
 
     def keys(self, seed: Array, count: int) -> Any:
-        """The keys of the episode of a seed: one, or `count` if each point has its own."""
+        """The keys of an episode: one, or `count` if each point has its own."""
         return self.augmentation.draw(random.fold_in(seed, _KEYS, self._depth), 1 if self.shared else count, self.tasks)
 
     def _of(self, split: str) -> Tasks:
@@ -282,18 +290,21 @@ class AugmentedTasks(Tasks):
 
 
 def augment(tasks: Any, augmentation: Augmentation, *, shared: bool = True) -> Any:
-    """Tasks whose training episodes have their labels changed by a key.
+    """Tasks whose training episodes have labels changed by a key.
 
     Args:
-        tasks: a task distribution, or a `tasks.mixture`, whose parts are then augmented.
-        augmentation: `LabelPermutation`, `LabelOffset`, `LabelRotation`, `ClassResample`, or several in a `Compose`.
-        shared: whether the points of an episode share its key; otherwise each has its own, which is noise: a control.
+        tasks: a task distribution, or a `tasks.mixture`, whose parts are augmented.
+        augmentation: `LabelPermutation`, `LabelOffset`, `LabelRotation`, `ClassResample`, or
+            several in a `Compose`.
+        shared: whether all points of an episode have the same key. Otherwise each has its own,
+            which is noise: a control.
 
     Returns:
-        `AugmentedTasks`, or a `Mixture` of them. x stays; meta-validation and meta-test are untouched.
+        `AugmentedTasks`, or a `Mixture` of them. Inputs, meta-validation and meta-test are
+        unchanged.
 
     Raises:
-        ValueError: if the tasks have no such labels.
+        ValueError: if the augmentation does not fit the labels of the tasks.
 
     Example:
 
@@ -313,5 +324,5 @@ def augment(tasks: Any, augmentation: Augmentation, *, shared: bool = True) -> A
 
 
 def _for_each(keys: Array, y: Array) -> Array:
-    """One key, or as many as labels, for each of the labels."""
+    """Broadcasts one key to all labels."""
     return tf.broadcast_to(keys, (y.shape[0], *keys.shape[1:]))

@@ -1,8 +1,9 @@
-"""What is learned: distributions of tasks, as functions of a seed.
+"""Task distributions as functions of a seed.
 
-An episode is one task: support batches, one a learning step, and a query batch that was in none of them. It is a pure
-function of a seed, in TensorFlow operations, so that a stream of episodes can be started anywhere, sharded by number, and is
-the same on every machine; `Tasks.dataset` wraps it as `tf.data`.
+An episode is one task: support batches, one per learning step, and a query batch of other examples.
+It is a pure function of a seed in TensorFlow operations. A stream of episodes can therefore start
+anywhere, can be sharded by number, and is identical on every machine. `Tasks.dataset` wraps it as
+`tf.data`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ SPLITS = ("train", "validation", "test")
 
 
 def check_split(split: str) -> None:
-    """Raises a `ValueError` if there is no such split."""
+    """Raises a `ValueError` for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
 
 
 def stream(draw: Callable[[Array], Episode], start: int | tf.Variable, stride: int) -> tf.data.Dataset:
-    """`draw` of the numbers start, start + stride, ...: endless, in order; of a variable, from its value when started."""
+    """An endless dataset of `draw(start)`, `draw(start + stride)`, ... in order.
+
+    If `start` is a variable, its value is read when iteration starts.
+    """
     numbers = tf.data.Dataset.from_tensors(0).flat_map(
         lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
     )
@@ -39,10 +43,11 @@ class Tasks(abc.ABC):
     """A distribution of tasks of one shape.
 
     Attributes:
-        name: what the tasks are.
+        name: description of the tasks.
         features: number of input features.
-        outputs: size of the output: classes, or 1 for a value.
-        kind: what the output is: `"classes"`, `"values"`, or `"bits"`, each a label of its own, +1 or -1, 0 where unscored.
+        outputs: number of outputs: classes, or dimensions of a value.
+        kind: output kind: `"classes"`, `"values"`, or `"bits"` (independent labels of +1 or -1, or
+            0 if not scored).
     """
 
     name: str
@@ -52,38 +57,41 @@ class Tasks(abc.ABC):
 
     @abc.abstractmethod
     def available(self, split: str) -> int:
-        """How many different examples one episode can have."""
+        """The largest number of different examples in an episode."""
 
     @abc.abstractmethod
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        """Examples of the task that the seed names, no two the same where examples are finite.
+        """Draws examples of the task given by the seed. Finite sets are drawn without replacement.
 
         Args:
             seed: a seed.
-            count: how many.
-            split: `"train"`, `"validation"` or `"test"`: meta-training, choosing, reporting; they share no example.
+            count: number of examples.
+            split: `"train"` for meta-training, `"validation"` for model selection or `"test"` for
+                reporting. Splits have no example in common.
 
         Returns:
-            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for others, or values; any dtype of
-            numbers. Whatever takes the tasks checks one episode with `checks.check_tasks` first.
+            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for the
+                others, or values. Any numeric dtype. Users of tasks first check one episode with
+                `checks.check_tasks`.
         """
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
-        """One episode.
+        """Draws one episode.
 
         Args:
             seed: a seed.
             steps: number of support batches.
-            batch: examples in each.
-            query: examples of the query.
+            batch: examples per support batch.
+            query: number of query examples.
             split: as in `examples`.
 
         Returns:
-            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`. A support that needs more
-            examples than there are goes through them again in the same order; those of the query are never in it.
+            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`.
+            If the support needs more examples than exist, they are repeated in the same order. It
+            never contains query examples.
 
         Raises:
-            ValueError: if the split is unknown, or has too few examples for one batch and the query.
+            ValueError: if the split is unknown or has too few examples for one batch and the query.
         """
         check_split(split)
         limit = self.available(split)
@@ -113,16 +121,16 @@ class Tasks(abc.ABC):
         start: int | tf.Variable = 0,
         stride: int = 1,
     ) -> tf.data.Dataset:
-        """An endless stream of episodes; episode i depends on the seed and i alone.
+        """An endless stream of episodes. Episode i depends only on i and the seed.
 
         Args:
-            seed: a number.
-            steps: support batches of an episode.
-            batch: examples in each.
-            query: examples of the query.
+            seed: random seed.
+            steps: number of support batches.
+            batch: examples per support batch.
+            query: number of query examples.
             split: as in `examples`.
-            start: number of the first episode; of a variable, its value when the stream is started.
-            stride: distance to the next: shard j of n has start j and stride n.
+            start: number of the first episode. A variable is read when iteration starts.
+            stride: step between episode numbers. Shard j of n has start j and stride n.
         """
         check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))

@@ -1,7 +1,8 @@
-"""Labelled images as arrays: scikit-learn's digits, or any image set that `tensorflow_datasets` has prepared.
+"""Labelled images as arrays: scikit-learn's digits, or image sets prepared by
+`tensorflow_datasets`.
 
-Nothing is downloaded here: a training run must not start with a surprise of the network. Where data are missing, the
-error says where they were looked for and how to get them.
+Nothing is downloaded here, because training should not depend on the network. If data are missing,
+the error names the folder and the command that gets them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class Images:
     """A set of labelled images.
 
     Attributes:
-        name: its name.
-        x_train: `[n, height, width, channels]` numbers from 0 to `scale`.
+        name: name of the set.
+        x_train: images `[n, height, width, channels]` with values from 0 to `scale`.
         y_train: `[n]` int64 labels from 0 to `classes - 1`.
-        x_test: images for testing, never for learning.
-        y_test: their labels.
+        x_test: test images, never used for learning.
+        y_test: test labels.
         classes: number of classes.
-        scale: the largest value a pixel can have.
-        groups: of each class the group that it belongs to, `[classes]`, -1 where a class has no image; or `None`.
+        scale: largest possible pixel value.
+        groups: group of each class, `[classes]`, -1 for a class without images; or `None`.
     """
 
     name: str
@@ -56,22 +57,23 @@ def load_images(
     """Loads an image set.
 
     Args:
-        name: `"digits"` for the 1,797 8x8 digits that scikit-learn brings, or the name of a `tensorflow_datasets` set with
-            the features `image` and `label`, prepared on disk.
-        data_dir: folder of prepared sets; `None` takes the environment variable `TFDS_DATA_DIR`, then the default of
-            `tensorflow_datasets`.
-        group: name of an integer feature of the set that is the same in all images of a class, such as the `alphabet` of
-            omniglot's characters; `None` for no groups.
-        convert: of images `[n, height, width, channels]`, some at a time as they are read, to what is kept of them: a set
-            may be larger than memory before it is made smaller. `None` keeps them as they are.
+        name: `"digits"` for the 1,797 8x8 digits of scikit-learn, or the name of a prepared
+            `tensorflow_datasets` set with the features `image` and `label`.
+        data_dir: folder of prepared sets; `None` uses the environment variable `TFDS_DATA_DIR`,
+            then the default of `tensorflow_datasets`.
+        group: name of an integer feature that is the same for all images of a class, such as
+            `alphabet` in omniglot; `None` for no groups.
+        convert: function applied to parts `[n, height, width, channels]` of the set while reading,
+            for sets that do not fit into memory at full size; `None` keeps images unchanged.
 
     Returns:
         `Images`.
 
     Raises:
-        ImportError: if scikit-learn or tensorflow_datasets is not installed; it names the install command.
-        ValueError: if the data are missing or are not labelled images of one size; it names the folder. Or if there is no
-            such group.
+        ImportError: if scikit-learn or tensorflow_datasets is not installed; the message has the
+            install command.
+        ValueError: if the data are missing or not labelled images of one size (the message names
+            the folder), or the group does not exist.
 
     Example:
 
@@ -147,7 +149,7 @@ def _prepared(
 def _arrays(
     tfds: ModuleType, builder: Any, split: str, group: str | None, convert: Callable[[np.ndarray], np.ndarray]
 ) -> list[np.ndarray]:
-    """Images, labels, and groups if there are any, of the images of a split."""
+    """Images, labels and optional groups of a split."""
     names = ["label"] if group is None else ["label", group]
     parts = [(convert(batch["image"]), *(batch[name] for name in names)) for batch in _batches(tfds, builder, split)]
     if not parts:
@@ -157,7 +159,7 @@ def _arrays(
 
 
 def _of_classes(name: str, labels: np.ndarray, groups: np.ndarray, classes: int) -> np.ndarray:
-    """The group of each class, from that of each image."""
+    """Derives the group of each class from the groups of its images."""
     found = np.full(classes, -1)
     found[labels] = groups
     if not np.array_equal(found[labels], groups):
@@ -174,7 +176,7 @@ def _batches(tfds: ModuleType, builder: Any, split: str) -> Iterator[dict[str, n
 
 
 def needs(module: str, distribution: str) -> ModuleType:
-    """A module of the extra `data`; an `ImportError` names the install command."""
+    """Imports a module of the extra `data`. The `ImportError` has the install command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""Few-shot episodes: learn classes that were never seen before from a few examples of each.
+"""Few-shot episodes: learn unseen classes from a few examples of each.
 
-Source: "Matching Networks for One Shot Learning" (2016), section 4: an episode draws some classes, a support of a few
-examples of each, and a query of other examples of the same classes. Meta-training, meta-validation and meta-test have
-different classes, not only different images: a rule cannot do well on new ones by knowing the old ones, so what is
-measured is how it learns.
+Source: "Matching Networks for One Shot Learning" (2016), section 4. An episode consists of some
+classes, a support of a few examples of each, and a query of other examples of the same classes.
+Meta-training, meta-validation and meta-test use different classes, not only different images.
+Scores therefore measure learning rather than knowledge of the classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BEYOND = 2**32  # more than any of the random integers by which images are orde
 
 @dataclasses.dataclass(frozen=True)
 class _Classes:
-    """The images of some classes, those of a class one after the other."""
+    """The images of some classes, grouped by class."""
 
     images: Array  # [n, features]
     labels: np.ndarray  # the classes' labels in the set, ascending
@@ -58,12 +58,12 @@ class EpisodeTasks(Tasks):
         """The labels, in the image set, of the classes of a split.
 
         Args:
-            split: `"train"`, `"validation"` or `"test"`; they share no class.
+            split: `"train"`, `"validation"` or `"test"`. Splits have no class in common.
         """
         return tuple(int(label) for label in self._classes(split).labels)
 
     def resampled(self) -> EpisodeTasks:
-        """The same tasks, any classes in any order as the outputs of an episode."""
+        """The same tasks, with any classes in any order as the outputs of an episode."""
         made = copy.copy(self)
         made.exclusive = True
         made._splits = {
@@ -75,7 +75,7 @@ class EpisodeTasks(Tasks):
         return self.outputs * int(self._drawable(split).counts.min())
 
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        """As in `Tasks`; the classes take turns, so that any stretch of examples is balanced."""
+        """As in `Tasks`. Classes alternate, so any stretch of examples is balanced."""
         known = self._drawable(split)
         each = -(-count // self.outputs)
         if each > known.counts.min():
@@ -99,7 +99,7 @@ class EpisodeTasks(Tasks):
         return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
 
     def _drawn(self, seed: Array, known: _Classes) -> Array:
-        """The places of an episode's classes, `[ways]`: any of one group, of those that have enough."""
+        """Indices of the classes of an episode, `[ways]`: any classes of one large enough group."""
         groups, sizes = np.unique(known.groups, return_counts=True)
         large = groups[sizes >= self.outputs]
         if len(groups) == 1:
@@ -108,21 +108,24 @@ class EpisodeTasks(Tasks):
         return _first_of_random_order(random.fold_in(seed, 1), tf.constant(known.groups) != group, self.outputs)
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
-        """One episode.
+        """Draws one episode.
 
         Args:
             seed: a seed.
             steps: number of support batches.
-            batch: examples in each.
-            query: examples of the query, other than the support's, as many of each class, or one more of some.
+            batch: examples per support batch.
+            query: number of query examples, disjoint from the support and balanced up to one
+                example.
             split: as in `examples`.
 
         Returns:
-            As `Tasks.episode`. The support is `shots` examples of each class, class by class in turn; batches go through
-            it again and again, also within a batch that is larger than it; fewer batches see only its beginning.
+            As `Tasks.episode`. The support has `shots` examples of each class, with alternating
+            classes. Batches cycle through it, even within a batch larger than the support. Fewer
+            batches see only its beginning.
 
         Raises:
-            ValueError: if the split is unknown, has fewer classes than an episode, or a class with too few examples.
+            ValueError: if the split is unknown, has fewer classes than an episode, or a class has
+                too few examples.
         """
         least = int(self._drawable(split).counts.min())
         each = -(-query // self.outputs)
@@ -159,7 +162,7 @@ class EpisodeTasks(Tasks):
 
 
 def _first_of_random_order(seed: Array, missing: Array, count: int) -> Array:
-    """The first places of a random order of the last axis, behind which those are that are missing."""
+    """The first indices of a random order of the last axis, with missing entries at the end."""
     keys = tf.cast(random.bits(seed, tuple(missing.shape)), tf.int64)
     return tf.math.top_k(-(keys + _BEYOND * tf.cast(missing, tf.int64)), count).indices
 
@@ -175,35 +178,37 @@ def episodes(
     group: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> EpisodeTasks:
-    """Few-shot episodes on an image set: each has `ways` classes of the split, drawn at random, as its outputs.
+    """Few-shot episodes on an image set, each with `ways` random classes of the split.
 
-    The splits have different classes. Where the set's own training and test images share none, as in omniglot, meta-test
-    has the test classes; of the others one in four is for meta-validation. Where they share classes, the images are
-    pooled and meta-training gets 60 % of the classes, meta-validation and meta-test 20 % each. Which ones depends on the
-    set alone, not on `ways` or `shots`: what was trained on one is tested on unseen classes by any other.
+    Splits have different classes. If the training and test images of the set have no class in
+    common, as in omniglot, meta-test uses the test classes and meta-validation a quarter of the
+    others. Otherwise the images are pooled, and meta-training gets 60 % of the classes,
+    meta-validation and meta-test 20 % each. The assignment depends on the set only, not on `ways`
+    or `shots`, so a genome trained with one setting meets unseen classes under any other.
 
     Args:
         name: `"digits"` or a prepared `tensorflow_datasets` image set.
-        ways: classes of an episode.
-        shots: different support examples of each class.
-        size: images are resized to `size` x `size` (area interpolation); `None` is 28, or the images' own shorter side
-            where that is less. Colours are averaged.
-        standardize: whether pixels are shifted and scaled to mean 0 and deviation 1 over the images of meta-training (one
-            number each for all pixels); otherwise they are from 0 to 1.
-        exclusive: whether meta-training draws any classes in any order. Otherwise an episode has one of fixed groups of
-            neighbouring classes in a fixed order, which a learner can know by heart ("non-mutually-exclusive" tasks): the
-            case that `tasks.augment` is for. Meta-validation and meta-test draw any classes anyway.
-        group: name of an integer feature of the set by which classes are grouped, such as `"alphabet"` of omniglot. Then
-            all classes of an episode are of one group, those with fewer classes than `ways` are left out, and splits share
-            no group. `None` draws from all classes.
+        ways: number of classes of an episode.
+        shots: support examples per class.
+        size: target size of images, resized by area interpolation; `None` is 28, or the shorter
+            side of the images if smaller. Colours are averaged.
+        standardize: whether to standardise pixels with the mean and standard deviation of the
+            meta-training images (one number each for all pixels). Otherwise pixels are in [0, 1].
+        exclusive: whether meta-training draws any classes in any order. Otherwise an episode uses
+            one of several fixed groups of neighbouring classes in a fixed order, which a learner
+            can memorise ("non-mutually-exclusive" tasks). `tasks.augment` is for this case.
+            Meta-validation and meta-test always draw any classes.
+        group: name of an integer feature that groups classes, such as `"alphabet"` in omniglot. All
+            classes of an episode are then from one group, groups with fewer than `ways` classes are
+            not used, and splits have no group in common. `None` draws from all classes.
         data_dir: folder of prepared sets.
 
     Returns:
         `EpisodeTasks`.
 
     Raises:
-        ValueError: if data are missing or an argument does not fit them, or they have no such group. That another split
-            than `"train"` has too few classes is said when it is drawn from.
+        ValueError: if data are missing, an argument does not fit them, or the group does not exist.
+            Too few classes in a split other than `"train"` raise when the split is used.
 
     Example:
 
@@ -249,7 +254,7 @@ def episodes(
 
 
 def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of pixels and labels of meta-training, meta-validation and meta-test, which share no class, nor a group."""
+    """Pixel rows and labels of the three splits, which have no class and no group in common."""
     of_train, of_test = loaded.y_train, loaded.y_test
     if loaded.groups is not None:
         of_train, of_test = loaded.groups[of_train], loaded.groups[of_test]

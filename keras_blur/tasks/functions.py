@@ -1,8 +1,9 @@
-"""Tasks on points of the plane, and sine waves: small, endless, and of many kinds.
+"""Small endless tasks: points of the plane, and sine waves.
 
-Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.1 and its toy functions. A learning step on two
-features costs almost nothing, and each function asks something else of a rule (a line, a corner, a hole, an island): a
-set of them shows soon what a genome cannot learn. Sines follow "Model-Agnostic Meta-Learning" (2017), section 5.1.
+Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.1 and its toy functions. A
+learning step on two features is almost free, and each function tests another ability of a rule (a
+line, a corner, a hole, an island). A set of them quickly shows what a genome cannot learn. Sines
+follow "Model-Agnostic Meta-Learning" (2017), section 5.1.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def functions(names: str | Sequence[str], *, noise: float = 0.0, relabel: bool =
 
 
 def function_names() -> tuple[str, ...]:
-    """The names that `functions` knows.
+    """Names of all functions.
 
     Example:
 
@@ -134,7 +135,7 @@ def _outputs(name: str) -> int:
 
 
 def _rotate(x: Array, angle: Array) -> Array:
-    """Points turned by an angle, against the clock."""
+    """Rotates points counterclockwise."""
     cosine, sine = tf.cos(angle), tf.sin(angle)
     return tf.stack([cosine * x[:, 0] - sine * x[:, 1], sine * x[:, 0] + cosine * x[:, 1]], axis=1)
 

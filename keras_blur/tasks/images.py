@@ -1,8 +1,8 @@
-"""Tasks on images: learn to tell the classes of an image set, resized, cropped, projected, relabelled.
+"""Classification tasks on image sets: resized, cropped, projected, relabelled.
 
-Source of the first task family: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 (full MNIST and halves of its
-classes, cropped and resized). Relabelling and random projections make many tasks of one image set, which is what a rule
-needs to be general rather than to know the set.
+Source of the first task family: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 (all
+of MNIST and halves of its classes, cropped and resized). Relabelling and random projections turn
+one image set into many tasks. A rule needs this variety to generalise beyond the set.
 """
 
 from __future__ import annotations
@@ -76,18 +76,20 @@ def images(
 ) -> ArrayTasks:
     """Tasks on an image set.
 
-    Meta-training and meta-validation use its training images, nine and one in ten; meta-test its test images.
+    Meta-training uses nine in ten of the training images and meta-validation the rest. Meta-test
+    uses the test images.
 
     Args:
         name: `"digits"` or a prepared `tensorflow_datasets` image set.
-        size: images are resized to `size` x `size` (area interpolation); `None` leaves them.
-        crop: first, the central `crop` x `crop` pixels are cut out.
-        classes: which classes, in the order of the outputs; `None` takes all.
-        standardize: whether pixels are shifted and scaled to mean 0 and deviation 1 over the training images (one number
-            each for all pixels); otherwise they are from 0 to 1.
-        relabel: whether each episode has its classes in another order.
-        permute: whether each episode has its pixels in another order.
-        project: each episode sees its images through a random matrix with this many rows; `None` for none.
+        size: target size of images, resized by area interpolation; `None` leaves them unchanged.
+        crop: size of a central crop, taken first; `None` for no crop.
+        classes: classes to use, in the order of the outputs; `None` uses all.
+        standardize: whether to standardise pixels with the mean and standard deviation of the
+            training images (one number each for all pixels). Otherwise pixels are in [0, 1].
+        relabel: whether to permute the classes in each episode.
+        permute: whether to permute the pixels in each episode.
+        project: output size of a random projection, different in each episode; `None` for no
+            projection.
         data_dir: folder of prepared sets.
 
     Returns:
@@ -132,7 +134,7 @@ def images(
 
 
 def _labels(classes: Any) -> Sequence[int]:
-    """The class numbers that a user gave, or none where they are no sequence of integers."""
+    """The given class numbers, or none if they are not a sequence of integers."""
     try:
         return [operator.index(one) for one in classes if not isinstance(one, (bool, np.bool_))]
     except TypeError:
@@ -142,7 +144,7 @@ def _labels(classes: Any) -> Sequence[int]:
 def _flat(
     loaded: Images, x: np.ndarray, y: np.ndarray, kept: Sequence[int], size: int | None, crop: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images of the kept classes as rows from 0 to 1, and their labels from 0."""
+    """Images of the kept classes as rows with pixels in [0, 1], and their labels from 0 on."""
     position = np.full(loaded.classes, -1)
     position[list(kept)] = np.arange(len(kept))
     chosen = position[y] >= 0
@@ -158,7 +160,10 @@ def _flat(
 
 
 def resized(x: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:
-    """Images `[n, height, width, channels]` over `scale`, resized to `size` x `size` by area interpolation."""
+    """Divides images `[n, height, width, channels]` by `scale` and resizes them.
+
+    The result is `size` x `size`, by area interpolation.
+    """
     parts = [
         tf.image.resize(part.astype(np.float32) / scale, (size, size), method="area").numpy()
         for part in np.array_split(x, max(1, len(x) // 4096))
@@ -167,7 +172,7 @@ def resized(x: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:
 
 
 def _prime_up_to(limit: int) -> int:
-    """The largest prime that is at most `limit`."""
+    """The largest prime up to `limit`."""
     for number in range(limit, 1, -1):
         if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
             return number

@@ -1,7 +1,7 @@
-"""Several task distributions with a weight each: how often meta-training takes each of them.
+"""Weighted mixtures of task distributions.
 
-Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2, meta-trains on three tasks made of one image set. A
-rule that is to hold elsewhere wants more variety than that, and not all of it in equal shares.
+Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2, meta-trains on three tasks
+made from one image set. A rule that generalises needs more variety, in adjustable proportions.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Array = Any
 
 
 class Mixture:
-    """See `mixture`.
+    """A weighted mixture; see `mixture`.
 
     Attributes:
         parts: the task distributions.
-        weights: their shares, which add up to 1.
+        weights: probabilities of the parts, with sum 1.
     """
 
     def __init__(self, parts: Sequence[Tasks], weights: Sequence[float]):
         self.parts, self.weights = tuple(parts), tuple(weights)
 
     def part_of(self, seed: int, number: int) -> int:
-        """Which part draw `number` takes: of the seed and the number alone.
+        """Index of the part used in a draw. It depends only on the seed and the number of the draw.
 
         Args:
-            seed: a number of 32 bits.
-            number: from 0.
+            seed: a 32-bit integer.
+            number: number of the draw, from 0.
         """
         rng = np.random.default_rng([seed % 2**32, number])  # numpy takes no negative seed
         return int(rng.choice(len(self.parts), p=self.weights))
@@ -54,24 +54,25 @@ class Mixture:
     ) -> tf.data.Dataset:
         """An endless stream of episodes of all parts, which must have one shape and kind.
 
-        Episode i is episode i of the stream of part `part_of(seed, i)` with this seed. The part is drawn by numpy, so the
-        stream runs in the process that made it: it cannot be handed to a `tf.data` service.
+        Episode i is episode i of the stream of part `part_of(seed, i)` with the same seed. The part
+        is drawn by numpy, so the stream runs in the current process and cannot be sent to a
+        `tf.data` service.
 
         Args:
-            seed: a number.
-            steps: support batches of an episode.
-            batch: examples in each.
-            query: examples of the query.
+            seed: random seed.
+            steps: number of support batches.
+            batch: examples per support batch.
+            query: number of query examples.
             split: `"train"`, `"validation"` or `"test"`.
-            start: number of the first episode; of a variable, its value when the stream is started.
-            stride: distance to the next: shard j of n has start j and stride n.
+            start: number of the first episode. A variable is read when iteration starts.
+            stride: step between episode numbers. Shard j of n has start j and stride n.
 
         Returns:
-            A dataset of episodes, as of `Tasks.dataset`.
+            A dataset of episodes, as in `Tasks.dataset`.
 
         Raises:
-            ValueError: if the parts differ in features, outputs or kind, the split is unknown, or a part has too few
-                examples.
+            ValueError: if the parts differ in features, outputs or kind, the split is unknown, or a
+                part has too few examples.
         """
         if len({(part.features, part.outputs, part.kind) for part in self.parts}) > 1:
             shapes = "; ".join(f"{one.name}: {one.features} features, {one.outputs} {one.kind}" for one in self.parts)
@@ -97,20 +98,20 @@ class Mixture:
 
 
 def mixture(weights: Mapping[Tasks, float] | Sequence[tuple[Tasks, float]]) -> Mixture:
-    """Task distributions with weights, for `meta.MetaTrainer`; their shapes may differ, their kind may not.
+    """Mixes task distributions with weights, for `meta.MetaTrainer`.
 
-    A stream has one shape. Where those of the parts differ, `MetaTrainer` keeps a stream for each; where they do not,
-    `Mixture.dataset` mixes them in one.
+    All parts must have one kind, but their shapes may differ. For different shapes, `MetaTrainer`
+    keeps a stream of each part. For equal shapes, `Mixture.dataset` mixes them in one stream.
 
     Args:
-        weights: a positive number for each task distribution; only their ratios matter.
+        weights: a positive weight for each task distribution. Only ratios matter.
 
     Returns:
         A `Mixture`.
 
     Raises:
-        ValueError: if there is none, a weight is not positive and finite, something is no task distribution, or their
-            kinds differ.
+        ValueError: if there is no part, a weight is not positive and finite, a part is not a task
+            distribution, or kinds differ.
 
     Example:
 

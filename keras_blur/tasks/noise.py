@@ -1,7 +1,8 @@
-"""Labels with mistakes in them, for learning that is to stand them.
+"""Label noise.
 
-Source: the noise models of "Meta-Weight-Net" (Shu et al., NeurIPS 2019), section 4: uniform (symmetric) noise draws a label
-anew among all classes, the true one included; flips replace it by that of the next class.
+Source: the noise models of "Meta-Weight-Net" (Shu et al., NeurIPS 2019), section 4. Uniform
+(symmetric) noise redraws a label from all classes, including the true one. Flips replace it by the
+next class.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ KINDS = ("uniform", "flip")
 
 
 def noisy_labels(y: np.ndarray, classes: int, share: float, kind: str = "uniform", seed: int = 0) -> np.ndarray:
-    """Labels of which a share is wrong.
+    """Corrupts a fraction of labels.
 
     Args:
         y: integer labels `[n]` from 0 to `classes - 1`, of any dtype.
         classes: number of classes.
-        share: probability that a label is drawn anew (`"uniform"`: among all classes, so that a tenth of these of ten stay
-            right) or replaced by the next class (`"flip"`).
+        share: probability that a label is corrupted: redrawn from all classes (`"uniform"`; with
+            ten classes a tenth of these stay correct) or replaced by the next class (`"flip"`).
         kind: `"uniform"` or `"flip"`.
-        seed: of the mistakes.
+        seed: random seed.
 
     Returns:
-        Labels `[n]`, of the dtype of `y`.
+        Labels `[n]` with the dtype of `y`.
 
     Raises:
         ValueError: if a label or an argument is out of range.

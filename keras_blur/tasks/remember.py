@@ -1,10 +1,12 @@
-"""Memory as a task: patterns are shown once, and asked for again from a part of them.
+"""Memory tasks: patterns are shown once and recalled from a part of their bits.
 
-Source: "Finding online neural update rules by learning to remember" (Gregor, 2020) has a learner recall past snippets of its
-experience; its sizes were not at hand. Patterns of random bits, of which a part is shown, are those of "Differentiable
-plasticity: training plastic neural networks with backpropagation" (Miconi, Clune and Stanley, ICML 2018).
+Source: "Finding online neural update rules by learning to remember" (Gregor, 2020), in which a
+learner recalls past snippets of its experience. The sizes of the paper were not available. Random
+bit patterns with partial cues follow "Differentiable plasticity: training plastic neural networks
+with backpropagation" (Miconi, Clune and Stanley, ICML 2018).
 
-Only hidden bits are scored: one that repeats what it is shown would look good otherwise. Patterns are new in each episode.
+Only hidden bits are scored, since repeating the shown bits would otherwise score well. Patterns are
+new in each episode.
 """
 
 from __future__ import annotations
@@ -36,17 +38,18 @@ class RememberTasks(Tasks):
         return _GRID
 
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        """Patterns, all of them shown: x their bits and ones, y their bits."""
+        """Fully shown patterns: x has their bits and ones, y has their bits."""
         check_split(split)
         y = 2.0 * tf.cast(random.integers(random.fold_in(seed, 0), (count, self.units), 2), tf.float32) - 1.0
         return tf.concat([y, tf.ones_like(y)], axis=1), y
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
-        """Patterns to store, and cues of them.
+        """Patterns to store, and cues to recall them.
 
         Returns:
-            As `Tasks.episode`. The query asks for the stored patterns in turn, each from another cue: x has the bits that
-            are shown, 0 elsewhere, and 1 where they are shown; y has the hidden bits, and 0, which is not scored, elsewhere.
+            As `Tasks.episode`. The query asks for the stored patterns in turn, each with a
+            different cue. x has the shown bits (0 elsewhere) and their mask. y has the hidden bits,
+            and 0 elsewhere, which is not scored.
         """
         stored = steps * batch
         x, y = self.examples(seed, stored, split)
@@ -63,16 +66,20 @@ class RememberTasks(Tasks):
 
 
 def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
-    """Patterns of random bits, stored one after the other, and recalled from a part of their bits.
+    """Random bit patterns, stored one by one and recalled from a part of their bits.
 
-    A support batch is so many patterns that are stored; an episode stores `steps * batch`.
+    Each example of a support batch is a pattern to store. An episode stores `steps * batch`
+    patterns.
 
     Args:
-        units: bits of a pattern.
-        cue: share of them that a cue shows.
+        units: number of bits of a pattern.
+        cue: fraction of the bits shown in a cue.
 
     Returns:
-        `RememberTasks`, of the kind `"bits"`: each output is a bit of its own, +1 or -1, or 0 where it is not scored.
+        `RememberTasks`, of the kind `"bits"`: each output is a bit of its own, +1 or -1, or 0 where
+            it is not scored.
+        `RememberTasks` of kind `"bits"`: each output is an independent bit, +1 or -1, or 0 if not
+            scored.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -1,10 +1,12 @@
-"""Sets of tasks that a learner can memorise, made of random numbers: objects in poses, sines each in its place, classes.
+"""Synthetic tasks that can be memorised: objects in poses, separate sines, Gaussian classes.
 
-Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020): its non-mutually-exclusive
-sinusoids as its published code has them, but for that code's random numbers, which are seeded anew for each batch; its pose
-regression on rendered objects, and few-shot classification of images, as small stand-ins of our own that need no data.
+Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020). The
+non-mutually-exclusive sinusoids follow its published code, except that its random numbers are
+reseeded in each batch. Its pose regression on rendered objects and its few-shot image
+classification are replaced by small stand-ins of our own that need no data.
 
-In each, x alone tells the task in meta-training, and new tasks look otherwise: what was memorised is of no use there.
+In each set, x alone identifies the task in meta-training. New tasks look different, so memorised
+knowledge does not help.
 """
 
 from __future__ import annotations
@@ -77,15 +79,16 @@ class SineSet(Tasks):
 
 
 def pose(objects: int = 80, *, held: int = 200, code: int = 8, seed: int = 0) -> PoseTasks:
-    """The pose of an object: x is its code and the view (cos, sin), y the view turned by the object's own angle.
+    """The pose of an object: x is its code and a view (cos, sin), y the view plus its own angle.
 
-    An episode is one object. Of a known one, the code tells the angle; of a new one, only the support does.
+    An episode is one object. The code determines the angle of a known object. The angle of a new
+    object is only in the support.
 
     Args:
-        objects: objects of meta-training.
-        held: objects of meta-validation, and of meta-test.
-        code: numbers of a code.
-        seed: of codes and angles.
+        objects: number of meta-training objects.
+        held: number of meta-validation objects, and of meta-test objects.
+        code: size of a code.
+        seed: random seed of codes and angles.
 
     Raises:
         ValueError: if a number is not positive.
@@ -103,13 +106,14 @@ def pose(objects: int = 80, *, held: int = 200, code: int = 8, seed: int = 0) ->
 
 
 def sines(*, seed: int = 1) -> SineSet:
-    """Ten fixed sines, each on its own half unit of x, which so tells the task: six to train on, two and two held back.
+    """Ten fixed sines, each on its own half unit of x, which identifies the task.
 
-    Amplitudes are from 0.1 to 5, phases from 0 to pi. Four held-back tasks, all beyond what was seen, are few: scores differ
-    much from seed to seed.
+    Six are for meta-training, two for meta-validation and two for meta-test. Amplitudes are from
+    0.1 to 5, phases from 0 to pi. Four held-out tasks, all outside the training range, are few, so
+    scores vary much between seeds.
 
     Args:
-        seed: of amplitudes and phases.
+        seed: random seed of amplitudes and phases.
     """
     arguments.integer("seed", seed, 0)
     return SineSet(seed)
@@ -119,16 +123,17 @@ def classes(
     ways: int = 5, shots: int = 1, *, pool: int = 50, features: int = 64, noise: float = 0.5, exclusive: bool = True,
     seed: int = 0,
 ) -> EpisodeTasks:  # fmt: skip
-    """Few-shot episodes on classes of Gaussian points, seen through a fixed random projection and tanh.
+    """Few-shot episodes on Gaussian classes, seen through a fixed random projection and tanh.
 
     Args:
-        ways: classes of an episode.
-        shots: support examples of each class.
-        pool: classes of meta-training, of meta-validation and of meta-test, 100 points of each.
-        features: number of features that are seen; the points have a quarter of that.
-        noise: deviation of points from their class's mean, whose own deviation is 1.
-        exclusive: as of `tasks.episodes`.
-        seed: of everything.
+        ways: number of classes of an episode.
+        shots: support examples per class.
+        pool: number of classes of each split, with 100 points per class.
+        features: number of visible features; the points have a quarter of that.
+        noise: standard deviation of points around their class mean. Class means have standard
+            deviation 1.
+        exclusive: as in `tasks.episodes`.
+        seed: random seed.
 
     Returns:
         `EpisodeTasks`.

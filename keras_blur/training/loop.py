@@ -1,10 +1,10 @@
-"""The training loop that both trainers share: epochs, progress, callbacks, checkpoints, and resuming after a kill.
+"""The training loop of both trainers: epochs, progress, callbacks, checkpoints and resumption.
 
-Keras's own loop does not run under every strategy, and an outer loop has other data. This one keeps Keras's progress bar,
-callbacks and history. All state that later steps depend on is in variables, so a run that is killed and resumed from a
-checkpoint ends bit for bit as the unbroken run does.
+Keras's own loop does not run under every strategy, and an outer loop has other data. This loop keeps
+Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so a
+run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted run.
 
-Keras's `fit` does more around a step than apply an optimizer. Both trainers take over:
+Keras's `fit` does more around a step than apply an optimizer. Both trainers cover:
 
 ==========================  ==================================================================================
 Duty                        Here
@@ -18,10 +18,10 @@ run_eagerly                 steps run without `tf.function`
 validation                  BilevelTrainer: arrays or datasets, sample weights, steps, frequency, batch size;
                             MetaTrainer: the callback `MetaValidate`
 metrics                     BilevelTrainer: `metrics` and `weighted_metrics`, reset at the start of an epoch
-callbacks                   the order of Keras; `on_train_end` gets the logs of the last epoch; a callback that
-                            cannot work is refused before training
+callbacks                   in the order of Keras; `on_train_end` gets the logs of the last epoch; unsupported
+                            callbacks raise before training
 stop_training               checked after each execution and each epoch
-initial_epoch               of `fit`, of a checkpoint, of BackupAndRestore
+initial_epoch               from `fit`, a checkpoint or BackupAndRestore
 verbose, history            `CallbackList` of Keras
 debugging limits            `keras.config.max_epochs` and `keras.config.max_steps_per_epoch`
 ==========================  ==================================================================================
@@ -53,7 +53,10 @@ _HEADROOM = 16.0
 
 
 class OuterLoop(keras.Model):
-    """A Keras model whose `fit` is a loop of outer steps; made in the scope of a `tf.distribute` strategy, under it."""
+    """A Keras model whose `fit` runs outer steps.
+
+    To use a `tf.distribute` strategy, create it in the scope of the strategy.
+    """
 
     jit_step: bool
     logged: tuple[str, ...]
@@ -63,10 +66,10 @@ class OuterLoop(keras.Model):
         self.runner = Runner()
 
     def build_optimizers(self) -> None:
-        """Makes the variables of the optimizers that are not built yet.
+        """Creates the variables of optimizers that are not built yet.
 
         Raises:
-            ValueError: if one optimizer is given twice, or was built for other variables.
+            ValueError: if two optimizers are the same object, or one was built for other variables.
         """
         found = list(self.optimizers().values())
         if len({id(plain(optimizer)) for optimizer, _ in found}) < len(found):
@@ -84,61 +87,64 @@ class OuterLoop(keras.Model):
                     optimizer.build(variables)
 
     def make_counters(self, logged: Sequence[str]) -> None:
-        """Makes the variables that say how far training is, and those of the running means that are logged."""
+        """Creates the progress counters and the running sums of the logged values."""
         self.meta_step = self.counter("meta_step", np.zeros((), "int32"))
         self.epoch, self.epoch_step = (self.counter(name, np.zeros((), "int32")) for name in ("epoch", "epoch_step"))
         self.logged = tuple(logged)
         self.sums = self.counter("sums", np.zeros((len(self.logged), 2), "float32"))  # of values and of weights
 
     def counter(self, name: str, value: np.ndarray) -> keras.Variable:
-        """A variable that is saved and not trained; each replica writes its own copy, all the same."""
+        """Creates a saved, non-trainable variable.
+
+        All replicas write the same values to their copies.
+        """
         made = self.add_weight(name=name, shape=value.shape, dtype=value.dtype.name, initializer="zeros", trainable=False)
         made.assign(value)
         return made
 
     @abc.abstractmethod
     def meta_train_step(self) -> dict[str, float]:
-        """One outer step; returns the running metrics."""
+        """Runs one outer step; returns the running metrics."""
 
     @abc.abstractmethod
     def rewind(self) -> None:
-        """Makes the streams of data start where the counters stand."""
+        """Restarts the data streams at the position of the counters."""
 
     @property
     @abc.abstractmethod
     def learned(self) -> Any:
-        """What was learned, as something that has `save(path)`."""
+        """The learned object, with a `save(path)` method."""
 
     @property
     def sound(self) -> bool:
-        """Whether what was learned so far is of use: `SaveLearned` writes no other."""
+        """Whether the current result is usable. `SaveLearned` only writes sound results."""
         return True
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What the run depends on, by name, as `settings.described` takes it; optimizers excepted."""
+        """All settings of the run except optimizers, by name, as input to `settings.described`."""
 
     @abc.abstractmethod
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        """The optimizers by the attribute that holds them, with the variables that each changes."""
+        """The optimizers by attribute name, with the variables each one updates."""
 
     def validate(self, epoch: int, logs: dict[str, float], callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
-        """The logs of an epoch, with those of a validation if there is one."""
+        """Adds validation logs to the logs of an epoch, if there is a validation."""
         del epoch, callbacks
         return logs
 
     def start_means(self) -> None:
-        """Begins the running means of an epoch."""
+        """Resets the running means at the start of an epoch."""
         self.sums.assign(tf.zeros_like(self.sums.value))
 
     def count_step(self, found: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
-        """Inside a step: moves the counters on and gives the running means.
+        """Advances the counters and updates the running means. Called inside a step.
 
         Args:
-            found: by the names in `logged`, values and their weights, whose weighted sums are kept.
+            found: values and weights for each name in `logged`.
 
         Returns:
-            The means; that of nothing is NaN.
+            The running means. A mean with zero weight is NaN.
         """
         both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
         sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
@@ -158,7 +164,7 @@ class OuterLoop(keras.Model):
         verbose: int | str,
         initial_epoch: int = 0,
     ) -> keras.callbacks.History:
-        """The loop; arguments as `fit` of a trainer gives them."""
+        """Runs the training loop. Arguments as in `fit` of the trainers."""
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
         arguments.count("steps_per_epoch", steps_per_epoch)
@@ -224,7 +230,7 @@ class OuterLoop(keras.Model):
         return self.history
 
     def _check_callbacks(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
-        """Raises a `ValueError` for a callback that this trainer cannot serve."""
+        """Raises a `ValueError` for callbacks that do not work with this trainer."""
         for callback in callbacks:
             name = type(callback).__name__
             if isinstance(callback, keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
@@ -246,7 +252,10 @@ class OuterLoop(keras.Model):
                     )
 
     def _start_averages(self) -> None:
-        """Lets the averages of `use_ema` start at the weights, so that a skipped first step leaves them there."""
+        """Initialises the averages of `use_ema` with the weights.
+
+        A skipped first step then leaves them at the weights.
+        """
         for optimizer, _ in self.optimizers().values():
             for own in parts(optimizer):
                 if own.built and own.use_ema and not int(own.iterations.numpy()):
@@ -254,7 +263,10 @@ class OuterLoop(keras.Model):
                         average.assign(variable.value)
 
     def _made_with(self, steps_per_epoch: int, callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, Any]:
-        """The settings of this run: those that must not change, and learning rates and curricula, which may."""
+        """The settings of this run, split by what may change on resumption.
+
+        Learning rates and curricula may change; all other settings must not.
+        """
         optimizers = {name: settings.described(one) for name, (one, _) in self.optimizers().items()}
         rates = {name: _rate(one) for name, one in optimizers.items()}
         fixed = {
@@ -268,7 +280,10 @@ class OuterLoop(keras.Model):
         return {"settings": fixed, "rates": rates, "curricula": settings.described(curricula)}
 
     def _restore(self, path: str, now: dict[str, Any]) -> None:
-        """Reads a checkpoint of a run like this one; in `now`, a rate that is kept becomes the one first asked for."""
+        """Restores a checkpoint of a run with the same settings.
+
+        If a learning rate is kept, `now` gets the rate that the original run asked for.
+        """
         try:
             with files.local(path) as copy:
                 before = settings.read(copy)
@@ -295,7 +310,9 @@ class OuterLoop(keras.Model):
             _warn(f"The curriculum is now {new}; checkpoint {path!r} was made with {old}.")
 
     def _load(self, path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Loads all variables, also where a number takes the place of a schedule or a schedule that of a number."""
+        """Loads all variables, even if a constant learning rate replaces a schedule or vice
+        versa.
+        """
         kept: dict[str, keras.optimizers.Optimizer] = {}
         for name, (optimizer, variables) in self.optimizers().items():
             if isinstance(before[name], float) != isinstance(now[name], float):
@@ -319,7 +336,7 @@ class OuterLoop(keras.Model):
 
 
 class _OtherSettings(ValueError):
-    """A checkpoint was made with other settings."""
+    """The checkpoint has other settings."""
 
 
 def _check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -331,13 +348,16 @@ def _check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _sides(found: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
-    """All that differs, before and now, as text."""
+    """All differences as text, before and now."""
     old, new = (", ".join(f"{one[0]}={one[place]}" for one in found) for place in (1, 2))
     return old, new
 
 
 def _announce(path: str, done: int, first: int, epochs: int, steps: int, verbose: int | str) -> None:
-    """Says where a run goes on, or that nothing is left to do; fewer epochs than there are is never passed over."""
+    """Reports where a run resumes, or that it is complete.
+
+    Warns if it has more epochs than asked for.
+    """
     if done > epochs:
         _warn(f"Nothing is left to do: checkpoint {path!r} has {done} epochs, more than the epochs={epochs} asked for.")
     elif verbose and done == epochs:
@@ -352,7 +372,9 @@ def _warn(sentence: str) -> None:
 
 
 def _rate(config: dict[str, Any]) -> Any:
-    """The learning rate in the description of an optimizer, or of one that it wraps; `None` if it has several."""
+    """The learning rate in an optimizer config, also of a wrapped one; `None` if there are
+    several.
+    """
     if "learning_rate" in config or "inner_optimizer" not in config:
         return config.get("learning_rate")
     return _rate(config["inner_optimizer"]["config"])
@@ -371,13 +393,13 @@ def _with_rate(config: Any, rate: Any) -> Any:
 
 
 def _state(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """The variables of an optimizer but its learning rate."""
+    """The variables of an optimizer except its learning rate."""
     rate = optimizer.learning_rate
     return [variable for variable in optimizer.variables if variable is not rate]
 
 
 def _named(rate: Any) -> str:
-    """A learning rate in a sentence: a number, or a schedule with its numbers."""
+    """Formats a learning rate for a message: a number, or a schedule with its parameters."""
     if isinstance(rate, float):
         return f"{rate:.6g}"
     config = rate.get("config", {}) if isinstance(rate, dict) else {}
@@ -386,7 +408,7 @@ def _named(rate: Any) -> str:
 
 
 def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
-    """Takes a NaN that counts as the best value so far from Keras's callbacks: no later value is better than NaN."""
+    """Resets callbacks whose best value is NaN, because no later value would be better."""
     for callback in callbacks:
         best = getattr(callback, "best", None)
         if isinstance(best, float | np.floating) and np.isnan(best):
@@ -394,12 +416,14 @@ def _forget_nan(callbacks: Sequence[keras.callbacks.Callback]) -> None:
 
 
 def plain(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """An optimizer without the loss scaling around it."""
+    """Unwraps a loss-scaling optimizer."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
-    """The optimizers that update weights: several of a `MultiOptimizer`, one of any other."""
+    """The optimizers that update weights: all parts of a `MultiOptimizer`, or the optimizer
+    itself.
+    """
     return list(getattr(plain(optimizer), "optimizers", [])) or [plain(optimizer)]
 
 
@@ -409,11 +433,11 @@ def clips(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def loss_scale(optimizer: keras.optimizers.Optimizer) -> Array | None:
-    """The factor of a loss before it is differentiated, a float32 scalar; `None` without loss scaling.
+    """The loss scale before differentiation, a float32 scalar; `None` without loss scaling.
 
-    A `LossScaleOptimizer` starts at 2^15. There a gradient of 2 overflows float16, and Keras loses the first steps to it. So
-    the passes use a sixteenth of that, and `apply_scaled` supplies the rest in float32. A gradient that float16 can hold at
-    the full scale gives the same step.
+    A `LossScaleOptimizer` starts at 2^15, where a gradient of 2 overflows float16. Keras loses the
+    first steps to this. The passes here use a sixteenth of the scale, and `apply_scaled` supplies
+    the rest in float32. Gradients that fit into float16 at the full scale give the same step.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float32) / _HEADROOM
@@ -425,11 +449,11 @@ def loss_scale(optimizer: keras.optimizers.Optimizer) -> Array | None:
 def apply_scaled(
     optimizer: keras.optimizers.Optimizer, gradients: Sequence[Array | None], variables: Sequence[keras.Variable]
 ) -> None:
-    """Applies true gradients with an optimizer that divides what it gets by its loss scale.
+    """Applies unscaled gradients with an optimizer that divides gradients by its loss scale.
 
     Args:
         optimizer: any Keras optimizer.
-        gradients: derivatives of the loss that is not scaled; `None` where the loss does not depend on a variable.
+        gradients: gradients of the unscaled loss; `None` if the loss does not depend on a variable.
         variables: the variables, in the same order.
     """
     optimizer.apply([None if g is None else optimizer.scale_loss(g) for g in gradients], list(variables))
@@ -445,7 +469,7 @@ def check_frequency(frequency: Any) -> None:
 
 
 def _limited(name: str, value: int, limit: int | None) -> int:
-    """A number of epochs or steps within the debugging limit of `keras.config`."""
+    """Caps a number of epochs or steps at the debugging limit of `keras.config`."""
     if not limit or value <= limit:
         return value
     warnings.warn(f"`{name}` is limited to {limit} by keras.config.", stacklevel=4)
@@ -454,7 +478,10 @@ def _limited(name: str, value: int, limit: int | None) -> int:
 
 @contextlib.contextmanager
 def _noticed(number: int, wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Whether this process got a signal, which then does nothing else; only the main thread can look out for one."""
+    """Tells whether the process received a signal, whose default action is suppressed.
+
+    Only the main thread can receive signals.
+    """
     got: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -1,11 +1,13 @@
-"""The settings of a run as JSON, and how two runs differ; checkpoints that carry them.
+"""Settings of a run as JSON, their comparison, and checkpoints that carry them.
 
-A checkpoint is Keras's weights file, followed by the settings and a checksum of both, which HDF5 readers ignore. The
-checksum is checked first when a checkpoint is read: HDF5 reads a damaged file without a word, or crashes the process.
+A checkpoint is a Keras weights file, followed by the settings and a checksum of both. HDF5 readers
+ignore the trailing data. The checksum is verified first, because HDF5 may read a damaged file
+silently or crash the process.
 
-Equal settings must give equal JSON in another process, so automatic layer names, object identities and memory addresses stay
-out. Data are known by their shapes and by a projection, which is compared with a tolerance: another machine may round
-otherwise when it prepares them.
+Equal settings must give equal JSON in every process, so automatic layer names, object identities
+and memory addresses are left out. Data are represented by their shapes and a projection.
+Projections are compared with a tolerance, since preprocessing may round differently on another
+machine.
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ _CONFIGURED = (keras.Layer, keras.losses.Loss, keras.metrics.Metric, keras.optim
 
 
 def described(value: Any) -> Any:
-    """A value of a setting as something that JSON can hold.
+    """Converts a setting to JSON-compatible data.
 
     Args:
-        value: a number, text, array, container, function, dataclass, task distribution, learner, or Keras object.
+        value: a number, string, array, container, function, dataclass, task distribution, learner
+            or Keras object.
 
     Returns:
-        Equal nests for equal settings. A projection stands for an array, shapes and types for variables, a configuration
-        without names for a Keras object, public attributes for any other object.
+        Equal nests for equal settings. Arrays become projections, variables become shapes and
+        dtypes, Keras objects become configs without names, and other objects become their public
+        attributes.
 
     Example:
 
@@ -101,7 +105,7 @@ def _package(value: Any) -> str:
 
 
 def _config(value: Any, above: tuple[int, ...]) -> dict[str, Any]:
-    """The configuration of a Keras object, with its names numbered in the order in which they come."""
+    """The config of a Keras object, with names replaced by their order of appearance."""
     try:
         with warnings.catch_warnings():  # Keras warns of a lambda, which is only compared here
             warnings.simplefilter("ignore")
@@ -145,7 +149,7 @@ def _arrays(nest: Any) -> Iterator[Any]:
 
 
 def projected(arrays: list[Any]) -> dict[str, Any]:
-    """What stands for arrays: number of elements, and the projection of all on a fixed direction, over their norm.
+    """Summarises arrays: element count, and the projection on a fixed direction over the norm.
 
     Example:
 
@@ -172,7 +176,7 @@ def projected(arrays: list[Any]) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Where two descriptions differ: the names of settings with both values, as text.
+    """Yields the settings that differ between two descriptions, with both values as text.
 
     Example:
 
@@ -202,7 +206,7 @@ def _equal(before: Any, now: Any, name: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A setting in a sentence."""
+    """Formats a setting for a message."""
     if isinstance(value, dict) and "class" in value:
         return str(value["class"])
     if isinstance(value, str):
@@ -214,12 +218,12 @@ def _shown(value: Any) -> str:
 
 
 def write(path: str, weights: files.Memory, settings: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Writes a checkpoint atomically.
 
     Args:
         path: the file.
         weights: Keras's weights file.
-        settings: what `read` is to give.
+        settings: the settings that `read` returns.
     """
     text = json.dumps(settings).encode()
     summed = hashlib.sha256(weights.getbuffer())
@@ -230,10 +234,10 @@ def write(path: str, weights: files.Memory, settings: Mapping[str, Any]) -> None
 
 
 def read(path: str) -> dict[str, Any]:
-    """The settings of a checkpoint on a disk, whose checksum is checked.
+    """Verifies the checksum of a local checkpoint and returns its settings.
 
     Raises:
-        ValueError: if the file is damaged or no checkpoint.
+        ValueError: if the file is damaged or not a checkpoint.
     """
     with open(path, "rb") as file:
         size = file.seek(0, 2) - _TRAILER.size
