@@ -125,7 +125,7 @@ def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
         network(), [scale], training_loss=lambda model, x, y, losses: scale + keras.ops.mean(losses(y, model(x)))
     )
     made.compile("sgd", "sgd", LOSS)
-    with pytest.raises(ValueError, match=r"SaveLearned needs something that has `save\(path\)`"):
+    with pytest.raises(ValueError, match=r"SaveLearned needs a result with `save\(path\)`"):
         made.fit(x, y, meta_data=(x, y), batch_size=20, callbacks=[meta.SaveLearned(tmp_path / "s.json")], verbose=0)
 
 
@@ -421,7 +421,7 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
         (lambda: trainer(meta.Unroll(3)), "`estimator` must be one of OneStep"),
         (lambda: trainer(bilevel.EvoGrad(scope=("no",))), "`scope` must be names of layers with weights"),
         (lambda: bilevel.BilevelTrainer(network(), [keras.Variable(1.0)]), "`meta_model` must be a TrainingLoss, or a list"),
-        (lambda: bilevel.BilevelTrainer(network(), bilevel.TrainingLoss()), "`meta_model` must have something to learn"),
+        (lambda: bilevel.BilevelTrainer(network(), bilevel.TrainingLoss()), "`meta_model` must have trainable variables"),
         (lambda: trainer().compile("sgd"), "`loss` must be given"),
         (lambda: trainer().fit(X, Y, meta_data=X, batch_size=4), "`meta_data` must be a tf.data.Dataset or"),
         (lambda: trainer().fit(X, Y, meta_data=(X, Y)), "`x` must hold at least `batch_size` examples, 32. Received: 8"),

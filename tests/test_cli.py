@@ -79,7 +79,7 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
     plain, learned = (results[name]["history"]["val_accuracy"] for name in ("equal weights", "meta_weight_net"))
     assert len(plain) == len(learned) == 12
     assert learned[-1] > plain[-1]
-    assert results["meta_weight_net"]["weights"]["right"] > 2 * results["meta_weight_net"]["weights"]["wrong"]
+    assert results["meta_weight_net"]["weights"]["correct"] > 2 * results["meta_weight_net"]["weights"]["wrong"]
     images = load_images()
     x_test = np.reshape(images.x_test, (len(images.x_test), -1)) / images.scale
     scores = keras.models.load_model(paths["save"]).predict(x_test, verbose=0)

@@ -324,7 +324,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--method=maml --functions=xor --model=m.h5", "--model must end with .keras"),
         ("--augment=noise", "--augment must be some of labels, classes"),
         ("--augment=rotation", "LabelRotation needs tasks of two values"),
-        ("--synthetic=pose --functions=xor", "exclude one another"),
+        ("--synthetic=pose --functions=xor", "exclude each other"),
         ("--method=maml --rule=oja=weights", "--rule applies only with --method=blur"),
         ("--method=prototypes --functions=sine", "needs tasks of two classes or more"),
         ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),

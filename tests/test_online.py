@@ -188,8 +188,8 @@ def test_only_labelled_bits_are_scored():
     ("call", "message"),
     [
         (lambda: tasks.remember(1), "`units` must be an integer of at least 2"),
-        (lambda: tasks.remember(4, cue=0.0), "`cue` must be a share"),
-        (lambda: tasks.remember(4, cue=1.0), "`cue` must be a share"),
+        (lambda: tasks.remember(4, cue=0.0), "`cue` must be a fraction"),
+        (lambda: tasks.remember(4, cue=1.0), "`cue` must be a fraction"),
         (lambda: learners.OnlineRule(neuron=0), "`neuron` must be a positive integer"),
         (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be a sequence of positive integers"),
         (lambda: learners.OnlineRule().check("classes", 2), "needs tasks of bits"),

@@ -348,7 +348,7 @@ def test_mistakes_about_decisions():
         with pytest.raises(ValueError, match="`learners` must be a genome, a BaselineLearner, or several by name"):
             trace_decisions(odd, xor)
     for odd in (Blur((4,)), "functions"):
-        with pytest.raises(ValueError, match="`learners` must be genomes and Optimizers"):
+        with pytest.raises(ValueError, match="`learners` must be genomes and BaselineLearners"):
             trace_decisions({"one": odd}, xor)
     for name in ("resolution", "batch_size", "query"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least"):

@@ -100,7 +100,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self.autocast = False  # the model casts its own inputs
         if isinstance(meta_model, TrainingLoss):
             if training_loss is not None:
-                raise ValueError("`training_loss` goes with a list of variables; a TrainingLoss has its own.")
+                raise ValueError("`training_loss` must be None with a TrainingLoss, which has its own.")
             training_loss, variables = meta_model.training_loss, list(meta_model.trainable_variables)
         else:
             variables = list(meta_model) if isinstance(meta_model, (list, tuple)) else [meta_model]
@@ -110,7 +110,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
                     f"on them. {arguments.received('meta_model', meta_model)}"
                 )
         if not variables:
-            raise ValueError(f"`meta_model` must have something to learn. Received: {meta_model!r}")
+            raise ValueError(f"`meta_model` must have trainable variables. Received: {meta_model!r}")
         if any(one is other for one in variables for other in model.trainable_variables):
             raise ValueError("`meta_model` and `model` must not share variables.")
         self.model, self.meta_model, self.estimator = model, meta_model, estimator
@@ -137,7 +137,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self._measures = False
         self._metric_state: list[keras.Variable] = []
 
-    # What a person asks of it.
+    # Public interface.
 
     def compile(
         self,
@@ -201,7 +201,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             )
         for one in (self.optimizer, self.meta_optimizer):
             if self.runner.replicas > 1 and clips(one):
-                raise ValueError("An optimizer must not clip on several replicas: it would see a part of the gradient.")
+                raise ValueError(
+                    "An optimizer must not clip on several replicas: each replica sees only a part of the gradient."
+                )
         self.build_optimizers()
         if self.own_optimizer is not None:
             with self.runner.scope():
@@ -264,7 +266,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self._open((x, y) if y is not None else x, meta_data, batch_size, meta_batch_size or batch_size)
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:
-            raise ValueError("`steps_per_epoch` must be given: the dataset does not say how long it is.")
+            raise ValueError("`steps_per_epoch` must be given for a dataset of unknown length.")
         self.meta_every, self._validation = meta_every, None
         if validation_data is not None:
             check_frequency(validation_freq)

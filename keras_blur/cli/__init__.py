@@ -1,7 +1,7 @@
-"""The command line: `keras-blur COMMAND [flags]`. One file a command, each with its flags; this one finds and runs it.
+"""The command line: `keras-blur COMMAND [flags]`. Each command is one module with its flags.
 
-A user's mistake (a flag, a file, missing data) ends with one sentence and exit status 2. Ctrl-C ends with 130. Anything else
-is a bug and keeps its traceback.
+A user error (a flag, a file, missing data) prints one sentence and exits with status 2. Ctrl-C
+exits with 130. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from keras_blur._version import __version__
 from keras_blur.cli.flags import Flags
 
 COMMANDS = {
-    "fit": "train a network by a genome on images, beside Keras SGD",
-    "meta-train": "find a genome on images or toy tasks, from random numbers",
-    "reweight": "train on partly wrong labels, with example weights learned from a few correct ones",
-    "evaluate": "how a genome learns, over seeds and steps",
-    "compare": "a genome beside tuned optimizers, on images or toy tasks",
-    "zoo": "the trained genomes of the package, and their cards",
+    "fit": "train a network on images by a genome, next to Keras SGD",
+    "meta-train": "meta-learn a genome on images or toy tasks",
+    "reweight": "train on partly wrong labels, with example weights learned from a few correct labels",
+    "evaluate": "score a genome over seeds and steps",
+    "compare": "compare a genome with tuned optimizers, on images or toy tasks",
+    "zoo": "list the trained genomes of the package and their cards",
     "conformance": "replay published numbers and report the differences",
 }
 
@@ -36,10 +36,11 @@ def run(arguments: Sequence[str]) -> int:
     """Runs a command.
 
     Args:
-        arguments: those after the program's name.
+        arguments: the arguments after the program's name.
 
     Returns:
-        The exit status: 0 success, 1 a check that failed, 2 a user's mistake, 130 interrupted.
+        The exit status: 0 for success, 1 for a failed check, 2 for a user error, 130 if
+            interrupted.
     """
     if arguments and arguments[0] == "--version":
         print(f"keras-blur {__version__} (TensorFlow {tf.__version__}, Keras {keras.__version__})")
@@ -54,20 +55,20 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else MISTAKE
     name, *rest = arguments
     if name not in COMMANDS:
-        return _mistake("keras-blur", f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+        return _mistake("keras-blur", f"unknown command {name!r}; known commands: {', '.join(COMMANDS)}")
     command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
     return call(command, f"keras-blur {name}", COMMANDS[name], rest)
 
 
 def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """Parses a command's flags, checks them and runs it.
+    """Parses and checks the flags of a command and runs it.
 
     Args:
-        command: a module with `USAGE`, `EXAMPLES`, `define_flags` and `run`; it may have `complete`, which fills in the
-            defaults that depend on other flags.
-        program: what stands before the arguments.
-        purpose: what it does, in a line.
-        arguments: those of the command.
+        command: a module with `USAGE`, `EXAMPLES`, `define_flags` and `run`, and optionally
+            `complete`, which fills in defaults that depend on other flags.
+        program: name of the program, for messages.
+        purpose: one-line description of the command.
+        arguments: arguments of the command.
 
     Returns:
         The exit status.
@@ -103,7 +104,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename!r}" if error.filename else "")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""What several commands do with their flags."""
+"""Functions used by several commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREPARED = When("with --data other than digits", lambda flag: flag["data"] != "d
 
 
 def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
-    """The positive numbers of a list flag."""
+    """Parses a list flag of positive integers."""
     try:
         numbers = [int(text) for text in texts]
     except ValueError:
@@ -33,7 +33,7 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def write_json(path: str, document: Any) -> None:
-    """Writes JSON values, with `null` for each number that is not finite, and says so."""
+    """Writes JSON, with `null` for non-finite numbers, and prints the file name."""
     write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     wrote(path)
 
@@ -47,57 +47,59 @@ def _finite(value: Any) -> Any:
 
 
 def wrote(path: str) -> None:
-    """Names a file that was written; on stderr where the file itself went to stdout."""
+    """Prints the name of a written file, on stderr if the file itself is stdout."""
     print(f"wrote {path}", file=sys.stderr if path in ("/dev/stdout", "/dev/fd/1") else sys.stdout, flush=True)
 
 
 def interrupted(kept: str) -> int:
-    """Says what a run kept that Ctrl-C ended; returns its exit status."""
+    """Reports what an interrupted run kept. Returns the exit status."""
     print(f"keras-blur: interrupted; {kept}", file=sys.stderr)
     return 130
 
 
 def name_of(genome: str) -> str:
-    """The name of a genome by which results and pictures call it."""
+    """The name of a genome in results and figures."""
     return os.path.basename(genome).removesuffix(".json")
 
 
 def define_data_flags(flags: Flags, when: Sequence[When] = ()) -> None:
-    """Defines the flags that name an image set."""
+    """Defines the flags for image sets."""
     flags.string("data", "digits", "'digits', or a prepared tensorflow_datasets image set.", when)
     flags.string(
         "data_dir",
         None,
-        "Folder of prepared sets; else TFDS_DATA_DIR, else the default of tensorflow_datasets.",
+        "Folder of prepared sets; by default TFDS_DATA_DIR or the folder of tensorflow_datasets.",
         [*when, PREPARED],
     )
 
 
 def define_scoring_flags(flags: Flags) -> None:
-    """Defines the flags of the commands that let a genome learn and score it."""
+    """Defines the flags of commands that score a genome."""
     flags.group("Data")
     define_data_flags(flags, [without("functions")])
-    flags.integer(
-        "size", None, "Side to resize images to; each seed is then an episode.", least=2, when=[without("functions")]
-    )
-    flags.words("functions", [], "Toy tasks, one by one, in place of --data.")
+    flags.integer("size", None, "Image size; each seed is then an episode.", least=2, when=[without("functions")])
+    flags.words("functions", [], "Toy tasks, one by one, instead of --data.")
     flags.choice(
-        "split", "test", ["validation", "test"], "Episodes to report, or to choose by.", [with_any("size", "functions")]
+        "split",
+        "test",
+        ["validation", "test"],
+        "Split for reporting (test) or model selection (validation).",
+        [with_any("size", "functions")],
     )
     flags.group("Learning")
-    flags.string("genome", None, "A genome's name, or a file of one; it must be given.")
+    flags.string("genome", None, "Name or file of a genome; required.")
     flags.words("hidden", ["64", "64"], "Units of the hidden layers.")
     flags.integer("steps", 100, "Learning steps.", least=1)
-    flags.integer("seeds", 5, "Initial networks and orders of the images, or episodes.", least=2)
-    flags.integer("batch_size", 64, "Examples in a batch.", least=1)
-    flags.integer("seed", 0, "The first of the seeds.", least=0)
+    flags.integer("seeds", 5, "Number of initial networks and image orders, or of episodes.", least=2)
+    flags.integer("batch_size", 64, "Examples per batch.", least=1)
+    flags.integer("seed", 0, "First random seed.", least=0)
     flags.group("Outputs")
-    flags.output("json", None, "File for the numbers, every curve.", (".json",))
-    flags.output("plot", None, "File for the picture.", PICTURES)
+    flags.output("json", None, "File for all curves.", (".json",))
+    flags.output("plot", None, "File for the figure.", PICTURES)
 
 
 def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
-    """What the scoring flags ask to learn.
+    """The data selected by the scoring flags.
 
     Raises:
         ValueError: if a function is unknown or data are missing.
@@ -112,23 +114,23 @@ def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
 def score_all(
     flag: Mapping[str, Any], score: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], str]
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Lets the genome learn what the scoring flags ask for, prints and writes it.
+    """Scores a genome on all selected data; prints and writes the results.
 
     Args:
         flag: the scoring flags.
         score: `report.compare` or `evaluate`.
-        show: a result as text.
+        show: formats a result.
 
     Returns:
-        The results, and whether Ctrl-C ended the run. Then the last result may be partial.
+        The results, and whether Ctrl-C ended the run. If so, the last result may be partial.
 
     Raises:
-        ValueError: if a picture of several is asked for, no genome is given, or data are missing.
+        ValueError: if several results are to be plotted, no genome is given, or data are missing.
     """
     if not flag["genome"]:
-        raise ValueError("--genome must be given: the name of a genome or a file of one")
+        raise ValueError("--genome must be given: the name or file of a genome")
     if len(flag["functions"]) > 1 and flag["plot"]:
-        raise ValueError("--plot draws one result: give it with --data or with a single one of --functions")
+        raise ValueError("--plot draws one result: use it with --data or with a single function")
     hidden, genome, name = whole_numbers("hidden", flag["hidden"]), genomes.load(flag["genome"]), name_of(flag["genome"])
     sources = sources_of(flag)
     options = {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
@@ -166,6 +168,6 @@ def score_all(
 
 
 def stopped_early(results: Sequence[Mapping[str, Any]]) -> int:
-    """Says what a scoring run kept that Ctrl-C ended; returns its exit status."""
+    """Reports what an interrupted scoring run kept. Returns the exit status."""
     curves = sum(len(result["curves"]) for result in results)
     return interrupted(f"kept the curves learned so far: {curves}" if curves else "no score was taken yet, nothing was kept")

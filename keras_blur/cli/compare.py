@@ -1,4 +1,4 @@
-"""`keras-blur compare`: a genome beside tuned optimizers on an image set, or on toy tasks."""
+"""`keras-blur compare`: compares a genome with tuned optimizers on images or toy tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ define_flags = define_scoring_flags
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Compares, prints and writes."""
+    """Compares, prints and writes the results."""
     del positional
     results, stopped = score_all(flag, compare, format_compare)
     whole = [result for result in results if "envelope" in result]

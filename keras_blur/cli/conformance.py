@@ -21,7 +21,10 @@ def define_flags(flags: Flags) -> None:
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Replays each file; 0 if all agree, 1 if a number differs; a file that cannot be replayed raises."""
+    """Replays each file. Returns 0 if all agree and 1 if a number differs.
+
+    Raises if a file cannot be replayed.
+    """
     if not positional:
         raise ValueError("conformance needs at least one .npz file or a folder of them")
     reports = []

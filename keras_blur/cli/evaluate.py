@@ -1,4 +1,4 @@
-"""`keras-blur evaluate`: how a genome learns, over seeds, and whether it keeps what it learned."""
+"""`keras-blur evaluate`: learning curves of a genome over seeds, and later losses of accuracy."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     define_scoring_flags(flags)
     plane = [with_any("functions")]
-    flags.output("decisions", None, "File for a picture of the regions that it decides.", PICTURES, plane)
-    flags.output("synapses", None, "File for a picture of norms and spectra of the kernels as it learns.", PICTURES)
+    flags.output("decisions", None, "File for a figure of decision regions.", PICTURES, plane)
+    flags.output("synapses", None, "File for a figure of norms and spectra of kernels during learning.", PICTURES)
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Evaluates, prints, writes and draws."""
     del positional
     if flag["synapses"] and len(flag["functions"]) > 1:
-        raise ValueError("--synapses draws one network: give it with --data or with a single one of --functions")
+        raise ValueError("--synapses draws one network: use it with --data or with a single function")
     results, stopped = score_all(flag, evaluate, _show)
     if stopped:
         return stopped_early(results)
@@ -44,7 +44,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 
 def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
-    """The pictures of one episode of learning, the first seed's."""
+    """Draws one episode of learning, that of the first seed."""
     from keras_blur.report.decisions import draw_decisions, trace_decisions
     from keras_blur.report.synapses import draw_synapses, trace_synapses
 
@@ -67,7 +67,7 @@ def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
 
 
 def _show(result: dict[str, Any]) -> str:
-    """The table, and what each genome loses after its best score."""
+    """Formats the table, and how much accuracy each genome loses after its best score."""
     lines = [format_compare(result)]
     for name, curve in result["curves"].items():
         means = np.mean(curve["accuracy"], axis=0)

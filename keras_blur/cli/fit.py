@@ -1,4 +1,4 @@
-"""`keras-blur fit`: a network learns images by a genome, beside a Keras twin that learns by SGD."""
+"""`keras-blur fit`: trains a network on images by a genome, next to a Keras twin trained by SGD."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def define_flags(flags: Flags) -> None:
     flags.group("Data")
     define_data_flags(flags)
     flags.group("Learning")
-    flags.string("genome", "backprop", "A genome's name, or a file of one.")
+    flags.string("genome", "backprop", "Name or file of a genome.")
     flags.words("hidden", ["256", "128"], "Units of the hidden layers.")
     flags.integer("epochs", 5, "Passes over the training images.", least=1)
-    flags.integer("batch_size", 32, "Images in a batch.", least=1)
-    flags.number("learning_rate", 0.1, "Rate of the backprop genome and of Keras SGD.", least=0.0, when=[_RATE])
-    flags.integer("seed", 0, "Seed of weights and of the order of the images.", least=0)
-    flags.switch("twin", True, "Whether Keras SGD learns the same from the same weights.")
+    flags.integer("batch_size", 32, "Images per batch.", least=1)
+    flags.number("learning_rate", 0.1, "Learning rate of the backprop genome and of Keras SGD.", least=0.0, when=[_RATE])
+    flags.integer("seed", 0, "Random seed of weights and image order.", least=0)
+    flags.switch("twin", True, "Whether to train a Keras SGD twin from the same weights.")
     flags.group("Outputs")
     flags.output("json", None, "File for the numbers.", (".json",))
     flags.output("plot", None, "File for the learning curves.", PICTURES)
@@ -50,7 +50,7 @@ def define_flags(flags: Flags) -> None:
 
 
 def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[Sequential, keras.Sequential]:
-    """A network that learns by the genome, and a Keras network of the same shape and initial weights."""
+    """A network that learns by the genome, and a Keras twin with the same initial weights."""
     activation = genome.rule.forward_activation
     twin_activation = "tanh" if activation == "relu_tanh" else activation
 
@@ -65,7 +65,7 @@ def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[S
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Trains, prints and writes what was asked for; Ctrl-C ends the training and keeps what was learned."""
+    """Trains, prints and writes the results. Ctrl-C ends training and keeps what was learned."""
     del positional
     if flag["learning_rate"] <= 0:
         raise ValueError(f"--learning_rate must be above 0. Received: --learning_rate={flag['learning_rate']}")

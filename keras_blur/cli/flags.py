@@ -1,7 +1,8 @@
-"""The flags of a command: their groups in the help, when each applies, and the files that they name.
+"""Flags of a command: help groups, conditions and output files.
 
-A flag that was given and that the run would ignore is a mistake, so each flag declares when it applies. absl parses the
-command line; its errors become one sentence that names the flag, what was expected and what came.
+A flag that a run would ignore is an error, so each flag declares when it applies. absl parses the
+command line. Its errors are rewritten as one sentence with the flag, the expected value and the
+received value.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class When:
     """A condition under which a flag applies.
 
     Attributes:
-        text: the condition, to follow "applies only".
-        holds: takes the values of all flags by name.
-        shown: the flags whose values an error shows.
+        text: description of the condition, following "applies only".
+        holds: evaluates the condition on the values of all flags.
+        shown: flags whose values are shown in an error.
     """
 
     text: str
@@ -40,24 +41,24 @@ class When:
 
 
 def with_any(*names: str) -> When:
-    """With at least one of some flags."""
+    """Applies if at least one of some flags is given."""
     text = " or ".join(f"--{name}" for name in names)
     return When(f"with {text}", lambda flag: any(_is_set(flag[name]) for name in names))
 
 
 def without(*names: str) -> When:
-    """With none of some flags."""
+    """Applies if none of some flags is given."""
     text = " or ".join(f"--{name}" for name in names)
     return When(f"without {text}", lambda flag: not any(_is_set(flag[name]) for name in names), names)
 
 
 def with_value(name: str, *values: str) -> When:
-    """With a flag at one of some values."""
+    """Applies if a flag has one of some values."""
     return When(f"with --{name}={' or '.join(values)}", lambda flag: flag[name] in values, (name,))
 
 
 def unless_value(name: str, *values: str) -> When:
-    """Without a flag at one of some values."""
+    """Applies unless a flag has one of some values."""
     return When(f"without --{name}={' or '.join(values)}", lambda flag: flag[name] not in values, (name,))
 
 
@@ -66,7 +67,7 @@ def _is_set(value: Any) -> bool:
 
 
 class Output(NamedTuple):
-    """A flag that names a file to write."""
+    """A flag for an output file."""
 
     flag: str
     endings: tuple[str, ...]
@@ -85,10 +86,10 @@ class _Flag:
 
 
 class Flags:
-    """The flags of one command.
+    """The flags of a command.
 
-    Each flag belongs to the group that was begun last. `when` lists the conditions under which a flag applies; all must
-    hold. A command with output files has `--overwrite`, too.
+    Each flag belongs to the group started last. `when` lists the conditions under which a flag
+    applies; all must hold. Commands with output files also have `--overwrite`.
 
     Example:
 
@@ -110,18 +111,18 @@ class Flags:
         self.switch("help", False, "Show this help and exit.", short_name="h")
 
     def group(self, name: str) -> None:
-        """Begins a group of the help, or goes on with it."""
+        """Starts or continues a group of the help."""
         self._group = name
 
     def string(self, name: str, default: str | None, text: str, when: Sequence[When] = ()) -> None:
-        """A text."""
+        """Defines a string flag."""
         absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
         self._add(name, default, text, "a text", when)
 
     def integer(
         self, name: str, default: int | None, text: str, least: int | None = None, when: Sequence[When] = ()
     ) -> None:
-        """A whole number."""
+        """Defines an integer flag."""
         absl_flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=self._absl)
         self._add(name, default, text, "a whole number" + ("" if least is None else f" from {least}"), when)
 
@@ -134,28 +135,28 @@ class Flags:
         most: float | None = None,
         when: Sequence[When] = (),
     ) -> None:
-        """A finite number."""
+        """Defines a flag for a finite number."""
         absl_flags.DEFINE_float(name, default, text, least, most, flag_values=self._absl)
         expected = "a number" + ("" if least is None else f" from {least:g}") + ("" if most is None else f" to {most:g}")
         self._add(name, default, text, expected, when)
 
     def switch(self, name: str, default: bool, text: str, when: Sequence[When] = (), short_name: str | None = None) -> None:
-        """A yes or a no: `--name` or `--noname`."""
+        """Defines a boolean flag: `--name` or `--noname`."""
         absl_flags.DEFINE_boolean(name, default, text, short_name=short_name, flag_values=self._absl)
         self._add(name, default, text, "given without a value", when)
 
     def choice(self, name: str, default: str | None, choices: Sequence[str], text: str, when: Sequence[When] = ()) -> None:
-        """One of some words."""
+        """Defines a flag with fixed choices."""
         absl_flags.DEFINE_enum(name, default, choices, text, flag_values=self._absl)
         self._add(name, default, f"{text} One of {', '.join(choices)}.", f"one of {', '.join(choices)}", when)
 
     def words(self, name: str, default: Sequence[str] | None, text: str, when: Sequence[When] = ()) -> None:
-        """A list with commas."""
+        """Defines a flag for a comma-separated list."""
         absl_flags.DEFINE_list(name, default, text, flag_values=self._absl)
         self._add(name, ",".join(default or ()), text, "a list with commas", when)
 
     def repeated(self, name: str, default: Sequence[str], text: str, when: Sequence[When] = ()) -> None:
-        """A text that may be given several times."""
+        """Defines a string flag that can be repeated."""
         absl_flags.DEFINE_multi_string(name, default, text, flag_values=self._absl)
         self._add(name, " ".join(default), text, "a text", when)
 
@@ -168,15 +169,15 @@ class Flags:
         when: Sequence[When] = (),
         resumed: bool = False,
     ) -> None:
-        """A file to write.
+        """Defines a flag for an output file.
 
         Args:
-            name: of the flag.
-            default: the file if the flag isn't given; `None` for no file.
-            text: for the help.
-            endings: those that the file may have.
-            when: as of all flags.
-            resumed: whether an existing file is read, and training goes on from it.
+            name: name of the flag.
+            default: default file; `None` for no file.
+            text: help text.
+            endings: allowed suffixes.
+            when: conditions, as for all flags.
+            resumed: whether an existing file is read first and training resumes from it.
         """
         absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
         shown = f"{text.rstrip('.')} ({', '.join(endings)})."
@@ -200,10 +201,10 @@ class Flags:
         self._known[name] = _Flag(self._group, negated + said, text, expected, tuple(when), endings, resumed)
 
     def parse(self, program: str, arguments: Sequence[str]) -> list[str]:
-        """Reads the command line and returns what is not a flag.
+        """Parses the command line and returns the positional arguments.
 
         Raises:
-            ValueError: if a flag is unknown, lacks its value, or has a wrong one.
+            ValueError: if a flag is unknown, has no value, or has an invalid one.
         """
         try:
             positional = self._absl([program, *arguments])[1:]
@@ -227,22 +228,22 @@ class Flags:
 
     @property
     def wants_help(self) -> bool:
-        """Whether the help was asked for."""
+        """Whether help was requested."""
         return bool(self._absl["help"].value)
 
     def given(self) -> set[str]:
-        """The flags that stood on the command line."""
+        """The flags given on the command line."""
         return {name for name in self._known if self._absl[name].present}
 
     def values(self) -> dict[str, Any]:
-        """The flags' values by name."""
+        """The values of all flags by name."""
         return {name: self._absl[name].value for name in self._known if name != "help"}
 
     def check(self, flag: Mapping[str, Any]) -> None:
-        """Checks that each flag that was given applies.
+        """Checks that each given flag applies.
 
         Args:
-            flag: the values by name, completed.
+            flag: values of all flags, with defaults filled in.
 
         Raises:
             ValueError: if a flag would be ignored.
@@ -256,13 +257,14 @@ class Flags:
                     raise ValueError(f"{own} applies only {when.text}. Received: {received}")
 
     def check_outputs(self, flag: Mapping[str, Any]) -> None:
-        """Checks the files that a run is to write.
+        """Checks the output files of a run.
 
         Args:
-            flag: the values by name, completed.
+            flag: values of all flags, with defaults filled in.
 
         Raises:
-            ValueError: if one cannot be written, exists without `--overwrite`, or is named twice.
+            ValueError: if a file cannot be written, exists without `--overwrite`, or is named
+                twice.
         """
         outputs = [
             output
@@ -280,13 +282,13 @@ class Flags:
             places[place] = shown
 
     def outputs(self) -> list[Output]:
-        """The flags that name files to write."""
+        """The flags for output files."""
         return [
             Output(name, known.endings, known.resumed) for name, known in self._known.items() if known.endings is not None
         ]
 
     def help(self) -> str:
-        """The flags by group."""
+        """The help text of all flags by group."""
         groups: dict[str, list[str]] = {}
         for name, known in self._known.items():
             if known.default == "no":
@@ -302,7 +304,7 @@ class Flags:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A flag as it stands on a command line."""
+    """Formats a flag as on the command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no{name}"
     return f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"

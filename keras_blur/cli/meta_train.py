@@ -1,6 +1,6 @@
-"""`keras-blur meta-train`: learns how to learn tasks (images, toy functions, few-shot episodes), from random numbers.
+"""`keras-blur meta-train`: meta-learning on images, toy functions or few-shot episodes.
 
-`--method` says what is learned: a genome, or the outer parameters of another learner.
+`--method` selects what is learned: a genome, or the outer parameters of another learner.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ESTIMATORS: dict[str, Any] = {
     "warpgrad_offline": meta.OfflineWarpGrad,
 }
 
-# Normalised sums on both passes and synapses of unit norm, as in sections 3.4 and C.6 of the paper.
+# Normalised sums in both passes and synapses of unit norm, as in sections 3.4 and C.6 of the paper.
 RULE: dict[str, Any] = {
     "last_activation": "linear",
     "normalize_activations": "both",
@@ -47,7 +47,7 @@ RULE: dict[str, Any] = {
 
 
 METHODS = ("blur", "maml", "prototypes", "neural_process", "warp", "online")
-# Unrolled steps, and the weight of the loss along the way: one look at the support is all that some learners take.
+# Default numbers of unrolled steps, and trajectory loss weights. Some learners need only one pass over the support.
 _UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"], "online": ["4"]}
 _TRAJECTORY_LOSS_WEIGHT = {"blur": 1.0}
 
@@ -74,7 +74,7 @@ _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")
 
 
 def _takes(field: str) -> list[When]:
-    """With an estimator that has such an argument."""
+    """Applies if the estimator has this argument."""
     takers = [name for name, kind in ESTIMATORS.items() if field in {one.name for one in dataclasses.fields(kind)}]
     return [with_value("estimator", *takers)]
 
@@ -83,44 +83,48 @@ def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     flags.group("Tasks")
     define_data_flags(flags, _IMAGES)
-    flags.words("functions", [], "Toy tasks in place of --data, one family for each number of outputs.")
-    flags.choice("synthetic", None, _SYNTHETIC, "A set of made tasks in place of --data.")
-    flags.integer("ways", None, "Few-shot episodes of --data, of so many classes.", least=2)
+    flags.words("functions", [], "Toy tasks instead of --data, one family for each number of outputs.")
+    flags.choice("synthetic", None, _SYNTHETIC, "Synthetic tasks instead of --data.")
+    flags.integer("ways", None, "Few-shot episodes of --data with this number of classes.", least=2)
     flags.integer("shots", 1, "Examples of each class in a few-shot episode.", least=1, when=_FEW_SHOT)
-    flags.switch("exclusive", True, "Few-shot: any classes in any order; else fixed groups of them.", _FEW_SHOT)
-    flags.string("group", None, "Few-shot: classes of an episode share this feature, as alphabet.", [with_any("ways")])
-    flags.words("sizes", [], "Sides that images are resized to, one task family each; empty: as they are.", _IMAGES)
-    flags.words("project", [], "Random projections of the images to so many features, one family each.", when=_WHOLE_SETS)
-    flags.switch("permute", False, "Whether each episode has its pixels in another order.", _WHOLE_SETS)
-    flags.switch("relabel", True, "Whether each episode has its classes in another order.", [without("synthetic", "ways")])
+    flags.switch("exclusive", True, "Few-shot: draw any classes in any order; otherwise fixed groups of classes.", _FEW_SHOT)
+    flags.string(
+        "group", None, "Few-shot: feature common to all classes of an episode, such as alphabet.", [with_any("ways")]
+    )
+    flags.words("sizes", [], "Image sizes, one task family each; empty leaves images unchanged.", _IMAGES)
+    flags.words("project", [], "Output sizes of random projections of the images, one family each.", when=_WHOLE_SETS)
+    flags.switch("permute", False, "Whether to permute the pixels in each episode.", _WHOLE_SETS)
+    flags.switch("relabel", True, "Whether to permute the classes in each episode.", [without("synthetic", "ways")])
     flags.words("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.")
     flags.group("Learner")
-    flags.choice("method", "blur", METHODS, "What learns: by a genome (blur), or otherwise.")
+    flags.choice("method", "blur", METHODS, "The learner; blur learns by a genome.")
     flags.repeated(
         "hidden",
         ["64,64"],
         "Units of the hidden layers; with --method=blur, repeat for several networks.",
         [unless_value("method", "online")],
     )
-    flags.integer("states", None, "States of a neuron; by default those of --start, else 2.", least=2, when=_BLUR)
-    flags.words("rule", [], "Further options of the rule, as in oja=weights,update_decay=power.", _BLUR)
+    flags.integer("states", None, "States of a neuron; by default as in --start, else 2.", least=2, when=_BLUR)
+    flags.words("rule", [], "Further options of the rule, such as oja=weights,update_decay=power.", _BLUR)
     flags.number(
-        "inner_learning_rate", 0.1, "Rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
+        "inner_learning_rate", 0.1, "Learning rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
     )
-    flags.string("start", None, "Where to start: a genome, by name or file, whose rule --rule changes; or a model.")
+    flags.string("start", None, "Initial genome, by name or file, with a rule that --rule can change; or initial model.")
     flags.group("Outer learning")
     flags.choice(
         "estimator",
         None,
         sorted(ESTIMATORS),
-        "How the outer gradient is found (cma: none); by default unroll or warpgrad.",
+        "Estimator of the outer gradient, or cma; by default unroll or warpgrad.",
     )
-    flags.words("unroll", None, "Unrolled steps of each stage; by default 10 (blur), 5 (maml), 20 (warp), 4 (online), 1.")
+    flags.words(
+        "unroll", None, "Unrolled steps of each stage; by default 10 (blur), 5 (maml), 20 (warp), 4 (online), else 1."
+    )
     flags.choice(
         "start_objective", "leap", meta.STARTS, "How initial weights are learned.",
         [with_value("estimator", "warpgrad", "warpgrad_offline")],
     )  # fmt: skip
-    flags.switch("first_order", False, "Whether the outer gradient takes inner ones for constants.", [_FIRST_ORDER])
+    flags.switch("first_order", False, "Whether the outer gradient takes inner gradients as constants.", [_FIRST_ORDER])
     flags.integer(
         "episode_steps",
         100,
@@ -128,39 +132,42 @@ def define_flags(flags: Flags) -> None:
         least=1,
         when=_takes("episode_steps"),
     )
-    flags.integer("antithetic_pairs", 16, "Antithetic pairs.", least=1, when=_takes("antithetic_pairs"))
-    flags.integer("population", 80, "Genomes of a generation.", least=4, when=_takes("population"))
+    flags.integer("antithetic_pairs", 16, "Antithetic pairs of perturbations.", least=1, when=_takes("antithetic_pairs"))
+    flags.integer("population", 80, "Genomes per generation.", least=4, when=_takes("population"))
     flags.number(
-        "sigma", None, "Deviation of the perturbations (es, pes) or the first generation (cma).", when=_takes("sigma")
+        "sigma",
+        None,
+        "Standard deviation of perturbations (es, pes) or of the first generation (cma).",
+        when=_takes("sigma"),
     )
-    flags.choice("fitness", "accuracy", ["accuracy", "loss"], "What cma goes by.", _takes("fitness"))
-    flags.choice("loss", "auto", meta.LOSSES, "Loss of the query; auto: cross-entropy, squared for values.")
+    flags.choice("fitness", "accuracy", ["accuracy", "loss"], "Fitness of cma.", _takes("fitness"))
+    flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.")
     flags.switch("recompute", False, "Whether to trade time for memory.", [with_value("estimator", "unroll", "truncated")])
-    flags.switch("jit_compile", True, "Whether XLA compiles a meta-step: slower to start, faster on small networks.")
+    flags.switch("jit_compile", True, "Whether to use XLA, which starts more slowly and is faster on small networks.")
     flags.number(
         "trajectory_loss_weight",
         None,
-        "Weight of the loss along the way beside the query's; by default 1 of blur, else 0.",
+        "Weight of the trajectory loss, added to the query loss; by default 1 for blur, else 0.",
         least=0.0,
     )
     gradient = [unless_value("estimator", "cma")]
     flags.integer(
-        "members", None, "Genomes, or starts, trained side by side; by default 4 of blur, else 1.", 1, when=gradient
+        "members", None, "Independent members trained side by side; by default 4 for blur, else 1.", 1, when=gradient
     )
-    flags.integer("meta_batch_size", 1, "Episodes of a meta-step.", least=1)
-    flags.integer("batch_size", None, "Examples of a support batch; by default 64, few-shot all, patterns one.", least=1)
-    flags.integer("query_size", 128, "Examples of the query.", least=1)
-    flags.number("learning_rate", 3e-3, "Rate of the outer Adam.", least=0.0, when=gradient)
-    flags.number("clipnorm", 1.0, "Largest norm of a member's gradient; 0 for any.", least=0.0, when=gradient)
-    flags.integer("epochs", 20, "Epochs, shared out evenly to the stages.", least=1)
-    flags.integer("steps_per_epoch", 100, "Meta-steps of an epoch.", least=1)
-    flags.integer("validate", 0, "Validation episodes a task family after each epoch; 0 for none.", least=0)
+    flags.integer("meta_batch_size", 1, "Episodes per meta-step.", least=1)
+    flags.integer("batch_size", None, "Examples per support batch; by default 64, few-shot all, patterns 1.", least=1)
+    flags.integer("query_size", 128, "Query examples.", least=1)
+    flags.number("learning_rate", 3e-3, "Learning rate of the outer Adam.", least=0.0, when=gradient)
+    flags.number("clipnorm", 1.0, "Maximum gradient norm of a member; 0 disables clipping.", least=0.0, when=gradient)
+    flags.integer("epochs", 20, "Epochs, divided evenly between the stages.", least=1)
+    flags.integer("steps_per_epoch", 100, "Meta-steps per epoch.", least=1)
+    flags.integer("validate", 0, "Validation episodes per task family after each epoch; 0 for none.", least=0)
     flags.integer("seed", 0, "Random seed.", least=0)
     flags.group("Outputs")
     flags.output("genome", "genome.json", "File for the best genome, written after each epoch", (".json",), _BLUR)
     flags.output("model", "model.keras", "File for the best model, written after each epoch", (".keras",), _OTHERS)
     flags.output(
-        "checkpoint", None, "File to write after each epoch; training goes on from it.", (".weights.h5",), resumed=True
+        "checkpoint", None, "File written after each epoch, from which training resumes.", (".weights.h5",), resumed=True
     )
     flags.output("json", None, "File for the history.", (".json",))
     flags.output("csv", None, "File for each epoch's numbers.", (".csv",))
@@ -168,7 +175,7 @@ def define_flags(flags: Flags) -> None:
 
 
 def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
-    """A rule from `name=value` texts over given options."""
+    """Builds a rule from `name=value` strings on top of the given options."""
     kinds = {field.name: field.default for field in dataclasses.fields(Rule)}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -188,7 +195,7 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
 
 
 def complete(flag: dict[str, Any], given: set[str]) -> None:
-    """Fills in the defaults that depend on the method."""
+    """Fills in defaults that depend on the method."""
     del given
     method = flag["method"]
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
@@ -197,18 +204,18 @@ def complete(flag: dict[str, Any], given: set[str]) -> None:
     if flag["trajectory_loss_weight"] is None:
         flag["trajectory_loss_weight"] = _TRAJECTORY_LOSS_WEIGHT.get(method, 0.0)
     if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
-        raise ValueError("--functions, --synthetic and --ways exclude one another: each names the tasks")
+        raise ValueError("--functions, --synthetic and --ways exclude each other")
 
 
 def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> int:
-    """Meta-trains, prints how the members do, and writes the best of them.
+    """Meta-trains, prints the scores of the members, and writes the best one.
 
-    Ctrl-C ends the training and keeps what was learned.
+    Ctrl-C ends training and keeps what was learned.
 
     Args:
-        flag: the flags' values, completed.
-        positional: not used.
-        scope: of a `tf.distribute` strategy to train under; `None` for none.
+        flag: values of all flags, with defaults filled in.
+        positional: unused.
+        scope: scope of a `tf.distribute` strategy, or `None`.
     """
     del positional
     method = flag["method"]
@@ -239,8 +246,8 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
         )
         optimizer = None if flag["estimator"] == "cma" else keras.optimizers.Adam(flag["learning_rate"])
         trainer.compile(optimizer, jit_compile=flag["jit_compile"])
-    share = flag["epochs"] // len(unrolls)
-    stages = [(index * share, steps) for index, steps in enumerate(unrolls)]
+    length = flag["epochs"] // len(unrolls)
+    stages = [(index * length, steps) for index, steps in enumerate(unrolls)]
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]
     if flag["validate"]:
         callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
@@ -271,7 +278,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     if writes:
         wrote(output)
     else:
-        print(f"left {output} as it was: the last step was finite for no member")
+        print(f"left {output} unchanged: no member was finite in the last step")
     if flag["json"]:
         document: dict[str, Any] = {
             "flags": flag,
@@ -288,7 +295,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
 
 
 def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.MetaLearner], Any]:
-    """What learns, and what its outer parameters start from: `None` for random numbers."""
+    """The selected learners and their initial outer parameters; `None` for random numbers."""
     networks = [tuple(whole_numbers("hidden", text.split(","))) for text in flag["hidden"]]
     if flag["method"] == "blur":
         start = genomes.load(flag["start"]) if flag["start"] else None
@@ -317,14 +324,14 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
 
 
 def _batch_size(of: tasks.Tasks, shots: int) -> int:
-    """Examples of a support batch where the flags name none."""
+    """The default size of a support batch."""
     if of.kind == "bits":
         return 1  # patterns are stored one after the other
     return of.outputs * shots if hasattr(of, "shots") else 64
 
 
 def _augmented(flag: dict[str, Any], of: tasks.Tasks) -> tasks.Tasks:
-    """Tasks with the keys that the flags ask for."""
+    """Applies the selected augmentations to tasks."""
     unknown = set(flag["augment"]) - set(AUGMENTATIONS)
     if unknown:
         raise ValueError(f"--augment must be some of {', '.join(AUGMENTATIONS)}. Received: {', '.join(sorted(unknown))}")
@@ -334,7 +341,7 @@ def _augmented(flag: dict[str, Any], of: tasks.Tasks) -> tasks.Tasks:
 
 
 def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
-    """The task distributions that the flags ask for."""
+    """The selected task distributions."""
     if flag["synthetic"] == "classes":
         return [tasks.classes(shots=flag["shots"], exclusive=flag["exclusive"])]
     if flag["synthetic"]:
@@ -358,7 +365,7 @@ def _families(flag: dict[str, Any], sizes: Sequence[int]) -> list[tasks.Tasks]:
 
 
 def _estimator(flag: dict[str, Any], steps: int) -> meta.Estimator | meta.Evolution:
-    """The estimator that the flags ask for."""
+    """The selected estimator."""
     kind = ESTIMATORS[flag["estimator"]]
     known = {field.name for field in dataclasses.fields(kind)} - {"steps", "kind", "start"}
     options = {name: value for name, value in flag.items() if name in known and value is not None}
@@ -371,7 +378,7 @@ def tensorboard(folder: str) -> keras.callbacks.Callback:
     """Keras's TensorBoard callback.
 
     Raises:
-        ImportError: if tensorboard is not installed; it names the install command.
+        ImportError: if tensorboard is not installed; the message has the install command.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise ImportError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard")

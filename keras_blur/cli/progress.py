@@ -1,4 +1,4 @@
-"""What a long command says on stderr while it works: what it does now, how far it is, and for how long it has run."""
+"""Progress of long commands on stderr: current stage, position and elapsed time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TextIO
 
 
 class ProgressLine:
-    """One line that is written over again on a terminal; elsewhere a line for each new stage.
+    """A progress line, overwritten on a terminal. Elsewhere, one line per stage.
 
     Args:
-        stream: where to write; `None` takes stderr.
+        stream: output stream; `None` is stderr.
 
     Example:
 
@@ -22,7 +22,7 @@ class ProgressLine:
     ...     line.show("SGD (2 of 5)", "step 0 of 100")
     ...     line.show("SGD (2 of 5)", "step 10 of 100")
     >>> out.getvalue()
-    'SGD (2 of 5), 0 s\\n'
+    'SGD (2 of 5), 0 s\n'
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -32,7 +32,7 @@ class ProgressLine:
         self._stage = ""
 
     def show(self, stage: str, detail: str) -> None:
-        """Shows a stage of the work, and how far it is where the line can be written over."""
+        """Shows the current stage, and the position within it on a terminal."""
         seconds = time.perf_counter() - self._begin
         if self._terminal:
             self._stream.write(f"\r{stage}, {detail}, {seconds:.0f} s\x1b[K")
@@ -42,7 +42,7 @@ class ProgressLine:
         self._stage = stage
 
     def clear(self) -> None:
-        """Takes the line off a terminal, so that a result can stand in its place."""
+        """Removes the line from a terminal before a result is printed."""
         if self._terminal and self._stage:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -1,4 +1,4 @@
-"""`keras-blur reweight`: a network learns from partly wrong labels, with learned example weights."""
+"""`keras-blur reweight`: trains on partly wrong labels with learned example weights."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def define_flags(flags: Flags) -> None:
     noisy = When("with --noise above 0", lambda flag: flag["noise"] > 0, ("noise",))
     flags.group("Data")
     define_data_flags(flags)
-    flags.number("noise", 0.6, "Share of the training labels that is drawn anew.", 0.0, 1.0)
-    flags.choice("noise_kind", "uniform", KINDS, "Among all labels, or always the next one.", [noisy])
-    flags.integer("clean", 200, "Images whose labels are correct, taken from the training set.", least=1)
+    flags.number("noise", 0.6, "Fraction of training labels that are redrawn.", 0.0, 1.0)
+    flags.choice("noise_kind", "uniform", KINDS, "Noise model: redraw from all labels, or flip to the next one.", [noisy])
+    flags.integer("clean", 200, "Number of training images kept with correct labels.", least=1)
     flags.group("Learning")
-    flags.choice("method", "meta_weight_net", list(METHODS), "How the gradient of the weights is found.")
+    flags.choice("method", "meta_weight_net", list(METHODS), "Estimator of the outer gradient.")
     flags.words("hidden", ["128", "64"], "Units of the hidden layers.")
     flags.integer("epochs", 20, "Passes over the training images.", least=1)
-    flags.integer("batch_size", 50, "Images in a batch, of either kind.", least=1)
-    flags.number("learning_rate", 0.01, "Rate of the network's SGD with momentum 0.9.", least=0.0)
-    flags.number("meta_rate", 3e-4, "Rate of the weights' Adam.", least=0.0)
-    flags.integer("meta_every", 1, "The weights change in every so many-th step.", least=1)
+    flags.integer("batch_size", 50, "Images per batch, for training and meta data.", least=1)
+    flags.number("learning_rate", 0.01, "Learning rate of the network's SGD with momentum 0.9.", least=0.0)
+    flags.number("meta_rate", 3e-4, "Learning rate of the Adam that trains the example weights.", least=0.0)
+    flags.integer("meta_every", 1, "Steps between updates of the example weights.", least=1)
     flags.integer("seed", 0, "Random seed.", least=0)
-    flags.switch("plain", True, "Whether the same network also learns with equal weights.")
+    flags.switch("plain", True, "Whether to train the same network with equal weights, too.")
     flags.group("Outputs")
     flags.output(
-        "checkpoint", None, "File to save to after each epoch; training goes on from it.", (".weights.h5",), resumed=True
+        "checkpoint", None, "File written after each epoch, from which training resumes.", (".weights.h5",), resumed=True
     )
     flags.output("json", None, "File for the numbers.", (".json",))
     flags.output("save", None, "File for the trained model.", (".keras",))
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Trains, prints and writes what was asked for; Ctrl-C ends the training and keeps what was learned."""
+    """Trains, prints and writes the results. Ctrl-C ends training and keeps what was learned."""
     del positional
     hidden = whole_numbers("hidden", flag["hidden"])
     images = load_images(flag["data"], flag["data_dir"])
@@ -75,7 +75,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def train(plain: bool) -> tuple[bilevel.BilevelTrainer, dict[str, Any]]:
-        """The same trainer and batches; of equal weights, the outer rate is 0 and their turn never comes again."""
+        """Trains on the same batches. For equal weights, outer updates are disabled."""
         init = [keras.initializers.GlorotUniform(1000 * flag["seed"] + place) for place in range(len(hidden) + 1)]
         dense = [keras.layers.Dense(n, "relu", kernel_initializer=one) for n, one in zip(hidden, init, strict=False)]
         last = keras.layers.Dense(images.classes, kernel_initializer=init[-1])
@@ -120,7 +120,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     if trainer is not None:
         means = mean_weights(trainer, loss.call(y, trainer.model.predict(x[rest], batch_size=512, verbose=0)), y == truth)
         results[flag["method"]]["weights"] = means
-        said = ", ".join(f"{value:.3f} where its label is {name}" for name, value in means.items())
+        said = ", ".join(f"{value:.3f} if its label is {name}" for name, value in means.items())
         print(f"mean weight of an example: {said}")
     kept = []
     if flag["json"]:
@@ -139,7 +139,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 
 def mean_weights(trainer: bilevel.BilevelTrainer, losses: Any, correct: np.ndarray) -> dict[str, float]:
-    """The mean weights of the examples whose labels are right, and of those whose labels are wrong."""
+    """Mean weights of the examples with correct and with wrong labels."""
     weights = trainer.learned(losses).numpy()
-    sides = {"right": correct, "wrong": ~correct}
+    sides = {"correct": correct, "wrong": ~correct}
     return {name: float(weights[chosen].mean()) for name, chosen in sides.items() if chosen.any()}

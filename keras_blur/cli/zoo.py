@@ -1,4 +1,4 @@
-"""`keras-blur zoo`: the trained genomes of the package."""
+"""`keras-blur zoo`: lists the trained genomes of the package."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ EXAMPLES = ("", "mnist-4state --describe", "mnist-4state --plot genome.png --sav
 def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     flags.group("Outputs")
-    flags.switch("describe", False, "Whether to print the rule of each named genome as equations with its numbers, too.")
-    flags.output("save", None, "File to copy the one named genome to.", (".json",))
-    flags.output("plot", None, "File for a picture of the one named genome.", PICTURES)
+    flags.switch("describe", False, "Whether to also print the rule of each named genome as equations with its numbers.")
+    flags.output("save", None, "File for a copy of the named genome.", (".json",))
+    flags.output("plot", None, "File for a figure of the named genome.", PICTURES)
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Lists the genomes, or shows the cards of those that are named."""
+    """Lists the genomes, or prints the cards of the named ones."""
     if (flag["save"] or flag["plot"]) and len(positional) != 1:
         raise ValueError(f"--save and --plot need the name of one genome. Received: {' '.join(positional) or 'none'}")
     if flag["describe"] and not positional:

@@ -53,7 +53,7 @@ class UnrollCurriculum(keras.callbacks.Callback):
         starts = [epoch for epoch, _ in self.stages]
         if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(
-                f"`stages` must begin at epoch 0 and go on in rising order. {arguments.received('stages', stages)}"
+                f"`stages` must start at epoch 0 and be in ascending order. {arguments.received('stages', stages)}"
             )
 
     def steps_at(self, epoch: int) -> int:
@@ -132,8 +132,7 @@ class MetaValidate(keras.callbacks.Callback):
         learner = self.learner or trainer.learner
         if not trainer.learner.shares_outer(learner):
             raise ValueError(
-                "`learner` of MetaValidate must share the outer parameters of the trainer's, as one of its rule does: it "
-                f"gets them. Received: {learner!r}"
+                f"`learner` of MetaValidate must share the outer parameters of the trainer's learner. Received: {learner!r}"
             )
         steps = self.steps or trainer.estimator.steps
         self._data, self._scores = [], []
@@ -211,7 +210,7 @@ class SaveLearned(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         learned = self.model.learned
         if not hasattr(learned, "save"):
-            raise ValueError(f"SaveLearned needs something that has `save(path)`. What is learned: {learned!r}")
+            raise ValueError(f"SaveLearned needs a result with `save(path)`. Received: {learned!r}")
         _check_learned_path(learned, self.path)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

@@ -125,7 +125,7 @@ class CMAES:
         low, high = self.sigma_range
         if not 0.0 < low < high < math.inf:
             raise ValueError(
-                f"`sigma_range` must be two rising positive numbers. Received: sigma_range={self.sigma_range!r}"
+                f"`sigma_range` must be two ascending positive numbers. Received: sigma_range={self.sigma_range!r}"
             )
         if not low <= self.sigma <= high:
             raise ValueError(

@@ -55,7 +55,7 @@ class ES(Estimator):
         arguments.count("antithetic_pairs", self.antithetic_pairs)
         arguments.positive("sigma", self.sigma)
         if self.recompute:
-            raise ValueError("`recompute` must be False: evolution strategies keep nothing of the unroll.")
+            raise ValueError("`recompute` must be False: evolution strategies store nothing of the unroll.")
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -83,7 +83,7 @@ class ES(Estimator):
         """
         members = next(iter(outer.values())).shape[0]
         shape = (members, 2, self.antithetic_pairs)
-        loss, right = tf.reshape(losses, shape), tf.reshape(accuracies, shape)
+        loss, correct = tf.reshape(losses, shape), tf.reshape(accuracies, shape)
         sound = tf.reduce_all(tf.math.is_finite(loss), axis=1)
         weight = tf.cast(sound, loss.dtype)
         count = tf.reduce_sum(weight, axis=1)
@@ -97,7 +97,7 @@ class ES(Estimator):
             factor = tf.reshape(difference, (members, self.antithetic_pairs) + (1,) * (direction.shape.rank - 2))
             total = tf.reduce_sum(tf.cast(direction, loss.dtype) * factor, axis=1)
             gradients[name] = total / tf.reshape(count, (members,) + (1,) * (total.shape.rank - 1))
-        return Estimate(gradients, over_pairs(tf.reduce_mean(loss, axis=1)), over_pairs(tf.reduce_mean(right, axis=1)))
+        return Estimate(gradients, over_pairs(tf.reduce_mean(loss, axis=1)), over_pairs(tf.reduce_mean(correct, axis=1)))
 
 
 @dataclasses.dataclass(frozen=True)

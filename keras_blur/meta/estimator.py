@@ -79,9 +79,9 @@ def accuracy(prediction: Array, y: Array) -> Array:
     A prediction is correct if its largest output is the true class. A single output is correct if
     it has the sign of the label. Non-finite predictions are wrong.
     """
-    right = tf.equal(classes_of(prediction), classes_of(y))
-    right &= tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
-    return tf.reduce_mean(tf.cast(right, prediction.dtype), axis=-1)
+    correct = tf.equal(classes_of(prediction), classes_of(y))
+    correct &= tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
+    return tf.reduce_mean(tf.cast(correct, prediction.dtype), axis=-1)
 
 
 def classes_of(outputs: Array) -> Array:
@@ -108,8 +108,8 @@ def correct_bits(prediction: Array, y: Array) -> Array:
     """
     y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
     scored = tf.abs(y)
-    right = tf.cast(tf.equal(prediction > 0, y > 0) & tf.math.is_finite(prediction), prediction.dtype)
-    return tf.reduce_sum(scored * right, axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
+    correct = tf.cast(tf.equal(prediction > 0, y > 0) & tf.math.is_finite(prediction), prediction.dtype)
+    return tf.reduce_sum(scored * correct, axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
 
 
 def explained(prediction: Array, y: Array) -> Array:
@@ -193,7 +193,7 @@ class InnerLoop:
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
-            # Data have no gradient: without this the loop back would form that of all batches, in every step.
+            # Data need no gradient. Without this, every step of the backward loop would form that of all batches.
             batch_x, batch_y = (tf.stop_gradient(tf.gather(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.trajectory_loss_weight:
@@ -207,8 +207,8 @@ class InnerLoop:
 
     def scores(self, prediction: Array, y: Array) -> tuple[Array, Array]:
         """Loss and quality of predictions `[..., batch, outputs]`, each of shape `[...]`."""
-        right = {"classes": accuracy, "values": explained, "bits": correct_bits}[self.kind]
-        return self._loss()(prediction, y), right(prediction, y)
+        quality = {"classes": accuracy, "values": explained, "bits": correct_bits}[self.kind]
+        return self._loss()(prediction, y), quality(prediction, y)
 
     def _loss(self) -> Any:
         if self.loss != "auto":
@@ -234,8 +234,8 @@ class InnerLoop:
 
         dtype = total.dtype
 
-        # Only floating-point tensors cross the border of a segment, as its arguments and results: others have no gradient,
-        # and what it merely captured would get none.
+        # Arguments and results of a segment are floating-point tensors. Other dtypes have no gradient, and captured
+        # tensors would get none.
         def run_flat(start: Array, flat: list[Array]) -> list[Array]:
             given, state, total = tf.nest.pack_sequence_as((outer, state_before, total_before), flat)
             state = tf.nest.map_structure(lambda leaf, like: tf.cast(leaf, like.dtype), state, state_before)

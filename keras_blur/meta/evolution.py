@@ -51,7 +51,7 @@ class Evolution(InnerLoop):
         arguments.positive("sigma", self.sigma)
         arguments.choice("fitness", self.fitness, FITNESSES)
         if self.recompute:
-            raise ValueError("`recompute` must be False: evolution keeps nothing of the unroll.")
+            raise ValueError("`recompute` must be False: evolution stores nothing of the unroll.")
 
     def score(self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> tuple[Array, Array, Array]:
         """Fitness (lower is better), loss and accuracy of each genome, averaged over tasks.
@@ -61,7 +61,7 @@ class Evolution(InnerLoop):
         losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
         loss, accuracy = tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)
         fitness = loss if self.fitness == "loss" else -accuracy
-        # A genome whose loss is not finite is the worst, whatever its argmax happens to hit.
+        # A genome with a non-finite loss is the worst, whatever its argmax.
         return tf.where(tf.math.is_finite(loss), fitness, tf.constant(math.nan, fitness.dtype)), loss, accuracy
 
 

@@ -128,8 +128,8 @@ class MetaTrainer(OuterLoop):
             )
         if not learners or not all(isinstance(one, MetaLearner) and learners[0].shares_outer(one) for one in learners):
             raise ValueError(
-                "`learner` must be one or more learners that share outer parameters, as those of one rule do. Received: "
-                f"{learner!r}"
+                "`learner` must be one or more learners that share outer parameters, such as learners of one rule. "
+                f"Received: {learner!r}"
             )
         self.families = [(one, other) for one in several for other in learners]
         for one, other in self.families:
@@ -143,7 +143,7 @@ class MetaTrainer(OuterLoop):
         estimator = dataclasses.replace(estimator, kind=several[0].kind)
         if isinstance(estimator, Evolution) and members != 1:
             raise ValueError(
-                f"`members` must be 1 under Evolution, whose population is an argument of it. Received: members={members}"
+                f"`members` must be 1 under Evolution, which has its own `population`. Received: members={members}"
             )
         begin = self._begin(start, members, seed)
         if meta_batch_size % self.runner.replicas and not isinstance(estimator, Evolution):
@@ -175,7 +175,7 @@ class MetaTrainer(OuterLoop):
         self.drawn = self.counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self.member_mean = self.counter("member_mean", np.full(members, -np.inf, "float32"))  # nothing known yet
-        self._carried = [self._room_to_carry(number) for number in range(len(self.families))]
+        self._carried = [self._carried_variables(number) for number in range(len(self.families))]
         quality = "r2" if estimator.kind == "values" else "accuracy"
         last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
         self.make_counters(("loss", quality, *last, "skipped"))
@@ -204,7 +204,7 @@ class MetaTrainer(OuterLoop):
             )
         return {name: np.broadcast_to(own, drawn[0][name].shape) for name, own in given.items()}
 
-    def _room_to_carry(self, number: int) -> Any:
+    def _carried_variables(self, number: int) -> Any:
         """Variables for the carried state of a family: a nest, empty for most estimators."""
         if isinstance(self.estimator, Evolution) or self.estimator.windows == 1:
             return NOTHING
@@ -213,13 +213,13 @@ class MetaTrainer(OuterLoop):
         episodes = {"x": tf.zeros((*shape, of.features)), "y": tf.zeros((*shape, of.outputs))}
         outer = {name: tf.convert_to_tensor(value.value) for name, value in self.outer.items()}
         empty = self.estimator.nothing_carried(learner, outer, episodes)
-        rooms = [
+        slots = [
             self.counter(f"carried_{number}_{place}", leaf.numpy()) for place, leaf in enumerate(tf.nest.flatten(empty))
         ]
-        setattr(self, f"carried_{number}", rooms)  # where Keras finds what to save
-        return tf.nest.pack_sequence_as(empty, rooms)
+        setattr(self, f"carried_{number}", slots)  # where Keras finds what to save
+        return tf.nest.pack_sequence_as(empty, slots)
 
-    # What a person asks of it.
+    # Public interface.
 
     def compile(
         self,
@@ -265,7 +265,7 @@ class MetaTrainer(OuterLoop):
             if clips(one):
                 raise ValueError(
                     "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips "
-                    "each."
+                    "each member."
                 )
         if self.start_optimizer is not None and plain(self.start_optimizer) is plain(optimizer):
             raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
@@ -314,7 +314,7 @@ class MetaTrainer(OuterLoop):
     def _of_genomes(self) -> Blur:
         """The learner, if it is a `Blur`."""
         if not isinstance(self.learner, Blur):
-            raise ValueError(f"{type(self.learner).__name__} has no genome; what was learned is `learned`.")
+            raise ValueError(f"{type(self.learner).__name__} has no genome; use `learned`.")
         return self.learner
 
     @property
@@ -454,8 +454,8 @@ class MetaTrainer(OuterLoop):
         """
         if self.estimator.windows > 1:
             raise ValueError(
-                f"The unroll of {type(self.estimator).__name__} cannot change in meta-training: its learners are inside an "
-                "episode."
+                f"The unroll of {type(self.estimator).__name__} cannot change during meta-training: its learners are in "
+                "the middle of an episode."
             )
         self.estimator = dataclasses.replace(self.estimator, steps=steps)
         self._streams = {}
@@ -500,7 +500,7 @@ class MetaTrainer(OuterLoop):
     def _descent(self, family: int, estimator: Estimator) -> Callable[..., Any]:
         """The replica program of a family: a gradient step of each member, clipped separately."""
         learner, clipnorm = self.families[family][1], self.clipnorm
-        rooms = self._carried[family]
+        slots = self._carried[family]
 
         def local_estimate(
             outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array, index: Array
@@ -515,13 +515,13 @@ class MetaTrainer(OuterLoop):
             first = tf.equal(window, 0)
             episodes = estimator.part(episodes, window)
             mine = shard()
-            carried = tf.nest.map_structure(lambda room: tf.convert_to_tensor(room.value), rooms)
+            carried = tf.nest.map_structure(lambda slot: tf.convert_to_tensor(slot.value), slots)
             own = carried._replace(learners=mine.part(carried.learners, axis=1))
             measured, learners = local_estimate(outer, episodes, seed, own, first, tf.convert_to_tensor(mine.index))
             found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
             kept = Carried(mine.whole(learners, axis=1), directions)
-            for room, value in zip(tf.nest.flatten(rooms), tf.nest.flatten(kept), strict=True):
-                room.assign(value)
+            for slot, value in zip(tf.nest.flatten(slots), tf.nest.flatten(kept), strict=True):
+                slot.assign(value)
             squares = {n: tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for n, g in found.gradients.items()}
             norm = tf.sqrt(tf.add_n(list(squares.values())))
             sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
@@ -564,9 +564,9 @@ class MetaTrainer(OuterLoop):
         own = {id(variable) for variable in [*self.outer.values(), *self._slots()]}
         touched = [*self.outer.values(), *(v for optimizer, _ in self._groups() for v in optimizer.variables)]
         before = [tf.identity(variable.value) for variable in touched]
-        shares = {name: tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
+        parts = {name: tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
         for optimizer, names in self._groups():
-            apply_scaled(optimizer, [shares[name] for name in names], [self.outer[name] for name in names])
+            apply_scaled(optimizer, [parts[name] for name in names], [self.outer[name] for name in names])
         for variable, old in zip(touched, before, strict=True):
             changed = of_members(sound, old) if id(variable) in own else tf.reduce_any(sound)
             variable.assign(tf.where(changed, variable.value, old))

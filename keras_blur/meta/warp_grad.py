@@ -77,13 +77,11 @@ class WarpGrad(Estimator):
         arguments.choice("order", self.order, ORDERS)
         arguments.choice("start", self.start, STARTS)
         if self.trajectory_loss_weight or self.recompute:
-            raise ValueError(
-                "`trajectory_loss_weight` must be 0 and `recompute` False: each step is its own, and nothing of it is kept."
-            )
+            raise ValueError("`trajectory_loss_weight` must be 0 and `recompute` False: no gradient crosses a step.")
 
     @property
     def horizon(self) -> int:
-        return self.steps + 1  # the batch after a step's own is the one that the step is judged by
+        return self.steps + 1  # each step is scored on the next batch
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -102,8 +100,8 @@ class WarpGrad(Estimator):
             lambda time, *_: time < self.steps, body, (tf.constant(0), state, nothing), maximum_iterations=self.steps
         )
         sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
-        loss, right = self.judged(learner, outer, episodes, state)
-        return Estimate(sums, loss, right), self.kept(state)
+        loss, correct = self.judged(learner, outer, episodes, state)
+        return Estimate(sums, loss, correct), self.kept(state)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
@@ -111,7 +109,9 @@ class WarpGrad(Estimator):
     def _checked(self, learner: Learner, outer: Outer) -> MetaLearner:
         """Checks that the learner has a learned start if `start` asks for one."""
         if not isinstance(learner, MetaLearner) or (self.start != "none" and not any(n.startswith("start_") for n in outer)):
-            raise ValueError(f"`start` must be 'none' for a learner whose start is not learned. Received: {self.start!r}")
+            raise ValueError(
+                f"`start` must be 'none' for a learner without learned initial weights. Received: {self.start!r}"
+            )
         return learner
 
     def rate_of(self, name: str) -> float:
@@ -142,11 +142,11 @@ class WarpGrad(Estimator):
             tape.watch(watched)
             new, _ = learner.step(over_tasks(watched), state, x, y)
             detached = tf.nest.map_structure(tf.stop_gradient, new)
-            # The prediction of a step, not `predict`: layers that tell training from inference are in training here.
+            # The prediction of a step, not `predict`, so that layers such as dropout are in training mode.
             _, prediction = learner.step(over_tasks(watched), detached if self.order == "first" else new, other_x, other_y)
-            loss, right = (tf.reduce_mean(value, axis=1) for value in self.scores(prediction, other_y))
+            loss, correct = (tf.reduce_mean(value, axis=1) for value in self.scores(prediction, other_y))
             total = tf.reduce_sum(loss)
-        return tape.gradient(total, watched, unconnected_gradients="zero"), loss, right, detached
+        return tape.gradient(total, watched, unconnected_gradients="zero"), loss, correct, detached
 
     def judged(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array]:
         """Loss and quality of the query, `[members]`."""
@@ -204,11 +204,13 @@ class OfflineWarpGrad(WarpGrad):
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         state = start(learner, outer, episodes, tf.zeros(2, tf.int32))
 
-        def room(leaf: Array) -> Array:
+        def storage(leaf: Array) -> Array:
             shape = (self.steps,) if leaf.shape.rank == 0 else (*leaf.shape[:2], self.steps, *leaf.shape[2:])
             return tf.zeros(shape, leaf.dtype)
 
-        return Carried(TrajectoryBuffer(tf.nest.map_structure(room, state)), (tf.zeros(2, tf.int32), tf.zeros((), tf.int32)))
+        return Carried(
+            TrajectoryBuffer(tf.nest.map_structure(storage, state)), (tf.zeros(2, tf.int32), tf.zeros((), tf.int32))
+        )
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -223,19 +225,19 @@ class OfflineWarpGrad(WarpGrad):
         root, window = self._turn(seed, carried, first)
         order = random.permutation(random.fold_in(root, _SHUFFLE), self.steps)
 
-        def body(number: Array, sums: Outer, loss: Array, right: Array) -> tuple[Array, Outer, Array, Array]:
+        def body(number: Array, sums: Outer, loss: Array, correct: Array) -> tuple[Array, Outer, Array, Array]:
             place = tf.gather(order, window * self.thetas + number)
             found = self.at(learner, outer, episodes, buffer.take(place), place, place + 1)
             sums = {name: sums[name] + found[0][name] / self.thetas for name in sums}
-            return number + 1, sums, loss + found[1] / self.thetas, right + found[2] / self.thetas
+            return number + 1, sums, loss + found[1] / self.thetas, correct + found[2] / self.thetas
 
         some = next(iter(outer.values()))
         zero = tf.zeros(some.shape[0], some.dtype)
-        _, sums, loss, right = tf.while_loop(
+        _, sums, loss, correct = tf.while_loop(
             lambda number, *_: number < self.thetas, body, (tf.constant(0), nothing, zero, zero),
             maximum_iterations=self.thetas,
         )  # fmt: skip
-        return Estimate({name: sums[name] + starts[name] for name in sums}, loss, right), buffer
+        return Estimate({name: sums[name] + starts[name] for name in sums}, loss, correct), buffer
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         root, window = self._turn(seed, carried, first)
@@ -254,27 +256,30 @@ class OfflineWarpGrad(WarpGrad):
         """Runs inner descent. Returns the visited points and the gradient of the start."""
         state = begin = start(learner, outer, episodes, seed, shard)
         leaves = tf.nest.flatten(state)
-        rooms = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
+        buffers = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
 
-        def body(time: Array, state: Any, rooms: list[Any], sums: Outer) -> tuple[Array, Any, list[Any], Outer]:
-            rooms = [room.write(time, leaf) for room, leaf in zip(rooms, tf.nest.flatten(state), strict=True)]
+        def body(time: Array, state: Any, buffers: list[Any], sums: Outer) -> tuple[Array, Any, list[Any], Outer]:
+            buffers = [one.write(time, leaf) for one, leaf in zip(buffers, tf.nest.flatten(state), strict=True)]
             x, y = (tf.gather(episodes[name], time, axis=1)[None] for name in ("x", "y"))
             new, _ = learner.step(over_tasks(outer), state, x, y)
             if self.start == "leap":
                 path = _mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))
                 sums = {name: value + path.get(name, 0.0) for name, value in sums.items()}
-            return time + 1, new, rooms, sums
+            return time + 1, new, buffers, sums
 
-        _, state, rooms, sums = tf.while_loop(
-            lambda time, *_: time < self.steps, body, (tf.constant(0), state, rooms, nothing), maximum_iterations=self.steps
+        _, state, buffers, sums = tf.while_loop(
+            lambda time, *_: time < self.steps,
+            body,
+            (tf.constant(0), state, buffers, nothing),
+            maximum_iterations=self.steps,
         )
         sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
 
-        def whole(room: Any, leaf: Array) -> Array:
-            value = room.stack()  # [K, members, tasks, ...]
+        def whole(buffer: Any, leaf: Array) -> Array:
+            value = buffer.stack()  # [K, members, tasks, ...]
             return value if leaf.shape.rank == 0 else tf.transpose(value, [1, 2, 0, *range(3, value.shape.rank)])
 
-        stacked = [whole(room, leaf) for room, leaf in zip(rooms, leaves, strict=True)]
+        stacked = [whole(one, leaf) for one, leaf in zip(buffers, leaves, strict=True)]
         return TrajectoryBuffer(tf.nest.pack_sequence_as(begin, stacked)), sums
 
 

@@ -1,4 +1,4 @@
-"""What a person looks at: curves, comparisons, matrices, spectra, decision regions."""
+"""Reports: learning curves, comparisons, genomes, spectra, decision regions."""
 
 from keras_blur.report.comparison import compare, evaluate, format_compare, plot_compare
 from keras_blur.report.decisions import draw_decisions, trace_decisions

@@ -1,12 +1,14 @@
-"""A genome beside tuned optimizers, on the same batches from the same initial networks.
+"""Compares a genome with tuned optimizers on the same batches and initial networks.
 
-Optimizers train plain networks of the genome's nonlinearity: where a rule normalises its sums over the batch, they have no
-batch normalisation to match it. Each optimizer runs over a full grid of rates. The envelope is the best mean accuracy that
-any optimizer at any rate has at each step, so it is tuned for every step on its own, which no single run could be: to be
-above it is to be faster than all of them in such networks.
-Seeds and rates run side by side on leading axes of one compiled program. Seconds are measured apart, each learner
-with one rate and all seeds, since a wider program costs less a network: the median of some compiled blocks, shared out to
-the seeds.
+Optimizers train plain networks with the activation of the genome. They have no batch normalisation,
+even if the rule normalises its sums over the batch. Each optimizer runs over a full grid of
+learning rates. The envelope is the best mean accuracy of all optimizers and rates at each step. It
+is tuned for every step separately, which no single run can be. A genome above the envelope is
+faster than all of them in such networks.
+
+Seeds and rates run in parallel on leading axes of one compiled program. Time is measured
+separately, for each learner with one rate and all seeds, because wider programs are cheaper per
+network. It is the median over several compiled blocks, divided by the number of seeds.
 """
 
 from __future__ import annotations
@@ -62,16 +64,17 @@ _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a comparison or an evaluation is.
+    """Progress of a comparison or an evaluation.
 
     Attributes:
-        data: name of what is learned.
-        arm: what learns now: `"genome"` or an optimizer at all its rates.
-        number: of the arm, from 1.
+        data: name of the data.
+        arm: current arm: `"genome"`, or an optimizer with all its rates.
+        number: number of the arm, from 1.
         arms: number of arms.
         step: learning step of the last score.
-        result: the curves learned so far, in the form of the final result and with `partial: True`: those of finished arms
-            or, where none is finished, the first arm's up to the last score. `None` before the first score.
+        result: curves so far, in the form of the final result with `partial: True`: those of
+            finished arms or, before that, the first arm's up to the last score. `None` before the
+            first score.
     """
 
     data: str
@@ -102,27 +105,30 @@ def compare(
 
     Args:
         genome: a single genome.
-        data: an image set, whose training images learners see and on whose test images they are scored; or a task
-            distribution of classes, of which each seed is one episode of a split, scored on 2,000 examples that are not
-            among its batches (or as many as there are).
+        data: an image set (learners train on its training images and are scored on its test
+            images), or a task distribution of classes (each seed is one episode, scored on up to
+            2,000 examples outside its batches).
         hidden: units of the hidden layers.
-        steps: learning steps; scores are taken at 0, 1, 2, 5, 10, ... up to it.
-        seeds: number of initial networks and orders of the images, or of episodes.
-        batch_size: examples of a batch.
-        seed: of everything; another one gives other networks and batches.
-        split: of tasks: `"test"` to report, `"validation"` to choose by. An image set has no validation images of its own.
-        grids: rates by optimizer; `None` takes half decades around the usual ones.
-        watch: called with the `Progress` when an arm begins and after each score, to show it or to keep the curves so
-            far; an exception ends the comparison.
+        steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
+        seeds: number of initial networks and data orders, or of episodes.
+        batch_size: batch size.
+        seed: random seed of networks and batches.
+        split: split of tasks: `"test"` for reporting, `"validation"` for model selection. Image
+            sets have no validation images.
+        grids: learning rates by optimizer; `None` uses half decades around the usual ones.
+        watch: called with a `Progress` at the start of each arm and after each score, for display
+            or for keeping partial results. An exception ends the comparison.
 
     Returns:
-        JSON values: `steps`, and `curves`: for the genome and for each optimizer and rate the accuracy and cross-entropy
-        by seed and step and the seconds by step. `envelope` and `best` are made from them. A rule that normalises over
-        the batch is scored with the statistics of up to 2,000 test images at a time. A score that is not finite is the worst
-        there is: accuracy 0, cross-entropy `None`.
+        JSON values: `steps`; `curves`, with accuracy and cross-entropy by seed and step and seconds
+            by step, for the genome and each optimizer and rate; and `envelope` and `best`, computed
+            from them. A rule that normalises over the batch is scored with the statistics of up to
+            2,000 test images at a time. A non-finite score counts as the worst: accuracy 0,
+            cross-entropy `None`.
 
     Raises:
-        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number does not fit the data.
+        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number
+            does not fit the data.
     """
     chosen = GRIDS if grids is None else grids
     labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
@@ -155,10 +161,10 @@ def evaluate(
     split: str = "test",
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The genome alone: arguments, errors and values as `compare`, without optimizers, envelope and best.
+    """Evaluates a genome alone. As `compare`, without optimizers, `envelope` and `best`.
 
-    A population of genomes (one axis) learns side by side, on the same batches from the same networks: `curves` then has
-    `"genome 0"`, `"genome 1"`, ... in the place of `"genome"`.
+    A population of genomes (one axis) learns in parallel, on the same batches and networks.
+    `curves` then contains `"genome 0"`, `"genome 1"`, ... instead of `"genome"`.
 
     Example:
 
@@ -176,7 +182,9 @@ def evaluate(
 
 
 class _Arm(NamedTuple):
-    """What learns side by side: the names of its curves, and the curves, longer from score to score."""
+    """Learners that run in parallel: their name, the names of their curves, and the growing
+    curves.
+    """
 
     name: str
     curves: Sequence[str]
@@ -186,14 +194,14 @@ class _Arm(NamedTuple):
 def _header(
     data: Images | Tasks, hidden: Sequence[int], batch_size: int, seeds: int, seed: int, split: str
 ) -> dict[str, Any]:
-    """What a result says of how it was made."""
+    """The settings stored in a result."""
     return {
         "data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
     }  # fmt: skip
 
 
 def _learn(arms: Sequence[_Arm], header: Mapping[str, Any], at: Sequence[int], watch: Watch | None) -> dict[str, Any]:
-    """Lets the arms learn one after the other; gives the result."""
+    """Runs all arms in turn and returns the result."""
     curves: dict[str, Any] = {}
 
     def result(curves: Mapping[str, Any], scores: int) -> dict[str, Any]:
@@ -218,7 +226,7 @@ def _prepared(
     genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int,
     split: str, axes: int = 0,
 ) -> tuple[_Source, list[int]]:  # fmt: skip
-    """Batches and the steps to score at, after a look at what was given."""
+    """Checks the arguments; returns the batches and the steps to score."""
     check_genome(genome, hidden, axes)
     if not isinstance(data, (Images, Tasks)):
         raise ValueError(f"`data` must be a task distribution or an image set. Received: data={data!r}")
@@ -246,7 +254,7 @@ def _prepared(
 
 
 def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-    """The curves of a genome, or of each of a population, after each score."""
+    """Yields the curves of a genome, or of each genome of a population, after each score."""
     outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
     members = outer["nu"].shape[0]
     return _curves(Blur(tuple(hidden), genome.rule), outer, members, source, at)
@@ -256,7 +264,7 @@ class _Source(abc.ABC):
     """Batches and test examples, the same for every learner.
 
     Attributes:
-        features, classes: sizes of an input and of the output.
+        features, classes: numbers of inputs and outputs.
         test_x, test_y: `[1 or seeds, examples, features]` and labels `[1 or seeds, examples]`.
     """
 
@@ -270,11 +278,14 @@ class _Source(abc.ABC):
 
     @abc.abstractmethod
     def reader(self) -> Callable[[int], tuple[Array, Array]]:
-        """A function that gives the next `count` batches: x `[1, seeds, count, batch, features]`, y alike."""
+        """Returns a function that reads the next `count` batches.
+
+        It returns x `[1, seeds, count, batch, features]` and y of corresponding shape.
+        """
 
 
 class _Passes(_Source):
-    """An image set: passes over its training images in another order for each seed."""
+    """An image set, in a different order for each seed."""
 
     def __init__(self, images: Images, batch_size: int, seeds: int, seed: int):
         super().__init__(batch_size, seeds, seed)
@@ -287,7 +298,7 @@ class _Passes(_Source):
         self.features, self.classes = self.x.shape[1], images.classes
 
     def _orders(self, number: int) -> Any:
-        """An endless stream of batches of image numbers: passes without repeats."""
+        """Yields batches of image indices endlessly. Each pass is without repeats."""
         rng = np.random.default_rng([self.seed, number])
         while True:
             order = rng.permutation(len(self.x))
@@ -305,7 +316,7 @@ class _Passes(_Source):
 
 
 class _Episodes(_Source):
-    """Tasks: each seed has an episode of its own."""
+    """Tasks, with one episode per seed."""
 
     def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int, split: str):
         super().__init__(batch_size, seeds, seed)
@@ -331,7 +342,10 @@ class _Episodes(_Source):
 def _curves(
     learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]
 ) -> Iterator[list[dict[str, Any]]]:
-    """After each score, the accuracy and cross-entropy `[seeds][scores]` and seconds `[scores]` of each member."""
+    """Yields the curves of each member after each score.
+
+    Accuracy and cross-entropy are `[seeds][scores]`, seconds `[scores]`.
+    """
     leading = (members, data.seeds)
     state = learner.init(outer, random.seed_of(data.seed), data.features, data.classes, leading)
 
@@ -349,13 +363,13 @@ def _curves(
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
         prediction = learner.predict(outer, state, x[None])
         y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
-        right = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
+        correct = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
         signs = tf.one_hot(y, data.classes, on_value=1.0, off_value=-1.0)
         if data.classes == 1:  # one output tells two classes
             signs = 2.0 * tf.cast(y, tf.float32)[..., None] - 1.0
         losses = updates.losses("cross_entropy", prediction, signs)
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
-        return tf.reduce_sum(tf.where(finite, right, 0.0), -1), tf.reduce_sum(losses, -1)
+        return tf.reduce_sum(tf.where(finite, correct, 0.0), -1), tf.reduce_sum(losses, -1)
 
     single = {name: value[:1] for name, value in outer.items()}
     begin = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
@@ -379,26 +393,28 @@ def _curves(
             x, y = read(count)
             state = learn(outer, state, x, y)
             done += count
-        right, loss = np.zeros(leading), np.zeros(leading)
+        correct, loss = np.zeros(leading), np.zeros(leading)
         for rows in np.array_split(np.arange(examples), -(-examples // _CHUNK)):
             label = tf.constant(data.test_y[:, rows].astype(np.int32))
             found = score(outer, state, tf.constant(data.test_x[:, rows]), label)
-            right, loss = right + found[0].numpy(), loss + found[1].numpy()
+            correct, loss = correct + found[0].numpy(), loss + found[1].numpy()
         for member, curve in enumerate(curves):
             curve["seconds"].append(one_step * target)
             for number in range(data.seeds):
-                curve["accuracy"][number].append(float(right[member, number] / examples))
+                curve["accuracy"][number].append(float(correct[member, number] / examples))
                 curve["loss"][number].append(_finite(loss[member, number] / examples))
         yield copy.deepcopy(curves)
 
 
 def _finite(value: float) -> float | None:
-    """The number for JSON: `None` stands for what is not finite."""
+    """The number, or `None` if it is not finite, for JSON."""
     return float(value) if math.isfinite(value) else None
 
 
 def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
-    """The envelope of all optimizers, and each optimizer's curve that is best at the last step."""
+    """The envelope of all optimizers, and the curve of each optimizer that is best at the last
+    step.
+    """
     means = {name: np.mean(curve["accuracy"], axis=0) for name, curve in curves.items() if name != "genome"}
     envelope, which = [], []
     for index in range(len(at)):
@@ -413,7 +429,7 @@ def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
 
 
 def format_compare(result: Mapping[str, Any]) -> str:
-    """A comparison or evaluation as a table: mean accuracy and standard deviation over seeds, by step."""
+    """Formats a result as a table of mean accuracy and standard deviation over seeds by step."""
     at = result["steps"]
     width = 18
     lines = [
@@ -439,7 +455,7 @@ def format_compare(result: Mapping[str, Any]) -> str:
 
 
 def steps_to(result: Mapping[str, Any], target: float) -> dict[str, int | None]:
-    """The first of the scored steps at which mean accuracy is at least `target`, of the genome and of the envelope."""
+    """The first scored step with a mean accuracy of at least `target`, for genome and envelope."""
     rows = {
         "genome": np.mean(result["curves"]["genome"]["accuracy"], axis=0),
         "envelope": result["envelope"]["accuracy"],
@@ -451,11 +467,14 @@ def steps_to(result: Mapping[str, Any], target: float) -> dict[str, int | None]:
 
 
 def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target: float = 0.9) -> str:
-    """Several comparisons as a table: accuracy after `step` steps, and scored steps to `target`, `-` if not reached."""
-    share = f"{100 * target:g} %"
+    """Formats several comparisons as a table: accuracy at `step`, and steps to `target`.
+
+    `-` means that the target was not reached.
+    """
+    percent = f"{100 * target:g} %"
     lines = [
-        f"{'task':<24}{f'genome at {step}':>20}{f'envelope at {step}':>20}{f'genome to {share}':>20}"
-        f"{f'envelope to {share}':>20}"
+        f"{'task':<24}{f'genome at {step}':>20}{f'envelope at {step}':>20}{f'genome to {percent}':>20}"
+        f"{f'envelope to {percent}':>20}"
     ]
     means = []
     for result in results:
@@ -473,7 +492,7 @@ def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target:
 
 
 def label_of(result: Mapping[str, Any], curve: str) -> str:
-    """How tables and pictures call a curve: a genome by its own name where `result["name"]` gives it.
+    """The label of a curve. Genomes are called by `result["name"]` if it exists.
 
     Example:
 
@@ -484,18 +503,22 @@ def label_of(result: Mapping[str, Any], curve: str) -> str:
 
 
 def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
-    """Draws accuracy by step and by seconds: genomes and, of a comparison, each optimizer's best rate and the envelope.
+    """Draws accuracy by step and by time.
+
+    The curves are the genomes and, for a comparison, the best rate of each optimizer and the
+    envelope.
 
     Args:
-        result: of `compare` or `evaluate`; its `name`, where there is one, stands for "genome" in the legend.
-        path: file of the picture: .png, .pdf or .svg.
+        result: result of `compare` or `evaluate`. Its `name`, if any, replaces "genome" in the
+            legend.
+        path: output file: .png, .pdf or .svg.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file has another ending or cannot be written.
+        ValueError: if the file has another suffix or cannot be written.
 
     Example:
 

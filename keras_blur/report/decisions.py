@@ -1,10 +1,11 @@
-"""Where a learner draws the line, step after step: decision regions of tasks on the plane.
+"""Decision regions of learners on tasks in the plane, step by step.
 
-A curve of the accuracy says how much of a task was learned; the regions say what: a half-plane where a corner is asked for,
-a hole that is filled, a map that a step turns over. Several learners stand below each other on the same batches, from the
-same initial networks, as in `keras_blur.report.comparison`.
+An accuracy curve says how much of a task was learned. The regions say what: a half-plane instead of
+a corner, a filled hole, a map inverted by one step. Several learners are shown on the same batches
+and initial networks, as in `keras_blur.report.comparison`.
 
-Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.1.
+Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021),
+section 4.1.
 """
 
 from __future__ import annotations
@@ -51,35 +52,36 @@ def trace_decisions(
     query: int = 500,
     split: str = "test",
 ) -> dict[str, Any]:
-    """Lets each learner learn one episode of each task and records what it decides everywhere on a square.
+    """Trains each learner on one episode of each task and records its decisions on a square.
 
-    A rule that normalises over the batch decides about the points of the square with the statistics of the query, with
-    which its accuracy is measured too.
+    A rule that normalises over the batch uses the statistics of the query, both on the square and
+    for the accuracy.
 
     Args:
-        learners: a genome, or a `learners.BaselineLearner`, or several by name. A genome that learns from errors descends
-            its loss; without one, the softmax cross-entropy.
-        tasks: tasks of classes on the plane; of several functions, each is a task of its own.
-        hidden: units of the hidden layers of a genome's network; a `BaselineLearner` has its own.
-        steps: learning steps after which to look, increasing, from 0 on.
-        seed: of the initial networks and the episodes.
-        resolution: points on a side of the square.
-        batch_size: examples of a batch.
-        query: examples on which the accuracy is measured.
-        split: of the tasks.
+        learners: a genome, a `learners.BaselineLearner`, or several by name. A genome that learns
+            from errors descends its loss, or the softmax cross-entropy if it has none.
+        tasks: classification tasks in the plane. Each function of a task is a separate task.
+        hidden: units of the hidden layers for genomes. A `BaselineLearner` has its own.
+        steps: learning steps at which to record, ascending, from 0.
+        seed: random seed of initial networks and episodes.
+        resolution: number of points on each side of the square.
+        batch_size: batch size.
+        query: number of examples for the accuracy.
+        split: split of the tasks.
 
     Returns:
-        `steps`; `axis` `[resolution]`, the coordinates of the square on either side; and `rows`, for each task and each
-        learner:
+        `steps`; `axis` `[resolution]`, the coordinates along each side of the square; and `rows`,
+        for each task and each learner:
 
-        - `task`, `learner`: names; `classes`: their number.
-        - `regions` `[steps, resolution, resolution]`: the class at `[y, x]`, or -1 where the output is not finite.
-        - `accuracy` `[steps]`: share of the query that is told right.
+        - `task`, `learner`: names; `classes`: number of classes.
+        - `regions` `[steps, resolution, resolution]`: the class at `[y, x]`, or -1 where the output
+          is not finite.
+        - `accuracy` `[steps]`: accuracy on the query.
         - `query_x` `[query, 2]`, `query_y` `[query]`: the points and their classes.
 
     Raises:
-        ValueError: if `steps` do not increase, a number is too small, a task is not one of classes on the plane, two
-            tasks have one name, or a genome does not fit the network.
+        ValueError: if `steps` are not ascending, a number is too small, a task does not classify
+            points of the plane, two tasks have the same name, or a genome does not fit the network.
 
     Example:
 
@@ -126,7 +128,7 @@ def trace_decisions(
 
 
 def _taken_apart(tasks: FunctionTasks | Sequence[FunctionTasks]) -> list[FunctionTasks]:
-    """Tasks of one function each."""
+    """Splits tasks into tasks of one function each."""
     several = [tasks] if isinstance(tasks, Tasks) else list(tasks)
     for task in several:
         if not isinstance(task, FunctionTasks) or task.features != 2 or task.kind != "classes":
@@ -164,7 +166,7 @@ def _named(learners: Any, hidden: Sequence[int]) -> dict[str, tuple[Learner, dic
 
 
 def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..., Any], ...]:
-    """How a learner starts, how it learns some steps, and what it decides about a query and about the points of a square."""
+    """Functions that initialise a learner, train it, and classify a query and the square."""
 
     def learn(state: Any, x: Array, y: Array, start: Array, stop: Array) -> Any:
         def body(time: Array, state: Any) -> tuple[Array, Any]:
@@ -181,32 +183,32 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
             return _class(network.output(genome, known.neurons)), _class(network.output(genome, there.neurons))
         return _class(learner.predict(outer, state, query)), _class(learner.predict(outer, state, square))
 
-    # Without XLA: the networks are small, and it takes longer to compile than they take to learn.
+    # Without XLA, since compilation would take longer than training these small networks.
     return functools.partial(learner.init, outer), compiled(learn, jit_compile=False), compiled(decide, jit_compile=False)
 
 
 def _class(output: Array) -> Array:
-    """The class that is told, or -1."""
+    """The predicted class, or -1 if the output is not finite."""
     finite = tf.reduce_all(tf.math.is_finite(output), axis=-1)
     return tf.where(finite, classes_of(output), -1)
 
 
 def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
-    """Draws a row for each task and learner and a column for each step: regions, query points and accuracy.
+    """Draws regions, query points and accuracy: one row per task and learner, one column per step.
 
-    Each class has a light fill, darker from class to class, and a marker; where the two disagree, the learner errs.
-    What is not decided, since the output is not finite, is hatched.
+    Each class has a light fill, darker from class to class, and a marker. Where fill and marker
+    disagree, the learner is wrong. Regions with non-finite outputs are hatched.
 
     Args:
-        trace: from `trace_decisions`.
-        path: file of the picture: .png, .pdf or .svg.
+        trace: result of `trace_decisions`.
+        path: output file: .png, .pdf or .svg.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file has another ending or cannot be written.
+        ValueError: if the file has another suffix or cannot be written.
 
     Example:
 
@@ -239,14 +241,14 @@ def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Fi
         panels[0].set_ylabel(f"{row['task']}\n{row['learner']}" if several else row["task"], fontsize=8.5)
     made.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False,
-        title="points of the query; above each panel the share that is told right", title_fontsize=8,
+        title="query points; accuracy above each panel", title_fontsize=8,
     )  # fmt: skip
     style.save(made, path)
     return made
 
 
 def _panel(axis: Any, row: Mapping[str, Any], place: int, coordinates: np.ndarray, handles: dict[str, Any]) -> None:
-    """The regions of one row at one step, and its points."""
+    """Draws the regions and points of one row at one step."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     region, classes = row["regions"][place], row["classes"]
@@ -280,7 +282,7 @@ def _panel(axis: Any, row: Mapping[str, Any], place: int, coordinates: np.ndarra
 
 
 def _tint(number: int, classes: int) -> tuple[float, ...]:
-    """A light shade of the colour of a class, whose grey is darker from class to class."""
+    """A light shade of the colour of a class. Its grey value darkens from class to class."""
     from matplotlib.colors import to_rgb
 
     colour = np.array(to_rgb(style.COLOURS[number % len(style.COLOURS)]))

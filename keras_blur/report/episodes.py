@@ -1,7 +1,8 @@
-"""How what was meta-learned does on many episodes, and whether it memorised its tasks.
+"""Scores of meta-learned learners on many episodes, and a measure of task memorisation.
 
-Memorisation is that of "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020): a learner that
-memorised its tasks predicts the query from its inputs, whatever the support says. The measure of it is ours.
+Memorisation as in "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS
+2020): a learner that memorised its tasks predicts the query from its inputs and ignores the
+support. The measure is ours.
 """
 
 from __future__ import annotations
@@ -40,26 +41,28 @@ def score_episodes(
     seed: int = 0,
     jit_compile: bool = True,
 ) -> dict[str, Any]:
-    """Loss and quality on the query of episodes, after learning from the support.
+    """Loss and quality of queries after learning from the support.
 
     Args:
-        learner: how it learns.
-        learned: what meta-training gave (`MetaTrainer.learned`), or its file.
-        tasks: the tasks.
-        steps, batch_size: support batches of an episode, and examples in each.
-        query_size: examples of the query.
-        episodes: how many.
-        split: `"test"` to report, `"validation"` to choose by, `"train"` for the tasks of meta-training.
-        loss: as of `meta.Unroll`.
-        seed: of the episodes and of initial networks.
-        jit_compile: whether XLA compiles it. On a CPU, convolutions are many times as fast without.
+        learner: the learner.
+        learned: result of meta-training (`MetaTrainer.learned`) or its file.
+        tasks: the task distribution.
+        steps, batch_size: number of support batches, and examples per batch.
+        query_size: number of query examples.
+        episodes: number of episodes.
+        split: `"test"` for reporting, `"validation"` for model selection, `"train"` for the
+            meta-training tasks.
+        loss: as in `meta.Unroll`.
+        seed: random seed of episodes and initial networks.
+        jit_compile: whether to use XLA. On a CPU, convolutions are many times faster without it.
 
     Returns:
-        `loss` and `accuracy` (of values `r2`), `[episodes]`; where a loss is not finite it is infinite, and the accuracy 0
-        (r2 minus infinity). `mean_loss` and the quality's mean as `mean_accuracy` or `mean_r2`.
+        `loss` and `accuracy` (`r2` for values), each `[episodes]`, with means `mean_loss` and
+        `mean_accuracy` or `mean_r2`. A non-finite loss counts as infinite, with accuracy 0 (or an
+        r2 of minus infinity).
 
     Raises:
-        ValueError: if the tasks are not the learner's, or too small.
+        ValueError: if the tasks do not fit the learner or are too small.
     """
     return _scored(learner, learned, tasks, None, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile)
 
@@ -78,19 +81,20 @@ def adaptation_curve(
     seed: int = 0,
     jit_compile: bool = True,
 ) -> dict[str, Any]:
-    """Loss and quality on the query while episodes are learned.
+    """Loss and quality of queries in the course of learning.
 
     Args:
-        learner, learned, tasks, batch_size, query_size, episodes, split, loss, seed, jit_compile: as of `score_episodes`.
-        at: numbers of learning steps, ascending, after which the query is scored.
+        learner, learned, tasks, batch_size, query_size, episodes, split, loss, seed, jit_compile:
+            as in `score_episodes`.
+        at: numbers of learning steps after which the query is scored, ascending.
 
     Returns:
-        `steps`; `loss` and `accuracy` or `r2` `[len(at), episodes]`, treated as in `score_episodes`; `mean_loss` and the
-        quality's mean `[len(at)]`; and `area`, the mean of the mean loss over the steps from the first to the last of `at`
-        (the trapezoids between them).
+        `steps`; `loss` and `accuracy` or `r2`, each `[len(at), episodes]`, treated as in
+        `score_episodes`; their means `[len(at)]`; and `area`, the mean loss averaged over steps
+        from the first to the last of `at` by the trapezoidal rule.
 
     Raises:
-        ValueError: if `at` is not ascending, or as `score_episodes`.
+        ValueError: if `at` is not ascending, and as in `score_episodes`.
     """
     at = [int(step) for step in at]
     if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
@@ -142,26 +146,28 @@ def memorization_gap(
     seed: int = 0,
     jit_compile: bool = True,
 ) -> dict[str, float]:
-    """How much a learner's prediction depends on what it knew of a task before it saw the support.
+    """Measures how much predictions depend on memorised tasks.
 
-    A key changes all labels of an episode, support and query alike; inputs stay as they are. To a learner that takes the
-    labels from the support alone, this is another task of the same difficulty. To one that knows the task by its inputs, the
-    support now contradicts what it knows.
+    A key changes all labels of an episode, in support and query. Inputs are unchanged. For a
+    learner that relies on the support, this is another task of equal difficulty. For a learner that
+    recognises the task by its inputs, the support now contradicts its memory.
 
     Args:
-        learner, learned, tasks, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile: as of
-            `score_episodes`.
-        augmentation: what a key does. `None` takes `LabelPermutation` for classes and `LabelRotation` for two values.
+        learner, learned, tasks, steps, batch_size, query_size, episodes, split, loss, seed,
+            jit_compile: as in `score_episodes`.
+        augmentation: the augmentation that defines keys. `None` uses `LabelPermutation` for classes
+            and `LabelRotation` for two values.
 
     Returns:
-        Mean losses of the query: `own` with all labels as they are, `followed` with support and query under the key, and
-        `kept` with the support under the key and the query's own labels. `gap` is `followed` less `own`. It is 0 for a
-        learner that only reads the support, and for one that has learned nothing, whose `own` is large. A learner that only
-        knows its tasks has `kept` equal to `own`. Tasks that cannot be known (`split="test"`) show what the key costs for
-        other reasons.
+        Mean query losses: `own` with original labels, `followed` with keyed support and query,
+            `kept` with keyed support and original query labels. `gap` is `followed` minus `own`. It
+            is 0 for a learner that only uses the support, and for one that learned nothing (with a
+            large `own`). A learner that only uses its memory has `kept` equal to `own`. Tasks that
+            cannot be memorised (`split="test"`) show what the key costs for other reasons.
 
     Raises:
-        ValueError: if `augmentation` does not fit the tasks or has no key, or as `score_episodes`.
+        ValueError: if `augmentation` does not fit the tasks or has no key, and as in
+            `score_episodes`.
 
     Example:
 
@@ -209,7 +215,7 @@ def _scored(
     learner: MetaLearner, learned: Any, tasks: Tasks, change: Any, steps: int, batch_size: int, query_size: int,
     episodes: int, split: str, loss: str, seed: int, jit_compile: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of episodes, which a function of a block's number and episodes may change."""
+    """Scores episodes in blocks. `change` may modify each block."""
     outer = _outer(learner, learned, tasks, episodes)
     check_tasks(tasks, batch_size, query_size, split)
     inner = InnerLoop(steps, loss=loss, kind=tasks.kind)
@@ -232,7 +238,7 @@ def _scored(
 
 
 def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> dict[str, Array]:
-    """The outer parameters `[1, ...]` of what was learned, after a look at what was given."""
+    """Checks the arguments and returns the learned outer parameters `[1, ...]`."""
     if not isinstance(tasks, Tasks):
         raise ValueError(f"`tasks` must be a task distribution. Received: tasks={tasks!r}")
     learner.check(tasks.kind, tasks.outputs)
@@ -242,7 +248,7 @@ def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> d
 
 
 def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:
-    """Scores `[..., episodes]` and their means, numbers or lists; what is not finite is the worst."""
+    """Scores `[..., episodes]` and their means. Non-finite scores count as the worst."""
     sound = np.isfinite(losses)
     name, worst = ("r2", -np.inf) if kind == "values" else ("accuracy", 0.0)
     losses, quality = np.where(sound, losses, np.inf), np.where(sound, quality, worst)

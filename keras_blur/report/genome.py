@@ -1,10 +1,11 @@
-"""A genome as a picture: its matrices with their numbers, each with the equation that reads it, and a table of the rest.
+"""Draws a genome: matrices with their numbers and equations, and a table of all other numbers.
 
-A genome is small enough to be read, and reading it is half of what it is good for: which state is fed by which, what of the
-feedback reaches the synapses, which numbers the search left near zero.
+A genome is small enough to be read. Reading shows which state feeds which, what part of the
+feedback reaches the synapses, and which numbers the search left near zero.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 8 and Table 1. The numbers of
-the equations are the paper's; rows and columns are those of the arrays of a `Genome`.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 8 and
+Table 1. Equation numbers are those of the paper. Rows and columns are those of the arrays of a
+`Genome`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MATRICES = {
     "nu_tilde": (r"$\tilde{\nu}$", "eq. 7", "pre-synaptic", "source state", "target channel"),
     "mu_tilde": (r"$\tilde{\mu}$", "eq. 7", "post-synaptic", "target channel", "source state"),
 }
-# Symbol and equation of the numbers that all states share.
+# Symbol and equation of the numbers common to all states.
 _SHARED = {
     "neuron_keep": ("$f$", "eq. 5, 6"),
     "neuron_update": (r"$\eta$", "eq. 5, 6"),
@@ -42,7 +43,7 @@ _SHARED = {
     "rescale": ("", "app. C.6"),
     "temperature": ("", "output"),
 }
-# Equation of the numbers that each state has of its own.
+# Equation of the numbers of each state.
 _OWN = {"forward_scale": "eq. 5", "forward_shift": "eq. 5", "backward_scale": "eq. 6", "backward_shift": "eq. 6"}
 
 _WRITTEN = 8  # states up to which the numbers are written in the cells
@@ -53,20 +54,21 @@ _TABLE = 3.2  # its width, inches
 def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Genome") -> Figure:
     """Draws a genome: a heat map of each matrix, and a table of its other numbers.
 
-    All matrices share one scale of colours, whose middle is zero. Up to 8 states the numbers stand in the cells; beyond,
-    a bar marks what is negative, so that the picture can be read without colour.
+    All matrices have the same colour scale, centred at zero. Cells show their numbers for up to 8
+    states. Beyond that, a bar marks negative cells, so the figure is readable without colour.
 
     Args:
-        genome: a single one; where each layer has its own, each layer is a row. The matrices of a separate update after
-            the forward pass are a row below the others.
-        path: file of the picture: .png, .pdf or .svg.
-        title: the genome's name.
+        genome: a single genome. If layers have their own numbers, each layer is a row. The matrices
+            of a separate forward update are in a row below the others.
+        path: output file: .png, .pdf or .svg.
+        title: name of the genome.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: if the genome is a population, or the file has another ending or cannot be written.
+        ValueError: if the genome is a population, or the file has another suffix or cannot be
+            written.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -125,7 +127,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
 
 
 def _matrix(axis: Any, name: str, values: np.ndarray, limit: float) -> Any:
-    """One matrix as a map of colours with its numbers."""
+    """Draws one matrix as a heat map with its numbers."""
     symbol, equation, role, rows, columns = _MATRICES[name.removeprefix("forward_")]
     image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
     after = " (after forward)" if name.startswith("forward_") else ""
@@ -152,7 +154,7 @@ def _matrix(axis: Any, name: str, values: np.ndarray, limit: float) -> Any:
 
 
 def _short(value: float) -> str:
-    """A number in at most six characters."""
+    """Formats a number with at most six characters."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -163,7 +165,7 @@ def _short(value: float) -> str:
 
 
 def _table(axis: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """The numbers that are no matrices: those that all states share a line each, then a line for each state's own."""
+    """Draws the numbers outside matrices: first common ones, then one line for each state."""
     axis.axis("off")
     line = 0
 

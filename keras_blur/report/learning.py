@@ -1,4 +1,4 @@
-"""Learning curves of `fit`, of several learners side by side."""
+"""Learning curves of `fit` for several learners."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
 
 def plot_fits(histories: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str], title: str) -> Figure:
-    """Draws loss and accuracy by epoch, of training (as it goes) and of the test set.
+    """Draws training and test loss and accuracy by epoch.
 
     Args:
-        histories: by learner, the `history` of its `fit`, with `loss`, `accuracy`, `val_loss`, `val_accuracy`.
-        path: file of the picture: .png, .pdf or .svg.
-        title: what was learned.
+        histories: `history` of `fit` by learner, with `loss`, `accuracy`, `val_loss` and
+            `val_accuracy`.
+        path: output file: .png, .pdf or .svg.
+        title: title of the figure.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file has another ending or cannot be written.
+        ValueError: if the file has another suffix or cannot be written.
 
     Example:
 

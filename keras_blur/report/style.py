@@ -1,4 +1,4 @@
-"""One look for all pictures: readable in print and without colour, no display needed."""
+"""Shared style of all figures. Readable in print and without colour; no display is needed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 3)), "-")
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 4.5, height: float = 3.2) -> tuple[Figure, Any]:
-    """A figure and its axes, `[rows][columns]`.
+    """Creates a figure and its axes, `[rows][columns]`.
 
     Raises:
-        ImportError: if matplotlib is not installed; it names the install command.
+        ImportError: if matplotlib is not installed; the message has the install command.
     """
     try:
         from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def figure(columns: int = 1, rows: int = 1, width: float = 4.5, height: float = 
 def line(
     axis: Any, index: int, x: Any, y: Any, label: str, spread: Any = None, bounds: tuple[float, float] | None = None
 ) -> None:
-    """Draws curve number `index`, with a band of `spread` around it, clipped to `bounds`, where they are given."""
+    """Draws curve number `index`, with an optional band of `spread`, clipped to `bounds`."""
     colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
     axis.plot(x, y, color=colour, linestyle=dash, linewidth=1.6, label=label)
     if spread is not None:
@@ -49,7 +49,7 @@ def line(
 
 
 def legend(made: Figure, axis: Any, columns: int = 4) -> None:
-    """Names the curves of an axis below the panels, where they cover nothing; a single curve needs no legend."""
+    """Adds a legend below the panels, unless there is only one curve."""
     handles, labels = axis.get_legend_handles_labels()
     if len(handles) > 1:
         made.legend(
@@ -59,7 +59,7 @@ def legend(made: Figure, axis: Any, columns: int = 4) -> None:
 
 
 def step_axis(axis: Any, last: float) -> None:
-    """A logarithmic x axis of learning steps from 0 to `last`, with plain numbers: 0, 1, 10, 100."""
+    """Sets a logarithmic x axis of learning steps from 0 to `last`, with ticks 0, 1, 10, 100."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     axis.set_xscale("symlog", linthresh=1)
@@ -71,7 +71,7 @@ def step_axis(axis: Any, last: float) -> None:
 
 
 def save(made: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture, to a temporary name first, then renamed; the format is that of the ending, of a device PNG."""
+    """Saves a figure atomically. The suffix determines the format; devices get PNG."""
     ending = os.path.splitext(os.fspath(path))[1].lower()
     with replacing(path) as temporary:
         made.savefig(temporary, dpi=150, format=ending[1:] if ending in ENDINGS else "png")

@@ -1,9 +1,9 @@
-"""What becomes of the synapses while a network learns by a genome: their norm and their spectrum.
+"""Norms and spectra of synapses while a network learns by a genome.
 
-A Hebbian rule has nothing that holds its synapses by itself. A norm that grows without bound and a spectrum that one
-direction takes over are the two ways in which such a rule loses what it had learned; Oja's term, normalised synapses and the
-decay of the update gate are there against them ("Meta-Learning Bidirectional Update Rules", Sandler et al., ICML 2021,
-sections 3.4 and C.6). Here one can see whether they do their work.
+A Hebbian rule does not bound its synapses. It can lose what it learned in two ways: a norm that
+grows without bound, or a spectrum dominated by one direction. Oja's term, normalised synapses and
+the decay of the update gate counteract this ("Meta-Learning Bidirectional Update Rules", Sandler et
+al., ICML 2021, sections 3.4 and C.6). The figure shows whether they succeed.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 Array = Any
 
-_ROUNDING = 1e-7  # singular values below this share of the largest are rounding of float32
+_ROUNDING = 1e-7  # singular values below this fraction of the largest are float32 rounding
 
 
 def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, Array]]:
-    """A learner of one network without leading axes, and its outer parameters.
+    """A learner for a single network without leading axes, with its outer parameters.
 
     Args:
-        genome: a single one.
+        genome: a single genome.
         hidden: units of the hidden layers.
 
     Returns:
-        The learner, and the genome's arrays as tensors.
+        The learner, and the arrays of the genome as tensors.
 
     Raises:
-        ValueError: if the genome is a population, or has another number of layers than the network.
+        ValueError: if the genome is a population or does not fit the number of layers.
 
     Example:
 
@@ -69,32 +69,33 @@ def trace_synapses(
     batch_size: int = 64,
     split: str = "test",
 ) -> dict[str, np.ndarray]:
-    """Lets a network learn one episode and records its synapses before the first step and after each.
+    """Trains a network on one episode and records its synapses, initially and after each step.
 
-    Looked at are the forward kernels without their biases, as a step leaves them: with `Rule.normalize_synapses` what acts
-    is normalised after that.
+    The recorded arrays are forward kernels without biases, as stored after a step. With
+    `Rule.normalize_synapses`, the effective kernels are normalised after that.
 
     Args:
-        genome: a single one.
-        tasks: what is learned, of which one episode is drawn.
+        genome: a single genome.
+        tasks: the task distribution, from which one episode is drawn.
         hidden: units of the hidden layers.
         steps: learning steps.
-        seed: of the initial network and the episode.
-        batch_size: examples of a batch.
-        split: of the tasks.
+        seed: random seed of the initial network and the episode.
+        batch_size: batch size.
+        split: split of the tasks.
 
     Returns:
-        Arrays by name, with the axes `[layer, channel, step]`; a kernel that is not finite has NaN:
+        Arrays by name with axes `[layer, channel, step]`. Non-finite kernels give NaN:
 
         - `steps`: 0 to `steps`.
-        - `norm`: the Frobenius norm.
+        - `norm`: Frobenius norm.
         - `largest`, `smallest`: singular values.
-        - `stable_rank`: the squared norm over the squared largest singular value.
-        - `singular_values`: all of them, largest first, on one more axis; NaN where a smaller kernel has no more.
+        - `stable_rank`: squared norm divided by the squared largest singular value.
+        - `singular_values`: all singular values in descending order on an additional axis, padded
+          with NaN for smaller kernels.
 
     Raises:
-        ValueError: if the genome is a population or does not fit the network, if `steps` is below 1, or if the split has
-            too few examples.
+        ValueError: if the genome is a population or does not fit the network, `steps` is below 1,
+            or the split has too few examples.
 
     Example:
 
@@ -216,12 +217,12 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """What a logarithm can show; the rest is NaN."""
+    """Replaces values that have no logarithm by NaN."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def _decades(axes: Sequence[Any]) -> None:
-    """One logarithmic scale for some axes, of a factor of four at least, with ticks that can be read."""
+    """Sets a common logarithmic scale, spanning at least a factor of four, with readable ticks."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     seen = np.concatenate([np.asarray(line.get_ydata(), float) for axis in axes for line in axis.lines])
@@ -240,7 +241,7 @@ def _decades(axes: Sequence[Any]) -> None:
 
 
 def _numbers_of_values(axis: Any) -> None:
-    """A logarithmic axis of the numbers of the singular values, which may be few."""
+    """Sets a logarithmic axis of singular value indices, which may be few."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     most = max((len(line.get_xdata()) for line in axis.lines), default=1)

@@ -96,7 +96,7 @@ def _as_they_are(images: np.ndarray) -> np.ndarray:
 
 def _digits(convert: Callable[[np.ndarray], np.ndarray]) -> Images:
     data = needs("sklearn.datasets", "scikit-learn").load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))  # neighbours in the file share a writer
+    order = np.random.default_rng(0).permutation(len(data.target))  # neighbours in the file are by the same writer
     x, y = convert(data.images.astype(np.uint8)[order][..., None]), data.target.astype(np.int64)[order]
     return Images("digits", x[:-_DIGITS_TEST], y[:-_DIGITS_TEST], x[-_DIGITS_TEST:], y[-_DIGITS_TEST:], 10, 16.0)
 

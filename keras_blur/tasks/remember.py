@@ -91,5 +91,7 @@ def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
     """
     arguments.integer("units", units, 2)
     if not (arguments.is_number(cue) and 1 <= round(cue * units) < units):
-        raise ValueError(f"`cue` must be a share that shows at least one bit and hides one. Received: cue={cue!r}")
+        raise ValueError(
+            f"`cue` must be a fraction that shows at least one bit and hides at least one. Received: cue={cue!r}"
+        )
     return RememberTasks(units, cue)
