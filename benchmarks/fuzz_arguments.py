@@ -74,7 +74,7 @@ class Target:
     Attributes:
         name: what a person calls it.
         call: the function or class.
-        base: arguments that are right.
+        base: valid arguments.
         use: uses the result, and raises where it does not work.
         pools: values for arguments that the default's type does not tell.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 LONGEST = 600  # characters of an error that a person still reads
-KINDS = ("error", "right", "other")
+KINDS = ("error", "correct", "other")
 
 
 class Case(NamedTuple):
@@ -35,4 +35,4 @@ def judge(case: Case) -> tuple[str, str]:
         return ("error" if clear else "other"), f"{type(error).__name__}: {said}"
     except Exception as error:  # every other type is a finding, whatever it is
         return "other", f"{type(error).__name__}: {error}"
-    return "right", ""
+    return "correct", ""

@@ -131,7 +131,7 @@ def _checkpoints(folder: str) -> Callable[[np.random.Generator], Case]:
 
     first = trainer()
     first.fit(1, 1, checkpoint=start, verbose=0)
-    right = first.parameters()
+    expected = first.parameters()
     with open(start, "rb") as file:
         whole = file.read()
     places: list[str] = []
@@ -155,7 +155,7 @@ def _checkpoints(folder: str) -> Callable[[np.random.Generator], Case]:
                 _rewritten(path, place, change)
             again.fit(1, 1, checkpoint=path, verbose=0)
             found = again.parameters()
-            assert all(np.array_equal(found[name], own) for name, own in right.items()), "other numbers"
+            assert all(np.array_equal(found[name], own) for name, own in expected.items()), "other numbers"
 
         return Case("checkpoint files", text, run, ("checkpoint.weights.h5",))
 

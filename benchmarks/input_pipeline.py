@@ -1,4 +1,4 @@
-"""Share of time that a step waits for data.
+"""Fraction of the step time that is spent waiting for data.
 
     python benchmarks/input_pipeline.py [--data mnist --few_shot omniglot --data_dir DIR] [--steps 100] [--json FILE]
 
@@ -6,7 +6,7 @@ Meta-training as `keras-blur meta-train` does it by default, with MetaTrainer's 
 `next(iterator)` over that of the whole step, both taken in the same loop, over all steps and for the tenth of the steps that
 wait the longest. While a step runs, the pipeline prepares the next one on the same cores; what that costs a step is the
 last column, its time over that of a step that is given the same episodes again and again. Of `Sequential.fit` Keras has the
-iterator, so its share is the time over that of a fit to one batch, repeated: blocks of either take turns.
+iterator, so its fraction is the time over that of a fit to one batch, repeated: blocks of either take turns.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def meta_training(of: tasks.Tasks, meta_batch_size: int) -> dict[str, float]:
     alone, _ = steps(_STEPS.value // 2).T
     return {
         "milliseconds": 1e3 * float(np.median(seconds)),
-        "share": float(waited.sum() / seconds.sum()),
+        "fraction": float(waited.sum() / seconds.sum()),
         "highest_tenth": float(np.quantile(waited / seconds, 0.9)),
         "over_step_alone": float(np.median(seconds) / np.median(alone)),
     }
@@ -126,12 +126,12 @@ def fit() -> dict[str, float]:
         return (time.perf_counter() - start) / (len(x) // _BATCH.value)
 
     pairs = np.array([(seconds(x, y), seconds(one)) for _ in range(6)])[1:]
-    shares = 1.0 - pairs[:, 1] / pairs[:, 0]
+    fractions = 1.0 - pairs[:, 1] / pairs[:, 0]
     found, alone = np.median(pairs, axis=0)
     return {
         "milliseconds": 1e3 * float(found),
-        "share": max(0.0, 1.0 - float(alone / found)),
-        "highest_tenth": max(0.0, float(np.quantile(shares, 0.9))),
+        "fraction": max(0.0, 1.0 - float(alone / found)),
+        "highest_tenth": max(0.0, float(np.quantile(fractions, 0.9))),
         "over_step_alone": float(found / alone),
     }
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     for name, measure in candidates.items():
         row = {"name": name, **measure()}
         rows.append(row)
-        print(f"{name:<46} {row['milliseconds']:8.1f} {row['share']:7.2%} {row['highest_tenth']:14.2%} "
+        print(f"{name:<46} {row['milliseconds']:8.1f} {row['fraction']:7.2%} {row['highest_tenth']:14.2%} "
               f"{row['over_step_alone']:18.2f}", flush=True)  # fmt: skip
     print(f"wanted: waits at most {WANTED:.0%}")
     if _JSON.value:

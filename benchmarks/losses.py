@@ -285,17 +285,17 @@ def judge(cell: Cell, execution: str) -> str:
             found = run(cell.by_library)
         except ValueError as error:
             return "refused" if "Received" in str(error) else f"unclear error: {error}"
-    for got, right in zip(found, wanted, strict=True):
+    for got, expected in zip(found, wanted, strict=True):
         if got is None:
             continue
-        got, right = np.asarray(got), np.asarray(right)
-        if got.shape != right.shape or got.dtype != right.dtype:
-            return f"{got.dtype} {got.shape} where Keras has {right.dtype} {right.shape}"
-        scale = max(1e-3, float(np.nanmax(np.abs(right), initial=0.0)))
+        got, expected = np.asarray(got), np.asarray(expected)
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"{got.dtype} {got.shape} where Keras has {expected.dtype} {expected.shape}"
+        scale = max(1e-3, float(np.nanmax(np.abs(expected), initial=0.0)))
         # Keras's loss is float32 in the end, whatever the dtype of its terms.
         tolerance = max(cell.tolerance, 2e-6) * 10 if got.ndim == 0 else cell.tolerance
-        if not np.allclose(got / scale, right / scale, rtol=0, atol=tolerance, equal_nan=True):
-            return f"off by {np.nanmax(np.abs(got - right)) / scale:.1e}"
+        if not np.allclose(got / scale, expected / scale, rtol=0, atol=tolerance, equal_nan=True):
+            return f"off by {np.nanmax(np.abs(got - expected)) / scale:.1e}"
     return "equal"
 
 

@@ -4,7 +4,7 @@
 
 One episode: the gradient of the query's cross-entropy through an unroll, data in memory, as a graph that TensorFlow runs
 operation by operation (`jit_compile=False`) and as one program of XLA (`jit_compile=True`). Both and a Keras SGD step of the
-same network take turns. The share of the matmul peak counts the multiplications and additions of the matrix products that
+same network take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix products that
 the equations and their derivatives need and nothing else (a product has two derivatives, one where an operand is data).
 Memory is the peak above the process before the first call, compilation included, each in a process of its own.
 """
@@ -145,11 +145,11 @@ def main(argv: list[str]) -> None:
             "meta-gradient over a Keras SGD step": (seconds[name] / seconds["sgd"], "at most 60"),
             "  the same, lowest tenth of the runs": (float(np.quantile(ratios, 0.1)), ""),
             "  the same, highest tenth": (float(np.quantile(ratios, 0.9)), ""),
-            "share of the matmul peak": (work / seconds[name] / peak, "at least 0.60"),
+            "fraction of the matmul peak": (work / seconds[name] / peak, "at least 0.60"),
             f"population of {_POPULATION.value} over one genome": (
                 seconds["population, " + name] / seconds[name], "at most 60"
             ),
-            "  its share of the matmul peak": (_POPULATION.value * work / seconds["population, " + name] / peak, ""),
+            "  its fraction of the matmul peak": (_POPULATION.value * work / seconds["population, " + name] / peak, ""),
             "trace and compile, 50 steps over 5": (compiling[name], "at most 1.5"),
         }  # fmt: skip
         if _MEMORY.value:

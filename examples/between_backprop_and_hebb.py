@@ -1,6 +1,6 @@
 """
 Title: Between backpropagation and Hebbian learning
-Description: Start from the genome that is backpropagation, and take away what makes it so, one piece at a time.
+Description: Start from the genome that is backpropagation, and remove its properties one by one.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), sections 3.1, 3.2 and appendix C.7.
 
     python examples/between_backprop_and_hebb.py [--quick] [--seeds 5] [--seed 0] [--plot FILE.png]
@@ -29,7 +29,7 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 Every neuron has two states. The forward sweep leaves the value s(z) and the derivative s'(z); the backward sweep multiplies
 the second by what comes back from above; the synapse between two neurons changes by the product of the lower one's first
 state and the upper one's second. With one kernel for both directions that is backpropagation to the last bit. Nature has no
-such kernel: the way back is made of other synapses. What is lost when they are separate?
+such kernel: the feedback path has other synapses. What is lost when they are separate?
 """
 
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -43,8 +43,8 @@ def variant(**options):
 
 genomes = {
     "backpropagation": backprop,
-    "separate way back, same updates": variant(directions="tied_updates"),
-    "separate way back, own updates": variant(directions="untied"),
+    "separate feedback path, same updates": variant(directions="tied_updates"),
+    "separate feedback path, own updates": variant(directions="untied"),
     "labels in place of the error": variant(
         feedback="labels", loss=None, batch_reduction="mean", last_activation="tanh"
     ).replace(synapse_update=np.float32(0.01)),

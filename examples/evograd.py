@@ -180,7 +180,7 @@ def main(argv):
         how = (3, POPULATIONS[:2]) if quick else (100, POPULATIONS)
         document["line"] = line(*how, seeds)
         print(f"line, seeds {seeds[0]} to {seeds[-1]}: error of the mean of {how[0]} trials, deviation of one estimate, "
-              "correlation, share of right signs")  # fmt: skip
+              "correlation, fraction of correct signs")  # fmt: skip
         for name in map(str, how[1]):
             columns = [said([one[name][key] for one in document["line"]])
                        for key in ("error", "deviation", "correlation", "signs")]  # fmt: skip

@@ -93,10 +93,10 @@ class Losses:
 
         def judged(outer):
             after = [self.stepped(outer["s"], candidate(k), train, count) for k in range(EVOGRAD.population)]
-            shares = tf.unstack(
+            weighing = tf.unstack(
                 tf.nn.softmax(-tf.stack([self.loss(one, train, count) for one in after]) / EVOGRAD.temperature)
             )
-            merged = {name: tf.add_n([w * one[name] for w, one in zip(shares, after, strict=True)]) for name in weights}
+            merged = {name: tf.add_n([w * one[name] for w, one in zip(weighing, after, strict=True)]) for name in weights}
             return self.loss(merged, valid, count)
 
         return gradient(judged, {"s": s})[1]["s"]
@@ -167,7 +167,7 @@ class LearnGate(keras.callbacks.Callback):
 
 
 def run(arm, s, seed, data, epochs):
-    """Test loss and accuracy, the logarithm of the gate's factor after each step, and the share of right signs."""
+    """Test loss and accuracy, the logarithm of the gate's factor after each step, and the fraction of correct signs."""
     (x, labels), valid, test, classes = data
     genome = genomes.load(_GENOME.value)
     gate = tf.Variable(genome.synapse_update * np.exp(np.float32(s)))
@@ -204,7 +204,7 @@ def main(argv):
     starts = (-2.0,) if quick else tuple(map(float, _STARTS.value))
     seeds, document = range(_SEED.value, _SEED.value + (2 if quick else _SEEDS.value)), {}
     print(f"{_GENOME.value} on {_DATA.value}, seeds {seeds[0]} to {seeds[-1]}; factors of the gate are e^s")
-    print("  start s, arm: last s, share of derivatives with the sign of the exact one, test accuracy, test loss")
+    print("  start s, arm: last s, fraction of derivatives with the sign of the exact one, test accuracy, test loss")
     for s in starts:
         for arm in ("constant gate", *ARMS):
             runs = document.setdefault(arm, {})[f"{s:g}"] = [run(arm, s, seed, data, epochs) for seed in seeds]

@@ -28,7 +28,7 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _DATA = flags.DEFINE_string("data", "gaussian", "'gaussian', or an image set such as fashion_mnist.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets.")
-_NOISE = flags.DEFINE_list("noise", ["0.6"], "Shares of labels that are drawn anew.")
+_NOISE = flags.DEFINE_list("noise", ["0.6"], "Fractions of labels that are redrawn.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 _ARMS = flags.DEFINE_list("arms", [], "Names of the arms; all by default.")
@@ -36,11 +36,10 @@ _ARMS = flags.DEFINE_list("arms", [], "Names of the arms; all by default.")
 """
 ## The data
 
-The data are ten Gaussian classes in 32 dimensions. The labels of six tenths of 11,000 examples are drawn anew: 10,000 of
-these examples are for training, and 1,000 are held back with the labels that they have, mistakes included. The labels of a
-hundred more examples are known to be right. Images are used in the same way, with a thousand clean ones. A network can learn
-the mistakes by heart, so its accuracy falls as it trains on. The examples that are held back say where to stop. Test data
-choose nothing.
+The data are ten Gaussian classes in 32 dimensions. Six tenths of the labels of 11,000 examples are redrawn. 10,000 of
+these examples are for training. 1,000 are held out for early stopping, with their noisy labels. A hundred more examples
+have known correct labels. Images are used in the same way, with a thousand clean ones. A network can memorise wrong
+labels, so its accuracy falls when training continues for too long. Test data are not used for any choice.
 """
 
 
@@ -65,7 +64,7 @@ def data(seed):
 
 
 def batches(x, y, size, epochs, seed):
-    """The batches of some epochs. Their order follows from the seed and the number of an epoch, so all arms share it."""
+    """The batches of some epochs. Their order follows from seed and epoch and is the same for all arms."""
     steps = len(x) // size
     order = [np.random.default_rng([seed, epoch]).permutation(len(x))[: steps * size] for epoch in epochs]
     chosen = tf.data.Dataset.from_tensor_slices(np.concatenate(order).reshape(-1, size))
@@ -91,9 +90,10 @@ def network(shape, seed):
 
 Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
 or those that a sampler picks; EvoGrad no second derivative. Cross-entropy is Keras's own `fit` on the noisy labels. "Clean
-data alone" is the same on the clean examples, for as many steps: the other arms have those too. In the last arm there are no
-clean data: the network learns by cross-entropy for two epochs, and examples whose loss is by then in the lower of two heaps
-take their place. All arms start from the same weights, have the same optimizer, and see the noisy batches in the same order.
+data alone" is the same on the clean examples, which the other arms have too, for as many steps. The last arm has no clean
+data: the network learns by cross-entropy for two epochs, and then the examples whose loss belongs to the lower of two
+mixture components take their place. All arms have the same initial weights and the same optimizer, and see the noisy
+batches in the same order.
 """
 
 ARMS = {
@@ -128,7 +128,7 @@ class Followed(keras.callbacks.Callback):
 
 
 def run(name, noise, seed):
-    """Test accuracy by epoch, the weights of right and wrong examples at the end, and the time of a step."""
+    """Test accuracy by epoch, final weights of examples with correct and wrong labels, and time per step."""
     (x, truth), (x_held, truth_held), clean, test = data(seed)
     noisy = tasks.noisy_labels(np.concatenate([truth, truth_held]), 10, noise, seed=seed)
     y, held = noisy[: len(x)], (x_held, noisy[len(x) :])
@@ -155,7 +155,7 @@ def run(name, noise, seed):
         if plain:
             chosen = bilevel.PseudoCleanSplit(seed=seed).split(model, x, y, loss)
             clean = (x[chosen], y[chosen])
-            result = {"taken": float(np.mean(chosen)), "taken right": float(np.mean((y == truth)[chosen]))}
+            result = {"taken": float(np.mean(chosen)), "taken correct": float(np.mean((y == truth)[chosen]))}
             followed.steps = []
         trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(seed=seed), estimator, seed=seed)
         trainer.compile(optimizer(), keras.optimizers.Adam(3e-4), loss, jit_compile=False)
@@ -164,8 +164,8 @@ def run(name, noise, seed):
             epochs=epochs - plain, callbacks=[followed], verbose=0,
         ).history  # fmt: skip
         each = loss.call(y, model.predict(x, batch_size=500, verbose=0))
-        weights, right = trainer.learned(each).numpy(), y == truth
-        result |= {"right": weights[right].tolist(), "wrong": weights[~right].tolist()}
+        weights, correct = trainer.learned(each).numpy(), y == truth
+        result |= {"correct": weights[correct].tolist(), "wrong": weights[~correct].tolist()}
         result["skipped"] = float(np.mean(history["skipped"]))
     curve, choice = followed.curves["test"], int(np.argmax(followed.curves["held"]))
     # The first steps compile, so they do not count.
@@ -190,20 +190,20 @@ def main(argv):
     for noise in map(float, _NOISE.value):
         print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; seeds {seeds[0]} to {seeds[-1]}")
         print("  test accuracy: last (mean of three epochs), and at the epoch that is best on the held-back noisy labels;")
-        print("  right over wrong weight; time of a step over the first arm's")
+        print("  correct over wrong weight; time of a step over the first arm's")
         found = document[f"{noise:g}"] = {name: [] for name in _ARMS.value or ARMS}
         for seed in seeds:  # arms in turn, so that they meet the same load of the machine
             for name, runs in found.items():
                 runs.append(run(name, noise, seed))
         base = next(iter(found.values()))
         for name, runs in found.items():
-            ratio = [np.mean(one["right"]) / np.mean(one["wrong"]) for one in runs if "right" in one]
+            ratio = [np.mean(one["correct"]) / np.mean(one["wrong"]) for one in runs if "correct" in one]
             times = np.median([one["seconds"] / other["seconds"] for one, other in zip(runs, base, strict=True)])
             columns = [said([one[key] for one in runs]) for key in ("last", "chosen")]
             print(f"  {name:<24} {'   '.join(columns)}   {said(ratio) if ratio else '':<18} {times:.2f}", flush=True)
             if "taken" in runs[0]:
-                shares = [said([one[key] for one in runs]) for key in ("taken", "taken right")]
-                print(f"    taken as clean: {shares[0]} of all, of these right {shares[1]}")
+                fractions = [said([one[key] for one in runs]) for key in ("taken", "taken correct")]
+                print(f"    taken as clean: {fractions[0]} of all, of these correct {fractions[1]}")
     if _JSON.value:
         files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
     if _PLOT.value:
@@ -211,7 +211,7 @@ def main(argv):
 
 
 def draw(arms):
-    """Test accuracy by epoch; histograms of the weights that Meta-Weight-Net gives to right and wrong examples."""
+    """Draws test accuracy by epoch, and histograms of Meta-Weight-Net's weights of correct and wrong labels."""
     figure, axes = style.figure(columns=2, width=4.5)
     for index, (name, runs) in enumerate(arms.items()):
         curves = np.array([one["test"] for one in runs])
@@ -221,9 +221,9 @@ def draw(arms):
     axes[0][0].set_ylabel("test accuracy")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    shown, runs = next((name, runs) for name, runs in arms.items() if "right" in runs[0])
-    edges = np.linspace(0.0, max(max(runs[0]["right"]), max(runs[0]["wrong"])), 40)
-    for index, key in enumerate(("right", "wrong")):
+    shown, runs = next((name, runs) for name, runs in arms.items() if "correct" in runs[0])
+    edges = np.linspace(0.0, max(max(runs[0]["correct"]), max(runs[0]["wrong"])), 40)
+    for index, key in enumerate(("correct", "wrong")):
         axes[0][1].hist(runs[0][key], edges, color=style.COLOURS[index], alpha=0.6, label=f"label {key}", density=True)
     axes[0][1].set_xlabel(f"weight, {shown}")
     axes[0][1].set_ylabel("density")

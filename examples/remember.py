@@ -1,6 +1,6 @@
 """
 Title: A rule that learns to remember
-Description: Neurons and synapses with vector states, updated by two small networks that all share, store patterns online.
+Description: Neurons and synapses with vector states, updated by two small shared networks, store patterns online.
 Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv 2003.03124).
 
     python examples/remember.py [--quick] [--plot FILE.png] [--json FILE] [--seeds 3] [--seed 0]
@@ -54,7 +54,7 @@ def trained(learner, seed, its):
 
 
 def recall(learner, learned, units, items):
-    """Share of the hidden bits that are right, on test patterns."""
+    """Accuracy of the hidden bits on test patterns."""
     shape = {"steps": items, "batch_size": 1, "query_size": items, "episodes": 20 if _QUICK.value else 500}
     return score_episodes(learner, learned, tasks.remember(units), **shape)["mean_accuracy"]
 
@@ -94,7 +94,7 @@ def nearest(patterns, cue, shown):
 ## Controls
 
 With the synapse update off nothing is stored, and recall is a guess. A BLUR genome gets the same patterns, as inputs and as
-labels, and the cue as an input: its network has a hidden layer and a way back, and a step for each pattern too. It is
+labels, and the cue as an input: its network has a hidden layer and a feedback path, and a step for each pattern too. It is
 meta-trained for as many meta-steps.
 """
 
@@ -134,7 +134,7 @@ def main(argv):
         run, seconds = trained(blur(), seed, its)
         print(f"seed {seed}: a genome in {seconds:.0f} s", flush=True)
         found[first].setdefault("BLUR genome", []).append(recall(run.learner, run.learned, *SIZES[0]))
-    print(f"share of hidden bits that are recalled, seeds {seeds[0]} to {seeds[-1]}")
+    print(f"accuracy of the recalled hidden bits, seeds {seeds[0]} to {seeds[-1]}")
     for name, rows in found.items():
         for learner, values in rows.items():
             print(f"  {name:<22} {learner:<16} {said(values) if len(values) > 1 else f'{values[0]:.3f}'}")

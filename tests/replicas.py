@@ -69,7 +69,7 @@ class Pause(keras.callbacks.Callback):
 
 
 def trainer():
-    """A trainer with tasks for four replicas; of evolution, candidates that four cannot share evenly."""
+    """A trainer with tasks for four replicas; of evolution, candidates that cannot be split evenly over four."""
     evolution = asked["case"] == "cma"
     made = meta.MetaTrainer(
         tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),

@@ -1,4 +1,4 @@
-"""What tests of task distributions share: episodes as arrays, and ways to compare them."""
+"""Common code of tests of task distributions: episodes as arrays, and ways to compare them."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Checks of plain arguments: one sentence each, and nothing that is right is refused."""
+"""Checks of plain arguments: one sentence each, and no valid value is refused."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("check", "right", "wrong"),
+    ("check", "valid", "wrong"),
     [
         (lambda v: arguments.choice("name", v, ("a", "b")), ["a", "b"], ["c", "", None, 3, ["a"], np.array(["a"])]),
         (lambda v: arguments.integer("name", v, 0), [0, 3, np.int64(2)], [-1, True, 1.0, "1", None, NAN, [1]]),
@@ -23,8 +23,8 @@ NAN, INFINITY = float("nan"), float("inf")
         (lambda v: arguments.instance("name", v, str, "a string"), ["", "x"], [3, None, b"x"]),
     ],
 )  # fmt: skip
-def test_right_values_pass_and_others_are_one_sentence(check, right, wrong):
-    for value in right:
+def test_valid_values_pass_and_others_are_one_sentence(check, valid, wrong):
+    for value in valid:
         check(value)
     for value in wrong:
         with pytest.raises(ValueError, match=r"^`name` must be [^\n]*\. Received: name=[^\n]*$"):

@@ -134,7 +134,7 @@ def test_the_check_can_fail(option):
 
 
 def both_ways_equal(model):
-    """The way back starts with the numbers of the way forward."""
+    """The feedback path starts with the numbers of the forward path."""
     for layer in model.layers:
         if "backward_kernel" in layer.synapses:
             layer.synapses["backward_kernel"].assign(layer.synapses["kernel"])
@@ -154,7 +154,7 @@ def test_separate_synapses_are_exact_for_one_step_only(option):
     "option",
     [
         {"directions": "tied_updates", "channels": "tied_updates"},
-        # Channel 1 of the way forward takes (state 1 before) x (state 2 after); so does channel 2 of the way back, the
+        # Channel 1 of the forward path takes (state 1 before) x (state 2 after); so does channel 2 of the feedback path, the
         # one that carries the error; the other two channels, which take state 2 x state 1, are not read.
         {"directions": "untied", "channels": "own"},
     ],

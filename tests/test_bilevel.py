@@ -64,8 +64,8 @@ def test_wrong_labels_come_to_weigh_less(name):
     history = made.fit(x, y, meta_data=clean, batch_size=50, epochs=20, verbose=0).history
     assert set(history) == {"loss", "accuracy", "meta_loss", "skipped", *made.estimator.logged}
     weights = made.learned(LOSS.call(y, made.predict(x, verbose=0))).numpy()
-    right = y == truth
-    assert weights[right].mean() > (1.05 if name == "evograd" else 1.3) * weights[~right].mean()
+    correct = y == truth
+    assert weights[correct].mean() > (1.05 if name == "evograd" else 1.3) * weights[~correct].mean()
     assert sum(history["skipped"]) == 0.0
 
 
@@ -370,15 +370,15 @@ def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses()
     assert losses["learned"] < 0.8 < 0.85 < losses["by hand"]
 
 
-def test_a_pseudo_clean_split_finds_most_right_labels():
+def test_a_pseudo_clean_split_finds_most_correct_labels():
     x, truth, y = blobs(600, 0, noise=0.6)
     model = network()
     model.compile(keras.optimizers.Adam(1e-2), LOSS)
     model.fit(x, y, batch_size=50, epochs=5, verbose=0)
     chosen = bilevel.PseudoCleanSplit().split(model, x, y, LOSS)
-    right = y == truth
-    assert right[chosen].mean() > 0.9 > 0.6 > right.mean()
-    assert chosen[right].mean() > 0.8
+    correct = y == truth
+    assert correct[chosen].mean() > 0.9 > 0.6 > correct.mean()
+    assert chosen[correct].mean() > 0.8
     order = np.random.default_rng(0).permutation(len(x))
     np.testing.assert_array_equal(bilevel.PseudoCleanSplit().split(model, x[order], y[order], LOSS), chosen[order])
 

@@ -1,4 +1,4 @@
-"""The shell: what each command writes, its exit status, and one sentence for a mistake."""
+"""The command line: what each command writes, its exit status, and one sentence for a mistake."""
 
 import importlib
 import json

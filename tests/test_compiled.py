@@ -73,7 +73,7 @@ class Outer:
         (Program(lambda x: x, [(3.0,)]), "an argument is no tensor"),
     ],
     ids=[
-        "right",
+        "correct",
         "python",
         "dynamic",
         "retraced",

@@ -1,4 +1,4 @@
-"""The replay of vector files: it agrees with those that are right, published and made here, and with no other."""
+"""The replay of vector files: it agrees with correct ones, published or made here, and with no others."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Few-shot episodes: classes of the splits are apart, support and query are balanced and share no example."""
+"""Few-shot episodes: classes of the splits are apart, support and query are balanced and disjoint."""
 
 import os
 
@@ -141,8 +141,8 @@ def test_every_class_and_every_image_is_drawn_alike():
     drawn = np.concatenate([draw(random.seed_of(number)).numpy() for number in range(1500)]).astype(int)
     assert (np.bincount(drawn[:, 0] - 200) / len(drawn)) == pytest.approx([0.25] * 4, abs=0.03)
     for label, size in enumerate([3, 5, 8, 4]):
-        share = np.bincount(drawn[drawn[:, 0] - 200 == label, 1]) / (drawn[:, 0] - 200 == label).sum()
-        assert share == pytest.approx([1 / size] * size, abs=0.05)
+        fraction = np.bincount(drawn[drawn[:, 0] - 200 == label, 1]) / (drawn[:, 0] - 200 == label).sum()
+        assert fraction == pytest.approx([1 / size] * size, abs=0.05)
 
 
 def test_a_class_can_be_used_up():
@@ -223,8 +223,8 @@ def test_classes_of_an_episode_are_of_one_group(tmp_path):
         orders.add(tuple(labels))
     assert len(orders) > 290  # any classes of a group, in any order
     drawn = sorted(groups["train"] - {0})
-    shares = np.bincount([kin(label) for label in seen], minlength=10)[drawn] / len(seen)
-    assert shares == pytest.approx([1 / len(drawn)] * len(drawn), abs=0.06)
+    fractions = np.bincount([kin(label) for label in seen], minlength=10)[drawn] / len(seen)
+    assert fractions == pytest.approx([1 / len(drawn)] * len(drawn), abs=0.06)
     assert 0 not in {kin(label) for label in seen}
     whole = {
         kin(label_of[row.tobytes()])

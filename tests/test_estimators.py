@@ -107,8 +107,8 @@ def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
     @tf.function
     def gradient(number):  # other noise, the same initial network
         noise = perturbations(outer, antithetic_pairs, number)
-        losses, right, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
-        return estimator.estimate(outer, noise, tf.reduce_mean(losses, 1), tf.reduce_mean(right, 1)).gradients
+        losses, accuracies, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
+        return estimator.estimate(outer, noise, tf.reduce_mean(losses, 1), tf.reduce_mean(accuracies, 1)).gradients
 
     def along(gradients):
         return sum(float(np.sum(np.asarray(gradients[name]) * np.asarray(exact[name]))) for name in outer)
@@ -198,11 +198,11 @@ def test_evolution_scores_each_genome_and_marks_what_is_not_finite():
     learner, data, seed = Blur((5,), rule), episodes("float32"), random.seed_of(3)
     outer = outer_of(rule, members=3, dtype="float32")
     outer = {name: tf.concat([value[:2], value[2:] * 1e30], 0) for name, value in outer.items()}
-    right, loss, accuracy = Evolution(3, population=4).score(learner, outer, data, seed)
+    fitness, loss, accuracy = Evolution(3, population=4).score(learner, outer, data, seed)
     wanted = Unroll(3)(learner, outer, data, seed)[0]
     np.testing.assert_allclose(loss[:2], wanted.loss[:2], rtol=1e-5)
-    np.testing.assert_allclose(right[:2], -np.asarray(wanted.accuracy[:2]))
-    assert np.isnan(float(right[2]))
+    np.testing.assert_allclose(fitness[:2], -np.asarray(wanted.accuracy[:2]))
+    assert np.isnan(float(fitness[2]))
     by_loss, _, _ = Evolution(3, population=4, fitness="loss").score(learner, outer, data, seed)
     np.testing.assert_allclose(by_loss[:2], wanted.loss[:2], rtol=1e-5)
     assert float(accuracy[0]) * BATCH * 2 == pytest.approx(round(float(accuracy[0]) * BATCH * 2), abs=1e-4)

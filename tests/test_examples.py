@@ -1,4 +1,4 @@
-"""examples/: seeds are flags, arms share the order of batches, references are strong. CI runs the examples themselves."""
+"""examples/: seeds are flags, arms see the same batches, references are strong. CI runs the examples."""
 
 import ast
 import pathlib
@@ -83,11 +83,11 @@ def test_hopfield_goes_on_from_where_one_step_leads():
     shown = shown.astype(float)
     cue = patterns * shown
 
-    def right(found):
+    def accuracy(found):
         return np.mean((found == patterns)[shown == 0])
 
     once, often = (hopfield(patterns, cue, shown, most) for most in (1, 20))
     assert np.array_equal(often * shown, cue)  # the cue is held
     assert set(np.unique(often)) == {-1.0, 1.0}
-    assert 0.93 < right(once) < right(often) < right(nearest(patterns, cue, shown))
-    assert right(nearest(patterns, cue, shown)) > 0.99
+    assert 0.93 < accuracy(once) < accuracy(often) < accuracy(nearest(patterns, cue, shown))
+    assert accuracy(nearest(patterns, cue, shown)) > 0.99

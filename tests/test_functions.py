@@ -115,13 +115,13 @@ def test_classes_are_balanced(name):
     for number in range(5):
         x, y = drawn(name, number=number)
         classes = y.shape[1]
-        share = (y > 0).mean(0)
+        fraction = (y > 0).mean(0)
         assert set(np.unique(y)) == {-1.0, 1.0}
         np.testing.assert_array_equal(y.sum(1), 2 - classes)
         if classes == 2:
-            assert low < share.min() <= share.max() < high
+            assert low < fraction.min() <= fraction.max() < high
         else:
-            assert np.abs(share * classes - 1).max() < 0.35
+            assert np.abs(fraction * classes - 1).max() < 0.35
         assert np.abs(x).max() <= (1.2 if name.startswith("blobs") else 1.0)
 
 

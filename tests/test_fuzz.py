@@ -1,4 +1,4 @@
-"""A sample of the fuzzer's cases: each ends in a clear error or a right result; and the judge tells the three apart."""
+"""A sample of the fuzzer's cases: each ends in a clear error or a correct result; and the judge tells the three apart."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from fuzz_case import Case, judge
 
 
 @pytest.mark.parametrize(("source", "number"), [(fuzz_files.cases, 90), (fuzz_arguments.cases, 180)])
-def test_every_case_ends_in_a_clear_error_or_a_right_result(source, number):
+def test_every_case_ends_in_a_clear_error_or_a_correct_result(source, number):
     ends, wrong = Counter(), []
     for case in source(number, seed=12345):
         kind, said = judge(case)
@@ -18,7 +18,7 @@ def test_every_case_ends_in_a_clear_error_or_a_right_result(source, number):
             wrong.append((case.group, case.text, said))
     assert wrong == []
     assert ends["error"] > number // 3
-    assert ends["right"] > 0
+    assert ends["correct"] > 0
 
 
 def fail(error):
@@ -28,7 +28,7 @@ def fail(error):
 @pytest.mark.parametrize(
     ("run", "kind"),
     [
-        (lambda: None, "right"),
+        (lambda: None, "correct"),
         (lambda: fail(ValueError("`size` must be positive. Received: size=0")), "error"),
         (lambda: fail(OSError("no room for `size`")), "error"),
         (lambda: fail(ValueError("something is wrong")), "other"),

@@ -1,4 +1,4 @@
-"""Images as tasks: episodes follow from seed and number alone, and splits share no example."""
+"""Images as tasks: episodes follow from seed and number alone, and splits are disjoint."""
 
 import numpy as np
 import pytest

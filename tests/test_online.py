@@ -204,16 +204,16 @@ def test_errors(call, message):
 
 
 def hopfield(units, items, episodes=500):
-    """Share of hidden bits that one step of the outer-product rule gets right."""
-    right = []
+    """Accuracy of hidden bits after one step of the outer-product rule."""
+    correct = []
     stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=items, split="test").batch(episodes)
     drawn = {name: value.numpy() for name, value in next(iter(stream)).items()}
     patterns = drawn["y"][:, :, 0]
     weights = np.einsum("epi,epj->eij", patterns, patterns) * (1 - np.eye(units))
     field = np.einsum("eqi,eij->eqj", drawn["query_x"][..., :units], weights)
     scored = drawn["query_y"] != 0
-    right = (field > 0) == (drawn["query_y"] > 0)
-    return right[scored].mean()
+    correct = (field > 0) == (drawn["query_y"] > 0)
+    return correct[scored].mean()
 
 
 @pytest.mark.slow

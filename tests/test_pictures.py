@@ -106,7 +106,7 @@ def test_every_kind_of_genome_is_drawn(name, tmp_path):
     assert overlaps(made, words(made)) == []
 
 
-def test_numbers_of_cells_are_short_and_right():
+def test_numbers_of_cells_are_short_and_correct():
     wanted = {0.0: "0", 0.125: "0.12", -1.996: "-2.00", 0.004: "4e-3", -12.34: "-12.3", 123.4: "123", -1e4: "-1e4"}
     assert {value: _short(value) for value in wanted} == wanted
     for value in np.random.default_rng(0).standard_normal(200) * 10.0 ** np.arange(-8, 12).repeat(10):
@@ -251,8 +251,8 @@ def test_decisions_are_those_of_predict(name):
             np.testing.assert_array_equal(
                 row["regions"][place], told(learner, outer, state, square.reshape(-1, 2)).reshape(9, 9)
             )
-            right = told(learner, outer, state, row["query_x"]) == row["query_y"]
-            assert row["accuracy"][place] == right.mean()
+            correct = told(learner, outer, state, row["query_x"]) == row["query_y"]
+            assert row["accuracy"][place] == correct.mean()
         if step < 3:
             state, _ = learner.step(outer, state, episode["x"][step], episode["y"][step])
 

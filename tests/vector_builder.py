@@ -121,7 +121,7 @@ def build(path, rule, *, sizes, spec=None, oja=None, norm=None, batch=4, steps=3
 
 
 def draw_genome(rule, rng, species):
-    """The genome by its published names: transforms of each species, numbers that all share. As exact in float32."""
+    """The genome by its published names: transforms of each species, common numbers. As exact in float32."""
     layers = () if rule.layers is None else (rule.layers,)
     genome = {}
     for name, rank in ARRAYS.items():

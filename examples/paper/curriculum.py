@@ -83,7 +83,7 @@ def run(setting: Setting) -> Outcome:
         f"independent meta-trainings, of each the best of {members} members on {seeds} episodes. {steps} meta-steps in all; "
         f"stages of the curriculum: {', '.join(map(str, stages))} unrolled steps. Seconds: of one meta-training by the "
         "clock, with what is built at each switch, on a core that other work may have shared. The column meta-training is "
-        "the running accuracy at its end, after as many steps as were unrolled; skipped, the share of meta-steps whose "
+        "the running accuracy at its end, after as many steps as were unrolled; skipped, the fraction of meta-steps whose "
         "gradient was not finite."
     )
     return Outcome(header, rows, numbers, draw, note)

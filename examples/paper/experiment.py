@@ -1,4 +1,4 @@
-"""What the experiments of this folder share: their flags, meta-training in one call, scores of a population, files.
+"""Common code of the experiments in this folder: flags, meta-training in one call, scores of a population, files.
 
 Each experiment is one file with a `run(setting)` that gives back an `Outcome`; `main(run)` does the rest: it prints the
 table and the cost and writes `NAME.md`, `NAME.json` and `NAME.png` into `--out`. `--quick` is a smaller run of the same code
@@ -35,7 +35,7 @@ from keras_blur.tasks.datasets import Images
 
 _QUICK = flags.DEFINE_boolean("quick", False, "A small run on the 8x8 digits that only shows that the file works.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared sets; else TFDS_DATA_DIR, else tfds's default.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of everything.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "results", "Folder for the table, the numbers and the picture.")
 
 
@@ -47,7 +47,7 @@ class Setting:
         quick: whether this is `--quick`.
         data: the image set: MNIST, or the 8x8 digits of a quick run.
         data_dir: folder of prepared sets, or `None`.
-        seed: of everything.
+        seed: random seed.
     """
 
     quick: bool
@@ -86,7 +86,7 @@ class Trained:
         population: all members, on a population axis.
         scores: each member's running query accuracy in meta-training.
         best: the member with the highest.
-        skipped: share of meta-steps in which a member's gradient was not finite.
+        skipped: fraction of meta-steps in which a member's gradient was not finite.
         seconds: how long it took.
     """
 
@@ -128,7 +128,7 @@ def meta_train(
         genome: genome or population to start from in place of random numbers.
         batch_size, query_size: examples of a support batch and of the query.
         learning_rate: of Adam.
-        seed: of everything.
+        seed: random seed.
         jit_compile: whether XLA compiles the meta-gradient; for a small network that takes longer than it saves.
 
     Returns:
@@ -223,7 +223,7 @@ def save(figure: Any, legend: Any, path: str) -> None:
 
 
 def main(run: Callable[[Setting], Outcome]) -> None:
-    """Runs an experiment from the shell."""
+    """Runs an experiment from the command line."""
     name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
 
     def body(argv: Sequence[str]) -> None:

@@ -11,9 +11,9 @@ Frobenius norms: 0 for the gradient of a loss, about 1 for a matrix of independe
 
 Directions are tied, so that the forward weights are all there are and a step depends on nothing else. Random and
 meta-trained genomes have the rule of equations 5 to 7 with tanh and no stabiliser. The control is the genome that is
-backpropagation, with the squared error: its two states share one channel, so it has 102 weights, and its asymmetry has to
-be that of rounding. Between the two stand the same genome with the labels in the place of the error, which is the gradient
-of a linear loss, and that with a channel for each state.
+backpropagation, with the squared error: its two states have one common channel, so it has 102 weights, and its asymmetry
+must be rounding error only. Two genomes stand between these: the control with labels instead of the error, which is the
+gradient of a linear loss, and the same with a channel for each state.
 
     python examples/paper/jacobian.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

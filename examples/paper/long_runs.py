@@ -46,10 +46,10 @@ def follow(
 
     def score(outer: dict, state: tuple) -> tuple:
         prediction = learner.predict(outer, state, test_x)
-        right = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(prediction, -1), tf.argmax(test_y, -1)), tf.float32), -1)
+        correct = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(prediction, -1), tf.argmax(test_y, -1)), tf.float32), -1)
         squares = tf.add_n([tf.reduce_sum(own["kernel"] ** 2, axis=(-3, -2, -1)) for own in state.synapses])
         finite = tf.reduce_all(tf.math.is_finite(prediction), axis=(-2, -1)) & tf.math.is_finite(squares)
-        return tf.where(finite, right, 0.0), tf.where(finite, tf.sqrt(squares), np.inf)
+        return tf.where(finite, correct, 0.0), tf.where(finite, tf.sqrt(squares), np.inf)
 
     learn, score = compiled(learn, jit_compile=False), compiled(score, jit_compile=False)
     taken = [score(outer, state)]

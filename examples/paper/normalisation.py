@@ -80,7 +80,7 @@ def run(setting: Setting) -> Outcome:
         f"Test accuracy on {setting.data} after {score_at} steps of batches of {batch_size}: mean and deviation over "
         f"{members} genomes from different random numbers, each the mean of {seeds} episodes. Hidden layers of {width}, "
         f"2 states; {steps} meta-steps of 10 unrolled steps with two hidden layers at {names[0]}. The column meta-training "
-        "is the running accuracy at its end; skipped, the share of meta-steps whose gradient was not finite."
+        "is the running accuracy at its end; skipped, the fraction of meta-steps whose gradient was not finite."
     )
     return Outcome(header, rows, numbers, draw, note)
 

@@ -11,7 +11,7 @@ transforms; tied directions and own channels from random numbers; and the same w
 Here each of the twelve rules is meta-trained once with the genomes of both starts side by side, on the same small MNIST
 tasks. Backpropagation's transforms have a little noise, or all genomes of that start would be one. All neurons use
 tanh on every state, as the general rule of the paper does; one more rule, marked (s, s'), has the value and the derivative
-in its two states and a linear way back, as the paper's variant that is backpropagation has them.
+in its two states and a linear feedback path, as the paper's variant that is backpropagation has them.
 
     python examples/paper/symmetry.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

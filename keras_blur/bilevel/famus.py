@@ -181,7 +181,7 @@ class LayerwiseMetaGradient(VirtualStep):
                 for own_names in parts
             ]
         )
-        products = tf.where(tf.range(len(parts)) < lowest, 0.0, products)  # no gate is moved by a way back not taken
+        products = tf.where(tf.range(len(parts)) < lowest, 0.0, products)  # gates below the backward pass get no gradient
         kept = {
             name: tf.cast(gate, slope[name].dtype) * slope[name]
             for gate, own_names in zip(tf.unstack(gates), parts, strict=True)
