@@ -71,8 +71,8 @@ def uniform(seed: Array, shape: tuple[int, ...], low: float = 0.0, high: float =
     """Uniform float32 numbers from `low` to `high`, equal under every compiler.
 
     In float32, some compilers fuse the multiplication and the addition and others do not. In
-    float64 the product of two 24-bit numbers is exact, so fusing has no effect. Each value is rounded
-    once.
+    float64 the product of two 24-bit numbers is exact, so fusing has no effect. Each value is
+    rounded to float32 once.
     """
     span = float(np.float32(high - low))
     return tf.cast(float(np.float32(low)) + span * _unit(bits(seed, shape)), tf.float32)

@@ -1,5 +1,4 @@
-"""EvoGrad: hypergradients from a small population of perturbed weights, with first derivatives
-only.
+"""EvoGrad: first-order hypergradients from a small population of perturbed weights.
 
 Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal,
 Yang, Hospedales, NeurIPS 2021, arXiv 2106.10575). A step of evolution replaces the SGD step:

@@ -206,9 +206,7 @@ class LayerwiseMetaGradient(VirtualStep):
         self, sampler: GradientSampler, chosen: tuple[str, ...], parts: Sequence[tuple[str, ...]], training: Weights,
         seed: Array, own: Mapping[str, Array],
     ) -> Array:  # fmt: skip
-        """Gates `[layers]` of 0 or 1, with the derivative of the soft sample (equations 8 and
-        9).
-        """
+        """Gates `[layers]` of 0 or 1 with the derivative of the soft sample (equations 8 and 9)."""
         gates = []
         for place, (layer, names) in enumerate(zip(chosen[:-1], parts[:-1], strict=True)):
             inputs = tf.stop_gradient(tf.concat([tf.cast(pooled(training[name]), tf.float32) for name in names], 0))

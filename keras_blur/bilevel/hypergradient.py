@@ -45,7 +45,7 @@ class Bilevel(NamedTuple):
         train: maps outer parameters and weights to the training loss, a scalar.
         judge: maps weights to the loss on the meta batch, a scalar.
         layers: names of the weights of each layer, by path, from first to last.
-        mean: averages a nest over replicas, each of which has its own part of the batches.
+        mean: averages a nest over replicas. Each replica has its own part of the batches.
         scale: loss scale during differentiation, against float16 underflow; `None` for none.
     """
 
@@ -81,7 +81,7 @@ class HypergradientEstimator(abc.ABC):
 
     @property
     def branches(self) -> bool:
-        """Whether a step has branches of which only one is executed."""
+        """Whether a step has conditional branches."""
         return False
 
     def parameters(self, layers: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, np.ndarray]:
@@ -144,8 +144,7 @@ class VirtualStep(HypergradientEstimator):
 
 
 class LookAhead:
-    """A virtual SGD step, the meta loss after it, and two backward passes restricted to some
-    layers.
+    """A virtual SGD step, the meta loss after it, and two restricted backward passes.
 
     Both losses are computed once, at construction, and both backward passes start from there, even
     inside a branch of a conditional. A compiler could not detect the repeated computation in a
@@ -185,8 +184,7 @@ class LookAhead:
         return unscaled(self._below.gradient(self._scaled_loss, chosen, unconnected_gradients="zero"), self._scale)
 
     def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
-        """-alpha grad_lambda < grad_w L_train, v > over the weights in v, on the replica's own
-        batch.
+        """-alpha grad_lambda < grad_w L_train, v > over the weights in v, on the own batch.
 
         Args:
             slope: v.

@@ -99,8 +99,7 @@ class MetaLearner(Learner):
         """
 
     def adapted(self, state: Any) -> dict[str, Array]:
-        """The adapted weights in a state, by the names of the outer parameters that initialise
-        them.
+        """The adapted weights in a state, named as the outer parameters that initialise them.
 
         Empty if the learner has no learned initial weights.
         """
@@ -111,9 +110,7 @@ class MetaLearner(Learner):
         return other is self
 
     def check(self, kind: str, outputs: int) -> None:
-        """Raises a `ValueError` if the learner cannot learn tasks of this kind and number of
-        outputs.
-        """
+        """Raises a `ValueError` if the learner does not support tasks of this kind and size."""
 
 
 def keras_model(learned: Any) -> keras.Model:

@@ -97,8 +97,8 @@ class OnlineRule(MetaLearner):
         return made
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        """A model of sequences `[batch, time, 2 units + 1]`: a `keras.layers.RNN` with an
-        `OnlineCell`.
+        """A model of sequences `[batch, time, 2 units + 1]`: an `OnlineCell` in
+        `keras.layers.RNN`.
         """
         cell = OnlineCell(
             self.units, neuron=self.neuron, synapse=self.synapse, hidden=self.hidden, types=self.types,

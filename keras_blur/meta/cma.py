@@ -290,8 +290,7 @@ class CMAES:
         return chosen._replace(generation=generation)
 
     def _decompose(self, covariance: Array, vectors: Array) -> tuple[Array, Array, Array]:
-        """Bounds the condition of the covariance; returns it with eigenvectors and root
-        eigenvalues.
+        """Bounds the condition of the covariance; returns it with eigenvectors and root values.
 
         The smallest sufficient number is added to the diagonal, which changes no eigenvector.
         """

@@ -175,8 +175,7 @@ class InnerLoop:
         return 1
 
     def objective(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array, Any]:
-        """Computes loss and query accuracy of each member on each task, and the final learner
-        state.
+        """Computes losses and query accuracies, and the final learner state.
 
         Args:
             learner: the learner.

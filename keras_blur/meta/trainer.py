@@ -289,8 +289,9 @@ class MetaTrainer(OuterLoop):
 
     @property
     def learned(self) -> Any:
-        """The result of the best member, with a `save(path)`: a `Genome` for `Blur`, else a Keras
-        model.
+        """The result of the best member: a `Genome` for `Blur`, else a Keras model.
+
+        Both have a `save(path)`.
         """
         return self.learner.learned(self.parameters())
 
@@ -414,8 +415,9 @@ class MetaTrainer(OuterLoop):
         return int(rng.choice(len(self.families), p=self.weights_of_families))
 
     def meta_train_step(self) -> dict[str, float]:
-        """Runs one meta-step (episodes, gradient, clipping, update); returns the running
-        metrics.
+        """Runs one meta-step: episodes, gradient, clipping, update.
+
+        Returns the running metrics.
         """
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
@@ -610,9 +612,7 @@ class MetaTrainer(OuterLoop):
 
 
 def _counted(value: Array, sound: Array) -> tuple[Array, Array]:
-    """Values and their weights in a running mean; the weight of unsound or non-finite values is
-    0.
-    """
+    """Values and their weights in a running mean; unsound and non-finite values have weight 0."""
     counts = sound & tf.math.is_finite(value)
     return tf.where(counts, value, 0.0), tf.cast(counts, value.dtype)
 

@@ -5,8 +5,8 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 `Unroll` differentiates through the whole episode. `TruncatedUnroll` differentiates through one
 truncation window at a time and carries the learner to the next one, as in truncated backpropagation
 through time ("An efficient gradient-based algorithm for on-line training of recurrent network
-trajectories", Williams and Peng, 1990). Memory depends on the window and not on the episode, but the
-gradient ignores effects beyond the window.
+trajectories", Williams and Peng, 1990). Memory depends on the window and not on the episode, but
+the gradient ignores effects beyond the window.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class OfflineWarpGrad(WarpGrad):
         return measured, (root, window + 1)
 
     def _turn(self, seed: Array, carried: Carried, first: Any) -> tuple[Array, Array]:
-        """The seed of the order, taken from the first step on these episodes, and the index of this
+        """The seed of the order, from the first step on these episodes, and the index of this
         step.
         """
         root, window = carried.directions

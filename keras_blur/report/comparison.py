@@ -182,9 +182,7 @@ def evaluate(
 
 
 class _Arm(NamedTuple):
-    """Learners that run in parallel: their name, the names of their curves, and the growing
-    curves.
-    """
+    """Learners that run in parallel: a name, the names of their curves, and the growing curves."""
 
     name: str
     curves: Sequence[str]
@@ -412,9 +410,7 @@ def _finite(value: float) -> float | None:
 
 
 def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
-    """The envelope of all optimizers, and the curve of each optimizer that is best at the last
-    step.
-    """
+    """The envelope of all optimizers, and each optimizer's best curve at the last step."""
     means = {name: np.mean(curve["accuracy"], axis=0) for name, curve in curves.items() if name != "genome"}
     envelope, which = [], []
     for index in range(len(at)):

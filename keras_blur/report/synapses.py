@@ -149,19 +149,21 @@ def trace_synapses(
 
 
 def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str], title: str = "") -> Figure:
-    """Draws a row for each layer: the norm over steps, and the spectrum at the first, the middle and the last step.
+    """Draws one row per layer: the norm over steps and three spectra.
+
+    The spectra are those at the first, middle and last step.
 
     Args:
-        trace: from `trace_synapses`.
-        path: file of the picture: .png, .pdf or .svg.
-        title: what was learned.
+        trace: result of `trace_synapses`.
+        path: output file: .png, .pdf or .svg.
+        title: title of the figure.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file has another ending or cannot be written.
+        ValueError: if the file has another suffix or cannot be written.
 
     Example:
 

@@ -1,5 +1,4 @@
-"""Labelled images as arrays: scikit-learn's digits, or image sets prepared by
-`tensorflow_datasets`.
+"""Labelled images as arrays: scikit-learn's digits, or prepared `tensorflow_datasets` sets.
 
 Nothing is downloaded here, because training should not depend on the network. If data are missing,
 the error names the folder and the command that gets them.

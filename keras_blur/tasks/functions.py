@@ -63,34 +63,37 @@ class FunctionTasks(Tasks):
 
 
 def functions(names: str | Sequence[str], *, noise: float = 0.0, relabel: bool = False) -> FunctionTasks:
-    """Tasks on points of the plane: tell the two sides of a function, or clouds of points, or follow a sine.
+    """Small classification tasks in the plane, or sine regression.
 
-    The names, in [-1, 1] x [-1, 1]; class 1 is the place that is named:
+    Points are in [-1, 1] x [-1, 1]. Class 1 is the named region:
 
-    - `"and"`, `"or"`, `"xor"`, `"nxor"`, `"nand"`: of the coordinates' signs. One in four points is on the smaller side
-      of `and`, `or` and `nand`.
-    - `"circle"`, `"square"`, `"cross"`, `"triangle"`, and `"concentric_circles"`, the ring between two circles.
-    - `"angular_slice"`: a slice of three eighths of a turn, at a random angle.
-    - `"random_xor"`: a checkerboard at a random angle, with 1 to 3 squares a unit of length.
-    - `"two_moons"`, and `"rotated_moons"`, at a random angle.
-    - `"blobs2"` to `"blobs9"`: that many clouds around random centres, no two in one cell of a 3x3 grid; a class each.
-    - `"sine"`: one input from -5 to 5, the value `amplitude * sin(x - phase)`, amplitude from 0.1 to 5, phase from
-      0 to pi.
+    - `"and"`, `"or"`, `"xor"`, `"nxor"`, `"nand"` of the signs of the coordinates. One in four
+      points is on the smaller side of `and`, `or` and `nand`.
+    - `"circle"`, `"square"`, `"cross"`, `"triangle"`, and `"concentric_circles"`, the ring between
+      two circles.
+    - `"angular_slice"`: a sector of three eighths of a turn at a random angle.
+    - `"random_xor"`: a checkerboard at a random angle, with 1 to 3 squares per unit of length.
+    - `"two_moons"`, and `"rotated_moons"` at a random angle.
+    - `"blobs2"` to `"blobs9"`: that many clouds, one per class, around random centres in different
+      cells of a 3x3 grid.
+    - `"sine"`: one input from -5 to 5 and the value `amplitude * sin(x - phase)`, with amplitude
+      from 0.1 to 5 and phase from 0 to pi.
 
-    What is random is drawn anew for each episode. Points of the splits come from different seeds.
+    Random parameters are redrawn in each episode. Splits draw their points from different seeds.
 
     Args:
-        names: a name, or several with the same number of outputs, of which each episode has one.
-        noise: standard deviation of what is added to the points after their class is known; for `"sine"`, to the
-            values.
-        relabel: whether each episode has its classes in another order.
+        names: a name, or several with the same number of outputs. Each episode uses one of them.
+        noise: standard deviation of noise added to the points after classification, or to the
+            values of `"sine"`.
+        relabel: whether to permute the classes in each episode.
 
     Returns:
         `FunctionTasks`.
 
     Raises:
-        ValueError: if a name is unknown or there twice, if the functions differ in their number of outputs, if `noise`
-            is negative or not finite, or if `relabel` is asked for `"sine"`, which has no classes.
+        ValueError: if a name is unknown or repeated, functions differ in their number of outputs,
+            `noise` is negative or not finite, or `relabel` is used with `"sine"`, which has no
+            classes.
 
     Example:
 

@@ -1,6 +1,6 @@
 """The training loop of both trainers: epochs, progress, callbacks, checkpoints and resumption.
 
-Keras's own loop does not run under every strategy, and an outer loop has other data. This loop keeps
+Keras's own loop does not run under every strategy, and outer loops have other data. This loop keeps
 Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so a
 run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted run.
 
@@ -310,9 +310,7 @@ class OuterLoop(keras.Model):
             _warn(f"The curriculum is now {new}; checkpoint {path!r} was made with {old}.")
 
     def _load(self, path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Loads all variables, even if a constant learning rate replaces a schedule or vice
-        versa.
-        """
+        """Loads all variables, even if a schedule replaces a constant rate or vice versa."""
         kept: dict[str, keras.optimizers.Optimizer] = {}
         for name, (optimizer, variables) in self.optimizers().items():
             if isinstance(before[name], float) != isinstance(now[name], float):
@@ -372,9 +370,7 @@ def _warn(sentence: str) -> None:
 
 
 def _rate(config: dict[str, Any]) -> Any:
-    """The learning rate in an optimizer config, also of a wrapped one; `None` if there are
-    several.
-    """
+    """The learning rate in an optimizer config, even a nested one; `None` if there are several."""
     if "learning_rate" in config or "inner_optimizer" not in config:
         return config.get("learning_rate")
     return _rate(config["inner_optimizer"]["config"])
@@ -421,9 +417,7 @@ def plain(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
 
 
 def parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
-    """The optimizers that update weights: all parts of a `MultiOptimizer`, or the optimizer
-    itself.
-    """
+    """The optimizers that update weights: the parts of a `MultiOptimizer`, or the optimizer."""
     return list(getattr(plain(optimizer), "optimizers", [])) or [plain(optimizer)]
 
 
