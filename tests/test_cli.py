@@ -401,7 +401,7 @@ def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):
     def full(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("keras_blur.checks.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("keras_blur.files.tempfile.TemporaryFile", full)
     with pytest.raises(ValueError, match=r"`path` must be a file in a folder that can be written.*Permission denied"):
         check_output("path", tmp_path / "x.json")
 
