@@ -22,7 +22,7 @@ class ProgressLine:
     ...     line.show("SGD (2 of 5)", "step 0 of 100")
     ...     line.show("SGD (2 of 5)", "step 10 of 100")
     >>> out.getvalue()
-    'SGD (2 of 5), 0 s\n'
+    'SGD (2 of 5), 0 s\\n'
     """
 
     def __init__(self, stream: TextIO | None = None):
