@@ -25,6 +25,7 @@ import tensorflow as tf
 from keras_blur.core import network
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.genome import Genome
+from keras_blur.core.graph import chain
 from keras_blur.core.rule import Rule
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -299,7 +300,7 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
     leading = (int(vectors.option("species")), int(vectors.option("replicas")))
     inputs = _shaped(vectors, "inputs", (steps + 1, *leading, batch, sizes[0]))
     labels = _shaped(vectors, "labels", (steps + 1, *leading, batch, sizes[-1]))
-    stages = tuple(network.Stage(DenseConnection(units)) for units in sizes[1:])
+    graph = chain([DenseConnection(units) for units in sizes[1:]])
     k = genome.rule.states
     synapses = []
     for index, (before, units) in enumerate(pairwise(sizes)):
@@ -312,7 +313,7 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
     state = network.NetworkState(tuple(synapses), 0, neurons)
     for index in range(steps):
         feedback = partial(_label, tf.constant(labels[index]))
-        result = network.step(genome, stages, state, tf.constant(inputs[index]), feedback)
+        result = network.step(genome, graph, state, tf.constant(inputs[index]), feedback)
         state = result.state
         for layer, own in enumerate(state.synapses):
             both = _to_published(own)
@@ -324,12 +325,12 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
             computed[f"step{index}/neurons/{layer}"] = tf.einsum("srkbn->srbnk", states)
     sweep = network.forward(
         genome,
-        stages,
-        network.stored(genome, stages, state.synapses),
+        graph,
+        network.stored(genome, graph, state.synapses),
         tf.constant(inputs[-1]),
         neurons=state.neurons,
     )
-    return network.output(genome, sweep.neurons)
+    return network.output(genome, graph, sweep.values)
 
 
 def _label(label: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:

@@ -1,12 +1,20 @@
-"""A second opinion: one learning step in plain float64 numpy, as clumsy and as close to the paper as it can be.
+"""A second opinion: one learning step in plain float64 numpy, as clumsy and as close to the paper
+as it can be.
 
-Written from equations 5, 6 and 7 of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021, sections 3.2
-to 3.4, appendices B and C.6), not from the library. No work is saved here: every neuron has all k states, the input
-too; every synapse has all k channels in both directions, those of the first layer too; the bias is a unit that is
-always 1.
-Neurons are `[batch, unit, state]`; synapses `[from, to, channel]`, the last row (or, on the way back, column) the bias.
+Written from equations 5, 6 and 7 of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML
+2021, sections 3.2 to 3.4, appendices B and C.6), not from the library. No work is saved here: every
+neuron has all k states, the input too; every synapse has all k channels in both directions, those of
+the first layer too; the bias is a unit that is always 1.
+
+Values are `[batch, *features, state]`. Every connection is a dense one on rows `[unit, state]`: a
+table says which neurons each position reads, and a dense layer has one position. Synapses are
+`[from, to, channel]`; the last row (in the feedback path, the last column) is the bias. Synapses that
+a connection lacks, such as those between the groups of a convolution, are zero and stay zero.
 """
 
+import dataclasses
+import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,89 +28,379 @@ FUNCTIONS = {
 }
 
 
-def step(genome, synapses, inputs, labels, *, time=0, neurons=None, weights=None, loss_slope=None, activations=None):
+@dataclasses.dataclass
+class Layer:
+    """Neurons and the synapses that end in them. By default a dense layer.
+
+    Attributes:
+        source: number of the value that it reads: first the inputs, then the operations in order.
+        units: number of units at each position.
+        synapses: number of its set of synapses; layers may share one.
+        window: size of a convolution's window; its padding is "same".
+        stride: stride of that window.
+        groups: number of groups; the units of a group read only that group's input channels.
+        own: whether unit j reads input j only, as a scale does.
+        activation: its nonlinearity, or None for the rule's.
+    """
+
+    source: int
+    units: int
+    synapses: int
+    window: tuple = ()
+    stride: int = 1
+    groups: int = 1
+    own: bool = False
+    activation: str | None = None
+
+
+@dataclasses.dataclass
+class Map:
+    """A map without synapses, by its name in `MAPS`."""
+
+    name: str
+    sources: tuple
+
+
+def step(
+    genome, synapses, inputs, labels, *,
+    graph=None, time=0, neurons=None, weights=None, loss_slope=None, activations=None,
+):  # fmt: skip
     """One learning step.
 
     Args:
         genome: a Genome without population axes.
-        synapses: a dict of arrays `[channel, in, out]` for each layer, as the library holds them.
-        inputs: `[batch, n]`.
+        synapses: a dict of arrays `[channel, ..., out]` for each set, as the library holds them.
+        inputs: `[batch, *features]`; a tuple of them if there are several.
         labels: `[batch, classes]`, what state 2 of the output receives; or what `loss_slope` takes.
+        graph: a Layer or Map for each operation, the output last; None for a chain of dense layers.
         time: the learning step, from 0.
         neurons: what the step before returned, if the rule keeps neurons.
         weights: weight of each example in the Hebbian term.
         loss_slope: for feedback="error": maps prediction and labels to the derivative of the loss.
-        activations: nonlinearity of each layer, or None for the rule's.
+        activations: nonlinearity of each layer of a chain, or None for the rule's.
 
     Returns:
-        New synapses (as given), neurons (`[state, batch, unit]` each), and the prediction before learning.
+        New synapses (as given), neurons (`[state, batch, *features]` of the inputs and of each
+        layer), and the prediction before learning.
     """
     rule = genome.rule
-    genes = [layer_genome(genome, layer) for layer in range(len(synapses))]
-    inputs = np.asarray(inputs, np.float64)
+    inputs = [np.asarray(one, np.float64) for one in (inputs if isinstance(inputs, tuple) else (inputs,))]
+    examples = len(inputs[0])
+    if graph is None:
+        names = activations or [None] * len(synapses)
+        graph = [
+            Layer(layer, own["kernel"].shape[-1], layer, activation=name)
+            for layer, (own, name) in enumerate(zip(synapses, names, strict=True))
+        ]
+    operations = dict(enumerate(graph, len(inputs)))  # by the number of the value
+    layers = {number: one for number, one in operations.items() if isinstance(one, Layer)}
+    output = max(operations)
+    genes = [layer_genome(genome, holder) for holder in range(len(synapses))]
     has_bias = ["bias" in own for own in synapses]
-    sizes = [inputs.shape[1]] + [own["kernel"].shape[-1] for own in synapses]
+
+    # 0. Which neurons each layer reads, and which synapses there are.
+    shapes, tables = [one.shape[1:] for one in inputs], {}
+    places = [None] * len(synapses)
+    for number, one in operations.items():
+        if isinstance(one, Layer):
+            tables[number], shape = reads(one, shapes[one.source])
+            places[one.synapses] = stored_places(one, tables[number].shape[1])
+        else:
+            shape = MAPS[one.name].value(*(np.zeros((1, *shapes[source])) for source in one.sources)).shape[1:]
+        shapes.append(shape)
 
     # 1. Neurons start at zero, or where they were; the input's state 1 is the example.
-    a = [np.zeros((len(inputs), size, rule.states)) for size in sizes]
+    nodes = [*range(len(inputs)), *layers]
+    a = {number: np.zeros((examples, *shapes[number], rule.states)) for number in nodes}
     if rule.keep_neurons and neurons is not None:
-        a = [np.moveaxis(np.array(old, np.float64), 0, -1) for old in neurons]
-    a[0] = np.zeros_like(a[0])
-    a[0][:, :, 0] = inputs
+        a = {number: np.moveaxis(np.array(old, np.float64), 0, -1) for number, old in zip(nodes, neurons, strict=True)}
+    for number, one in enumerate(inputs):
+        a[number] = np.zeros((*one.shape, rule.states))
+        a[number][..., 0] = one
 
     # 2. Synapses, normalised where they are stored.
-    ways = [unpack(rule, untraced(own)) for own in synapses]
-    traces = [unpack(rule, traced(own)) if rule.momentum else None for own in synapses]
+    ways = [unpack(rule, untraced(own), where) for own, where in zip(synapses, places, strict=True)]
+    traces = [None] * len(synapses)
+    if rule.momentum:
+        traces = [unpack(rule, traced(own), where) for own, where in zip(synapses, places, strict=True)]
     if rule.normalize_synapses in ("stored", "both"):
         ways = [unit_norm(rule, gene, *way) for gene, way in zip(genes, ways, strict=True)]
 
-    # 3. Forward, equation 5.
-    for layer, gene in enumerate(genes):
-        last = layer == len(genes) - 1
-        name = rule.last_activation if last else rule.forward_activation
-        if activations is not None and activations[layer] is not None:
-            name = activations[layer]
-        there, _ = effective(rule, gene, *ways[layer])
-        a[layer + 1] = forward(rule, gene, name, with_bias(a[layer], has_bias[layer]), there, a[layer + 1])
-    left_by_forward = [states.copy() for states in a]
-    prediction = a[-1][:, :, 0] / genes[-1].temperature
+    def read(values, number):
+        """What the rows of a layer read, the bias unit too."""
+        one = layers[number]
+        return with_bias(patches(values[one.source], tables[number]), has_bias[one.synapses])
+
+    def learn(ways, traces, values, below, prefix):
+        """Equation 7 for each set of synapses: the terms of all its layers, then the change."""
+        sums = [None] * len(ways)
+        for number, one in layers.items():
+            pre, post = read(below, number), rows(values[number], one)
+            own = synapses[one.synapses]
+            exists = places[one.synapses].exists
+            term = terms(rule, genes[one.synapses], prefix, pre, post, own, exists, examples, weights)
+            known = sums[one.synapses]
+            sums[one.synapses] = term if known is None else [old + new for old, new in zip(known, term, strict=True)]
+        done = [
+            update(
+                rule,
+                genes[holder],
+                prefix,
+                ways[holder],
+                traces[holder],
+                sums[holder],
+                synapses[holder],
+                places[holder],
+                time,
+            )
+            for holder in range(len(ways))
+        ]
+        return [way for way, _ in done], [trace for _, trace in done]
+
+    # 3. Forward, equation 5. State 1 goes through a map, the others through its Jacobian there.
+    for number, one in operations.items():
+        if isinstance(one, Map):
+            a[number] = through(one, [a[source] for source in one.sources])
+            continue
+        gene = genes[one.synapses]
+        name = one.activation or (rule.forward_activation if leads_on(operations, number) else rule.last_activation)
+        there, _ = effective(rule, gene, *ways[one.synapses])
+        a[number] = forward(rule, gene, name, read(a, number), there, rows(a[number], one)).reshape(a[number].shape)
+    left_by_forward = {number: states.copy() for number, states in a.items()}
+    last = genes[layers[output].synapses]
+    prediction = a[output][..., 0] / last.temperature
 
     # 4. Synapses may change before any feedback.
     if rule.forward_synapse_update:
         prefix = "forward_" if rule.separate_forward_synapse else ""
-        for layer, gene in enumerate(genes):
-            pre = with_bias(a[layer], has_bias[layer])
-            way, _ = learn(rule, gene, prefix, ways[layer], None, pre, a[layer + 1], synapses[layer], time, weights)
-            ways[layer] = way
+        ways, _ = learn(ways, traces, a, left_by_forward, prefix)
 
     if time % rule.supervised_every == 0:
         # 5. Feedback into state 2 of the output.
         given = labels
         if rule.feedback == "error":
-            given = loss_slope(prediction, labels) / genes[-1].temperature
+            given = loss_slope(prediction, labels) / last.temperature
             if rule.derivative_state:
-                given = given * a[-1][:, :, 1]
-        a[-1][:, :, 2:] = 0
-        a[-1][:, :, 1] = given
+                given = given * a[output][..., 1]
+        a[output][..., 2:] = 0
+        a[output][..., 1] = given
 
-        # 6. Backward, equation 6: from the layer before the last down to the first hidden one.
-        for layer in range(len(genes) - 1, 0, -1):
-            _, back = effective(rule, genes[layer], *ways[layer])
-            a[layer] = backward(rule, genes[layer], a[layer], a[layer + 1], back[:, : sizes[layer]])
+        # 6. Backward, equation 6. What comes back goes through the transposed Jacobian of a map, at
+        # state 1 of the forward pass. What comes back from several readers is summed.
+        came = {number: np.zeros_like(states) for number, states in a.items()}
+        for number, one in reversed(operations.items()):
+            if isinstance(one, Map):
+                points = [left_by_forward[source][..., 0] for source in one.sources]
+                for c in range(rule.states):
+                    backs = MAPS[one.name].back(came[number][..., c], *points)
+                    for source, back in zip(one.sources, backs, strict=True):
+                        came[source][..., c] += back
+                continue
+            if number != output:
+                gene = genes[reader(operations, number)]
+                new = backward(rule, gene, rows(a[number], one), rows(came[number], one))
+                a[number] = new.reshape(a[number].shape)
+            gene = genes[one.synapses]
+            _, back = effective(rule, gene, *ways[one.synapses])
+            table = tables[number]
+            z = sent(rule, gene, rows(a[number], one), back[:, : table.shape[1]])
+            came[one.source] += unpatched(z, table, came[one.source].shape)
 
-        # 7. Synapses, equation 7.
-        for layer, gene in enumerate(genes):
-            pre = left_by_forward[layer] if rule.presynaptic == "forward" else a[layer]
-            pre = with_bias(pre, has_bias[layer])
-            own = synapses[layer]
-            way, trace = learn(rule, gene, "", ways[layer], traces[layer], pre, a[layer + 1], own, time, weights)
-            ways[layer], traces[layer] = way, trace
+        # 7. Synapses, equation 7. The new states go through the maps again.
+        for number, one in operations.items():
+            if isinstance(one, Map):
+                a[number] = through(one, [a[source] for source in one.sources])
+        ways, traces = learn(ways, traces, a, left_by_forward if rule.presynaptic == "forward" else a, "")
 
-    new = [pack(rule, untraced(own), *way) for own, way in zip(synapses, ways, strict=True)]
+    new = [pack(rule, untraced(own), where, *way) for own, where, way in zip(synapses, places, ways, strict=True)]
     if rule.momentum:
-        for own, trace in zip(new, traces, strict=True):
-            own |= {name + "_trace": value for name, value in pack(rule, own, *trace).items()}
-    return new, [np.moveaxis(states, -1, 0) for states in a], prediction
+        for own, where, trace in zip(new, places, traces, strict=True):
+            own |= {name + "_trace": value for name, value in pack(rule, own, where, *trace).items()}
+    return new, [np.moveaxis(a[number], -1, 0) for number in nodes], prediction
+
+
+def reads(layer, shape):
+    """The neurons that each position reads, `[position, place]`, and the target's shape.
+
+    A place outside of the layer has the number -1.
+    """
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    if not layer.window:
+        return numbers.reshape(-1, shape[-1]), (*shape[:-1], layer.units)
+    lengths, stride = shape[:-1], layer.stride
+    counts = [-(-length // stride) for length in lengths]
+    table = []
+    for position in itertools.product(*map(range, counts)):
+        row = []
+        for tap in itertools.product(*map(range, layer.window)):
+            place = []
+            for axis, length in enumerate(lengths):
+                missing = max((counts[axis] - 1) * stride + layer.window[axis] - length, 0)
+                place.append(position[axis] * stride + tap[axis] - missing // 2)
+            inside = all(0 <= one < length for one, length in zip(place, lengths, strict=True))
+            row.extend(numbers[tuple(place)] if inside else [-1] * shape[-1])
+        table.append(row)
+    return np.array(table), (*counts, layer.units)
+
+
+def stored_places(layer, inputs):
+    """The input and the unit of each number of a stored kernel `[in, units]`; which synapses exist."""
+    taps = math.prod(layer.window)
+    channels = inputs // taps
+    there, to = [], []
+    if layer.own:
+        there, to = [list(range(inputs))], [list(range(inputs))]
+    else:
+        for tap, channel in itertools.product(range(taps), range(channels // layer.groups)):
+            group = [unit // (layer.units // layer.groups) for unit in range(layer.units)]
+            there.append([tap * channels + one * (channels // layer.groups) + channel for one in group])
+            to.append(list(range(layer.units)))
+    there, to = np.array(there), np.array(to)
+    exists = np.zeros((inputs, layer.units), bool)
+    exists[there, to] = True
+    return SimpleNamespace(there=there, to=to, exists=exists)
+
+
+def patches(states, table):
+    """`[batch, *features, state]` as rows `[row, place, state]`; places outside are zero."""
+    flat = states.reshape(len(states), -1, states.shape[-1])
+    flat = np.concatenate([flat, np.zeros_like(flat[:, :1])], axis=1)  # place -1
+    return flat[:, table].reshape(-1, table.shape[1], states.shape[-1])
+
+
+def unpatched(z, table, shape):
+    """The transpose of `patches`: a neuron receives from every place that reads it."""
+    flat = np.zeros((shape[0], math.prod(shape[1:-1]) + 1, shape[-1]))
+    z = z.reshape(shape[0], *table.shape, shape[-1])
+    for position, place in np.ndindex(table.shape):
+        flat[:, table[position, place]] += z[:, position, place]
+    return flat[:, :-1].reshape(shape)
+
+
+def rows(states, layer):
+    """The neurons of a layer as `[row, unit, state]`: positions are more examples."""
+    return states.reshape(-1, layer.units, states.shape[-1])
+
+
+def leads_on(operations, number):
+    """Whether a path leads from a value to another layer."""
+    return any(
+        number == one.source if isinstance(one, Layer) else number in one.sources and leads_on(operations, target)
+        for target, one in operations.items()
+    )
+
+
+def reader(operations, number):
+    """The synapses that read a value, through maps or not; of several, the first."""
+    for target, one in operations.items():
+        if isinstance(one, Layer) and one.source == number:
+            return one.synapses
+        if isinstance(one, Map) and number in one.sources:
+            return reader(operations, target)
+    raise ValueError("nothing reads this value")
+
+
+def through(one, states):
+    """State 1 through a map, the other states through its Jacobian at state 1."""
+    kind = MAPS[one.name]
+    points = [own[..., 0] for own in states]
+    others = [kind.change([own[..., c] for own in states], *points) for c in range(1, states[0].shape[-1])]
+    return np.stack([kind.value(*points), *others], axis=-1)
+
+
+def _windows(length, size):
+    """The places along an axis of each window of stride 1, padding "same"."""
+    ahead = (size - 1) // 2
+    return [[one for one in range(i - ahead, i - ahead + size) if 0 <= one < length] for i in range(length)]
+
+
+def _winners(x):
+    """Where the largest entry of each 2 by 2 window is, the first of equals. Stride 1."""
+    _, height, width, _ = x.shape
+    found = {}
+    for b, i, j, c in np.ndindex(x.shape):
+        window = list(itertools.product(_windows(height, 2)[i], _windows(width, 2)[j]))
+        found[b, i, j, c] = (b, *max(window, key=lambda place, b=b, c=c: x[(b, *place, c)]), c)
+    return found
+
+
+def pool(x):
+    return pool_change([x], x)
+
+
+def pool_change(changes, x):
+    result = np.zeros_like(x)
+    for place, winner in _winners(x).items():
+        result[place] = changes[0][winner]
+    return result
+
+
+def pool_back(back, x):
+    result = np.zeros_like(x)
+    for place, winner in _winners(x).items():
+        result[winner] += back[place]
+    return (result,)
+
+
+BATCH_EPSILON = 1e-3
+
+
+def centred(x):
+    """Each feature with mean 0 and deviation 1 over batch and positions."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axis=axes)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(axis=axes) + BATCH_EPSILON)
+
+
+def centred_jacobian(x):
+    """The Jacobian of one feature `[n]`, row by row: `d y_i / d x_j`."""
+    n = len(x)
+    straight = x - x.mean()
+    deviation = np.sqrt((straight**2).mean() + BATCH_EPSILON)
+    result = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            slope_of_deviation = straight[j] / (n * deviation)
+            result[i, j] = ((i == j) - 1 / n) / deviation - straight[i] * slope_of_deviation / deviation**2
+    return result
+
+
+def _by_feature(x, vectors, transposed):
+    flat, given = x.reshape(-1, x.shape[-1]), vectors.reshape(-1, x.shape[-1])
+    jacobians = [centred_jacobian(flat[:, c]) for c in range(x.shape[-1])]
+    columns = [(own.T if transposed else own) @ given[:, c] for c, own in enumerate(jacobians)]
+    return np.stack(columns, axis=-1).reshape(x.shape)
+
+
+# For each map: its value, its Jacobian at a point times changes, and its transposed Jacobian.
+MAPS = {
+    "sum": SimpleNamespace(
+        value=lambda x, y: x + y,
+        change=lambda changes, x, y: changes[0] + changes[1],
+        back=lambda back, x, y: (back, back),
+    ),
+    "product": SimpleNamespace(
+        value=lambda x, y: x * y,
+        change=lambda changes, x, y: changes[0] * y + x * changes[1],
+        back=lambda back, x, y: (back * y, back * x),
+    ),
+    "flatten": SimpleNamespace(
+        value=lambda x: x.reshape(len(x), -1),
+        change=lambda changes, x: changes[0].reshape(len(x), -1),
+        back=lambda back, x: (back.reshape(x.shape),),
+    ),
+    "relu": SimpleNamespace(
+        value=lambda x: np.maximum(x, 0),
+        change=lambda changes, x: (x > 0) * changes[0],
+        back=lambda back, x: ((x > 0) * back,),
+    ),
+    "pool": SimpleNamespace(value=pool, change=pool_change, back=pool_back),
+    "centre": SimpleNamespace(
+        value=centred,
+        change=lambda changes, x: _by_feature(x, changes[0], False),
+        back=lambda back, x: (_by_feature(x, back, True),),
+    ),
+}
 
 
 def layer_genome(genome, layer):
@@ -130,33 +428,38 @@ def traced(own):
     return {name.removesuffix("_trace"): value for name, value in own.items() if name.endswith("_trace")}
 
 
-def unpack(rule, own):
+def unpack(rule, own, places):
     """The two kernels, with all channels and a row for the bias, from what the library stores."""
     own = {name: np.array(value, np.float64) for name, value in own.items()}
     if rule.channels == "tied":
         own = {name: np.repeat(value, rule.states, axis=0) for name, value in own.items()}
-    there = [own["kernel"]] + ([own["bias"]] if "bias" in own else [])
-    there = np.moveaxis(np.concatenate(there, axis=1), 0, -1)
+
+    def whole(kernel, bias):
+        result = np.zeros((*places.exists.shape, rule.states))
+        if kernel is not None:
+            for c in range(rule.states):
+                result[places.there, places.to, c] = kernel[c].reshape(places.there.shape)
+        if "bias" in own:
+            row = np.zeros((1, *result.shape[1:])) if bias is None else np.moveaxis(bias, 0, -1)
+            result = np.concatenate([result, row], axis=0)
+        return result
+
+    there = whole(own["kernel"], own.get("bias"))
     if rule.directions == "tied":
         return there, np.swapaxes(there, 0, 1)
-    back = own.get("backward_kernel", np.zeros_like(own["kernel"]))  # that of the first layer is never read
-    if "bias" in own:
-        back = np.concatenate([back, own.get("backward_bias", np.zeros_like(own["bias"]))], axis=1)
-    return there, np.transpose(back, (2, 1, 0))
+    back = whole(own.get("backward_kernel"), own.get("backward_bias"))  # that of the first layer is never read
+    return there, np.swapaxes(back, 0, 1)
 
 
-def pack(rule, own, there, back):
+def pack(rule, own, places, there, back):
     """The opposite of `unpack`: the arrays that `own` has."""
-    inputs = own["kernel"].shape[-2]
-    channels = slice(0, 1 if rule.channels == "tied" else None)
-    there, back = np.moveaxis(there, -1, 0), np.transpose(back, (2, 1, 0))
-    every = {
-        "kernel": there[:, :inputs],
-        "bias": there[:, inputs:],
-        "backward_kernel": back[:, :inputs],
-        "backward_bias": back[:, inputs:],
-    }
-    return {name: every[name][channels] for name in own}
+    inputs = len(places.exists)
+    result = {}
+    for name, value in own.items():
+        whole = np.swapaxes(back, 0, 1) if name.startswith("backward") else there
+        whole = whole[places.there, places.to] if "kernel" in name else whole[inputs:]
+        result[name] = np.moveaxis(whole, -1, 0)[: 1 if rule.channels == "tied" else None].reshape(value.shape)
+    return result
 
 
 def unit_norm(rule, gene, there, back):
@@ -201,14 +504,19 @@ def forward(rule, gene, name, pre, kernel, old):
     return new
 
 
-def backward(rule, gene, old, post, kernel):
-    """Equation 6."""
-    s, _ = FUNCTIONS[rule.backward_activation or rule.forward_activation]
-    new = np.zeros_like(old)
-    z = np.zeros_like(old)
+def sent(rule, gene, post, kernel):
+    """What a layer sends to the neurons that it reads: the sums of equation 6."""
+    z = np.zeros((len(post), kernel.shape[1], rule.states))
     for c in range(rule.states):
         for d in range(rule.states):
             z[:, :, c] += np.einsum("bj,ji->bi", post[:, :, d] * gene.mu[d, c], kernel[:, :, c])
+    return z
+
+
+def backward(rule, gene, old, z):
+    """Equation 6."""
+    s, _ = FUNCTIONS[rule.backward_activation or rule.forward_activation]
+    new = np.zeros_like(old)
     if rule.normalize_activations in ("backward", "both"):
         z = normalized(rule, z, gene.backward_scale, gene.backward_shift)
     for c in range(rule.states):
@@ -234,21 +542,49 @@ def hebb(nu_tilde, mu_tilde, pre, post, share):
     return result
 
 
-def orthogonal(rule, change):
-    """Each channel's matrix with its singular values put through the iteration, by the singular values themselves."""
+def orthogonal(rule, change, places):
+    """Each channel's matrix with its singular values put through the iteration, as numbers.
+
+    A column of that matrix is what one unit reads, and nothing else.
+    """
     result = np.zeros_like(change)
+    extra = len(change) - len(places.exists)
     for c in range(rule.states):
-        left, values, right = np.linalg.svd(change[:, :, c], full_matrices=False)
+        whole = change[: len(places.exists), :, c][places.there, places.to]
+        whole = np.concatenate([whole, change[len(change) - extra :, :, c]])
+        left, values, right = np.linalg.svd(whole, full_matrices=False)
         values = values / np.sqrt(np.sum(values**2))
         for _ in range(rule.orthogonalize):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-        rows, columns = change.shape[:2]
-        result[:, :, c] = (left * values) @ right * max(1.0, np.sqrt(columns / rows))
+        rows, columns = whole.shape
+        whole = (left * values) @ right * max(1.0, np.sqrt(columns / rows))
+        result[places.there, places.to, c] = whole[: rows - extra]
+        result[len(change) - extra :, :, c] = whole[rows - extra :]
     return result
 
 
-def learn(rule, gene, prefix, kernels, traces, pre, post, own, time, weights):
-    """Equation 7 for both kernels between two layers, with its stabilisers; and the traces of both."""
+def terms(rule, gene, prefix, pre, post, own, exists, examples, weights):
+    """Sums over rows: the Hebbian terms of both kernels, and the squares for Oja's term."""
+    nu_tilde, mu_tilde = getattr(gene, prefix + "nu_tilde"), getattr(gene, prefix + "mu_tilde")
+    share = np.ones(examples) if weights is None else np.array(weights, np.float64)
+    if rule.batch_reduction == "mean":
+        share = share / examples
+    share = np.repeat(share, len(post) // examples)
+    changes = [hebb(nu_tilde, mu_tilde, pre, post, share), hebb(nu_tilde, mu_tilde, post, pre, share)]
+    inputs = len(exists)
+    changes[0][:inputs][~exists] = 0
+    changes[1][:, :inputs][~exists.T] = 0
+    sizes = []
+    for target in (post, pre):
+        squares = np.einsum("cd,bjd->bjc", mu_tilde, target) ** 2
+        sizes.append(np.einsum("b,bjc->jc", share, squares)[None])
+    if "bias" in own:
+        sizes[1][:, -1] = 0  # the bias unit has no activation
+    return [*changes, *sizes]
+
+
+def update(rule, gene, prefix, kernels, traces, sums, own, places, time):
+    """Equation 7 with its stabilisers for both kernels of a set of synapses; and their traces."""
     has_bias = "bias" in own
     numbers = {name: getattr(gene, prefix + name, None) for name in (
         "nu_tilde", "mu_tilde", "synapse_keep", "synapse_update", "oja_multiplier", "saturation",
@@ -256,14 +592,8 @@ def learn(rule, gene, prefix, kernels, traces, pre, post, own, time, weights):
     keep, gate = numbers["synapse_keep"], numbers["synapse_update"]
     if rule.update_decay == "power":
         gate = gate * (1 + time / rule.decay_steps) ** -gene.decay_power
-    share = np.ones(len(pre)) if weights is None else np.array(weights, np.float64)
-    if rule.batch_reduction == "mean":
-        share = share / len(pre)
 
-    changes = [
-        hebb(numbers["nu_tilde"], numbers["mu_tilde"], pre, post, share),
-        hebb(numbers["nu_tilde"], numbers["mu_tilde"], post, pre, share),
-    ]
+    changes, sizes = sums[:2], sums[2:]
     if rule.directions != "untied":
         changes[1] = np.swapaxes(changes[0], 0, 1)
     if rule.channels != "own":
@@ -273,25 +603,19 @@ def learn(rule, gene, prefix, kernels, traces, pre, post, own, time, weights):
         traces = [gene.momentum * trace + change for trace, change in zip(traces, changes, strict=True)]
         changes = [change + gene.momentum * trace for trace, change in zip(traces, changes, strict=True)]
     if rule.orthogonalize:
-        forward = orthogonal(rule, changes[0])
+        forward = orthogonal(rule, changes[0], places)
         if rule.directions != "untied":
             changes = [forward, np.swapaxes(forward, 0, 1)]
         else:  # as the way back is stored, [in, out]: with the bias only if it has one
             rows = None if "backward_bias" in own or not has_bias else -1
             way_back = np.swapaxes(changes[1], 0, 1).copy()
-            way_back[:rows] = orthogonal(rule, way_back[:rows])
+            way_back[:rows] = orthogonal(rule, way_back[:rows], places)
             changes = [forward, np.swapaxes(way_back, 0, 1)]
 
     result = []
-    for direction, (kernel, change, target) in enumerate(zip(kernels, changes, (post, pre), strict=True)):
+    for kernel, change, square in zip(kernels, changes, sizes, strict=True):
         if rule.oja != "none":  # equation 8, first term
-            if rule.oja == "weights":
-                size = np.sum(kernel**2, axis=0, keepdims=True)
-            else:
-                size = np.einsum("b,bjc->jc", share, np.einsum("cd,bjd->bjc", numbers["mu_tilde"], target) ** 2)
-                if direction == 1 and has_bias:
-                    size[-1] = 0  # the bias unit has no activation
-                size = size[None]
+            size = np.sum(kernel**2, axis=0, keepdims=True) if rule.oja == "weights" else square
             strength = rule.oja_factor * (np.abs(numbers["oja_multiplier"]) if rule.oja_learned else 1.0)
             change = change - np.sign(gate) * strength * size * kernel
         if rule.saturation == "exp_update":

@@ -7,9 +7,9 @@ draws legal mixtures.
 import itertools
 
 import numpy as np
-from keras_blur.core.network import Stage
 
 from keras_blur import Genome, Rule
+from keras_blur.core import graph
 from keras_blur.core.connection import TRACE
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.rule import ACTIVATIONS, CHOICES
@@ -219,6 +219,6 @@ def draw_batch(seed=0, sizes=SIZES, batch=BATCH, leading=(), dtype="float64"):
     return x.astype(dtype), y.astype(dtype)
 
 
-def stages(sizes=SIZES, use_bias=True):
+def dense_chain(sizes=SIZES, use_bias=True):
     """A chain of dense connections."""
-    return tuple(Stage(DenseConnection(units, use_bias)) for units in sizes[1:])
+    return graph.chain([DenseConnection(units, use_bias) for units in sizes[1:]])

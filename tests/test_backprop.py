@@ -173,12 +173,22 @@ def test_convert_names_what_does_not_fit():
         kb.convert(keras.Model(), genome)
     with pytest.raises(ValueError, match="must be built"):
         kb.convert(keras.Sequential([kl.Dense(3)]), genome)
-    with pytest.raises(ValueError, match="from_logits=True"):
-        kb.convert(chain(kl.Dense(3, "softmax")), genome)
-    with pytest.raises(ValueError, match="Conv1D"):
-        kb.convert(chain(kl.Reshape((8, 8)), kl.Conv1D(3, 2), kl.Flatten(), kl.Dense(3)), genome)
-    with pytest.raises(ValueError, match="no rule knows"):
-        kb.convert(chain(kl.Dense(3, "gelu"), kl.Dense(2)), genome)
+    with pytest.raises(ValueError, match=r"'odd' \(LSTM\) has weights and no keras_blur twin"):
+        kb.convert(chain(kl.Reshape((8, 8)), kl.LSTM(3, name="odd"), kl.Dense(3)), genome)
+
+
+OTHERS = {
+    "softmax": [kl.Dense(12, "tanh"), kl.Dense(10, "softmax")],
+    "convolution": [kl.Reshape((8, 8, 1)), kl.Conv2D(4, 3, activation="relu"), kl.Flatten(), kl.Dense(10, "softmax")],
+    "gelu": [kl.Dense(12, "gelu"), kl.Dense(10, "softmax")],
+    "normalised": [kl.Dense(12, use_bias=False), kl.LayerNormalization(), kl.Activation("tanh"), kl.Dense(10, "softmax")],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_kinds(name):
+    layers = [type(layer).from_config(layer.get_config()) for layer in OTHERS[name]]
+    assert max(differences(chain(*layers), kb.genomes.backprop(RATE), SOFTMAX(), batches(steps=10))) <= 2e-5
 
 
 def test_convert_fills_each_forward_channel():

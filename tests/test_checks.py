@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import keras_blur as kb
-from keras_blur import checks, learners, meta, random, tasks
+from keras_blur import bilevel, checks, learners, meta, random, tasks
 from keras_blur.report import comparison as comparing
 from keras_blur.report import episodes as scoring
 from keras_blur.tasks.base import SPLITS
@@ -62,7 +62,7 @@ def fit_validation(*data):
     shared(model).fit(X, Y, verbose=0, validation_data=data if len(data) > 1 else data[0])
 
 
-def bilevel(*data):
+def bilevel_trainer(*data):
     shared(trainer).fit(*data, meta_data=(X, Y), batch_size=8, verbose=0)
 
 
@@ -73,7 +73,7 @@ def bilevel_meta(*data):
 CONSUMERS = {
     "fit": lambda *data: shared(model).fit(*data, verbose=0),
     "evaluate": lambda *data: shared(model).evaluate(*data, verbose=0),
-    "BilevelTrainer.fit": bilevel,
+    "BilevelTrainer.fit": bilevel_trainer,
     "BilevelTrainer.evaluate": lambda *data: shared(trainer).evaluate(*data, verbose=0),
 }
 WITHIN = {"validation_data": fit_validation, "meta_data": bilevel_meta}
@@ -235,7 +235,7 @@ def test_both_kinds_of_weights_and_labels_beside_a_dataset():
     with pytest.raises(ValueError, match="`y` must be left out where x gives batches"):
         shared(model).fit(tf.data.Dataset.from_tensors((X, Y)), Y, verbose=0)
     with pytest.raises(ValueError, match=r"`x` must give batches \(x, y\)\. Received: batches of 3 parts"):
-        bilevel(tf.data.Dataset.from_tensors((X, Y, np.ones(8))))
+        bilevel_trainer(tf.data.Dataset.from_tensors((X, Y, np.ones(8))))
     with pytest.raises(ValueError, match=r"`validation_data` must be \(x, y\)"):
         shared(model).fit(X, Y, validation_data=(X,), verbose=0)
     with pytest.raises(ValueError, match=r"`x` must be one array.*Received: object"):
@@ -322,7 +322,7 @@ def test_labels_of_any_dtype_learn_the_same(x, y):
         one.fit(*data, verbose=0)
         np.testing.assert_allclose(one.get_weights()[0], SHARED["learned"], rtol=1e-6)
         assert one.evaluate(*data, verbose=0)[1] == one.evaluate(X, Y, verbose=0)[1]
-        bilevel(*data)
+        bilevel_trainer(*data)
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
@@ -489,10 +489,10 @@ def test_what_is_no_task_distribution():
 
 def test_an_unknown_kind_and_bits():
     with pytest.raises(ValueError, match=r"must have a `kind`, one of 'classes'.*Received: kind='labels'"):
-        checks.check_tasks(Own(kind="labels"), 4, 4)
-    checks.check_tasks(Own(lambda x, y: (x, y * [1.0, 0.0]), kind="bits"), 4, 4)
+        checks.tasks.check_tasks(Own(kind="labels"), 4, 4)
+    checks.tasks.check_tasks(Own(lambda x, y: (x, y * [1.0, 0.0]), kind="bits"), 4, 4)
     with pytest.raises(ValueError, match=r"must give labels \+1, -1 and 0 \(unscored\)"):
-        checks.check_tasks(Own(lambda x, y: (x, y * 0.5), kind="bits"), 4, 4)
+        checks.tasks.check_tasks(Own(lambda x, y: (x, y * 0.5), kind="bits"), 4, 4)
 
 
 def test_tasks_in_double_precision_are_cast():

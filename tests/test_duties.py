@@ -76,7 +76,7 @@ def single(kernel="zeros"):
 ONES = np.ones((8, 1), "float32")
 
 
-def bilevel(model, optimizer, meta_optimizer=None, meta_model=None, estimator=None, **options):
+def bilevel_trainer(model, optimizer, meta_optimizer=None, meta_model=None, estimator=None, **options):
     made = bilevel.BilevelTrainer(model, meta_model or Unchanged(), estimator)
     options = {"loss": MSE, "jit_compile": False, **options}
     made.compile(optimizer, meta_optimizer or SGD(0.1), **options)
@@ -139,7 +139,7 @@ def assert_as_keras(optimizer, *, dtype=None, tolerance=2e-5, **options):
     plain, model = network(dtype), network(dtype)
     plain.compile(optimizer(), MSE, jit_compile=False)
     wanted = plain.fit(batches(x, y), epochs=2, shuffle=False, verbose=0).history
-    made = bilevel(model, optimizer(), estimator=bilevel.OneStep(rate=0.1), **options)
+    made = bilevel_trainer(model, optimizer(), estimator=bilevel.OneStep(rate=0.1), **options)
     found = made.fit(batches(x, y), meta_data=batches(x, y), epochs=2, verbose=0).history
     assert_close(model.get_weights(), plain.get_weights(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=10 * tolerance)
@@ -181,7 +181,7 @@ def test_all_in_float64():
     try:
         assert_as_keras(OPTIMIZERS["adam"])
         x, y = data()
-        made = bilevel(network(), SGD(0.1), meta_model=Scale())
+        made = bilevel_trainer(network(), SGD(0.1), meta_model=Scale())
         made.fit(x.astype("float64"), y, meta_data=(x, y), batch_size=8, verbose=0)
         assert made._sources[0].spec[0].dtype == np.float64
     finally:
@@ -203,7 +203,7 @@ def test_losses_that_a_model_adds_are_summed():
     plain, model = made(), made()
     plain.compile(SGD(0.1), MSE, jit_compile=False)
     plain.fit(batches(x, y), shuffle=False, verbose=0)
-    bilevel(model, SGD(0.1)).fit(batches(x, y), meta_data=batches(x, y), verbose=0)
+    bilevel_trainer(model, SGD(0.1)).fit(batches(x, y), meta_data=batches(x, y), verbose=0)
     assert_close(model.get_weights(), plain.get_weights(), rtol=1e-5, atol=1e-6)
 
 
@@ -219,7 +219,7 @@ def test_weights_of_a_lookup(optimizer):
     plain, model = made(), made()
     plain.compile(optimizer(), MSE, jit_compile=False)
     plain.fit(batches(x, y), epochs=2, shuffle=False, verbose=0)
-    trainer = bilevel(model, optimizer(), SGD(0.0), Scale())
+    trainer = bilevel_trainer(model, optimizer(), SGD(0.0), Scale())
     trainer.fit(batches(x, y), meta_data=batches(x, y), epochs=2, verbose=0)
     assert_close(model.get_weights(), plain.get_weights(), rtol=1e-5, atol=1e-6)
 
@@ -231,7 +231,7 @@ def test_weights_of_a_lookup(optimizer):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_the_first_step_of_a_policy(policy, jit_compile):
     model = single()
-    made = bilevel(model, SGD(0.1), jit_compile=jit_compile)
+    made = bilevel_trainer(model, SGD(0.1), jit_compile=jit_compile)
     x = np.ones((32, 1), "float32")
     made.fit(x, x, meta_data=(x, x), batch_size=32, verbose=0)
     assert model.get_weights()[0][0, 0] == pytest.approx(0.2, abs=1e-6)
@@ -240,7 +240,7 @@ def test_the_first_step_of_a_policy(policy, jit_compile):
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
 def test_gradients_below_float16_are_kept(policy):
     model, scale = single(), Scale(1e-7)
-    made = bilevel(model, SGD(1e6), SGD(1e13), scale, estimator=bilevel.OneStep(rate=0.1))
+    made = bilevel_trainer(model, SGD(1e6), SGD(1e13), scale, estimator=bilevel.OneStep(rate=0.1))
     made.fit(ONES, ONES, meta_data=(ONES, ONES), batch_size=8, verbose=0)
     # The meta gradient is -rate * <train gradient, meta gradient> = -0.1 * 2e-7 * 2.
     moved = float(scale.log_scale.numpy())
@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_lowers_the_scale(policy, jit_c
     model, plain = single("ones"), single("ones")
     plain.compile(SGD(0.1), MSE, jit_compile=False)
     plain.fit(batches(huge, ONES, 4), shuffle=False, verbose=0)
-    made = bilevel(model, SGD(0.1), SGD(0.1), Scale(), jit_compile=jit_compile)
+    made = bilevel_trainer(model, SGD(0.1), SGD(0.1), Scale(), jit_compile=jit_compile)
     history = made.fit(huge, ONES, meta_data=(huge, ONES), batch_size=4, verbose=0).history
     assert history["skipped"] == [1.0]
     assert model.get_weights()[0][0, 0] == plain.get_weights()[0][0, 0] == 1.0
@@ -266,7 +266,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_lowers_the_scale(policy, jit_c
 
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
 def test_loss_scaling_can_be_left_out(policy):
-    made = bilevel(single(), SGD(0.1), auto_scale_loss=False)
+    made = bilevel_trainer(single(), SGD(0.1), auto_scale_loss=False)
     assert type(made.optimizer) is type(made.meta_optimizer) is SGD
 
 
@@ -287,7 +287,7 @@ def test_outer_gradients_of_all_policies_agree(name):
         keras.config.set_dtype_policy(policy)
         try:
             model, net = network(penalties=False), started(bilevel.SampleWeightNet(4))
-            made = bilevel(model, SGD(0.1), SGD(1.0), net, ESTIMATORS[name])
+            made = bilevel_trainer(model, SGD(0.1), SGD(1.0), net, ESTIMATORS[name])
             before = [np.array(v.value) for v in net.trainable_variables]
             history = made.fit(x, y, meta_data=(x, y), batch_size=8, verbose=0).history
         finally:
@@ -376,14 +376,14 @@ def test_averages_are_in_place_at_the_end():
         w -= 0.1 * 2.0 * (w - 1.0)
         path.append(w)
     model = single()
-    made = bilevel(model, SGD(0.1, use_ema=True, ema_momentum=0.9))
+    made = bilevel_trainer(model, SGD(0.1, use_ema=True, ema_momentum=0.9))
     made.fit(ONES, ONES, meta_data=(ONES, ONES), batch_size=8, epochs=6, verbose=0)
     assert model.get_weights()[0][0, 0] == pytest.approx(average(path, 0.9), abs=1e-6)
 
 
 def test_averages_of_outer_parameters():
     seen, scale = [], Scale()
-    made = bilevel(single(), SGD(0.1), SGD(1.0, use_ema=True, ema_momentum=0.5), scale)
+    made = bilevel_trainer(single(), SGD(0.1), SGD(1.0, use_ema=True, ema_momentum=0.5), scale)
     follow = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(float(scale.log_scale.numpy()))
     )
@@ -419,7 +419,7 @@ def test_resumed_averages(tmp_path):
     for epochs in ((3,), (1, 3)):
         for number, end in enumerate(epochs):
             model = single()
-            made = bilevel(model, SGD(0.1, use_ema=True, ema_momentum=0.9))
+            made = bilevel_trainer(model, SGD(0.1, use_ema=True, ema_momentum=0.9))
             made.fit(
                 ONES, ONES, meta_data=(ONES, ONES), batch_size=4, epochs=end, verbose=0,
                 checkpoint=path if len(epochs) > 1 else None,
@@ -435,7 +435,7 @@ def test_averages_are_swapped_in_for_validation():
     plain, model = network(), network()
     plain.compile(SGD(0.1, use_ema=True, ema_momentum=0.5), MSE, jit_compile=False)
     wanted = plain.fit(batches(x, y), validation_data=(x, y), epochs=2, callbacks=[swap], shuffle=False, verbose=0).history
-    made = bilevel(model, SGD(0.1, use_ema=True, ema_momentum=0.5))
+    made = bilevel_trainer(model, SGD(0.1, use_ema=True, ema_momentum=0.5))
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     history = made.fit(
         batches(x, y), meta_data=batches(x, y), validation_data=(x, y), epochs=2, callbacks=[swap], verbose=0
@@ -483,7 +483,7 @@ def test_hooks_and_history_are_those_of_keras(options):
     plain, logs = network(), (Log(), Log())
     plain.compile(SGD(0.1), MSE, jit_compile=False, **options)
     wanted = plain.fit(batches(x, y), callbacks=[logs[0]], shuffle=False, **fit)
-    made = bilevel(network(), SGD(0.1), **options)
+    made = bilevel_trainer(network(), SGD(0.1), **options)
     found = made.fit(batches(x, y), meta_data=batches(x, y), callbacks=[logs[1]], **fit)
 
     def of_keras(calls):  # without what only this trainer logs
@@ -524,7 +524,7 @@ def validated(trainer, x, y, w):
 def test_validation_has_weights_and_a_length():
     x, y = data(20)
     w = np.linspace(0.0, 3.0, 20).astype("float32")
-    made = bilevel(network(), SGD(0.1), metrics=["mae"], weighted_metrics=["mse"])
+    made = bilevel_trainer(network(), SGD(0.1), metrics=["mae"], weighted_metrics=["mse"])
     fit = {"meta_data": (x, y), "batch_size": 8, "verbose": 0}
     history = made.fit(x, y, validation_data=(x, y, w), **fit).history
     wanted = validated(made, x, y, w)
@@ -559,7 +559,7 @@ def test_training_stops_where_keras_stops(when):
     plain = network()
     plain.compile(SGD(0.1), MSE, jit_compile=False)
     wanted = plain.fit(batches(x, y), epochs=2, callbacks=[Stop(when)], shuffle=False, verbose=0)
-    made = bilevel(network(), SGD(0.1))
+    made = bilevel_trainer(network(), SGD(0.1))
     found = made.fit(batches(x, y), meta_data=batches(x, y), epochs=2, callbacks=[Stop(when)], verbose=0)
     assert found.epoch == wanted.epoch
     assert int(made.meta_step.numpy()) == int(plain.optimizer.iterations)
@@ -582,7 +582,7 @@ def callbacks_of(folder):
 
 def test_callbacks_of_keras_work_in_bilevel_training(tmp_path):
     x, y = data()
-    made, plain = bilevel(network(), SGD(0.1)), network()
+    made, plain = bilevel_trainer(network(), SGD(0.1)), network()
     plain.compile(SGD(0.1), MSE, jit_compile=False)
     for name in ("mine", "keras"):
         (tmp_path / name).mkdir()
@@ -614,7 +614,7 @@ def test_a_plateau_lowers_the_rate(kind):
         made = meta_trainer(SGD(0.1))
         made.fit(3, 1, callbacks=[plateau], verbose=0)
     else:
-        made = bilevel(single(), SGD(0.1))
+        made = bilevel_trainer(single(), SGD(0.1))
         made.fit(ONES, ONES, meta_data=(ONES, ONES), batch_size=8, epochs=3, callbacks=[plateau], verbose=0)
     assert float(made.optimizer.learning_rate) == pytest.approx(0.025)
 
@@ -633,7 +633,7 @@ def test_backup_and_restore_goes_on_where_it_was(tmp_path, kind):
         if kind == "meta":
             made = meta_trainer(keras.optimizers.Adam(0.01))
             return made, made.fit(4, 2, callbacks=callbacks, verbose=0).epoch
-        made = bilevel(network(), keras.optimizers.Adam(0.01), meta_model=Scale())
+        made = bilevel_trainer(network(), keras.optimizers.Adam(0.01), meta_model=Scale())
         return made, made.fit(x, y, meta_data=(x, y), batch_size=8, epochs=4, callbacks=callbacks, verbose=0).epoch
 
     whole, _ = run([])
@@ -646,7 +646,7 @@ def test_backup_and_restore_goes_on_where_it_was(tmp_path, kind):
 
 
 def test_a_loss_that_is_not_a_number_ends_training():
-    made = bilevel(single(), SGD(1e30))
+    made = bilevel_trainer(single(), SGD(1e30))
     history = made.fit(
         ONES,
         2 * ONES,
@@ -661,7 +661,7 @@ def test_a_loss_that_is_not_a_number_ends_training():
 
 @pytest.mark.parametrize("verbose", [0, 1, 2, "auto"])
 def test_verbosity_is_that_of_keras(capsys, verbose):
-    made = bilevel(single(), SGD(0.1))
+    made = bilevel_trainer(single(), SGD(0.1))
     made.fit(ONES, ONES, meta_data=(ONES, ONES), batch_size=4, epochs=2, validation_data=(ONES, ONES), verbose=verbose)
     lines = capsys.readouterr().out
     assert ("Epoch" in lines) == (verbose != 0)
@@ -682,7 +682,7 @@ def test_debugging_limits_of_keras():
 
 
 def test_an_optimizer_keeps_its_state_when_compiled_again():
-    made = bilevel(single(), keras.optimizers.Adam(0.1))
+    made = bilevel_trainer(single(), keras.optimizers.Adam(0.1))
     fit = {"meta_data": (ONES, ONES), "batch_size": 8, "verbose": 0}
     made.fit(ONES, ONES, **fit)
     optimizers = made.optimizer, made.meta_optimizer
@@ -700,19 +700,19 @@ def evolution():
 
 
 def fit_bilevel(optimizer=None, **options):
-    made = bilevel(single(), optimizer or SGD(0.1))
+    made = bilevel_trainer(single(), optimizer or SGD(0.1))
     made.fit(ONES, ONES, **{"meta_data": (ONES, ONES), "batch_size": 8, "verbose": 0, **options})
 
 
 def same_twice():
     one = SGD(0.1)
-    bilevel(single(), one, one)
+    bilevel_trainer(single(), one, one)
 
 
 def of_another_model():
     one = SGD(0.1)
     one.build(single().trainable_variables)
-    bilevel(single(), one)
+    bilevel_trainer(single(), one)
 
 
 def same_for_the_start():
@@ -740,11 +740,11 @@ SCHEDULER = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)
         (lambda: fit_bilevel(initial_epoch=0.5), "`initial_epoch` must be an integer of at least 0"),
         (lambda: meta_trainer().fit(1, 0), "`steps_per_epoch` must be a positive integer"),
         (lambda: meta_trainer(steps_per_execution=0), "`steps_per_execution` must be a positive integer"),
-        (lambda: bilevel(single(), SGD(0.1), steps_per_execution=True), "`steps_per_execution` must be a positive"),
+        (lambda: bilevel_trainer(single(), SGD(0.1), steps_per_execution=True), "`steps_per_execution` must be a positive"),
         (lambda: meta_trainer(SGD(0.1, clipnorm=1.0)), "must not clip"),
         (lambda: meta_trainer(keras.optimizers.LossScaleOptimizer(SGD(0.1, clipnorm=1.0))), "must not clip"),
         (lambda: meta_trainer(keras.optimizers.Lamb(), members=2), "must not mix members, as Lamb does"),
-        (lambda: bilevel(single(), several()), "`rate` of the estimator must be given"),
+        (lambda: bilevel_trainer(single(), several()), "`rate` of the estimator must be given"),
         (same_twice, "must be different objects"),
         (same_for_the_start, "`start_optimizer` must be another object"),
         (of_another_model, "must be new, or have been compiled for the same weights"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rule_table
 import tensorflow as tf
-from rule_table import COVER, SIZES, draw_batch, draw_genome, draw_synapses, stages
+from rule_table import COVER, SIZES, dense_chain, draw_batch, draw_genome, draw_synapses
 
 from keras_blur import Genome, Rule
 from keras_blur.core import equations, network
@@ -25,7 +25,7 @@ def learn(genome, synapses, batches, *, weights=None, chain=None, neurons=()):
     """Synapses, prediction and neurons after a few steps."""
     state, result = network.NetworkState(tuple(synapses), 0, neurons), None
     for x, y in batches:
-        result = network.step(genome, chain or stages(), state, x, respond(genome.rule, y), sample_weight=weights)
+        result = network.step(genome, chain or dense_chain(), state, x, respond(genome.rule, y), sample_weight=weights)
         state = result.state
     synapses = [{name: np.asarray(value) for name, value in own.items()} for own in state.synapses]
     return synapses, np.asarray(result.output), [np.asarray(states) for states in result.neurons]
@@ -202,7 +202,7 @@ def test_step_may_be_a_tensor(step, every):
     results = []
     for counter in (step, tf.constant(step)):
         state = network.NetworkState(synapses, counter)
-        results.append(network.step(genome, stages(), state, batches[0][0], respond(rule, batches[0][1])))
+        results.append(network.step(genome, dense_chain(), state, batches[0][0], respond(rule, batches[0][1])))
     same(results[1].state.synapses, results[0].state.synapses)
     same(results[1].neurons, results[0].neurons)
     assert int(results[1].state.step) == results[0].state.step == step + 1
@@ -233,11 +233,11 @@ def test_compiler_changes_nothing_and_traces_once(name):
     neurons = (neurons[0][:1], *neurons[1:]) if rule.keep_neurons else ()
     eager = network.NetworkState(synapses, 0, neurons)
     compiled = tf.nest.map_structure(tf.constant, tuple(eager))
-    run, traces = compiled_step(rule, stages(sizes))
+    run, traces = compiled_step(rule, dense_chain(sizes))
     for index in range(3):
         x, y = map(tf.constant, draw_batch(2 + index, sizes, dtype="float32"))
         genome = draw_genome(rule, index, dtype="float32")
-        result = network.step(genome, stages(sizes), eager, x, respond(rule, y))
+        result = network.step(genome, dense_chain(sizes), eager, x, respond(rule, y))
         eager = result.state
         compiled, output = run(tf.nest.map_structure(tf.constant, dict(genome.arrays)), compiled, x, y)
         same(compiled, tuple(eager), rtol=1e-5, atol=1e-5)
@@ -254,7 +254,7 @@ def test_results_have_the_type_of_the_states(name, states_type, genome_type):
     genome = draw_genome(rule, dtype=genome_type)
     synapses = draw_synapses(rule, 1, dtype=states_type)
     x, y = draw_batch(2, dtype=states_type)
-    result = network.step(genome, stages(), network.NetworkState(synapses), x, respond(rule, y))
+    result = network.step(genome, dense_chain(), network.NetworkState(synapses), x, respond(rule, y))
     types = {np.asarray(value).dtype.name for value in tf.nest.flatten((result.state.synapses, result.neurons))}
     assert types == {states_type}
     _, exact, _ = learn(draw_genome(rule), draw_synapses(rule, 1), [draw_batch(2)])
@@ -283,8 +283,8 @@ def test_normalised_sums_have_the_mean_and_deviation_of_the_genome(axis):
     )
     genome, synapses, batches = setting(rule)
     genome = genome.replace(neuron_update=np.array(1.0))
-    sweep = network.forward(genome, stages(), synapses, batches[0][0])
-    hidden = np.asarray(sweep.neurons[1])
+    sweep = network.forward(genome, dense_chain(), synapses, batches[0][0])
+    hidden = np.asarray(sweep.values[1])
     for state in range(3):
         over = 0 if axis == "batch" else 1
         means, deviations = hidden[state].mean(axis=over), hidden[state].std(axis=over)

@@ -432,15 +432,13 @@ GENOME = kb.Genome.random(kb.Rule(), seed=0)
         ([Dense(3)], None, "`genome` must be a keras_blur.Genome"),
         ([Dense(3)], "backprop", "Received: genome='backprop'"),
         ([Dense(3)], kb.Genome.random(kb.Rule(), 0, population=(4,)), r"population of shape \(4,\)"),
-        ([kl.Flatten()], GENOME, "last layer must hold synapses"),
-        ([Dense(3), kl.Dropout(0.1)], GENOME, "last layer must hold synapses"),
+        ([kl.Flatten()], GENOME, "layer must hold synapses.*Received 'flatten"),
         ([kl.Dense(3, name="mine")], GENOME, r"'mine' \(Dense\) has weights .* keras_blur.layers.Dense in its place"),
         ([kl.BatchNormalization(), Dense(3)], GENOME, "BatchNormalization.* has weights of its own"),
         ([kl.Reshape((5, 1)), kl.Conv1D(2, 2), kl.Flatten(), Dense(3)], GENOME, "Conv1D.* has weights of its own"),
         ([kl.Embedding(9, 2), kl.Flatten(), Dense(3)], GENOME, "Embedding.* has weights of its own"),
         ([Dense(4), kl.LayerNormalization(), Dense(3)], GENOME, "LayerNormalization.* has weights of its own"),
-        ([Dense(4), kl.Softmax(), Dense(3)], GENOME, "its transpose is not known"),
-        ([kl.Reshape((5, 1)), Dense(3)], GENOME, "add a keras.layers.Flatten"),
+        ([Dense(4), kl.GaussianNoise(0.1), Dense(3)], GENOME, "must not draw random numbers behind a layer with synapses"),
         (["dense"], GENOME, "must hold Keras layers"),
         ([Dense(3, name="a"), Dense(3, name="a")], GENOME, "two layers named 'a'"),
         ([Dense(3), keras.Input((3,))], GENOME, "must be the first entry"),
@@ -450,6 +448,34 @@ GENOME = kb.Genome.random(kb.Rule(), seed=0)
 def test_chains_that_do_not_fit(layers, genome, message):
     with pytest.raises(ValueError, match=message):
         kb.Sequential([keras.Input((5,)), *layers], genome=genome)
+
+
+CHAINS = {
+    "dropout at the end": ([Dense(3), kl.Dropout(0.1)], LOGITS),
+    "softmax between": ([Dense(4), kl.Softmax(), Dense(3)], LOGITS),
+    "softmax at the end": ([Dense(4), Dense(3), kl.Softmax()], "sparse_categorical_crossentropy"),
+    "positions": ([kl.Reshape((5, 1)), Dense(3), kl.GlobalAveragePooling1D()], LOGITS),
+    "one output a position": ([kl.Reshape((1, 5)), Dense(3), kl.Flatten()], LOGITS),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("genome", [GENOME, kb.genomes.backprop(0.1)], ids=["random", "backprop"])
+def test_chains_of_any_layers_learn(name, genome):
+    layers, loss = CHAINS[name]
+    layers = [type(layer).from_config(layer.get_config()) for layer in layers]
+    x, y = data()
+    model = kb.Sequential([keras.Input((5,)), *layers], genome=genome)
+    if "softmax at" in name and genome.rule.feedback == "labels":
+        loss = LOGITS  # the outputs that receive labels are the logits
+    model.compile(loss=loss, jit_compile=False)
+    before = weights(model)
+    losses = [model.train_on_batch(x, y) for _ in range(8)]
+    assert np.isfinite(losses).all()
+    assert any(np.abs(new - old).max() > 1e-3 for new, old in zip(weights(model), before, strict=True))
+    assert model.predict(x, verbose=0).shape == (24, 3)
+    if genome.rule.feedback == "error":
+        assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

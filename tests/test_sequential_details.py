@@ -179,7 +179,7 @@ def test_what_is_frozen_stays_frozen_in_a_file_and_in_a_clone(tmp_path):
     model.save(tmp_path / "m.keras")
     for other in (keras.models.load_model(tmp_path / "m.keras"), keras.models.clone_model(model)):
         assert [layer.trainable for layer in other.layers] == [False, True]
-        assert [stage.learns for stage in other.stages] == [False, True]
+        assert [one.learns for one in other._graph.connects] == [False, True]
         frozen, free = kernel(other, 0), kernel(other, 1)
         other.fit(X, Y, verbose=0)
         np.testing.assert_array_equal(kernel(other, 0), frozen)

@@ -10,7 +10,7 @@ import pytest
 import rule_table
 
 from keras_blur import Genome, Rule, genomes
-from keras_blur.core import feedback, network
+from keras_blur.core import feedback, graph, network
 from keras_blur.core.connections.dense import DenseConnection
 
 STEPS = 3
@@ -44,7 +44,7 @@ def compare(rule, *, seed=0, weights=None, chain=None, activations=None, **kinds
     if rule.keep_neurons:
         zeros = [np.zeros((rule.states, rule_table.BATCH, size)) for size in rule_table.SIZES]
         state = state._replace(neurons=tuple(zeros))
-    chain = chain or rule_table.stages()
+    chain = chain or rule_table.dense_chain()
     neurons = None
     for time in range(STEPS):
         x, y = rule_table.draw_batch(seed + 2 + time)
@@ -98,16 +98,14 @@ def test_sample_weights(name):
 
 @pytest.mark.parametrize("name", rule_table.COVER)
 def test_without_bias(name):
-    compare(Rule(**rule_table.COVER[name]), use_bias=False, chain=rule_table.stages(use_bias=False))
+    compare(Rule(**rule_table.COVER[name]), use_bias=False, chain=rule_table.dense_chain(use_bias=False))
 
 
 @pytest.mark.parametrize("derivative_state", [False, True])
 def test_activation_of_one_layer(derivative_state):
     names = ["sigmoid", None, "linear"]
-    chain = tuple(
-        network.Stage(DenseConnection(units, activation=name))
-        for units, name in zip(rule_table.SIZES[1:], names, strict=True)
-    )
+    pairs = zip(rule_table.SIZES[1:], names, strict=True)
+    chain = graph.chain([DenseConnection(units, activation=name) for units, name in pairs])
     compare(Rule(derivative_state=derivative_state), chain=chain, activations=names)
 
 
@@ -116,7 +114,7 @@ def test_feedback_goes_where_the_paper_says():
     rule = Rule(states=4)
     genome, synapses = rule_table.draw_genome(rule), rule_table.draw_synapses(rule)
     x, y = rule_table.draw_batch()
-    result = network.step(genome, rule_table.stages(), network.NetworkState(synapses), x, lambda _: y)
+    result = network.step(genome, rule_table.dense_chain(), network.NetworkState(synapses), x, lambda _: y)
     last = np.asarray(result.neurons[-1])
     np.testing.assert_allclose(last[0] / genome.temperature, result.output, rtol=1e-12)
     np.testing.assert_array_equal(last[1], y)

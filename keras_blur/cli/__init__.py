@@ -13,6 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "The command line of keras_blur needs the TensorFlow backend of Keras; the backend is "
+        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow."
+    )
+
 import tensorflow as tf
 
 from keras_blur._version import __version__

@@ -10,22 +10,25 @@ from typing import Any
 import keras
 
 from keras_blur import genomes
+from keras_blur import layers as blur_layers
 from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
 from keras_blur.cli.flags import PICTURES, Flags, When
 from keras_blur.core.genome import Genome
 from keras_blur.files import save
-from keras_blur.layers import Dense
 from keras_blur.models import Sequential
-from keras_blur.models.convert import copy_kernels
+from keras_blur.models.convert import copy_weights
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"
 EXAMPLES = (
     "--plot fit.png",
-    "--data mnist --data_dir DIR --hidden 256,128 --epochs 5 --json fit.json --save mnist.keras",
+    "--network lenet --data mnist --data_dir DIR --epochs 5 --json fit.json --save mnist.keras",
     "--genome mnist-orthogonal --hidden 64,64 --notwin",
 )
 
+NETWORKS = ("mlp", "lenet")
+
+_HIDDEN = When("to --network mlp", lambda flag: flag["network"] == "mlp", ("network",))
 _RATE = When(
     "to the backprop genome and to Keras SGD", lambda flag: flag["genome"] == "backprop" or flag["twin"], ("genome",)
 )
@@ -37,7 +40,8 @@ def define_flags(flags: Flags) -> None:
     define_data_flags(flags)
     flags.group("Learning")
     flags.string("genome", "backprop", "Name or file of a genome.")
-    flags.words("hidden", ["256", "128"], "Units of the hidden layers.")
+    flags.choice("network", "mlp", NETWORKS, "Dense layers, or LeNet: two convolutions and three dense layers.")
+    flags.words("hidden", ["256", "128"], "Units of the hidden layers.", when=[_HIDDEN])
     flags.integer("epochs", 5, "Passes over the training images.", least=1)
     flags.integer("batch_size", 32, "Images per batch.", least=1)
     flags.number("learning_rate", 0.1, "Learning rate of the backprop genome and of Keras SGD.", least=0.0, when=[_RATE])
@@ -49,18 +53,25 @@ def define_flags(flags: Flags) -> None:
     flags.output("save", None, "File for the trained model.", (".keras",))
 
 
-def build_pair(images: Images, genome: Genome, hidden: Sequence[int]) -> tuple[Sequential, keras.Sequential]:
+def build_pair(
+    images: Images, genome: Genome, hidden: Sequence[int], network: str = "mlp"
+) -> tuple[Sequential, keras.Sequential]:
     """A network that learns by the genome, and a Keras twin with the same initial weights."""
     activation = genome.rule.forward_activation
     twin_activation = "tanh" if activation == "relu_tanh" else activation
 
-    def chain(dense: Any) -> list[Any]:
-        first = [keras.Input(images.x_train.shape[1:]), keras.layers.Rescaling(1 / images.scale), keras.layers.Flatten()]
-        return [*first, *(dense(units, True) for units in hidden), dense(images.classes, False)]
+    def chain(kind: Any, inner: str | None) -> list[Any]:
+        made = [keras.Input(images.x_train.shape[1:]), keras.layers.Rescaling(1 / images.scale)]
+        if network == "lenet":
+            for filters in (6, 16):
+                made += [kind.Conv2D(filters, 5, padding="same", activation=inner), keras.layers.AveragePooling2D(2)]
+        units = (120, 84) if network == "lenet" else hidden
+        made += [keras.layers.Flatten(), *(kind.Dense(count, inner) for count in units)]
+        return [*made, kind.Dense(images.classes)]
 
-    twin = keras.Sequential(chain(lambda units, inner: keras.layers.Dense(units, twin_activation if inner else None)))
-    model = Sequential(chain(lambda units, inner: Dense(units)), genome=genome)
-    copy_kernels(twin, model)
+    twin = keras.Sequential(chain(keras.layers, twin_activation))
+    model = Sequential(chain(blur_layers, None), genome=genome)
+    copy_weights(twin, model)
     return model, twin
 
 
@@ -80,7 +91,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
           f"{len(images.x_test)} test images, {images.classes} classes")  # fmt: skip
 
     keras.utils.set_random_seed(flag["seed"])
-    model, twin = build_pair(images, genome, hidden)
+    model, twin = build_pair(images, genome, hidden, flag["network"])
     model.compile(loss=loss, metrics=["accuracy"])
     learners: dict[str, keras.Model] = {f"genome {os.path.basename(flag['genome'])}": model}
     if flag["twin"]:
@@ -116,7 +127,8 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     if flag["plot"] and drawn:
         from keras_blur.report.learning import plot_fits
 
-        plot_fits(drawn, flag["plot"], f"{images.name}, hidden {','.join(flag['hidden'])}")
+        shape = "LeNet" if flag["network"] == "lenet" else f"hidden {','.join(flag['hidden'])}"
+        plot_fits(drawn, flag["plot"], f"{images.name}, {shape}")
         wrote(flag["plot"])
     if flag["save"]:
         save(model, flag["save"])

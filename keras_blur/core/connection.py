@@ -1,76 +1,187 @@
-"""A connection between two layers of neurons: one linear map and the rule around it, as pure functions of arrays.
+"""A connection between two layers of neurons: one bilinear map and the rule around it, as pure functions of arrays.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 7 and 8.
 
-A kind of layer supplies three operations only (the map, its transpose and its outer product); what the rule does with
-them stands here once, for every kind. Work that no later result depends on is not done: the input layer has one non-zero
-state, so its sums are formed once a channel and mixed afterwards; nothing flows back into the input, so the first
-connection has no backward kernel; the bias has none either, since nothing would read it. A backward array that is given all
-the same (a replay of published numbers does) is updated like the others.
+A kind of layer supplies one map, `product` of a kernel and an array of states, and how it looks as a matrix product. Its
+transpose and its outer product follow by automatic differentiation, unless a kind has faster ones. What the rule does with
+them stands here once, for every kind, on *rows*: states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A
+convolution is a dense connection on patches: its positions join the batch as rows, so that bias sums, statistics and
+stabilisers keep their meaning, since sharing weights is a sum over rows. What counts examples (the mean over the batch,
+sample weights) counts examples, not rows.
+
+Work that no later result depends on is not done: the input layer has one non-zero state, so its sums are formed once a
+channel and mixed afterwards; nothing flows back into the input, so the first connection has no backward kernel; the bias
+has none either, since nothing would read it. A backward array that is given all the same (a replay of published numbers
+does) is updated like the others.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_blur.core import equations
+from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 
 Array = Any
+Shape = tuple[int, ...]
 Synapses = Mapping[str, Array]
 Draw = Callable[[str, int, tuple[int, ...]], Array]
 
 TRACE = "_trace"  # behind the name of a synapse array: that of its trace, if the rule has momentum
+_LEAST = 1e-30  # stands for zero in a divisor
 
 
 @dataclasses.dataclass(frozen=True)
 class Connection(abc.ABC):
     """The synapses between a layer and the one before it.
 
-    Synapses are a mapping of arrays with the channel axis before the kernel axes: `kernel` `[..., c, in, out]`, `bias`
-    `[..., c, 1, out]`, and for the way back `backward_kernel` `[..., c, in, out]`; c is k, or 1 if the rule ties channels.
+    Synapses are a mapping of arrays with the channel axis first: `kernel` `[..., c, *kernel_shape]`, `bias`
+    `[..., c, 1, units]`, and for the feedback path `backward_kernel` `[..., c, *kernel_shape]`; c is k, or 1 if the rule
+    ties channels.
 
     Args:
-        units: number of neurons of the layer.
+        units: number of units that a row has, that is of synapses' targets.
         use_bias: whether a constant 1 in every state stands beside the inputs.
-        activation: nonlinearity of the layer; `None` takes the rule's.
-        compute_dtype: type of the factors of the linear map and of the outer product, whose sums stay float32; `None`
+        activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function; `None` takes the rule's.
+        compute_dtype: type of the factors of the map and of the outer product, whose sums stay float32; `None`
             takes the type of the states.
+        penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to the Hebbian term.
+        limits: for `"kernel"` and `"bias"`, functions of a channel that a changed one goes through.
     """
 
     units: int
     use_bias: bool = True
-    activation: str | None = None
+    activation: equations.Activation | None = None
     compute_dtype: str | None = None
+    penalties: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
+    limits: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
+
+    # What a kind of connection says.
+
+    @property
+    def axes(self) -> int:
+        """Number of feature axes that enter."""
+        return 1
+
+    @property
+    def target_axes(self) -> int:
+        """Number of feature axes that leave."""
+        return self.axes
 
     @abc.abstractmethod
-    def shapes(self, rule: Rule, inputs: int, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
-        """Shapes of the synapse arrays for `inputs` input units; with a backward kernel if `feeds_back`."""
+    def kernel_shape(self, source: Shape) -> Shape:
+        """Shape of the kernel for features of shape `source`: that of the Keras layer."""
 
     @abc.abstractmethod
+    def target(self, source: Shape) -> Shape:
+        """Shape of the features that leave, for those that enter."""
+
+    @abc.abstractmethod
+    def product(self, kernel: Array, x: Array) -> Array:
+        """The map: `[..., s, batch, *source]` to `[..., s, batch, *target]`.
+
+        The kernel `[..., c, *kernel_shape]` has one channel for each state, or one for all; x may have one state for all
+        channels.
+        """
+
+    def rows(self, states: Array) -> Array:
+        """States `[..., s, batch, *target]` as `[..., s, rows, units]`: positions join the batch."""
+        return states
+
+    def features(self, rows: Array, source: Shape) -> Array:
+        """The way back of `rows`."""
+        return rows
+
+    def matrix(self, kernel: Array) -> Array:
+        """A kernel `[..., c, *kernel_shape]` as `[..., c, in, units]`: a column is what one unit reads."""
+        return kernel
+
+    def kernel(self, matrix: Array, like: Array) -> Array:
+        """The way back of `matrix`, to a kernel of the shape of `like`."""
+        return matrix
+
+    def over_readers(self, matrix: Array) -> Array:
+        """A matrix `[..., c, in, units]`, each entry added up over the units that read the same input.
+
+        Of size 1 or of the number of units along the last axis. Every unit of a row reads every input,
+        unless a kind of connection says otherwise, as one with groups does.
+        """
+        return ops.sum(matrix, axis=-1, keepdims=True)
+
+    # What follows from it.
+
+    def source(self, pre: Array) -> Shape:
+        """Shape of the features of states that enter."""
+        return tuple(pre.shape[len(pre.shape) - self.axes :])
+
+    def mixed(self, states: Array, transform: Array) -> Array:
+        """States that enter, mixed by a transform `[..., source, target]`."""
+        if self.axes == 1:
+            return equations.mix(states, transform)
+        shape = ops.shape(states)
+        flat = ops.reshape(states, (*shape[: len(shape) - self.axes], math.prod(self.source(states))))
+        mixed = equations.mix(flat, transform)
+        return ops.reshape(mixed, (*ops.shape(mixed)[:-1], *self.source(states)))
+
     def linear(self, kernel: Array, x: Array) -> Array:
-        """The map: `[..., k, batch, in]` to `[..., k, batch, out]`; a kernel of one channel serves all states."""
+        """The map, on factors of the compute type."""
+        return self.product(self._rounded(kernel), self._rounded(x))
 
-    @abc.abstractmethod
-    def linear_transpose(self, kernel: Array, y: Array) -> Array:
-        """Its transpose: `[..., k, batch, out]` to `[..., k, batch, in]`."""
+    def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
+        """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
+        kernel, y = self._rounded(kernel), self._rounded(y)
+        shape = ops.shape(y)
+        shape = (*shape[: len(shape) - len(self.target(source))], *source)
+        return transpose(lambda x: self.product(kernel, x), shape, y)
 
-    @abc.abstractmethod
-    def outer(self, pre: Array, post: Array) -> Array:
-        """Its outer product, summed over the batch: `[..., c, batch, in]` and `[..., c, batch, out]` to a kernel."""
+    def outer(self, pre: Array, post: Array, source: Shape) -> Array:
+        """The outer product, summed over the batch: of `[..., s, batch, *source]` and `[..., c, batch, *target]`."""
+        pre, post = self._rounded(pre), self._rounded(post)
+        leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
+        shape = (*leading, *self.kernel_shape(source))
+        return transpose(lambda kernel: self.product(kernel, pre), shape, post)
 
-    def init(self, rule: Rule, inputs: int, draw: Draw, *, feeds_back: bool = True) -> dict[str, Array]:
+    def shapes(self, rule: Rule, source: int | Shape, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes of the synapse arrays for features of shape `source`; with a backward kernel if `feeds_back`."""
+        channels = rule.synapse_channels
+        kernel = (channels, *self.kernel_shape(_shape(source)))
+        shapes: dict[str, tuple[int, ...]] = {"kernel": kernel}
+        if self.use_bias:
+            shapes["bias"] = (channels, 1, self.units)
+        if feeds_back and rule.stores_backward:
+            shapes["backward_kernel"] = kernel
+        return shapes
+
+    def statistics_shape(self, rule: Rule) -> tuple[int, ...]:
+        """Shape of the running statistics of a rule that normalises over the batch."""
+        return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
+
+    def _rounded(self, factor: Array) -> Array:
+        """A factor as the compute type has it, its sums still to be formed in the type of the states."""
+        if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
+            return factor
+        if self.compute_dtype != "float16":
+            return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
+        # float16 holds 6e-8 to 65504 only: the factor is brought to a largest entry near 1 first, by a power of 2.
+        largest = ops.max(ops.abs(factor), axis=(-2, -1), keepdims=True)
+        scale = ops.stop_gradient(ops.exp2(ops.floor(ops.log2(ops.maximum(largest, _LEAST)))))
+        return ops.cast(ops.cast(factor / scale, self.compute_dtype), factor.dtype) * scale
+
+    def init(self, rule: Rule, source: int | Shape, draw: Draw, *, feeds_back: bool = True) -> dict[str, Array]:
         """Initial synapses.
 
         Args:
             rule: the options.
-            inputs: number of input units.
+            source: shape of the features that enter, or their number.
             draw: called with the name of an array, the channel and the shape of one channel; returns its values.
             feeds_back: whether something before this connection learns, so that it needs a way back.
 
@@ -78,18 +189,29 @@ class Connection(abc.ABC):
             The synapses.
         """
         made = {
-            name: ops.stack([draw(name, channel, shape[1:]) for channel in range(shape[0])], axis=-3)
-            for name, shape in self.shapes(rule, inputs, feeds_back=feeds_back).items()
+            name: ops.stack([draw(name, channel, shape[1:]) for channel in range(shape[0])], axis=-len(shape))
+            for name, shape in self.shapes(rule, source, feeds_back=feeds_back).items()
         }
         return {**made, **{name + TRACE: ops.zeros_like(made[name]) for name in made if rule.momentum}}
 
     def normalized(self, genome: Genome, synapses: Synapses) -> dict[str, Array]:
         """The stored synapses at unit norm over their input axis (section C.6)."""
-        energies = self._energies(synapses)
+        matrices = self._matrices(synapses)
+        energies = self._energies(matrices)
         return {
-            name: value * equations.inverse_norm(genome, energies[name]) if name in energies else value
+            name: self._stored(name, matrices[name] * equations.inverse_norm(genome, energies[name]), value)
+            if name in energies
+            else value
             for name, value in synapses.items()
         }
+
+    def _matrices(self, synapses: Synapses) -> dict[str, Array]:
+        """The synapses with kernels as matrices."""
+        return {name: self.matrix(value) if "kernel" in name else value for name, value in synapses.items()}
+
+    def _stored(self, name: str, matrix: Array, like: Array) -> Array:
+        """A kernel's matrix, or a bias, in the shape in which it is stored."""
+        return self.kernel(matrix, like) if "kernel" in name else matrix
 
     def forward(
         self,
@@ -107,63 +229,78 @@ class Connection(abc.ABC):
         Args:
             genome: the layer's genome.
             synapses: the layer's synapses.
-            pre: states before the connection `[..., k, batch, in]`, or `[..., 1, batch, in]` of an input layer.
+            pre: states before the connection `[..., s, batch, *source]`; states that are left out are zero, as those of an
+                input layer are.
             old: this layer's states before the step, or `None` for zeros.
-            last: whether this is the output layer.
+            last: whether this is an output layer.
             statistics: mean and variance to normalise with; `None` takes those of the batch.
             batch: the batch, if devices share it.
 
         Returns:
-            States `[..., k, batch, out]`, and the statistics that normalised them (or `None`).
+            States `[..., k, batch, *target]`, and the statistics that normalised them (or `None`).
         """
-        rule = genome.rule
-        nu, kernel, bias = ops.convert_to_tensor(genome.nu), synapses["kernel"], synapses.get("bias")
+        rule, source = genome.rule, self.source(pre)
+        nu, kernel, bias = genome.nu, synapses.get("kernel"), synapses.get("bias")
+        ones = ops.sum(ops.convert_to_tensor(nu), axis=-2)  # a constant 1 in every source state
         energy = None
-        if rule.normalize_synapses in ("effective", "both"):
-            energy = self._energies(synapses)["kernel"]
+        if kernel is not None and rule.normalize_synapses in ("effective", "both"):
+            energy = self._energies(self._matrices(synapses))["kernel"]
         if rule.derivative_state:
-            nu = equations.select(rule, nu, -1)
+            nu, ones = equations.select(rule, nu, -1), equations.select(rule, ones, -1)
             if rule.channels != "tied":
-                kernel = equations.select(rule, kernel, -3)
+                channels = -1 - len(self.kernel_shape(source))
+                kernel = None if kernel is None else equations.select(rule, kernel, channels)
                 bias = None if bias is None else equations.select(rule, bias, -3)
                 energy = None if energy is None else equations.select(rule, energy, -3)
-        if pre.shape[-3] == 1:  # the map is linear, so the one state of an input is mixed where it is smaller
-            z = self.linear(kernel, pre)
-            z = z * equations.per_state(nu[..., 0, :], z, 2)
+        pre = first_states(pre, equations.sources(nu), self.axes)
+        if pre.shape[-2 - self.axes] == 1:  # the map is linear, so one state alone is mixed where it is smaller
+            z = self.rows(self._through(kernel, pre))
+            z = equations.mix_one(z, nu)
         else:
-            z = self.linear(kernel, equations.mix(pre, nu))
+            z = self.rows(self._through(kernel, self.mixed(pre, nu)))
         if bias is not None:
-            z = z + equations.per_state(ops.sum(nu, axis=-2), z, 2) * bias  # a constant 1 in every source state
+            z = z + equations.per_state(ones, z, 2) * bias
         if energy is not None:
             z = z * equations.inverse_norm(genome, energy)
         activation = self.activation or (rule.last_activation if last else rule.forward_activation)
-        return equations.forward_neurons(rule, genome, activation, z, old, statistics, batch)
+        if batch is not None:
+            batch = batch._replace(examples=batch.examples * self.positions_of(source))
+        old = None if old is None else self.rows(old)
+        states, statistics = equations.forward_neurons(rule, genome, activation, z, old, statistics, batch)
+        return self.features(states, source), statistics
 
-    def backward(self, genome: Genome, synapses: Synapses, post: Array) -> Array:
+    def _through(self, kernel: Array | None, x: Array) -> Array:
+        """The map, or nothing at all if the connection has no kernel."""
+        return x if kernel is None else self.linear(kernel, x)
+
+    def positions_of(self, source: Shape) -> int:
+        """Number of rows of an example."""
+        return math.prod(self.target(source)) // self.units
+
+    def backward(self, genome: Genome, synapses: Synapses, post: Array, source: Shape) -> Array:
         """The sums of equation 6: what the neurons before the connection receive from this layer's states.
 
         Returns:
-            `[..., k, batch, in]`; without state 1 if the rule's backward update does not read it.
+            `[..., k, batch, *source]`; without state 1 if the rule's backward update does not read it.
         """
-        rule = genome.rule
-        mu = ops.convert_to_tensor(genome.mu)
+        rule, mu = genome.rule, genome.mu
         skip_first = rule.backward_update == "multiplicative_after_first"
         name = "backward_kernel" if rule.stores_backward else "kernel"
-        kernel, inverse = synapses[name], None
-        if rule.normalize_synapses in ("effective", "both"):
-            inverse = equations.inverse_norm(genome, self._energies(synapses)[name])
+        kernel, inverse = synapses.get(name), None
+        if kernel is not None and rule.normalize_synapses in ("effective", "both"):
+            inverse = equations.inverse_norm(genome, self._energies(self._matrices(synapses))[name])
+            if rule.stores_backward:
+                kernel, inverse = self.kernel(self.matrix(kernel) * inverse, kernel), None
         if skip_first:
             mu = mu[..., 1:]
-            if rule.channels != "tied":
-                kernel = kernel[..., 1:, :, :]
+            if rule.channels != "tied" and kernel is not None:
+                kernel = ops.take(kernel, [*range(1, rule.states)], axis=-1 - len(self.kernel_shape(source)))
                 inverse = None if inverse is None else inverse[..., 1:, :, :]
-        y = equations.mix(post, mu)
-        if inverse is not None and not rule.stores_backward:
+        y = equations.mix(self.rows(post), mu)
+        if inverse is not None:
             y = y * inverse
-        z = self.linear_transpose(kernel, y)
-        if inverse is not None and rule.stores_backward:
-            z = z * ops.swapaxes(inverse, -1, -2)
-        return z
+        y = self.features(y, source)
+        return y if kernel is None else self.linear_transpose(kernel, y, source)
 
     def hebbian(
         self,
@@ -183,7 +320,7 @@ class Connection(abc.ABC):
             genome: the layer's genome.
             synapses: the layer's synapses, of which only the names are used.
             pre: states before the connection.
-            post: states of this layer `[..., k, batch, out]`.
+            post: states of this layer `[..., k, batch, *target]`.
             prefix: `""` or `"forward_"`: which synapse arrays of the genome act.
             step: the learning step, from 0.
             sample_weight: `[..., batch]` or `None`.
@@ -192,30 +329,34 @@ class Connection(abc.ABC):
         Returns:
             A mapping with the names of the synapses, and `oja` and `backward_oja` if the rule needs them.
         """
-        rule = genome.rule
-        nu_tilde = ops.convert_to_tensor(genome.arrays[prefix + "nu_tilde"])
-        mu_tilde = ops.swapaxes(ops.convert_to_tensor(genome.arrays[prefix + "mu_tilde"]), -1, -2)  # [source, channel]
-        weight = None if sample_weight is None else sample_weight[..., None, :, None]
+        rule, source = genome.rule, self.source(pre)
+        nu_tilde = genome.arrays[prefix + "nu_tilde"]
+        mu_tilde = equations.swapped(genome.arrays[prefix + "mu_tilde"])  # [source, channel]
         share = 1.0
         if rule.batch_reduction == "mean":
-            share = 1.0 / ops.cast(ops.shape(post)[-2] if batch is None else batch.examples, post.dtype)
+            examples = ops.shape(post)[-1 - len(self.target(source))] if batch is None else batch.examples
+            share = 1.0 / ops.cast(examples, post.dtype)
+        post = self.rows(post)
+        weight = None if sample_weight is None else self._of_rows(sample_weight, source)
         factor = share
         if not rule.gates_last:  # on the smaller arrays
             factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
         if weight is not None:
             factor = factor * weight
         few = slice(0, rule.update_channels)
-        source, target = nu_tilde[..., :, few], mu_tilde[..., :, few]
+        from_below, from_above = nu_tilde[..., :, few], mu_tilde[..., :, few]
         sums: dict[str, Array] = {}
 
-        received = factor * equations.mix(post, target)
+        received = factor * equations.mix(post, from_above)
         if "bias" in synapses:
-            ones = equations.per_state(ops.sum(source, axis=-2), received, 2)
+            ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_below), axis=-2), received, 2)
             sums["bias"] = ones * ops.sum(received, axis=-2, keepdims=True)
-        if pre.shape[-3] == 1:
-            sums["kernel"] = self.outer(pre, received * equations.per_state(source[..., 0, :], received, 2))
-        else:
-            sums["kernel"] = self.outer(equations.mix(pre, source), received)
+        read = first_states(pre, equations.sources(from_below), self.axes)
+        if "kernel" in synapses and read.shape[-2 - self.axes] == 1:
+            received = equations.mix_one(received, from_below)
+            sums["kernel"] = self.outer(read, self.features(received, source), source)
+        elif "kernel" in synapses:
+            sums["kernel"] = self.outer(self.mixed(read, from_below), self.features(received, source), source)
 
         if "backward_kernel" in synapses:
             if rule.directions == "tied_updates":
@@ -223,22 +364,39 @@ class Connection(abc.ABC):
                 if "backward_bias" in synapses:
                     sums["backward_bias"] = sums["bias"]
             else:  # the same rule with pre and post exchanged
-                sent = factor * equations.mix(post, source)
-                sums["backward_kernel"] = self.outer(equations.mix(pre, target), sent)
+                sent = factor * equations.mix(post, from_below)
+                sums["backward_kernel"] = self.outer(self.mixed(pre, from_above), self.features(sent, source), source)
                 if "backward_bias" in synapses:
-                    ones = equations.per_state(ops.sum(target, axis=-2), sent, 2)
+                    ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_above), axis=-2), sent, 2)
                     sums["backward_bias"] = ones * ops.sum(sent, axis=-2, keepdims=True)
 
         if rule.oja == "activations":
-            channels = slice(0, rule.synapse_channels)
-            weigh = share if weight is None else share * weight
-            for name, states in (("oja", post), ("backward_oja", pre)):
-                if name == "oja" or "backward_kernel" in synapses:
-                    squares = weigh * ops.square(equations.mix(states, mu_tilde[..., :, channels]))
-                    sums[name] = ops.sum(squares, axis=-2, keepdims=True)
+            channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
+            squares = ops.square(equations.mix(post, channels))
+            sums["oja"] = ops.sum(squares * (share if weight is None else share * weight), axis=-2, keepdims=True)
+            if "backward_kernel" in synapses:
+                squares = share * ops.square(self.mixed(pre, channels))
+                if sample_weight is not None:
+                    squares = squares * ops.reshape(sample_weight, _inserted(sample_weight, self.axes))
+                sums["backward_oja"] = self._read(squares, source)
         if batch is not None:
             sums = dict(zip(sums, batch.total(list(sums.values())), strict=True))
         return sums
+
+    def _of_rows(self, weight: Array, source: Shape) -> Array:
+        """Weights of examples `[..., batch]` as those of rows, `[..., 1, rows, 1]`."""
+        positions = self.positions_of(source)
+        return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
+
+    def _read(self, states: Array, source: Shape) -> Array:
+        """States `[..., s, batch, *source]` added up over the rows in which each entry of a kernel reads them.
+
+        Returns:
+            `[..., s, in, units]`, or one column where all units read the same inputs.
+        """
+        shape = ops.shape(states)
+        ones = ops.ones((*shape[: len(shape) - self.axes], *self.target(source)), dtype=states.dtype)
+        return self.matrix(self.outer(states, ones, source))
 
     def update(
         self, genome: Genome, synapses: Synapses, sums: Mapping[str, Array], *, prefix: str, step: Array
@@ -247,9 +405,11 @@ class Connection(abc.ABC):
         rule = genome.rule
         arrays = genome.arrays
         gate = self._gate(genome, prefix, step)
+        stored = synapses
+        sums = self._matrices(self._penalised(synapses, sums, 1.0 if rule.gates_last else gate))
+        synapses = self._matrices(synapses)
         traces = {name: value for name, value in synapses.items() if name.endswith(TRACE)}
         synapses = {name: value for name, value in synapses.items() if name not in traces}
-        sums = dict(sums)
         for name in traces:  # Nesterov's form: the term itself counts at once
             own = name.removesuffix(TRACE)
             beta = equations.scalar(arrays["momentum"], sums[own])
@@ -277,7 +437,23 @@ class Connection(abc.ABC):
             )
             for name, value in synapses.items()
         }
-        return {**new, **traces}
+        changed = {name: self._stored(name, value, stored[name]) for name, value in {**new, **traces}.items()}
+        for name in new:
+            limit = self.limits.get(name.removeprefix("backward_"))
+            if limit is not None:
+                changed[name] = _by_channel(limit, changed[name])
+        return changed
+
+    def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
+        """The sums with the gradients of the penalties, times the gate where the sums have it too."""
+        sums = dict(sums)
+        for name in synapses:
+            penalty = self.penalties.get(name.removeprefix("backward_"))
+            if penalty is not None:
+                _, pull = vjp(lambda value, one=penalty: sum(one(channel) for channel in _channels(value)), synapses[name])
+                slope = pull(ops.ones((), dtype=sums[name].dtype))[0]
+                sums[name] = sums[name] + equations.scalar(gate, slope) * slope
+        return sums
 
     @staticmethod
     def _gate(genome: Genome, prefix: str, step: Array) -> Array:
@@ -302,20 +478,49 @@ class Connection(abc.ABC):
         return found
 
     def _energies(self, synapses: Synapses) -> dict[str, Array]:
-        """Sum of squares over the input axis of each array: that of a forward kernel runs over its inputs and bias, that
-        of a backward kernel, whose inputs are this layer's units, over those."""
-        forward = ops.sum(ops.square(synapses["kernel"]), axis=-2, keepdims=True)
-        if "bias" in synapses:
-            forward = forward + ops.square(synapses["bias"])
+        """Sum of squares over the input axis of each matrix: that of a forward kernel runs over its inputs and bias, that
+        of a backward kernel, whose inputs are this layer's units, over those that send to the same neuron."""
+        squares = [ops.square(synapses["bias"])] if "bias" in synapses else []
+        if "kernel" in synapses:
+            squares.insert(0, ops.sum(ops.square(synapses["kernel"]), axis=-2, keepdims=True))
+        forward = sum(squares[1:], squares[0])
         energies = {"kernel": forward, "bias": forward}
-        for name in ("backward_kernel", "backward_bias"):
-            if name in synapses:
-                energies[name] = ops.sum(ops.square(synapses[name]), axis=-1, keepdims=True)
+        if "backward_kernel" in synapses:
+            energies["backward_kernel"] = self.over_readers(ops.square(synapses["backward_kernel"]))
+        if "backward_bias" in synapses:
+            energies["backward_bias"] = ops.sum(ops.square(synapses["backward_bias"]), axis=-1, keepdims=True)
         return {name: energy for name, energy in energies.items() if name in synapses}
 
     def _squares(self, synapses: Synapses, sums: Mapping[str, Array]) -> dict[str, Array]:
         """The same for Oja's term on activations; the bias unit has none, so its backward synapses do not shrink."""
         squares = {"kernel": sums["oja"], "bias": sums["oja"]}
         if "backward_kernel" in synapses:
-            squares["backward_kernel"] = ops.swapaxes(sums["backward_oja"], -1, -2)
+            squares["backward_kernel"] = sums["backward_oja"]
         return {name: squares[name] for name in synapses if name in squares}
+
+
+def _channels(synapse: Array) -> list[Array]:
+    """The channels of synapses `[c, ...]`."""
+    return [synapse[channel] for channel in range(synapse.shape[0])]
+
+
+def _by_channel(function: Callable[[Array], Array], synapse: Array) -> Array:
+    return ops.stack([function(channel) for channel in _channels(synapse)])
+
+
+def first_states(states: Array, count: int, features: int) -> Array:
+    """The first `count` states of an array `[..., k, batch, *features]` with that many feature axes."""
+    axis = len(states.shape) - 2 - features
+    if states.shape[axis] <= count:
+        return states
+    return states[(slice(None),) * axis + (slice(0, count),)]
+
+
+def _inserted(weight: Array, features: int) -> Shape:
+    """The shape of weights `[..., batch]` for states `[..., k, batch, *features]`."""
+    shape = ops.shape(weight)
+    return (*shape[:-1], 1, shape[-1], *(1,) * features)
+
+
+def _shape(source: int | Shape) -> Shape:
+    return (source,) if isinstance(source, int) else tuple(source)

@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
+from keras_blur.core.derivatives import tanh, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 
 Array = Any
+Activation = str | Callable[[Any], Any]
 
 
 class SharedBatch(NamedTuple):
@@ -40,29 +43,35 @@ class SharedBatch(NamedTuple):
 SYNAPSE_EPSILON = 1e-9
 
 
-def activate(name: str, z: Array) -> Array:
-    """The nonlinearity `name` of the summed input z."""
-    if name == "tanh":
-        return ops.tanh(z)
-    if name == "relu":
+def activate(activation: Activation, z: Array) -> Array:
+    """The nonlinearity of the summed input z: one of `ACTIVATIONS` by name, or an elementwise function."""
+    if callable(activation):
+        return ops.cast(activation(z), z.dtype)
+    if activation == "tanh":
+        return tanh(z)
+    if activation == "relu":
         return ops.relu(z)
-    if name == "relu_tanh":
-        return ops.relu(ops.tanh(z))
-    if name == "sigmoid":
+    if activation == "relu_tanh":
+        return ops.relu(tanh(z))
+    if activation == "sigmoid":
         return ops.sigmoid(z)
     return z
 
 
-def derivative(name: str, value: Array) -> Array:
-    """The derivative of the nonlinearity `name`, from its value: every one here can be told from it."""
-    if name == "tanh":
-        return 1.0 - value * value
-    if name == "sigmoid":
-        return value * (1.0 - value)
-    if name == "linear":
-        return ops.ones_like(value)
-    slope = 1.0 - value * value if name == "relu_tanh" else ops.ones_like(value)
-    return ops.where(value > 0, slope, ops.zeros_like(value))
+def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Array]:
+    """The nonlinearity of the summed input z, and its derivative there."""
+    if callable(activation):
+        value, pull = vjp(lambda one: activate(activation, one), z)
+        return value, pull(ops.ones_like(value))[0]
+    value = activate(activation, z)
+    if activation == "tanh":
+        return value, 1.0 - value * value
+    if activation == "sigmoid":
+        return value, value * (1.0 - value)
+    if activation == "linear":
+        return value, ops.ones_like(value)
+    slope = 1.0 - value * value if activation == "relu_tanh" else ops.ones_like(value)
+    return value, ops.where(value > 0, slope, ops.zeros_like(value))
 
 
 def per_state(number: Array, like: Array, trailing: int) -> Array:
@@ -79,15 +88,64 @@ def scalar(number: Array, like: Array) -> Array:
 def mix(states: Array, transform: Array) -> Array:
     """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
 
-    An array with one state only, as the input layer has, stands for one whose other states are zero.
+    An array of fewer states, such as the input layer, stands for one whose other states are zero. Of a transform whose
+    numbers are known, only those that are not zero cost anything, if they are few.
     """
+    count = states.shape[-3]
+    if count == 1:
+        return mix_one(states, transform)
+    transform = transform[..., :count, :]
+    if isinstance(transform, np.ndarray) and transform.ndim == 2 and np.count_nonzero(transform) <= max(transform.shape):
+        return _mix_sparse(states, transform)
     transform = ops.convert_to_tensor(transform, dtype=states.dtype)
-    if states.shape[-3] == 1:
-        return states * per_state(transform[..., 0, :], states, 2)
     shape = ops.shape(states)
     flat = ops.reshape(states, (*shape[:-2], shape[-2] * shape[-1]))
     mixed = ops.matmul(ops.swapaxes(transform, -1, -2), flat)
     return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
+
+
+def mix_one(states: Array, transform: Array) -> Array:
+    """`[..., s, batch, units]`, one state or what each target makes of it, times the first row of a transform."""
+    row = transform[..., 0, :]
+    if isinstance(row, np.ndarray) and row.shape == (1,) and row[0] == 1.0:
+        return states
+    return states * per_state(row, states, 2)
+
+
+def _mix_sparse(states: Array, transform: np.ndarray) -> Array:
+    """`mix` for a known transform with few numbers, written out."""
+    if transform.shape[0] == transform.shape[1] and np.array_equal(transform, np.eye(transform.shape[0])):
+        return states
+    columns = []
+    for target in range(transform.shape[1]):
+        terms = [
+            states[..., source : source + 1, :, :] * float(number)
+            for source, number in enumerate(transform[:, target])
+            if number != 0.0
+        ]
+        columns.append(sum(terms[1:], terms[0]) if terms else ops.zeros_like(states[..., :1, :, :]))
+    return columns[0] if len(columns) == 1 else ops.concatenate(columns, axis=-3)
+
+
+def swapped(transform: Array) -> Array:
+    """A transform with its two axes exchanged; numbers that are known stay known."""
+    if isinstance(transform, np.ndarray):
+        return np.swapaxes(transform, -1, -2)
+    return ops.swapaxes(ops.convert_to_tensor(transform), -1, -2)
+
+
+def sources(*transforms: Array) -> int:
+    """How many states transforms `[..., source, target]` read: up to the last source with a number that is not zero.
+
+    Of a transform whose numbers are not known, a tensor, all.
+    """
+    last = 1
+    for transform in transforms:
+        if not isinstance(transform, np.ndarray):
+            return int(transform.shape[-2])
+        read = np.any(transform != 0, axis=(*range(transform.ndim - 2), transform.ndim - 1))
+        last = max(last, *(int(state) + 1 for state in np.flatnonzero(read)), 1)
+    return last
 
 
 def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Array, Array]:
@@ -110,15 +168,14 @@ def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tupl
 
 def select(rule: Rule, values: Array, axis: int) -> Array:
     """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of size k."""
-    if rule.states == 2:
-        return ops.take(values, [0], axis=axis)
-    return ops.take(values, [0, *range(2, rule.states)], axis=axis)
+    take = np.take if isinstance(values, np.ndarray) else ops.take
+    return take(values, [0, *range(2, rule.states)], axis=axis)
 
 
 def forward_neurons(
     rule: Rule,
     genome: Genome,
-    activation: str,
+    activation: Activation,
     z: Array,
     old: Array | None,
     statistics: tuple[Array, Array] | None,
@@ -150,11 +207,12 @@ def forward_neurons(
     if old is not None:
         kept = select(rule, old, -3) if rule.derivative_state else old
         argument = scalar(genome.neuron_keep, z) * kept + argument  # eq. 5
-    states = activate(activation, argument)
-    if rule.derivative_state:  # eq. 1: (s(z), s'(z)) of the same argument
-        value = states[..., :1, :, :]
-        states = ops.concatenate([value, derivative(activation, value), states[..., 1:, :, :]], axis=-3)
-    return states, statistics
+    if not rule.derivative_state:
+        return activate(activation, argument), statistics
+    # eq. 1: (s(z), s'(z)) of the same argument
+    pair = value_and_derivative(activation, argument[..., :1, :, :])
+    rest = [activate(activation, argument[..., 1:, :, :])] if rule.states > 2 else []
+    return ops.concatenate([*pair, *rest], axis=-3), statistics
 
 
 def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: SharedBatch | None = None) -> Array:
@@ -269,6 +327,6 @@ def new_synapse(
     if rule.saturation == "tanh":
         alpha = scalar(saturation, old)
         zero = ops.abs(alpha) <= _TINY**0.5
-        saturated = alpha * ops.tanh(new / ops.where(zero, ops.ones_like(alpha), alpha))
+        saturated = alpha * tanh(new / ops.where(zero, ops.ones_like(alpha), alpha))
         return ops.where(zero, ops.zeros_like(new), saturated)  # the limit: synapses that saturate at once
     return new

@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
+from keras_blur.backend import register
 from keras_blur.core.rule import Rule
 from keras_blur.files import check_output, read_text, write_text
 
@@ -90,9 +91,9 @@ class Genome:
             )
         kept = {name: _array(name, arrays[name]) for name in shapes}
         leading = tuple(kept["nu"].shape)[:-2] if len(kept["nu"].shape) >= 2 else ()
-        if rule.layers is not None and (not leading or leading[0] != rule.layers):
+        if rule.layers is not None and (not leading or leading[0] != rule.layer_count):
             raise ValueError(
-                f"With `layers={rule.layers}` each array must have a leading axis of that size. "
+                f"With `layers={rule.layers}` each array must have a leading axis of size {rule.layer_count}. "
                 f"Received `nu` of shape {tuple(kept['nu'].shape)}."
             )
         for name, shape in shapes.items():
@@ -103,7 +104,18 @@ class Genome:
                 )
         self._rule = rule
         self._arrays = MappingProxyType(kept)
-        self._leading = leading
+
+    @classmethod
+    def unchecked(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
+        """A genome of arrays that are known to fit, or of what a transformation of trees puts in their place."""
+        made = object.__new__(cls)
+        made.__dict__.update(_rule=rule, _arrays=MappingProxyType(dict(arrays)))
+        return made
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        """Sizes of the layer axis and the population axes."""
+        return tuple(self._arrays["neuron_keep"].shape)
 
     @property
     def rule(self) -> Rule:
@@ -130,6 +142,9 @@ class Genome:
         if name in self.__dict__.get("_arrays", ()):
             raise AttributeError(f"A Genome does not change; use `genome.replace({name}=...)` for another one.")
         super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._arrays})
 
     def __reduce__(self) -> tuple[type[Genome], tuple[Rule, dict[str, Any]]]:
         return type(self), (self._rule, dict(self._arrays))
@@ -220,7 +235,7 @@ class Genome:
         """The genome of one layer: itself unless `Rule.layers` gives each layer its own."""
         if self.rule.layers is None:
             return self
-        return Genome(self.rule.replace(layers=None), {n: a[index] for n, a in self.arrays.items()})
+        return Genome.unchecked(self.rule.replace(layers=None), {n: a[index] for n, a in self.arrays.items()})
 
     @classmethod
     def random(
@@ -254,7 +269,7 @@ class Genome:
         arguments.real("std", std, low=0.0)
         arguments.real("synapse_update", synapse_update)
         population = arguments.counts("population", population)
-        leading = (() if rule.layers is None else (rule.layers,)) + population
+        leading = (() if rule.layers is None else (rule.layer_count,)) + population
         rng = np.random.default_rng(seed)
         arrays = {}
         for name, shape in rule.shapes().items():
@@ -389,7 +404,7 @@ class Genome:
         lines = [
             f"Genome: {rule.states} states, {self.size} numbers"
             + (f", population {self.population}" if self.population else "")
-            + (f", {rule.layers} layers with their own" if rule.layers else ""),
+            + (f", {rule.layer_count} layers with their own" if rule.layers else ""),
             f"forward   (eq. 5)  z_j = sum_i w_ij (a_i nu);  a_j = {activation}({keep_old}"
             f"{self._number('neuron_update')} {forward_in}), last layer {last}",
             f"feedback           output state 2 <- {'labels +1/-1' if rule.feedback == 'labels' else 'output error'}",
@@ -418,6 +433,18 @@ class Genome:
     def _number(self, name: str) -> str:
         value = np.asarray(self.arrays[name])
         return f"{float(value):.4g}" if value.ndim == 0 else name
+
+
+def _flatten(genome: Genome) -> tuple[Any, tuple[Any, ...]]:
+    return (genome.rule, tuple(genome.arrays)), tuple(genome.arrays.values())
+
+
+def _unflatten(static: Any, arrays: Any) -> Genome:
+    rule, names = static
+    return Genome.unchecked(rule, dict(zip(names, arrays, strict=True)))
+
+
+register(Genome, _flatten, _unflatten)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

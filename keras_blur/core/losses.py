@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_blur.distribution import shard
+from keras_blur.backend import replicas
 
 Array = Any
 SUMS = (None, "none", "sum")  # `fit` descends the sum of a loss without a reduction
@@ -86,7 +86,7 @@ def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
     if len(values.shape) == 0:
         each = values
     elif loss.reduction in SUMS:
-        each = ops.sum(values, axes) * ops.cast(ops.shape(values)[0] * shard().count, values.dtype)
+        each = ops.sum(values, axes) * ops.cast(ops.shape(values)[0] * replicas(), values.dtype)
     elif mask is None:
         each = ops.mean(values, axes)
     else:

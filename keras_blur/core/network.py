@@ -2,45 +2,41 @@
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 and equations 5 to 7.
 
-This is the only loop over layers in the project. `Sequential.fit`, the learners of meta-training and the replay of published
+This is the only loop over layers in the project. `Model.fit`, the learners of meta-training and the replay of published
 numbers all call it, with variables' values, tensors of an unroll, or arrays of a file. Order inside a step, as published:
 neurons start at zero (or where they were), stored synapses are normalised, forward pass, optional synapse update, feedback
-into the output, backward pass, synapse update.
+into the outputs, backward pass, synapse update.
+
+In the backward pass what comes back to a value that several operations read is summed, the transpose of a copy, before
+equation 6. Synapses that several connections share change by the sum of their Hebbian terms. With a genome for each layer,
+neurons change in the backward pass by the genome of the connection that reads them, as published; of several, the first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Connection, Synapses
+from keras_blur.core.connection import Shape, Synapses, first_states
 from keras_blur.core.genome import Genome
-from keras_blur.core.weightless import StructuralMap
+from keras_blur.core.graph import Connect, Graph, Pass
 
 Array = Any
 Statistics = tuple[Array, Array] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One connection of a network, and the structural layers between the neurons before it and it."""
-
-    connection: Connection
-    maps: tuple[StructuralMap, ...] = ()
-    learns: bool = True
+Inputs = Array | tuple[Array, ...]
 
 
 class NetworkState(NamedTuple):
     """What a learning step reads and writes.
 
     Attributes:
-        synapses: one mapping of arrays a stage.
+        synapses: one mapping of arrays for each of the graph's `holders`.
         step: the learning step, from 0; a Python integer or an integer scalar.
-        neurons: states of each layer, the input first, if the rule keeps them; else `()`.
+        neurons: states of the inputs and of each layer, if the rule keeps them; else `()`.
     """
 
     synapses: tuple[Synapses, ...]
@@ -52,39 +48,47 @@ class Sweep(NamedTuple):
     """What a forward pass leaves.
 
     Attributes:
-        neurons: states of each layer; the input as `[..., 1, batch, *features]`.
-        statistics: those that normalised each stage's sums, or `None`s.
-        contexts: those of each stage's structural maps.
+        values: states of each value of the graph; an input is `[..., 1, batch, *features]`.
+        statistics: those that normalised each connection's sums, or `None`s.
+        contexts: what each map drew, by the number of its value.
     """
 
-    neurons: tuple[Array, ...]
+    values: tuple[Array, ...]
     statistics: tuple[Statistics, ...]
-    contexts: tuple[tuple[Any, ...], ...]
+    contexts: Mapping[int, Any]
 
 
 class StepResult(NamedTuple):
-    """The state after a step, and what an observer may want: the output before feedback, and the neurons."""
+    """The state after a step, and what an observer may want.
+
+    Attributes:
+        state: the state.
+        output: the prediction before feedback; a tuple of them if there are several outputs.
+        neurons: states of the inputs and of each layer.
+        sweep: the forward pass.
+    """
 
     state: NetworkState
-    output: Array
+    output: Any
     neurons: tuple[Array, ...]
+    sweep: Sweep
 
 
-def stored(genome: Genome, stages: Sequence[Stage], synapses: Sequence[Synapses]) -> tuple[Synapses, ...]:
+def stored(genome: Genome, graph: Graph, synapses: Sequence[Synapses]) -> tuple[Synapses, ...]:
     """The synapses as a step starts with them: normalised if the rule normalises the stored ones."""
     if genome.rule.normalize_synapses not in ("stored", "both"):
         return tuple(synapses)
     return tuple(
-        stage.connection.normalized(genome.layer(index), own)
-        for index, (stage, own) in enumerate(zip(stages, synapses, strict=True))
+        connection.normalized(graph.genome(genome, holder), own)
+        for holder, (connection, own) in enumerate(zip(graph.holders, synapses, strict=True))
     )
 
 
 def forward(
     genome: Genome,
-    stages: Sequence[Stage],
+    graph: Graph,
     synapses: Sequence[Synapses],
-    x: Array,
+    x: Inputs,
     *,
     neurons: Sequence[Array] = (),
     statistics: Sequence[Statistics] = (),
@@ -95,54 +99,65 @@ def forward(
 
     Args:
         genome: the genome.
-        stages: the network.
+        graph: the network.
         synapses: as `stored` gives them.
-        x: inputs `[..., batch, *features]`.
-        neurons: states of the layers before the pass; `()` for zeros.
-        statistics: with which to normalise each stage; `()` takes those of this batch.
-        training: whether dropout drops.
+        x: inputs `[..., batch, *features]`; a tuple of them if there are several.
+        neurons: states of inputs and layers before the pass; `()` for zeros.
+        statistics: with which to normalise each connection's sums; `()` takes those of this batch.
+        training: whether dropout drops, and maps that normalise take the statistics of the batch.
         batch: the batch, if x is the part of it that one of several devices holds.
 
     Returns:
         A `Sweep`.
     """
-    features = len(stages[0].maps[0].source) if stages[0].maps else 1
-    layers = [ops.expand_dims(x, -2 - features)]
-    used, contexts = [], []
-    for index, (stage, own) in enumerate(zip(stages, synapses, strict=True)):
-        pre, context = _enter(stage, layers[-1], None, training)
-        states, moments = stage.connection.forward(
-            genome.layer(index),
-            own,
-            pre,
-            neurons[index + 1] if neurons else None,
-            last=index == len(stages) - 1,
-            statistics=statistics[index] if statistics else None,
+    inputs = x if isinstance(x, tuple) else (x,)
+    values = [ops.expand_dims(one, -2 - axes) for one, axes in zip(inputs, graph.features, strict=True)]
+    before = dict(zip(graph.nodes, neurons, strict=True)) if neurons else {}
+    given = iter(statistics or [None] * len(graph.connects))
+    read = _read_forward(genome)
+    used: list[Statistics] = []
+    contexts: dict[int, Any] = {}
+    for one in graph.operations:
+        if isinstance(one, Pass):
+            entering = _entering(one, values, read)
+            contexts[one.target] = one.map.context(entering, training)
+            values.append(one.map.forward(entering, contexts[one.target], batch))
+            continue
+        states, moments = one.connection.forward(
+            graph.genome(genome, one.holder),
+            synapses[one.holder],
+            values[one.source],
+            before.get(one.target),
+            last=one.target in graph.last,
+            statistics=next(given),
             batch=batch,
         )
-        layers.append(states)
+        values.append(states)
         used.append(moments)
-        contexts.append(context)
-    return Sweep(tuple(layers), tuple(used), tuple(contexts))
+    return Sweep(tuple(values), tuple(used), contexts)
 
 
-def output(genome: Genome, neurons: Sequence[Array]) -> Array:
-    """The network's prediction `[..., batch, units]`: state 1 of the last layer over the genome's temperature."""
-    state = neurons[-1][..., 0, :, :]
-    return state / equations.per_state(_last(genome, neurons).temperature, state, 2)
+def output(genome: Genome, graph: Graph, values: Sequence[Array]) -> Any:
+    """The network's prediction `[..., batch, *features]`: state 1 of an output over the genome's temperature.
 
-
-def _last(genome: Genome, neurons: Sequence[Array]) -> Genome:
-    """The genome of the output layer."""
-    return genome.layer(len(neurons) - 2)
+    Returns:
+        An array, or a tuple of them if there are several outputs.
+    """
+    found = []
+    for number in graph.outputs:
+        states = values[number]
+        axes = graph.axes[number]
+        state = ops.squeeze(first_states(states, 1, axes), axis=len(states.shape) - 2 - axes)
+        found.append(state / equations.per_state(_gene_of(genome, graph, number).temperature, state, 1 + axes))
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def step(
     genome: Genome,
-    stages: Sequence[Stage],
+    graph: Graph,
     state: NetworkState,
-    x: Array,
-    feedback: Callable[[Array], Array],
+    x: Inputs,
+    feedback: Callable[[Any], Any],
     *,
     sample_weight: Array | None = None,
     batch: equations.SharedBatch | None = None,
@@ -152,10 +167,11 @@ def step(
 
     Args:
         genome: the genome.
-        stages: the network.
+        graph: the network.
         state: synapses, step counter and kept neurons.
-        x: inputs `[..., batch, *features]`.
-        feedback: maps the output `[..., batch, units]` to what state 2 of the last layer receives, of the same shape.
+        x: inputs `[..., batch, *features]`; a tuple of them if there are several.
+        feedback: maps the output `[..., batch, *features]` to what state 2 of that layer receives, of the same shape; a
+            tuple of outputs to a tuple.
         sample_weight: weight of each example in the Hebbian term, `[..., batch]`, or `None`.
         batch: the batch, if x is the part of it that one of several devices holds: statistics and Hebbian sums are added
             up over devices, before saturation and the other stabilisers, and every device comes to the same synapses.
@@ -165,68 +181,223 @@ def step(
         A `StepResult`.
     """
     rule = genome.rule
-    synapses = stored(genome, stages, state.synapses)
-    sweep = forward(genome, stages, synapses, x, neurons=state.neurons, training=training, batch=batch)
-    prediction = output(genome, sweep.neurons)
+    synapses = stored(genome, graph, state.synapses)
+    sweep = forward(genome, graph, synapses, x, neurons=state.neurons, training=training, batch=batch)
+    prediction = output(genome, graph, sweep.values)
 
-    def learn(synapses: tuple[Synapses, ...], neurons: Sequence[Array], prefix: str) -> tuple[Synapses, ...]:
-        before = sweep.neurons if rule.presynaptic == "forward" else neurons
-        new = []
-        for index, (stage, own) in enumerate(zip(stages, synapses, strict=True)):
-            if not stage.learns:
-                new.append(own)
-                continue
-            gene = genome.layer(index)
-            pre, _ = _enter(stage, before[index], sweep.contexts[index], training)
-            sums = stage.connection.hebbian(
-                gene, own, pre, neurons[index + 1], prefix=prefix, step=state.step, sample_weight=sample_weight, batch=batch
-            )
-            new.append(stage.connection.update(gene, own, sums, prefix=prefix, step=state.step))
-        return tuple(new)
+    def learn(synapses: tuple[Synapses, ...], values: Sequence[Array], prefix: str) -> tuple[Synapses, ...]:
+        below = sweep.values if rule.presynaptic == "forward" else values
+        pre = _propagated(genome, graph, sweep, below, prefix, batch)
+        sums: dict[int, dict[str, Array]] = {}
+        for one in graph.connects:
+            if one.learns:
+                terms = one.connection.hebbian(
+                    graph.genome(genome, one.holder), synapses[one.holder], pre[one.source], values[one.target],
+                    prefix=prefix, step=state.step, sample_weight=sample_weight, batch=batch,
+                )  # fmt: skip
+                known = sums.get(one.holder)
+                sums[one.holder] = terms if known is None else {name: known[name] + terms[name] for name in terms}
+        return tuple(
+            connection.update(graph.genome(genome, holder), own, sums[holder], prefix=prefix, step=state.step)
+            if holder in sums
+            else own
+            for holder, (connection, own) in enumerate(zip(graph.holders, synapses, strict=True))
+        )
 
     if rule.forward_synapse_update:
-        synapses = learn(synapses, sweep.neurons, "forward_" if rule.separate_forward_synapse else "")
+        synapses = learn(synapses, sweep.values, "forward_" if rule.separate_forward_synapse else "")
 
     def supervised() -> tuple[tuple[Synapses, ...], tuple[Array, ...]]:
-        neurons = list(sweep.neurons)
-        neurons[-1] = _with_feedback(_last(genome, neurons), neurons[-1], feedback(prediction))
-        for index in range(len(stages) - 1, 0, -1):
-            stage = stages[index]
-            z = stage.connection.backward(genome.layer(index), synapses[index], neurons[index + 1])
-            for structural, context in zip(reversed(stage.maps), reversed(sweep.contexts[index]), strict=True):
-                z = structural.transpose(z, context)
-            neurons[index] = equations.backward_neurons(rule, genome.layer(index), z, neurons[index], batch)
-        return learn(synapses, neurons, ""), tuple(neurons)
+        signals = feedback(prediction)
+        values = backward(genome, graph, synapses, sweep, signals if isinstance(signals, tuple) else (signals,), batch)
+        return learn(synapses, values, ""), tuple(values[node] for node in graph.nodes)
 
+    unchanged = tuple(sweep.values[node] for node in graph.nodes)
     if rule.supervised_every == 1:
         synapses, neurons = supervised()
     elif isinstance(state.step, int):
-        synapses, neurons = (synapses, sweep.neurons) if state.step % rule.supervised_every else supervised()
+        synapses, neurons = (synapses, unchanged) if state.step % rule.supervised_every else supervised()
     else:
         synapses, neurons = ops.cond(
-            ops.equal(state.step % rule.supervised_every, 0), supervised, lambda: (synapses, sweep.neurons)
+            ops.equal(state.step % rule.supervised_every, 0), supervised, lambda: (synapses, unchanged)
         )
     kept = neurons if rule.keep_neurons else ()
-    return StepResult(NetworkState(synapses, state.step + 1, kept), prediction, neurons)
+    return StepResult(NetworkState(synapses, state.step + 1, kept), prediction, neurons, sweep)
 
 
-def _enter(stage: Stage, states: Array, contexts: Any, training: bool) -> tuple[Array, tuple[Any, ...]]:
-    """States of the layer before, through the structural maps, as the connection sees them."""
-    used = []
-    for index, structural in enumerate(stage.maps):
-        context = structural.context(states, training) if contexts is None else contexts[index]
-        states = structural.forward(states, context)
-        used.append(context)
-    return states, tuple(used)
+def backward(
+    genome: Genome,
+    graph: Graph,
+    synapses: Sequence[Synapses],
+    sweep: Sweep,
+    signals: Sequence[Array],
+    batch: equations.SharedBatch | None = None,
+) -> tuple[Array, ...]:
+    """The backward pass.
+
+    Args:
+        genome: the genome.
+        graph: the network.
+        synapses: as the forward pass used them.
+        sweep: the forward pass.
+        signals: what state 2 of each output receives.
+        batch: the batch, if devices share it.
+
+    Returns:
+        The states of each value: those of layers of neurons by equation 6, all others as they were.
+    """
+    rule = genome.rule
+    reached = graph.after_synapses if rule.keep_neurons else graph.after_learning
+    values = list(sweep.values)
+    received: dict[int, list[Array]] = {}
+    senders: dict[int, int] = {}
+    fed = dict(zip(graph.outputs, signals, strict=True))
+
+    def send(number: int, arrays: Array, holder: int) -> None:
+        if number in reached:
+            received.setdefault(number, []).append(arrays)
+            senders[number] = holder
+
+    for one in reversed(graph.operations):
+        number = one.target
+        came = received.pop(number, [])
+        total = sum(came[1:], came[0]) if came else None
+        if isinstance(one, Connect):
+            gene = graph.genome(genome, one.holder)
+            axes, source = graph.axes[number], one.connection.source(values[one.source])
+            if number in fed and total is None:
+                values[number] = _with_feedback(gene, values[number], fed[number], axes)
+            elif total is not None:
+                if number in fed:
+                    total = total + _as_states(rule, _signal(gene, fed[number], total, axes), total, axes)
+                sender = graph.genome(genome, senders.get(number, one.holder))
+                values[number] = _backward_neurons(sender, one, source, total, values[number], batch)
+            if one.source in reached:
+                back = one.connection.backward(gene, synapses[one.holder], values[number], source)
+                send(one.source, back, one.holder)
+        elif number in reached and (total is not None or number in fed):
+            axes = len(one.map.target)
+            if number in fed:
+                like = total if total is not None else _without_first(rule, _padded(values[number], rule.states, axes), axes)
+                signal = _as_states(rule, _signal(_gene_of(genome, graph, number), fed[number], like, axes), like, axes)
+                total = signal if total is None else total + signal
+            states = tuple(sweep.values[source] for source in one.sources)
+            pulled = one.map.backward(states, total, sweep.contexts[number], batch)
+            for below, back in zip(one.sources, pulled, strict=True):
+                if below in reached:
+                    send(below, back, senders.get(number, graph.holder_of(below)))
+    return tuple(values)
 
 
-def _with_feedback(genome: Genome, last: Array, signal: Array) -> Array:
-    """The output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the rest zero."""
-    signal = ops.cast(ops.expand_dims(signal, -3), last.dtype)
-    if genome.rule.feedback == "error":
-        # dL/da_L: the prediction is state 1 over the temperature; with the pair, times s' as eq. 2 asks.
-        signal = signal / equations.scalar(genome.temperature, signal)
-        if genome.rule.derivative_state:
-            signal = signal * last[..., 1:2, :, :]
-    signal = ops.broadcast_to(signal, ops.shape(last[..., :1, :, :]))
-    return ops.concatenate([last[..., :1, :, :], signal, ops.zeros_like(last[..., 2:, :, :])], axis=-3)
+def _gene_of(genome: Genome, graph: Graph, number: int) -> Genome:
+    """The genome of the layer of neurons that a value is, or that it comes from."""
+    return graph.genome(genome, graph.holder_of(number))
+
+
+def _read_forward(genome: Genome) -> int:
+    """How many states the forward pass of a layer reads of those before it."""
+    nu = genome.nu
+    return equations.sources(equations.select(genome.rule, nu, -1) if genome.rule.derivative_state else nu)
+
+
+def _read_hebbian(genome: Genome, prefix: str) -> int:
+    """How many states of those before a layer its Hebbian term reads."""
+    rule = genome.rule
+    few = slice(0, rule.update_channels)
+    read = [genome.arrays[prefix + "nu_tilde"][..., :, few]]
+    if rule.directions == "untied" or rule.oja == "activations":
+        read.append(equations.swapped(genome.arrays[prefix + "mu_tilde"]))
+    return equations.sources(*read)
+
+
+def _entering(one: Pass, values: Sequence[Array], read: int) -> tuple[Array, ...]:
+    """States that enter a map: as many of each input, those that are read."""
+    axes = [len(shape) for shape in one.map.sources]
+    states = [first_states(values[source], read, rank) for source, rank in zip(one.sources, axes, strict=True)]
+    most = max(value.shape[len(value.shape) - 2 - rank] for value, rank in zip(states, axes, strict=True))
+    return tuple(_padded(value, most, rank) for value, rank in zip(states, axes, strict=True))
+
+
+def _padded(states: Array, count: int, features: int) -> Array:
+    """States with zeros for those that an array leaves out."""
+    axis = len(states.shape) - 2 - features
+    missing = count - states.shape[axis]
+    if not missing:
+        return states
+    one = ops.zeros_like(first_states(states, 1, features))
+    return ops.concatenate([states, *[one] * missing], axis=axis)
+
+
+def _propagated(
+    genome: Genome,
+    graph: Graph,
+    sweep: Sweep,
+    below: Sequence[Array],
+    prefix: str,
+    batch: equations.SharedBatch | None,
+) -> Sequence[Array]:
+    """The values as connections read them for the Hebbian term: new states of the neurons, through the maps again."""
+    read = _read_hebbian(genome, prefix)
+    same = below is sweep.values
+    if (same and read <= _read_forward(genome)) or (read == 1 and _keeps_first(genome)):
+        return below
+    values = list(below)
+    for one in graph.operations:
+        if isinstance(one, Pass):
+            values[one.target] = one.map.forward(_entering(one, values, read), sweep.contexts[one.target], batch)
+    return values
+
+
+def _keeps_first(genome: Genome) -> bool:
+    """Whether the backward pass is known to leave state 1 as it is."""
+    rule, keep = genome.rule, genome.neuron_keep
+    alone = rule.backward_update == "multiplicative_after_first" and rule.backward == "linear"
+    return alone and isinstance(keep, np.ndarray) and bool(np.all(keep == 1.0))
+
+
+def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
+    """The feedback as an array of one state; an error is divided by the temperature, as the output is."""
+    signal = ops.cast(ops.expand_dims(signal, -2 - features), like.dtype)
+    if genome.rule.feedback == "error":  # dL/da_L: the prediction is state 1 over the temperature
+        signal = signal / equations.per_state(genome.temperature, signal, 2 + features)
+    return signal
+
+
+def _with_feedback(genome: Genome, last: Array, signal: Array, features: int) -> Array:
+    """An output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the rest zero."""
+    signal = _signal(genome, signal, last, features)
+    axis = len(last.shape) - 2 - features
+    if genome.rule.feedback == "error" and genome.rule.derivative_state:  # with the pair, times s' as eq. 2 asks
+        signal = signal * ops.take(last, [1], axis=axis)
+    first = first_states(last, 1, features)
+    signal = ops.broadcast_to(signal, ops.shape(first))
+    rest = [ops.zeros_like(first)] * (genome.rule.states - 2)
+    return ops.concatenate([first, signal, *rest], axis=axis)
+
+
+def _as_states(rule: Any, signal: Array, like: Array, features: int) -> Array:
+    """Feedback as what comes back: state 2 of it, the rest zero, with as many states as `like`."""
+    axis = len(like.shape) - 2 - features
+    signal = ops.broadcast_to(signal, ops.shape(first_states(like, 1, features)))
+    zero = ops.zeros_like(signal)
+    ahead = 0 if rule.backward_update == "multiplicative_after_first" else 1
+    return ops.concatenate([*[zero] * ahead, signal, *[zero] * (rule.states - 2)], axis=axis)
+
+
+def _without_first(rule: Any, states: Array, features: int) -> Array:
+    """States without the first, where the backward update leaves it alone and what comes back does not have it."""
+    if rule.backward_update != "multiplicative_after_first":
+        return states
+    axis = len(states.shape) - 2 - features
+    return ops.take(states, [*range(1, rule.states)], axis=axis)
+
+
+def _backward_neurons(
+    genome: Genome, one: Connect, source: Shape, total: Array, old: Array, batch: equations.SharedBatch | None
+) -> Array:
+    """Equation 6 on the rows of a layer."""
+    connection = one.connection
+    if batch is not None:
+        batch = batch._replace(examples=batch.examples * connection.positions_of(source))
+    new = equations.backward_neurons(genome.rule, genome, connection.rows(total), connection.rows(old), batch)
+    return connection.features(new, source)

@@ -80,7 +80,9 @@ class Rule:
         presynaptic: whether a layer's input side of the Hebbian term (eq. 7) is taken after the `"backward"` pass or
             as the `"forward"` pass left it.
         keep_neurons: whether neuron states are kept from one step to the next; by default they start at zero.
-        layers: number of layers with genome arrays of their own; `None`: one genome for all layers.
+        layers: which layers have genome arrays of their own. `None`: one genome for all. A number: each of so many layers,
+            in the network's order. Names: each group of layers, where a layer belongs to the first name that is its own or
+            its kind's; `*` and `?` stand for any text and character, as in `("Conv*", "head", "*")`.
         update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / decay_steps) ** -p` at learning
             step t, with p learned; `"none"`: constant.
         decay_steps: time scale of the decay, in learning steps.
@@ -128,7 +130,7 @@ class Rule:
     supervised_every: int = 1
     presynaptic: str = "backward"
     keep_neurons: bool = False
-    layers: int | None = None
+    layers: int | tuple[str, ...] | None = None
     update_decay: str = "none"
     decay_steps: float = 10.0
     momentum: bool = False
@@ -145,8 +147,7 @@ class Rule:
         arguments.integer("states", self.states, 2)
         arguments.integer("supervised_every", self.supervised_every, 1)
         arguments.integer("orthogonalize", self.orthogonalize, 0)
-        if self.layers is not None:
-            arguments.integer("layers", self.layers, 1)
+        self._check_layers()
         for name in (
             "derivative_state",
             "oja_learned",
@@ -184,6 +185,21 @@ class Rule:
             if self.feedback != "error":
                 raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")
             object.__setattr__(self, "loss", loss_text(self.loss))
+
+    def _check_layers(self) -> None:
+        """Checks `layers`, and makes a tuple of a list of names, as JSON has it."""
+        if isinstance(self.layers, (list, tuple)):
+            names = tuple(self.layers)
+            if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"`layers` must be a number or different names. Received: layers={self.layers!r}")
+            object.__setattr__(self, "layers", names)
+        elif self.layers is not None:
+            arguments.integer("layers", self.layers, 1)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers or groups of layers with genome arrays of their own; 0 if one genome serves all."""
+        return len(self.layers) if isinstance(self.layers, tuple) else self.layers or 0
 
     @property
     def backward(self) -> str:

@@ -1,55 +1,323 @@
-"""Keras layers without weights between layers of synapses: neuron states go forward through them and back through
-their transpose.
+"""Maps without synapses between layers of neurons: how states go forward through them, and back.
 
-Each is a linear map (once a dropout mask is drawn, or once the winners of a max pooling are known), so it has a
-transpose, which is what a backward sweep needs and what automatic differentiation would compute. Pooling is written as
-a gather of each window's entries by a table made once, a weighting of them (equal for an average, the winner of state 1
-for a maximum), and for the transpose a gather by the inverse table: no scatter, no data-dependent shape, any number of
-axes. All k states of a neuron stay together: one mask, one winner.
+One definition serves all: state 1 goes through the map f, every other state through the Jacobian of f
+at state 1, and what comes back goes through the transposed Jacobian. Then the feedback path stays the
+transpose of what the forward pass did, and the genome that is backpropagation stays backpropagation
+through any map. For a linear f, the Jacobian is f itself, so every state goes through it.
+
+Source: the chain rule; eq. 5 and 6 of "Meta-Learning Bidirectional Update Rules" (2021) need no more.
+
+The Jacobians come from automatic differentiation of that one map. Those of dropout and normalisation
+are written by hand: dropout draws one mask for all states, and normalisation adds up over the devices
+that share a batch.
 """
 
 from __future__ import annotations
 
 import abc
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
-import numpy as np
 from keras import ops
 
-from keras_blur import distribution, random
+from keras_blur.backend import replica, replicas
+from keras_blur.core import random
+from keras_blur.core.derivatives import jvp, vjp
+from keras_blur.core.equations import SharedBatch
 
 Array = Any
 Shape = tuple[Any, ...]
 
 
-class StructuralMap(abc.ABC):
-    """A linear map on states `[..., k, batch, *features]`.
+class WeightlessMap(abc.ABC):
+    """A map from one or more arrays of states `[..., k, batch, *features]` to one.
 
     Args:
-        layer: the Keras layer.
-        shape: shape of the features that enter it.
+        sources: shapes of the features that enter.
+        target: shape of the features that leave.
     """
 
-    def __init__(self, layer: keras.Layer, shape: Shape):
-        self.layer = layer
-        self.source = tuple(shape)
-        self.target = tuple(layer.compute_output_shape((None, *shape))[1:])
+    def __init__(self, sources: Sequence[Shape], target: Shape):
+        self.sources = tuple(tuple(shape) for shape in sources)
+        self.target = tuple(target)
 
-    def context(self, states: Array, training: bool) -> Any:
-        """What the map depends on besides its input: a dropout mask, the winners of a pooling."""
+    def context(self, states: Sequence[Array], training: bool) -> Any:
+        """What is drawn once for all states and both passes, such as the mask of a dropout."""
         return None
 
     @abc.abstractmethod
-    def forward(self, states: Array, context: Any) -> Array:
-        """States through the layer."""
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        """The states through the map. All inputs have the same number of states."""
 
     @abc.abstractmethod
-    def transpose(self, states: Array, context: Any) -> Array:
-        """States back through its transpose."""
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        """What comes back, `[..., k, batch, *target]`, through the transposed Jacobian at state 1 of `states`."""
+
+
+class Linear(WeightlessMap):
+    """A linear function of examples, which the states pass as if they were more examples.
+
+    Args:
+        function: of arrays `[n, *features]`, to an array `[n, *target]`.
+        sources: shapes of the features that enter.
+        target: shape of the features that leave.
+    """
+
+    def __init__(self, function: Callable[..., Array], sources: Sequence[Shape], target: Shape):
+        super().__init__(sources, target)
+        self.function = _same_type(function)
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        flat = [_merged(value, len(shape)) for value, shape in zip(states, self.sources, strict=True)]
+        return _split(self.function(*flat), states[0], len(self.sources[0]), self.target)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        flat = _merged(cotangent, len(self.target))
+        points = [ops.zeros((ops.shape(flat)[0], *shape), dtype=flat.dtype) for shape in self.sources]
+        back = vjp(self.function, *points)[1](flat)
+        return tuple(
+            _split(value, cotangent, len(self.target), shape) for value, shape in zip(back, self.sources, strict=True)
+        )
+
+
+class Jacobian(WeightlessMap):
+    """Any differentiable function of whole batches: the other states go through its Jacobian at state 1.
+
+    Args:
+        function: of arrays `[batch, *features]`, to an array `[batch, *target]`.
+        sources: shapes of the features that enter.
+        target: shape of the features that leave.
+    """
+
+    def __init__(self, function: Callable[..., Array], sources: Sequence[Shape], target: Shape):
+        super().__init__(sources, target)
+        self.function = _same_type(function)
+
+    def _members(self, states: Sequence[Array]) -> tuple[list[list[Array]], Shape]:
+        """The states of each member of a population, and the shape of its leading axes."""
+        rank = len(self.sources[0]) + 2
+        leading = tuple(states[0].shape[: len(states[0].shape) - rank])
+        if not leading:
+            return [list(states)], ()
+        flat = [ops.reshape(value, (math.prod(leading), *ops.shape(value)[len(leading) :])) for value in states]
+        return [[value[member] for value in flat] for member in range(math.prod(leading))], leading
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        members, leading = self._members(states)
+        found = []
+        for member in members:
+            first = [value[0] for value in member]
+            rest = range(1, member[0].shape[0])
+            if not rest:
+                found.append(self.function(*first)[None])
+                continue
+            moved = [jvp(self.function, first, [value[state] for value in member]) for state in rest]
+            found.append(ops.stack([moved[0][0], *(change for _, change in moved)]))
+        return _gathered(found, leading)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        members, leading = self._members([*states, cotangent])
+        found = []
+        for *member, back in members:
+            _, pull = vjp(self.function, *(value[0] for value in member))
+            pulled = [pull(back[state]) for state in range(back.shape[0])]
+            found.append([ops.stack(parts) for parts in zip(*pulled, strict=True)])
+        return tuple(_gathered(parts, leading) for parts in zip(*found, strict=True))
+
+
+class Softmax(Jacobian):
+    """A softmax over the last axis. A cross-entropy of probabilities looks through it, to the logits."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(ops.softmax, [shape], shape)
+
+
+class Elementwise(Jacobian):
+    """An elementwise function, whose Jacobian is its derivative: a number for each entry."""
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        (value,) = states
+        axis = -len(self.target) - 2
+        first = ops.take(value, [0], axis=axis)
+        if value.shape[axis] == 1:
+            return self.function(first)
+        through, pull = vjp(self.function, first)
+        rest = ops.take(value, [*range(1, value.shape[axis])], axis=axis)
+        return ops.concatenate([through, pull(ops.ones_like(through))[0] * rest], axis=axis)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        first = ops.take(states[0], [0], axis=-len(self.target) - 2)
+        through, pull = vjp(self.function, first)
+        return (pull(ops.ones_like(through))[0] * cotangent,)
+
+
+class Dropout(WeightlessMap):
+    """Dropout: one mask for all states and both passes.
+
+    The mask comes from the layer's own seed, but not from its random numbers, which are others in a
+    step that XLA compiles. Every replica draws the mask of the whole batch and takes its own rows.
+
+    Args:
+        shape: of the features.
+        rate: share of the entries that are dropped.
+        noise_shape: sizes of the axes, batch included, on which what is dropped differs; `None` for all
+            of an axis, 1 where an axis is dropped as one.
+        draw: gives a seed, two integers, at each call.
+    """
+
+    def __init__(self, shape: Shape, rate: float, noise_shape: Sequence[int | None], draw: Callable[[], Array]):
+        super().__init__([shape], shape)
+        self.rate, self.noise_shape, self.draw = rate, tuple(noise_shape), draw
+
+    def context(self, states: Sequence[Array], training: bool) -> Any:
+        if not training or not self.rate:
+            return None
+        (value,) = states
+        ones = ops.ones_like(ops.take(value, [0], axis=-2 - len(self.target)))
+        rows = ops.shape(ops.reshape(ones, (-1, *self.target)))[0]
+        mask = drop_mask(self.draw(), self.rate, rows, self.target, self.noise_shape, value.dtype)
+        return ops.reshape(mask, ops.shape(ones))
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        return states[0] if context is None else states[0] * context
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        return (cotangent if context is None else cotangent * context,)
+
+
+class Normalize(WeightlessMap):
+    """Centring and scaling by statistics of the values themselves: that of batch, layer and group normalisation.
+
+    With y = (x - mean) / deviation, the Jacobian takes v to (v - mean(v) - y mean(y v)) / deviation.
+    It is symmetric, so it is its own transpose.
+
+    Args:
+        shape: of the features.
+        axes: of `[batch, *features]` that the statistics run over; 0 is the batch.
+        epsilon: added to the variance.
+        center: whether the mean is subtracted; without, the second moment stands for the variance.
+        groups: shape into which the features are brought for the statistics, and back.
+        given: gives mean and variance to use instead, as in prediction; `None` takes those of the values.
+        active: whether training takes the statistics of the values; a frozen layer takes the given ones.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        axes: Sequence[int],
+        epsilon: float,
+        *,
+        center: bool = True,
+        groups: Shape | None = None,
+        given: Callable[[], tuple[Array, Array]] | None = None,
+        active: Callable[[], bool] = lambda: True,
+    ):
+        super().__init__([shape], shape)
+        self.axes, self.epsilon, self.center = tuple(axes), epsilon, center
+        self.groups = tuple(groups or shape)
+        self.given, self.active = given, active
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the statistics run over the batch."""
+        return 0 in self.axes
+
+    def context(self, states: Sequence[Array], training: bool) -> Any:
+        """The statistics to normalise by, or `None` for those of the values."""
+        if self.given is None or (training and self.active()):
+            return None
+        return tuple(ops.reshape(value, self._broadcast(value)) for value in self.given())
+
+    def _broadcast(self, value: Array) -> Shape:
+        kept = [1 if axis + 1 in self.axes else size for axis, size in enumerate(self.groups)]
+        return (1, *kept)
+
+    def _grouped(self, value: Array, features: Shape) -> Array:
+        return value if self.groups == self.target else _features(value, len(self.target), features)
+
+    def _mean(self, value: Array, batch: SharedBatch | None) -> Array:
+        axes = [axis - len(self.groups) - 1 for axis in self.axes]
+        if not self.over_batch or batch is None:
+            return ops.mean(value, axis=axes, keepdims=True)
+        others = math.prod(self.groups[axis - 1] for axis in self.axes if axis)
+        count = ops.cast(batch.examples, value.dtype) * others
+        return batch.total([ops.sum(value, axis=axes, keepdims=True)])[0] / count
+
+    def moments(self, states: Sequence[Array], batch: SharedBatch | None = None) -> tuple[Array, Array]:
+        """Mean and variance of state 1, `[..., 1, 1 or batch, *groups]`."""
+        first = self._grouped(ops.take(states[0], [0], axis=-2 - len(self.target)), self.groups)
+        mean = self._mean(first, batch) if self.center else ops.zeros_like(first[..., :1])
+        return mean, self._mean(ops.square(first - mean), batch)
+
+    def _parts(self, states: Sequence[Array], context: Any, batch: SharedBatch | None) -> tuple[Array, Array]:
+        """State 1 normalised, and the inverse deviation."""
+        first = self._grouped(ops.take(states[0], [0], axis=-2 - len(self.target)), self.groups)
+        mean, variance = self.moments(states, batch) if context is None else context
+        inverse = ops.rsqrt(variance + self.epsilon)
+        return (first - mean if self.center else first) * inverse, inverse
+
+    def _jacobian(self, value: Array, y: Array, inverse: Array, context: Any, batch: SharedBatch | None) -> Array:
+        if context is not None:
+            return value * inverse
+        straight = value - self._mean(value, batch) if self.center else value
+        return inverse * (straight - y * self._mean(y * value, batch))
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        y, inverse = self._parts(states, context, batch)
+        axis = -2 - len(self.target)
+        count = states[0].shape[axis]
+        if count > 1:
+            rest = self._grouped(ops.take(states[0], [*range(1, count)], axis=axis), self.groups)
+            moved = self._jacobian(rest, y, inverse, context, batch)
+            y = ops.concatenate([y, moved], axis=-2 - len(self.groups))
+        return y if self.groups == self.target else _features(y, len(self.groups), self.target)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        y, inverse = self._parts(states, context, batch)
+        back = self._jacobian(self._grouped(cotangent, self.groups), y, inverse, context, batch)
+        return (back if self.groups == self.target else _features(back, len(self.groups), self.target),)
+
+
+def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function whose value has the type of its first argument, which a layer of another policy may change."""
+
+    def cast(*arrays: Array) -> Array:
+        return ops.cast(function(*arrays), arrays[0].dtype)
+
+    return cast
+
+
+def drop_mask(seed: Array, rate: float, rows: Any, shape: Shape, noise_shape: Sequence[int | None], dtype: Any) -> Array:
+    """What a dropout multiplies by, `[rows, *shape]`: 0, or the inverse of the share that stays.
+
+    Args:
+        seed: two integers.
+        rate: share of the entries that are dropped.
+        rows: number of rows of this replica.
+        shape: of a row.
+        noise_shape: as of `Dropout`.
+        dtype: of the mask.
+    """
+    whole = (rows * replicas(), *shape)
+    drawn = tuple(size if wanted is None else wanted for size, wanted in zip(whole, noise_shape, strict=True))
+    stays = random.uniform(ops.cast(seed, "int32"), drawn) >= rate
+    mask = ops.broadcast_to(ops.cast(stays, dtype) / (1.0 - rate), whole)
+    if replicas() > 1:
+        mask = ops.take(mask, replica() * rows + ops.arange(rows), axis=0)
+    return mask
 
 
 def _features(states: Array, known: int, features: Shape) -> Array:
@@ -57,184 +325,21 @@ def _features(states: Array, known: int, features: Shape) -> Array:
     return ops.reshape(states, (*ops.shape(states)[: len(states.shape) - known], *features))
 
 
-class _Reshape(StructuralMap):
-    def forward(self, states: Array, context: Any) -> Array:
-        return _features(states, len(self.source), self.target)
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        return _features(states, len(self.target), self.source)
+def _merged(states: Array, features: int) -> Array:
+    """States `[..., batch, *features]` as `[n, *features]`."""
+    shape = ops.shape(states)
+    return ops.reshape(states, (-1, *shape[len(shape) - features :]))
 
 
-class _Identity(StructuralMap):
-    def forward(self, states: Array, context: Any) -> Array:
-        return states
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        return states
+def _split(flat: Array, like: Array, known: int, features: Shape) -> Array:
+    """The way back of `_merged`: leading axes and batch as those of `like`, which has `known` features."""
+    shape = ops.shape(like)
+    return ops.reshape(flat, (*shape[: len(shape) - known], *features))
 
 
-class _Permute(StructuralMap):
-    def __init__(self, layer: keras.Layer, shape: Shape):
-        super().__init__(layer, shape)
-        self.order = [dimension - 1 for dimension in layer.dims]
-
-    def _by(self, states: Array, order: list[int]) -> Array:
-        leading = len(states.shape) - len(order)
-        return ops.transpose(states, [*range(leading), *(leading + axis for axis in order)])
-
-    def forward(self, states: Array, context: Any) -> Array:
-        return self._by(states, self.order)
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        return self._by(states, [self.order.index(axis) for axis in range(len(self.order))])
-
-
-class _Rescaling(StructuralMap):
-    def forward(self, states: Array, context: Any) -> Array:
-        return states * ops.cast(self.layer.scale, states.dtype) + ops.cast(self.layer.offset, states.dtype)
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        return states * ops.cast(self.layer.scale, states.dtype)
-
-
-class _Dropout(StructuralMap):
-    def context(self, states: Array, training: bool) -> Any:
-        axis = -2 - len(self.source)
-        ones = ops.ones_like(ops.take(states, [0], axis=axis))
-        if not training or not self.layer.rate:
-            return ones
-        # The layer's own seed, but not its random numbers, which are others in a step that XLA compiles.
-        seed = ops.cast(self.layer.seed_generator.next(), "int32")
-        rows = ops.shape(ops.reshape(ones, (-1, *self.source)))
-        mine = distribution.shard()  # every replica draws the mask of the whole batch, and takes its own rows
-        whole = (rows[0] * mine.count, *self.source)
-        stays = random.uniform(seed, self._noise_shape(whole)) >= self.layer.rate
-        mask = ops.broadcast_to(ops.cast(stays, states.dtype) / (1.0 - self.layer.rate), whole)
-        if mine.count > 1:
-            mask = ops.take(mask, mine.index * rows[0] + ops.arange(rows[0]), axis=0)
-        return ops.reshape(mask, ops.shape(ones))
-
-    def _noise_shape(self, whole: Shape) -> Shape:
-        """The axes on which what is dropped differs, of a batch of this shape; 1 where it is dropped as one."""
-        if "Spatial" in type(self.layer).__name__:
-            return (whole[0], *(1 for _ in self.source[:-1]), whole[-1])
-        given = self.layer.noise_shape or (None,) * len(whole)
-        return tuple(size if wanted is None else wanted for size, wanted in zip(whole, given, strict=True))
-
-    def forward(self, states: Array, context: Any) -> Array:
-        return states * context
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        return states * context
-
-
-class _Pooling(StructuralMap):
-    def __init__(self, layer: keras.Layer, shape: Shape):
-        super().__init__(layer, shape)
-        spatial = self.source[:-1]
-        window = getattr(layer, "pool_size", spatial)
-        strides = getattr(layer, "strides", spatial)
-        window, strides = (
-            (value,) * len(spatial) if isinstance(value, int) else tuple(value) for value in (window, strides)
-        )
-        entries = _window_entries(spatial, window, strides, getattr(layer, "padding", "valid"))
-        outside = math.prod(spatial)
-        owners: list[list[int]] = [[] for _ in range(outside)]
-        for place, position in enumerate(entries.ravel()):
-            if position != outside:
-                owners[position].append(place)
-        width = max(map(len, owners))
-        self.entries = entries
-        self.owners = np.array([own + [entries.size] * (width - len(own)) for own in owners])
-        self.inside = (entries != outside)[..., None]  # [windows, entries of a window, 1]
-        self.largest = "Max" in type(layer).__name__
-
-    def _windows(self, states: Array) -> Array:
-        """`[..., *spatial, c]` to `[..., windows, entries, c]`, zero outside the image."""
-        flat = _features(states, len(self.source), (math.prod(self.source[:-1]), self.source[-1]))
-        return ops.take(_zero_row(flat), self.entries, axis=-2)
-
-    def context(self, states: Array, training: bool) -> Any:
-        if not self.largest:
-            return ops.convert_to_tensor(self.inside / self.inside.sum(axis=1, keepdims=True), dtype=states.dtype)
-        values = self._windows(ops.take(states, [0], axis=-2 - len(self.source)))
-        values = ops.where(self.inside, values, -np.inf)
-        winner = ops.one_hot(ops.argmax(values, axis=-2), self.entries.shape[1], dtype=states.dtype)
-        return ops.swapaxes(winner, -1, -2)
-
-    def forward(self, states: Array, context: Any) -> Array:
-        return _features(ops.sum(self._windows(states) * context, axis=-2), 2, self.target)
-
-    def transpose(self, states: Array, context: Any) -> Array:
-        windows = _features(states, len(self.target), (self.entries.shape[0], 1, self.source[-1]))
-        flat = _features(windows * context, 3, (self.entries.size, self.source[-1]))
-        return _features(ops.sum(ops.take(_zero_row(flat), self.owners, axis=-2), axis=-2), 2, self.source)
-
-
-def _zero_row(flat: Array) -> Array:
-    """A row of zeros after the last: where an index points that has no place."""
-    return ops.concatenate([flat, ops.zeros_like(flat[..., :1, :])], axis=-2)
-
-
-def _window_entries(spatial: Shape, window: Shape, strides: Shape, padding: str) -> np.ndarray:
-    """For each window the flat positions of its entries; the number of positions where an entry is outside."""
-    starts = []
-    for size, width, stride in zip(spatial, window, strides, strict=True):
-        if padding == "same":
-            count = -(-size // stride)
-            before = max((count - 1) * stride + width - size, 0) // 2
-        else:
-            count, before = (size - width) // stride + 1, 0
-        starts.append([index * stride - before for index in range(count)])
-    rows = []
-    for corner in itertools.product(*starts):
-        row = []
-        for offset in itertools.product(*map(range, window)):
-            place = [start + step for start, step in zip(corner, offset, strict=True)]
-            inside = all(0 <= index < size for index, size in zip(place, spatial, strict=True))
-            row.append(int(np.ravel_multi_index(place, spatial)) if inside else math.prod(spatial))
-        rows.append(row)
-    return np.array(rows)
-
-
-_POOLING = [
-    getattr(keras.layers, kind + "Pooling" + rank)
-    for kind in ("Average", "Max", "GlobalAverage", "GlobalMax")
-    for rank in ("1D", "2D", "3D")
-]
-_MAPS: dict[type, Callable[[keras.Layer, Shape], StructuralMap]] = {
-    keras.layers.Flatten: _Reshape,
-    keras.layers.Reshape: _Reshape,
-    keras.layers.Identity: _Identity,
-    keras.layers.Permute: _Permute,
-    keras.layers.Rescaling: _Rescaling,
-    keras.layers.Dropout: _Dropout,
-    keras.layers.SpatialDropout1D: _Dropout,
-    keras.layers.SpatialDropout2D: _Dropout,
-    keras.layers.SpatialDropout3D: _Dropout,
-    **dict.fromkeys(_POOLING, _Pooling),
-}
-
-
-def structural_map(layer: keras.Layer, shape: Shape) -> StructuralMap:
-    """The map of a Keras layer without weights.
-
-    Args:
-        layer: the layer.
-        shape: shape of the features that enter it, without the batch.
-
-    Raises:
-        ValueError: if it has no known transpose.
-    """
-    maker = _MAPS.get(type(layer))
-    if maker is None:
-        known = ", ".join(sorted(kind.__name__ for kind in _MAPS))
-        raise ValueError(
-            f"Layer {layer.name!r} ({type(layer).__name__}) stands between layers of synapses, where states must also go "
-            f"back through it, and its transpose is not known. Use one of: {known}; or put it before the first layer of "
-            "synapses. A nonlinearity belongs to the rule, or to `activation` of a keras_blur layer."
-        )
-    data_format = getattr(layer, "data_format", "channels_last")
-    if data_format != "channels_last":
-        raise ValueError(f"Layer {layer.name!r} must have data_format='channels_last'. Received: {data_format!r}")
-    return maker(layer, shape)
+def _gathered(members: Sequence[Array], leading: Shape) -> Array:
+    """The results of the members of a population as one array."""
+    if not leading:
+        return members[0]
+    stacked = ops.stack(list(members))
+    return ops.reshape(stacked, (*leading, *ops.shape(stacked)[1:]))

@@ -1,5 +1,38 @@
-"""Layers whose synapses learn by a genome."""
+"""Layers whose synapses learn by a genome; each stands where the Keras layer of its name stood."""
 
-from keras_blur.layers.dense import Dense
+from keras_blur.layers.attention import MultiHeadAttention
+from keras_blur.layers.convolution import (
+    Conv1D,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+    SeparableConv2D,
+)
+from keras_blur.layers.dense import Dense, EinsumDense
+from keras_blur.layers.embedding import Embedding
+from keras_blur.layers.normalization import (
+    BatchNormalization,
+    GroupNormalization,
+    LayerNormalization,
+    RMSNormalization,
+)
 
-__all__ = ["Dense"]
+__all__ = [
+    "BatchNormalization",
+    "Conv1D",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Dense",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
+    "EinsumDense",
+    "Embedding",
+    "GroupNormalization",
+    "LayerNormalization",
+    "MultiHeadAttention",
+    "RMSNormalization",
+    "SeparableConv2D",
+]

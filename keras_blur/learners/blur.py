@@ -18,6 +18,7 @@ from keras_blur import arguments
 from keras_blur.core import feedback, network
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.genome import Genome
+from keras_blur.core.graph import Graph, chain
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Array, Learner, MetaLearner, Outer, draw_kernel
@@ -67,11 +68,9 @@ class Blur(MetaLearner):
         """Units of each layer, including the output."""
         return (*self.hidden, outputs)
 
-    def stages(self, outputs: int) -> tuple[network.Stage, ...]:
-        """The stages of the network."""
-        return tuple(
-            network.Stage(DenseConnection(units, compute_dtype=self.compute_dtype)) for units in self.units(outputs)
-        )
+    def graph(self, outputs: int) -> Graph:
+        """The network."""
+        return chain([DenseConnection(units, compute_dtype=self.compute_dtype) for units in self.units(outputs)])
 
     def genome(self, outer: Outer) -> Genome:
         """The genome made of outer parameters.
@@ -126,7 +125,7 @@ class Blur(MetaLearner):
     ) -> network.NetworkState:
         synapses = []
         before = features
-        for index, stage in enumerate(self.stages(outputs)):
+        for index, connection in enumerate(self.graph(outputs).holders):
 
             def draw(name: str, channel: int, shape: tuple[int, ...], index: int = index) -> Array:
                 if name == "bias":
@@ -134,13 +133,13 @@ class Blur(MetaLearner):
                 # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
                 return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading, shard)
 
-            synapses.append(stage.connection.init(self.rule, before, draw, feeds_back=index > 0))
-            before = stage.connection.units
+            synapses.append(connection.init(self.rule, before, draw, feeds_back=index > 0))
+            before = connection.units
         return network.NetworkState(tuple(synapses), tf.zeros((), tf.int32))
 
     def step(self, outer: Outer, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
         result = network.step(
-            self.genome(outer), self.stages(y.shape[-1]), state, x, lambda prediction: self._feedback(y, prediction)
+            self.genome(outer), self.graph(y.shape[-1]), state, x, lambda prediction: self._feedback(y, prediction)
         )
         return result.state, result.output
 
@@ -156,9 +155,9 @@ class Blur(MetaLearner):
 
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
         genome = self.genome(outer)
-        stages = self.stages(int(state.synapses[-1]["kernel"].shape[-1]))
-        sweep = network.forward(genome, stages, network.stored(genome, stages, state.synapses), x)
-        return network.output(genome, sweep.neurons)
+        graph = self.graph(int(state.synapses[-1]["kernel"].shape[-1]))
+        sweep = network.forward(genome, graph, network.stored(genome, graph, state.synapses), x)
+        return network.output(genome, graph, sweep.values)
 
 
 def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:

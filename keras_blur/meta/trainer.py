@@ -32,7 +32,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, random
-from keras_blur.checks import check_tasks
+from keras_blur.checks.tasks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.core.genome import Genome
 from keras_blur.distribution import Shard, mean, shard

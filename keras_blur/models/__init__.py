@@ -1,6 +1,7 @@
 """Keras models that learn by a genome."""
 
 from keras_blur.models.convert import convert
+from keras_blur.models.model import Model
 from keras_blur.models.sequential import Sequential
 
-__all__ = ["Sequential", "convert"]
+__all__ = ["Model", "Sequential", "convert"]

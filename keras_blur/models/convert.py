@@ -1,38 +1,73 @@
-"""Keras networks as networks that learn by a genome."""
+"""Keras networks as networks that learn by a genome, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_blur import layers as kb_layers
 from keras_blur.core import equations
 from keras_blur.core.connection import TRACE
 from keras_blur.core.genome import Genome
-from keras_blur.core.rule import ACTIVATIONS
-from keras_blur.layers.dense import Dense
+from keras_blur.layers.base import BlurLayer, SynapticLayer, relu_tanh
+from keras_blur.layers.normalization import BatchNormalization
+from keras_blur.models.model import BlurModel, Model
+from keras_blur.models.reading import check_weightless
 from keras_blur.models.sequential import Sequential
 
-_SAMPLES = np.array([-1e3, -7.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 7.0, 1e3], np.float32)
+# Of each kind of Keras layer with weights: for each part of its twin, the attribute path to the Keras layer that has its
+# weights, and the names of kernel and bias there.
+_SELF = ((), "kernel", "bias")
+_NORMAL = ((), "gamma", "beta")
+_PARTS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
+    "Dense": (_SELF,),
+    "EinsumDense": (_SELF,),
+    "Conv1D": (_SELF,),
+    "Conv2D": (_SELF,),
+    "Conv3D": (_SELF,),
+    "Conv2DTranspose": (_SELF,),
+    "DepthwiseConv1D": (_SELF,),
+    "DepthwiseConv2D": (_SELF,),
+    "SeparableConv2D": (((), "depthwise_kernel", ""), ((), "pointwise_kernel", "bias")),
+    "Embedding": (((), "embeddings", ""),),
+    "BatchNormalization": (_NORMAL,),
+    "LayerNormalization": (_NORMAL,),
+    "GroupNormalization": (_NORMAL,),
+    "RMSNormalization": (((), "scale", ""),),
+    "MultiHeadAttention": tuple(
+        ((name,), "kernel", "bias") for name in ("_query_dense", "_key_dense", "_value_dense", "_output_dense")
+    ),
+}
+# Options of Keras layers that only say how something is computed, or that are made anew.
+_NEUTRAL = (
+    "quantization_config", "flash_attention", "build_config", "gptq_unpacked_column_size", "activity_regularizer",
+    "rms_scaling", "renorm", "renorm_clipping", "renorm_momentum", "use_gate", "sliding_window", "attention_axes",
+)  # fmt: skip
+
+_USUAL = (("renorm_momentum", 0.99), ("attention_axes", (1,)), ("attention_axes", [1]))
 
 
-def convert(model: keras.Sequential, genome: Genome) -> Sequential:
-    """A Keras Sequential of Dense and structural layers as a network that learns by a genome.
+def convert(model: keras.Model, genome: Genome) -> BlurModel:
+    """A Keras model as one that learns by a genome.
 
     Args:
-        model: a built `keras.Sequential` of `keras.layers.Dense`, `keras.layers.Activation` right after a linear one, and
-            layers without weights. Nested `keras.Sequential` models are unfolded.
+        model: a built Functional or Sequential model. Its layers with weights have a twin in `keras_blur.layers`; all
+            others are taken as they are. Nested models are unfolded by the plan; a layer used twice stays one layer.
         genome: the genome of the new model.
 
     Returns:
-        A `Sequential` with the same weights in each forward channel; backward synapses that the rule updates with the same
-        terms as the forward ones (`directions="tied_updates"`) start equal to them, independent ones at random.
+        A `Sequential` for a `keras.Sequential`, else a `Model`, with the same weights in each forward channel, the same
+        names and moving statistics; backward synapses that the rule updates with the same terms as the forward ones
+        (`directions="tied_updates"`) start equal to them, independent ones at random.
 
     Raises:
-        ValueError: if the model is not built, holds another layer with weights, a nonlinearity that no rule knows, or an
-            option without a place in `keras_blur.layers.Dense`: regularizers, constraints, LoRA, quantization.
+        ValueError: if the model is not built, holds another layer with weights, or an option without a place in the twin:
+            LoRA, quantization, an activity regularizer.
 
     Example:
 
@@ -43,37 +78,55 @@ def convert(model: keras.Sequential, genome: Genome) -> Sequential:
     >>> bool(np.allclose(model(np.ones((1, 4))), twin(np.ones((1, 4)))))
     True
     """
-    if type(model) is not keras.Sequential:
-        raise ValueError(f"`model` must be a keras.Sequential. Received: {model!r}")
+    if not _is_plain(model):
+        raise ValueError(f"`model` must be a keras.Sequential or a Functional keras.Model. Received: {model!r}")
     if not model.built:
         raise ValueError("`model` must be built: start it with a keras.Input, or call it on data.")
-    chain: list[keras.Layer] = [keras.layers.InputLayer(batch_shape=model.input_shape)]
-    for layer in _unfolded(model):
-        if type(layer) is keras.layers.Dense:
-            _check_options(layer)
-            copy = Dense(
-                layer.units, _activation_name(layer), layer.use_bias, layer.kernel_initializer, layer.bias_initializer,
-                name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable,
-            )  # fmt: skip
-            chain.append(copy)
-        elif type(layer) is keras.layers.Activation and isinstance(chain[-1], Dense) and chain[-1].activation == "linear":
-            Sequential.check_weightless(layer)
-            chain[-1].activation = _activation_name(layer)
-        elif layer.weights:
-            raise ValueError(
-                f"Layer {layer.name!r} ({type(layer).__name__}) has weights and no keras_blur twin; only Dense has one."
-            )
-        else:
-            Sequential.check_weightless(layer)  # a regularizer is not in the config
-            chain.append(type(layer).from_config(layer.get_config()))
-    blur = Sequential(chain, genome=genome, name=model.name, dtype=model.dtype_policy)
-    blur.build(tuple(model.input_shape))
-    copy_kernels(model, blur)
-    return blur
+    twins: dict[int, Any] = {}
+
+    def twin(layer: Any) -> Any:
+        if id(layer) not in twins:
+            twins[id(layer)] = keras.models.clone_model(layer, clone_function=twin) if _is_plain(layer) else _twin(layer)
+        return twins[id(layer)]
+
+    made: BlurModel
+    if type(model) is keras.Sequential:
+        inputs = keras.layers.InputLayer(batch_shape=model.input_shape, dtype=model.inputs[0].dtype)
+        chain = _merged([twin(layer) for layer in _unfolded(model)])
+        made = Sequential([inputs, *chain], genome=genome, name=model.name, dtype=model.dtype_policy)
+    else:
+        clone = keras.models.clone_model(model, clone_function=twin)
+        struct = keras.tree.pack_sequence_as(model._outputs_struct, keras.tree.flatten(clone.outputs))
+        entered = keras.tree.pack_sequence_as(model._inputs_struct, keras.tree.flatten(clone.inputs))
+        made = Model(entered, struct, genome=genome, name=model.name, dtype=model.dtype_policy)
+    for layer in _all_layers(model):
+        if isinstance(twins.get(id(layer)), BlurLayer):
+            _copy(layer, twins[id(layer)])
+    return made
 
 
-def _unfolded(model: keras.Sequential) -> Iterator[keras.Layer]:
-    """The layers, those of nested models in their place."""
+def copy_weights(source: keras.Model, target: BlurModel) -> None:
+    """Copies the weights of a Keras model into each forward channel of a model with the same layers in the same order.
+
+    Args:
+        source: a built model.
+        target: a built model that learns by a genome.
+    """
+    own = [layer for layer in target.layers if isinstance(layer, BlurLayer)]
+    theirs = [layer for layer in _all_layers(source) if type(layer).__name__ in _PARTS]
+    for layer, twin in zip(theirs, own, strict=True):
+        _copy(layer, twin)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is a Sequential or Functional model of Keras."""
+    if isinstance(layer, (keras.Sequential, BlurModel)):
+        return type(layer) is keras.Sequential
+    return isinstance(layer, keras.Model) and hasattr(layer, "_nodes_by_depth")
+
+
+def _unfolded(model: keras.Model) -> Iterator[Any]:
+    """The layers of a chain, those of nested chains in their place."""
     for layer in model.layers:
         if type(layer) is keras.Sequential:
             yield from _unfolded(layer)
@@ -81,12 +134,64 @@ def _unfolded(model: keras.Sequential) -> Iterator[keras.Layer]:
             yield layer
 
 
-def _check_options(layer: keras.layers.Dense) -> None:
-    """Raises a `ValueError` if a Dense layer has an option that is not its default and has no place in ours."""
-    plain = keras.layers.Dense(layer.units).get_config()
-    own = Dense(layer.units).get_config()
-    for name, value in layer.get_config().items():
-        if name not in own and value != plain.get(name):
+def _merged(chain: list[Any]) -> list[Any]:
+    """A chain in which an elementwise activation right after a linear layer is that layer's own."""
+    found: list[Any] = []
+    for layer in chain:
+        before = found[-1] if found else None
+        if (
+            type(layer) is keras.layers.Activation
+            and isinstance(before, SynapticLayer)
+            and before.get_config().get("activation") == "linear"  # a normalisation has none to take
+        ):
+            name = getattr(layer.activation, "__name__", "")
+            if name in ("relu", "tanh", "sigmoid") and getattr(keras.activations, name) is layer.activation:
+                before.activation = name
+                continue
+        found.append(layer)
+    return found
+
+
+def _all_layers(model: keras.Model) -> Iterator[Any]:
+    """The layers of a model, those of nested models too."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _all_layers(layer)
+        else:
+            yield layer
+
+
+def _twin(layer: Any) -> Any:
+    """The keras_blur layer of a Keras layer, or a copy of one without weights."""
+    kind = type(layer).__name__
+    if isinstance(layer, (keras.layers.InputLayer,)):
+        return layer
+    if kind not in _PARTS or type(layer) is not getattr(keras.layers, kind):
+        allowed = (keras.layers.Normalization, keras.Model)
+        if isinstance(layer, keras.Layer) and layer.weights and not isinstance(layer, allowed):
+            raise ValueError(
+                f"Layer {layer.name!r} ({kind}) has weights and no keras_blur twin; these have one: {', '.join(_PARTS)}."
+            )
+        check_weightless(layer)
+        copy = _copied(layer)
+        if isinstance(layer, keras.layers.Normalization) and layer.built:
+            copy.build(layer._build_input_shape) if hasattr(layer, "_build_input_shape") else None
+            copy.set_weights(layer.get_weights())
+            copy.finalize_state()
+        return copy
+    own = getattr(kb_layers, kind)
+    known = inspect.signature(own.__init__).parameters
+    plain = _defaults(type(layer))
+    config = layer.get_config()
+    kept: dict[str, Any] = {}
+    for name, value in config.items():
+        if name == "activation":  # a config knows a function by its name
+            kept[name] = layer.activation
+        elif name != "activity_regularizer" and (name in known or name in ("name", "trainable", "dtype")):
+            kept[name] = value
+        elif name in _NEUTRAL and (not value or (name, value) in _USUAL):
+            continue
+        elif value != plain.get(name):
             raise ValueError(
                 f"`{name}` of layer {layer.name!r} must be {plain.get(name)!r}, since a genome has no place for it. "
                 f"Received: {name}={value!r}"
@@ -95,35 +200,135 @@ def _check_options(layer: keras.layers.Dense) -> None:
         raise ValueError(
             f"`dtype` of layer {layer.name!r} must not be quantized. Received: dtype={layer.dtype_policy.name!r}"
         )
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            f"`lora_rank` of layer {layer.name!r} must be None, since a genome has no place for it. "
+            f"Received: lora_rank={layer.lora_rank!r}"
+        )
+    return own(**kept)
 
 
-def copy_kernels(source: keras.Sequential, target: Sequential) -> None:
-    """Copies the weights of a Keras network's Dense layers into each forward channel of a network of the same shape.
+def _copied(layer: Any) -> Any:
+    """Another layer without weights like one; a config knows a function by its name, or not at all."""
+    if isinstance(layer, keras.layers.Lambda):
+        return layer
+    copy = type(layer).from_config(layer.get_config())
+    if isinstance(layer, keras.layers.Activation):
+        copy.activation = layer.activation
+    return copy
 
-    Backward kernels that receive the same updates as the forward ones start equal to them; independent ones are left.
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
+
+
+def _pairs(layer: Any, twin: BlurLayer) -> Iterator[tuple[SynapticLayer, Any, Any]]:
+    """The parts of a twin with the kernel and the bias of the Keras layer, or `None`."""
+    for part, (path, kernel, bias) in zip(twin.parts(), _PARTS[type(layer).__name__], strict=True):
+        holder = layer
+        for name in path:
+            holder = getattr(holder, name)
+        yield part, getattr(holder, kernel, None), getattr(holder, bias, None) if bias else None
+
+
+def _copy(layer: Any, twin: BlurLayer) -> None:
+    """Copies the weights of a Keras layer into each forward channel of its twin."""
+    for part, kernel, bias in _pairs(layer, twin):
+        equal = part.rule is not None and part.rule.directions == "tied_updates"
+        for name, variable in part.synapses.items():
+            if name.endswith(TRACE) or (name == "backward_kernel" and not equal):
+                continue
+            # By way of numpy: models that shared arrays would lose them when JAX's trainer donates one's.
+            value = ops.convert_to_numpy(bias if name == "bias" else kernel)
+            value = value.reshape(variable.shape[2:]) if name == "bias" else value
+            variable.assign(np.broadcast_to(value, variable.shape))
+    if isinstance(twin, BatchNormalization):
+        mean, variance = (ops.convert_to_numpy(value) for value in (layer.moving_mean, layer.moving_variance))
+        twin.moving_mean.assign(mean)
+        twin.moving_variance.assign(variance)
+        if np.any(mean != 0.0) or np.any(variance != 1.0):  # statistics of a trained network
+            twin.settle()
+
+
+def to_keras(model: BlurModel) -> keras.Model:
+    """A model that learned by a genome as a plain Keras model, with the first channel of its synapses.
+
+    Args:
+        model: a built model whose genome predicts from state 1 alone, as backpropagation does.
+
+    Returns:
+        A `keras.Model` (a `keras.Sequential` of a `Sequential`) with the same names and predictions.
+
+    Raises:
+        ValueError: if the prediction needs more than state 1 or the plain weights.
     """
-    dense = [layer for layer in _unfolded(source) if isinstance(layer, keras.layers.Dense)]
-    own = [layer for layer in target.layers if isinstance(layer, Dense)]
-    for layer, copy in zip(dense, own, strict=True):
-        for name, variable in copy.synapses.items():
-            if name.endswith(TRACE):
-                continue
-            if name == "backward_kernel" and target.rule.directions != "tied_updates":
-                continue
-            value = layer.bias if name == "bias" else layer.kernel
-            variable.assign(ops.broadcast_to(value, variable.shape))
+    if not model.built:
+        raise ValueError("The model must be built: start `layers` with a keras.Input, or call `fit`.")
+    _check_plain(model.genome)
+    twins: dict[int, Any] = {}
+
+    def plain(layer: Any) -> Any:
+        if id(layer) not in twins:
+            nested = _is_plain(layer)
+            twins[id(layer)] = keras.models.clone_model(layer, clone_function=plain) if nested else _keras_twin(layer)
+        return twins[id(layer)]
+
+    clone = keras.models.clone_model(model._network, clone_function=plain)
+    if isinstance(model, Sequential):
+        clone = keras.Sequential([clone.inputs[0], *(plain(layer) for layer in model.layers)], name=model.name)
+    else:
+        clone = keras.Model(
+            keras.tree.pack_sequence_as(model._network._inputs_struct, keras.tree.flatten(clone.inputs)),
+            keras.tree.pack_sequence_as(model._network._outputs_struct, keras.tree.flatten(clone.outputs)),
+            name=model.name,
+        )
+    for layer in _all_layers(model._network):
+        if isinstance(layer, BlurLayer):
+            _copy_back(layer, twins[id(layer)])
+    return clone
 
 
-def _activation_name(layer: keras.Layer) -> str:
-    name = getattr(layer.activation, "__name__", str(layer.activation))
-    if name not in ACTIVATIONS:
-        hint = " For a softmax output, use a linear layer and a loss with from_logits=True." if name == "softmax" else ""
+def _check_plain(genome: Genome) -> None:
+    """Raises a `ValueError` if a genome's prediction is not that of a plain network."""
+    rule = genome.rule
+    first = equations.swapped(np.asarray(genome.nu))[..., 0, :]
+    numbers = {"neuron_update": 1.0, "temperature": 1.0}
+    reasons = [f"{name} is not 1" for name, one in numbers.items() if np.any(np.asarray(genome.arrays[name]) != one)]
+    if np.any(first[..., 0] != 1.0) or np.any(first[..., 1:] != 0.0):
+        reasons.append("state 1 reads more than state 1 of the layer before")
+    if rule.normalize_activations in ("forward", "both"):
+        reasons.append("it normalises summed inputs")
+    if rule.normalize_synapses != "none":
+        reasons.append("it normalises synapses")
+    if rule.keep_neurons:
+        reasons.append("it keeps neurons")
+    if reasons:
         raise ValueError(
-            f"Layer {layer.name!r} has the activation {name!r}, which no rule knows; known: {', '.join(ACTIVATIONS)}.{hint}"
+            "`genome` must predict from state 1 and the plain weights for a Keras model to predict the same. "
+            f"Received a genome where {reasons[0]}"
         )
-    if not np.allclose(layer.activation(ops.array(_SAMPLES)), equations.activate(name, ops.array(_SAMPLES)), atol=1e-6):
-        raise ValueError(
-            f"Layer {layer.name!r} has a function of its own for activation, {name!r}, which no rule knows; known: "
-            f"{', '.join(ACTIVATIONS)}."
-        )
-    return name
+
+
+def _keras_twin(layer: Any) -> Any:
+    if not isinstance(layer, BlurLayer):
+        return layer if isinstance(layer, keras.layers.InputLayer) else _copied(layer)
+    kind = getattr(keras.layers, type(layer).__name__)
+    known = inspect.signature(kind.__init__).parameters
+    config: Mapping[str, Any] = layer.get_config()
+    kept = {name: value for name, value in config.items() if name in known or name in ("name", "trainable", "dtype")}
+    if "activation" in kept:
+        part = layer.parts()[-1]
+        activation = part.activation or part._default
+        kept["activation"] = relu_tanh if activation == "relu_tanh" else activation
+    return kind.from_config(kept)
+
+
+def _copy_back(layer: BlurLayer, plain: Any) -> None:
+    for part, kernel, bias in _pairs(plain, layer):
+        for name, value in (("kernel", kernel), ("bias", bias)):
+            own = part.synapses.get(name)
+            if own is not None and value is not None:
+                value.assign(ops.convert_to_numpy(own)[0].reshape(value.shape))
+    if isinstance(layer, BatchNormalization):
+        plain.moving_mean.assign(ops.convert_to_numpy(layer.moving_mean))
+        plain.moving_variance.assign(ops.convert_to_numpy(layer.moving_variance))

@@ -27,7 +27,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.checks import Expected, check_tasks, checked_arrays
+from keras_blur.checks import Expected, checked_arrays
+from keras_blur.checks.tasks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.core.genome import Genome
 from keras_blur.files import check_output

@@ -176,11 +176,11 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
 
     def decide(state: Any, query: Array, square: Array) -> tuple[Array, Array]:
         if isinstance(learner, Blur) and learner.rule.normalization_axis == "batch":
-            genome, stages = learner.genome(outer), learner.stages(int(state.synapses[-1]["kernel"].shape[-1]))
-            synapses = network.stored(genome, stages, state.synapses)
-            known = network.forward(genome, stages, synapses, query)
-            there = network.forward(genome, stages, synapses, square, statistics=known.statistics)
-            return _class(network.output(genome, known.neurons)), _class(network.output(genome, there.neurons))
+            genome, graph = learner.genome(outer), learner.graph(int(state.synapses[-1]["kernel"].shape[-1]))
+            synapses = network.stored(genome, graph, state.synapses)
+            known = network.forward(genome, graph, synapses, query)
+            there = network.forward(genome, graph, synapses, square, statistics=known.statistics)
+            return _class(network.output(genome, graph, known.values)), _class(network.output(genome, graph, there.values))
         return _class(learner.predict(outer, state, query)), _class(learner.predict(outer, state, square))
 
     # Without XLA, since compilation would take longer than training these small networks.

@@ -84,7 +84,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
     rule = genome.rule
     if genome.population:
         raise ValueError(f"`genome` must be a single one: draw its members one by one. Received: {genome!r}")
-    layers = [genome] if rule.layers is None else [genome.layer(index) for index in range(rule.layers)]
+    layers = [genome] if rule.layers is None else [genome.layer(index) for index in range(rule.layer_count)]
     lines = [list(_MATRICES)]
     if rule.separate_forward_synapse:
         lines.append(["", "", "forward_nu_tilde", "forward_mu_tilde"])
@@ -111,7 +111,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
                     axis.axis("off")
             row[-1].remove()
         if rule.layers is not None:
-            said = f"layer {number + 1}" + (" (output)" if number == rule.layers - 1 else "")
+            said = f"layer {number + 1}" + (" (output)" if number == rule.layer_count - 1 else "")
             axes[first][0].set_ylabel(f"{said}\n\nsource state", fontsize=8)
         beside = made.add_subplot(grid[first : first + len(lines), -1])
         _table(beside, {name: np.asarray(array) for name, array in own.arrays.items() if name not in drawn})
@@ -120,7 +120,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
     )
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_linewidth(0.5)
-    of = "" if rule.layers is None else f", {rule.layers} layers with their own"
+    of = "" if rule.layers is None else f", {rule.layer_count} layers with their own"
     made.suptitle(f"{title}: {states} states, {genome.size} numbers{of}", fontsize=10)
     style.save(made, path)
     return made

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import random
-from keras_blur.checks import check_tasks
+from keras_blur.checks.tasks import check_tasks
 from keras_blur.compiling import compiled
 from keras_blur.core import network
 from keras_blur.core.genome import Genome

@@ -1,0 +1,153 @@
+"""The backend's functions on JAX; see `keras_blur.backend`.
+
+Devices need no sums of ours here: a batch that `keras.distribution` lays over several devices is one
+array to a program, and the compiler forms the sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any
+
+
+def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """The value of a function, and its transposed Jacobian as a function of a cotangent."""
+    return jax.vjp(function, *inputs)
+
+
+def jvp(function: Callable[..., Array], inputs: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    """The value of a function, and its Jacobian times a tangent."""
+    return jax.jvp(function, tuple(inputs), tuple(tangents))
+
+
+def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Makes a class a tree of arrays for `jit`, `grad` and `vmap`."""
+
+    def swapped(value: Any) -> tuple[Any, Any]:
+        static, arrays = flatten(value)
+        return arrays, static
+
+    jax.tree_util.register_pytree_node(kind, swapped, unflatten)
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    return jnp.tanh(x)
+
+
+def traced(value: Any) -> bool:
+    """Whether a value's numbers are not known while a program is traced."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def replicas() -> int:
+    """Always 1: a batch on several devices is one array."""
+    return 1
+
+
+def replica() -> int:
+    """Always 0."""
+    return 0
+
+
+def total(values: Sequence[Array]) -> list[Array]:
+    """The values themselves."""
+    return list(values)
+
+
+def training_elsewhere() -> bool:
+    """Always `False`: JAX does not tell a function whether its gradient will be taken."""
+    return False
+
+
+def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
+    """The logs themselves."""
+    return dict(logs)
+
+
+@contextlib.contextmanager
+def symbolic_build(model: Any, iterator: Any, data_batch: Any) -> Iterator[tuple[Any, Any]]:
+    """Nothing to prepare."""
+    yield iterator, data_batch
+
+
+def outside_of_programs() -> Any:
+    """No scope: variables are made where they are made."""
+    return contextlib.nullcontext()
+
+
+def after(values: Sequence[Array]) -> Any:
+    """No scope: a program is a function of its inputs."""
+    return contextlib.nullcontext()
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether a value is a `tf.data.Dataset`, which JAX's trainer takes where TensorFlow is installed."""
+    tensorflow = sys.modules.get("tensorflow")
+    return tensorflow is not None and isinstance(value, tensorflow.data.Dataset)
+
+
+# Philox 4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011), with the key and
+# counter that TensorFlow's stateless generators make of a seed, so both backends draw the same integers.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_SCRAMBLE = (0x3EC8F720, 0x02461E29)
+_ROUNDS = 10
+
+
+def _multiply(a: Array, b: int) -> tuple[Array, Array]:
+    """Upper and lower 32 bits of a product, from 16-bit halves: JAX has no 64-bit integers by default."""
+    mask = jnp.uint32(0xFFFF)
+    low, high = a & mask, a >> 16
+    b_low, b_high = jnp.uint32(b & 0xFFFF), jnp.uint32(b >> 16)
+    middle = high * b_low + ((low * b_low) >> 16)
+    cross = low * b_high + (middle & mask)
+    return high * b_high + (middle >> 16) + (cross >> 16), a * jnp.uint32(b)
+
+
+def philox(counter: Sequence[Array], key: Sequence[Array]) -> tuple[Array, ...]:
+    """Four random 32-bit integers for each value of a counter of four integers.
+
+    Example:
+
+    >>> [hex(int(x)) for x in philox([jnp.uint32(0)] * 4, [jnp.uint32(0)] * 2)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    (a, b, c, d), (first, second) = counter, key
+    for _ in range(_ROUNDS):
+        high, low = _multiply(a, _MULTIPLIERS[0])
+        high_2, low_2 = _multiply(c, _MULTIPLIERS[1])
+        a, b, c, d = high_2 ^ b ^ first, low_2, high ^ d ^ second, low
+        first, second = first + jnp.uint32(_WEYL[0]), second + jnp.uint32(_WEYL[1])
+    return a, b, c, d
+
+
+def _words(value: Array) -> tuple[Array, Array]:
+    """A signed 32-bit integer as the lower and upper word of a 64-bit one."""
+    value = jnp.asarray(value).astype(jnp.int32)
+    return value.astype(jnp.uint32), (value >> 31).astype(jnp.uint32)
+
+
+def bits(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform 32-bit integers of the Philox generator, from a seed of two integers."""
+    low, high = _words(seed[0])
+    low_2, high_2 = _words(seed[1])
+    mixed = philox((low, high, low_2, high_2), tuple(jnp.uint32(word) for word in _SCRAMBLE))
+    size = int(np.prod(shape, dtype=np.int64))
+    blocks = jnp.arange(-(-size // 4), dtype=jnp.uint32)
+    zeros = jnp.zeros_like(blocks)
+    drawn = philox((blocks, zeros, mixed[2] + zeros, mixed[3] + zeros), (mixed[0], mixed[1]))
+    return jnp.stack(drawn, axis=-1).reshape(-1)[:size].reshape(shape)
+
+
+def fold_in(seed: Array, number: Any) -> Array:
+    """Another seed for each number."""
+    return jnp.stack([bits(seed, ()).astype(jnp.int32), jnp.asarray(number).astype(jnp.int32)])

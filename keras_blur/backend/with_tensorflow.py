@@ -1,0 +1,173 @@
+"""The backend's functions on TensorFlow; see `keras_blur.backend`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.eager import record  # TensorFlow does not export whether a tape records
+
+Array = Any
+
+
+def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """The value of a function, and its transposed Jacobian as a function of a cotangent.
+
+    Args:
+        function: of arrays, to one array.
+        *inputs: where to take the Jacobian.
+
+    Returns:
+        The value, and a function from an array of the value's shape to one array for each input. It
+        may be called several times.
+
+    Example:
+
+    >>> value, pull = vjp(lambda x: x * x, tf.constant(3.0))
+    >>> float(value), float(pull(tf.constant(2.0))[0])
+    (9.0, 12.0)
+    """
+    points = [tf.convert_to_tensor(value) for value in inputs]
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(points)
+        value = function(*points)
+
+    def pull(cotangent: Array) -> tuple[Array, ...]:
+        return tuple(
+            tape.gradient(value, points, output_gradients=cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        )
+
+    return value, pull
+
+
+def jvp(function: Callable[..., Array], inputs: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    """The value of a function, and its Jacobian times a tangent.
+
+    The Jacobian is the transpose of the transposed one, so every operation with a second derivative
+    has it, under XLA as well; forward accumulators do not compile there.
+
+    Raises:
+        ValueError: if the function has no second derivative on TensorFlow.
+
+    Example:
+
+    >>> value, change = jvp(lambda x: x * x, [tf.constant(3.0)], [tf.constant(2.0)])
+    >>> float(value), float(change)
+    (9.0, 12.0)
+    """
+    points = [tf.convert_to_tensor(value) for value in inputs]
+    with tf.GradientTape(watch_accessed_variables=False) as outer:
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(points)
+            value = function(*points)
+        cotangent = tf.zeros_like(value)
+        outer.watch(cotangent)
+        # The inner gradient is recorded by the outer tape, as a linear function of the cotangent.
+        back = inner.gradient(value, points, output_gradients=cotangent)
+    used = [(one, tangent) for one, tangent in zip(back, tangents, strict=True) if one is not None]
+    if not used:  # the value does not depend on the inputs
+        return value, tf.zeros_like(value)
+    moved = outer.gradient([one for one, _ in used], cotangent, output_gradients=[tangent for _, tangent in used])
+    if moved is None:
+        raise ValueError(
+            "A layer or operation without weights must have a second derivative on TensorFlow for the other states to go "
+            f"through it. Received: {getattr(function, '__name__', function)!r}, which has none"
+        )
+    return value, moved
+
+
+def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Makes a class a tree of arrays for `tf.function` and `tf.nest`.
+
+    Args:
+        kind: the class.
+        flatten: from an object to what is static and hashable, and a tuple of arrays.
+        unflatten: the way back.
+    """
+    kind.__tf_flatten__ = flatten  # type: ignore[attr-defined]
+    kind.__tf_unflatten__ = classmethod(lambda _, static, arrays: unflatten(static, arrays))  # type: ignore[attr-defined]
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    return tf.math.tanh(x)
+
+
+def traced(value: Any) -> bool:
+    """Whether a value's numbers are not known while a program is traced."""
+    return tf.is_tensor(value) and not hasattr(value, "numpy")
+
+
+def replicas() -> int:
+    """Number of replicas of the strategy in whose scope this is called; 1 where there is none."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def replica() -> Any:
+    """Number of this replica, inside its program; 0 outside."""
+    context = tf.distribute.get_replica_context()
+    return 0 if context is None else context.replica_id_in_sync_group
+
+
+def total(values: Sequence[Array]) -> list[Array]:
+    """The sums over all replicas of a list of arrays, inside a replica's program."""
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1 or not values:
+        return list(values)
+    return list(context.all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
+
+
+def bits(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform 32-bit integers of the Philox generator, from a seed of two integers."""
+    return tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+
+
+def fold_in(seed: Array, number: Any) -> Array:
+    """Another seed for each number."""
+    return tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
+
+
+def training_elsewhere() -> bool:
+    """Whether a gradient tape records, as in the training step of an optimizer."""
+    return record.could_possibly_record()
+
+
+def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
+    """A replica's logs for the `fit` of Keras, whose mean over several workers needs an axis to run over."""
+    if not _several_workers():
+        return dict(logs)
+    return {name: value[None] for name, value in logs.items()}
+
+
+def _several_workers() -> bool:
+    return isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy)
+
+
+@contextlib.contextmanager
+def symbolic_build(model: Any, iterator: Any, data_batch: Any) -> Iterator[tuple[Any, Any]]:
+    """The surroundings in which Keras builds metrics, and the data that it may look at."""
+    strategy = model.distribute_strategy
+    with strategy.scope():
+        if iterator is not None and _several_workers():
+            batch = next(iter(next(iter(iterator))[2]))
+            local = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], batch)
+            yield None, local
+        else:
+            yield iterator, data_batch
+
+
+def outside_of_programs() -> Any:
+    """A scope in which variables are made outside of the program that is being traced."""
+    return tf.init_scope()
+
+
+def after(values: Sequence[Array]) -> Any:
+    """A scope whose assignments wait for values."""
+    return tf.control_dependencies([value for value in values if tf.is_tensor(value)])
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether a value is a `tf.data.Dataset`."""
+    return isinstance(value, tf.data.Dataset)

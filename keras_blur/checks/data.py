@@ -1,0 +1,518 @@
+"""Data checks: arrays, PyDatasets and generators, before a model uses them; `tf.data` in `datasets.py`.
+
+Each check raises a `ValueError` of one sentence with the argument, the expected value and the received
+one. Arrays are checked before any work, batches of a stream as they arrive. TensorFlow is not imported:
+a value can be one of its kind only where it is imported already.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import math
+import numbers
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_blur import backend
+from keras_blur.core import feedback as feedbacks
+from keras_blur.core.losses import ignored_class
+
+Array = Any
+Shape = tuple[int | None, ...]
+
+ROUNDING = 1e-3  # soft labels in half precision exceed 1 by less
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The data that a model takes.
+
+    Attributes:
+        features: shape of one input; `None` if it is not known.
+        outputs: shape of one output; `None` if it is not known.
+        labels: `"classes"`, `"indicators"`, `"signs"`, `"hinge"` or `"values"`, as in `feedback.target_kind`; `None` for a
+            loss that may take labels of any shape.
+        classes: number of classes of integer labels; `None` if it is not known.
+        ignored: the label that the loss leaves out (`ignore_class`).
+        text: whether inputs may be strings.
+        several: whether there are several inputs or outputs, whose structure Keras checks.
+    """
+
+    features: Shape | None = None
+    outputs: Shape | None = None
+    labels: str | None = None
+    classes: int | None = None
+    ignored: int | None = None
+    text: bool = False
+    several: bool = False
+
+
+def label_kind(loss: Any) -> str | None:
+    """The kind of labels that a Keras loss takes, or `None` for a loss of another origin.
+
+    Args:
+        loss: a `keras.losses.Loss`, a function or a name.
+    """
+    try:
+        loss = feedbacks.resolve_loss(loss)
+    except ValueError:
+        return None
+    name = type(loss).__name__
+    known = getattr(keras.losses, name, None) is type(loss) and name not in ("CTC", "Circle")
+    return feedbacks.target_kind(loss) if known else None
+
+
+def model_expects(model: keras.Model, loss: Any) -> Expected:
+    """The data that a Keras model with one input and one output takes under a loss."""
+    features, outputs = (getattr(model, name, None) for name in ("input_shape", "output_shape"))
+    if not all(shape is None or isinstance(shape, tuple) for shape in (features, outputs)):
+        return Expected()
+    return Expected(
+        None if features is None else tuple(features[1:]),
+        None if outputs is None else tuple(outputs[1:]),
+        label_kind(loss),
+        outputs[-1] if outputs and len(outputs) > 1 else None,
+        ignored_class(loss),
+        text=any(tensor.dtype == "string" for tensor in getattr(model, "inputs", None) or ()),
+    )
+
+
+def checked(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    expected: Callable[[], Expected],
+    *,
+    within: str | None = None,
+    labelled: bool = True,
+) -> tuple[Any, Any, Any]:
+    """Data for a Keras model, checked: arrays at once, batches of other sources as they arrive.
+
+    Args:
+        x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of batches.
+        y: labels or targets of arrays.
+        sample_weight: weights of arrays, or `None`.
+        expected: gives the data that the model takes; called at each check, since the first batch may build a model.
+        within: the argument that holds the data, if it isn't `x` itself, as `"validation_data"`.
+        labelled: whether the data must have labels.
+
+    Returns:
+        The three, ready for Keras: lists as arrays, booleans and small integers as a dtype that losses and metrics take.
+
+    Raises:
+        ValueError: if shapes, dtypes, numbers, labels or weights don't fit. A stream raises it inside `plain_errors`.
+    """
+    check = Check(expected, within, labelled)
+    if expected().several:
+        check.structures(x, y, sample_weight)
+        return x, y, sample_weight
+    dataset = backend.is_dataset(x)
+    if not dataset and not isinstance(x, keras.utils.PyDataset) and not inspect.isgenerator(x):
+        return check.arrays(x, y, sample_weight)
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"{check.named(name)} must be left out where x gives batches, which hold it. Received: x={type(x).__name__} "
+                f"and {name}={type(value).__name__}"
+            )
+    if dataset:
+        from keras_blur.checks.datasets import checked_dataset  # it imports TensorFlow
+
+        return checked_dataset(check, x), None, None
+    if isinstance(x, keras.utils.PyDataset):
+        if x.num_batches == 0:
+            check.refuse("x", "hold at least one example", "a PyDataset without batches")
+        return _CheckedDataset(x, check), None, None
+    return check.batches(x), None, None
+
+
+def checked_arrays(
+    x: Any, y: Any, sample_weight: Any, expected: Expected, within: str | None = None
+) -> tuple[Any, Any, Any]:
+    """As `checked`, for arrays alone."""
+    return Check(lambda: expected, within, True).arrays(x, y, sample_weight)
+
+
+def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
+    """The argument `validation_data`, checked as by `checked`: arrays `(x, y)` or `(x, y, sample_weight)`, or a stream."""
+    if not isinstance(data, (tuple, list)):
+        return checked(data, None, None, expected, within="validation_data")[0]
+    if not 2 <= len(data) <= 3:
+        raise ValueError(
+            f"`validation_data` must be (x, y), (x, y, sample_weight) or a dataset. Received: a tuple of {len(data)}"
+        )
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, weight = checked(x, y, weight, expected, within="validation_data")
+    return (x, y) if weight is None else (x, y, weight)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what TensorFlow makes of an error in a checked stream back into the `ValueError`."""
+    try:
+        yield
+    except _stream_errors() as error:
+        text = f"{StreamError.__name__}: {error}" if isinstance(error, StreamError) else str(error)
+        found = re.search(rf"{StreamError.__name__}: ([^\n]*)", text)
+        if not found:
+            raise
+        raise ValueError(found[1]) from None
+
+
+def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected) -> None:
+    """Raises a `ValueError` unless `class_weight` is `None` or maps classes to finite weights of 0 or more."""
+    if class_weight is None:
+        return
+    if sample_weight is not None:
+        raise ValueError("`class_weight` must be None where `sample_weight` is given. Received: both")
+    wanted = "`class_weight` must map class numbers to finite weights of 0 or more."
+    if not isinstance(class_weight, Mapping) or not class_weight:
+        raise ValueError(f"{wanted} Received: class_weight={class_weight!r}")
+    for label, weight in class_weight.items():
+        whole = isinstance(label, numbers.Real) and float(label).is_integer() and float(label) >= 0
+        if not whole or (expected.classes is not None and label >= expected.classes):
+            limit = "" if expected.classes is None else f" below {expected.classes}"
+            raise ValueError(f"{wanted[:-1]}, with class numbers{limit}. Received: the class {label!r}")
+        try:
+            sound = math.isfinite(weight) and weight >= 0
+        except TypeError:
+            sound = False
+        if not sound:
+            raise ValueError(f"{wanted} Received: weight {weight!r} for class {label!r}")
+
+
+class CheckedModel(keras.Model):
+    """A Keras model that checks its data; a subclass has `_expected`."""
+
+    @abc.abstractmethod
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        given = inspect.signature(keras.Model.evaluate).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        others = given.pop("kwargs", {})
+        if not others.get("_use_cached_eval_dataset"):  # `fit` checked it
+            data = checked(given.get("x"), given.get("y"), given.get("sample_weight"), self._expected)
+            given["x"], given["y"], given["sample_weight"] = data
+        with plain_errors():
+            return super().evaluate(**given, **others)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, with the inputs checked as in `fit`."""
+        x = checked(x, None, None, self._expected, labelled=False)[0]
+        with plain_errors():
+            return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        x, y, sample_weight = checked(x, y, sample_weight, self._expected)
+        check_class_weight(class_weight, sample_weight, self._expected())
+        return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
+
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """As in Keras, with the data checked as in `fit`."""
+        return super().test_on_batch(*checked(x, y, sample_weight, self._expected), **kwargs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """As in Keras, with the inputs checked as in `fit`."""
+        return super().predict_on_batch(checked(x, None, None, self._expected, labelled=False)[0])
+
+
+def _stream_errors() -> tuple[type[BaseException], ...]:
+    """What an error in a stream becomes, with and without TensorFlow."""
+    tensorflow = sys.modules.get("tensorflow")
+    return (StreamError,) if tensorflow is None else (tensorflow.errors.OpError, StreamError)
+
+
+def _tensorflow_kind(value: Any) -> str | None:
+    """`"ragged"` or `"sparse"` for a tensor, or its spec, that is no array."""
+    name = type(value).__name__
+    kinds = {"RaggedTensor": "ragged", "RaggedTensorSpec": "ragged", "SparseTensor": "sparse", "SparseTensorSpec": "sparse"}
+    return kinds.get(name) if type(value).__module__.startswith("tensorflow") else None
+
+
+class StreamError(ValueError):
+    """The error of a batch that streams; TensorFlow carries its name and its sentence."""
+
+
+class Check:
+    """The checks of one source of data."""
+
+    def __init__(self, expected: Callable[[], Expected], within: str | None, labelled: bool):
+        self.expected, self.within, self.labelled = expected, within, labelled
+
+    def named(self, name: str) -> str:
+        """An argument as messages name it."""
+        return f"`{name}` of `{self.within}`" if self.within else f"`{name}`"
+
+    def refuse(self, name: str, wanted: str, received: str) -> None:
+        raise ValueError(f"{self.named(name)} must {wanted}. Received: {received}")
+
+    # Sources.
+
+    def arrays(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        """Arrays of any kind, checked and ready for Keras."""
+        expected = self.expected()
+        x_array = self._array("x", x, expected)
+        y_array = self._array("y", y, expected) if self.labelled else None
+        weight = None if sample_weight is None else self._array("sample_weight", sample_weight, expected)
+        self.check_shapes(expected, *(None if one is None else one.shape for one in (x_array, y_array, weight)))
+        self._values(expected, x_array, y_array, weight)
+        # A tensor stays where it is, unless it has to change.
+        pairs = ((x, x_array), (y, y_array), (sample_weight, weight))
+        kept = [value if ops.is_tensor(value) else array for value, array in pairs]
+        return ready(expected, *kept) if self.labelled else (ready(expected, kept[0], None, None)[0], y, kept[2])
+
+    def structures(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Several inputs or outputs: their arrays are finite and of one length. Keras checks their structure."""
+        length = None
+        for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+            for array in keras.tree.flatten(value):
+                if not isinstance(array, np.ndarray) or not array.ndim:
+                    continue
+                if _floating(array.dtype) and not np.isfinite(array).all():
+                    self.refuse(name, "be finite", "an array with NaN or infinite numbers")
+                length = len(array) if length is None else length
+                if len(array) != length:
+                    self.refuse(name, f"have as many examples as the first array, {length}", f"an array of {len(array)}")
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of a generator, checked as they arrive."""
+        empty = True
+        for batch in batches:
+            empty = False
+            yield self.batch(batch)
+        if empty:
+            self.refuse("x", "hold at least one example", "a generator without batches")
+
+    def batch(self, batch: Any) -> Any:
+        """A batch of a stream, checked."""
+        try:
+            parts = self.parts(batch)
+            if not self.labelled:
+                return (self.arrays(parts[0], None, None)[0],)
+            x, y, weight = self.arrays(*parts)
+        except ValueError as error:
+            raise StreamError(str(error)) from None
+        return (x, y) if weight is None else (x, y, weight)
+
+    def parts(self, batch: Any) -> tuple[Any, Any, Any]:
+        if isinstance(batch, (tuple, list)) and not 1 <= len(batch) <= 3:
+            self.refuse("x", "give batches (x, y) or (x, y, sample_weight)", f"batches of {len(batch)} parts")
+        return keras.utils.unpack_x_y_sample_weight(batch)
+
+    # Checks of form.
+
+    def _array(self, name: str, value: Any, expected: Expected) -> np.ndarray:
+        """An argument as a numpy array of numbers."""
+        if value is None:
+            self.refuse(name, "be given", f"{name}=None")
+        wanted = f"be one array{f' of shape {text_of(expected.features)}' if name == 'x' and expected.features else ''}"
+        several = isinstance(value, (list, tuple)) and self._is_several(name, value, expected)
+        if several or isinstance(value, Mapping) or _tensorflow_kind(value):
+            self.refuse(name, wanted, described(value))
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError):
+            self.refuse(name, wanted, described(value))
+        if array.ndim == 0 and array.dtype.kind == "O":
+            self.refuse(name, wanted, described(value))
+        self.check_dtype(name, array.dtype, expected)
+        return array
+
+    def _is_several(self, name: str, value: Any, expected: Expected) -> bool:
+        """Whether a list holds whole inputs rather than examples."""
+        if name != "x" or not expected.features:
+            return False
+        return bool(value) and all(len(getattr(one, "shape", ())) > len(expected.features) for one in value)
+
+    def check_dtype(self, name: str, dtype: Any, expected: Expected) -> None:
+        if name == "x" and expected.text and dtype.kind in "USO":
+            return
+        if dtype.kind not in "biuf" and dtype.name != "bfloat16":
+            self.refuse(name, "hold numbers", f"{dtype if dtype.kind != 'O' else 'objects or strings'}")
+
+    def check_shapes(self, expected: Expected, x: Any, y: Any = None, weight: Any = None) -> None:
+        """Checks shapes; a size that isn't known is `None`, as is the shape of an absent array or of one of unknown rank."""
+        if x is not None and not (x and _fits(x[1:], *_input_shapes(expected.features))):
+            self.refuse("x", f"have shape {text_of(expected.features)}", f"an array of shape {_plain(x)}")
+        if x is not None and x[0] == 0:
+            self.refuse("x", "hold at least one example", f"an array of shape {_plain(x)}")
+        if y is not None and not (y and _fits(y[1:], *_label_shapes(expected))):
+            forms = _label_shapes(expected)
+            wanted = " or ".join(dict.fromkeys(text_of(form) for form in forms))
+            kind = " of integer labels" if expected.labels == "classes" else ""
+            hint = ""
+            if expected.labels not in (None, "classes") and y and len(y) <= 2 and y[1:] in ((), (1,)):
+                hint = "; integer labels need a sparse loss"
+            self.refuse("y", f"have shape {wanted}{kind}", f"an array of shape {_plain(y)}{hint}")
+        if weight is not None and not (weight and _fits(weight[1:], *_weight_shapes(expected))):
+            wanted = " or ".join(dict.fromkeys(text_of(form) for form in _weight_shapes(expected)))
+            self.refuse("sample_weight", f"have shape {wanted}", f"an array of shape {_plain(weight)}")
+        for name, shape in (("y", y), ("sample_weight", weight)):
+            if x and shape and None not in (x[0], shape[0]) and x[0] != shape[0]:
+                self.refuse(name, f"have as many examples as `x`, {x[0]}", f"an array of shape {_plain(shape)}")
+
+    # Checks of values.
+
+    def _values(self, expected: Expected, x: Array, y: Array, weight: Array) -> None:
+        for name, value in (("x", x), ("y", y), ("sample_weight", weight)):
+            if value is not None and _floating(value.dtype) and not np.isfinite(value).all():
+                self.refuse(name, "be finite", "an array with NaN or infinite numbers")
+        if weight is not None and weight.size and weight.min() < 0:
+            self.refuse("sample_weight", "be 0 or more", f"a weight of {weight.min()}")
+        if y is not None and y.size:
+            self._labels(expected, y)
+
+    def _labels(self, expected: Expected, y: np.ndarray) -> None:
+        low, high = y.min(), y.max()
+        if expected.labels == "classes":
+            counted = y if expected.ignored is None else y[y != expected.ignored]
+            limit = "" if expected.classes is None else f" to {expected.classes - 1}"
+            wanted = f"hold integers from 0{limit}"
+            if not counted.size:
+                return
+            if _floating(y.dtype) and (counted % 1).any():
+                self.refuse("y", wanted, f"labels with fractions, such as {counted[counted % 1 != 0].flat[0]:g}")
+            low, high = counted.min(), counted.max()
+            if low < 0 or (expected.classes is not None and high >= expected.classes):
+                self.refuse("y", wanted, f"labels from {low:g} to {high:g}")
+        elif expected.labels == "indicators" and (low < -ROUNDING or high > 1 + ROUNDING):
+            self.refuse("y", "hold numbers from 0 to 1", f"labels from {low:g} to {high:g}")
+        elif expected.labels == "hinge" and (low < -1 - ROUNDING or high > 1 + ROUNDING):
+            self.refuse("y", "hold numbers from -1 to 1", f"labels from {low:g} to {high:g}")
+        elif expected.labels == "signs" and not ((y == 1) | (y == -1)).all():
+            self.refuse("y", "hold -1 and +1 alone", f"labels from {low:g} to {high:g}")
+
+
+class _CheckedDataset(keras.utils.PyDataset):
+    """A `PyDataset` whose batches are checked as they arrive."""
+
+    def __init__(self, inner: keras.utils.PyDataset, check: Check):
+        super().__init__(
+            workers=inner.workers, use_multiprocessing=inner.use_multiprocessing, max_queue_size=inner.max_queue_size
+        )
+        self._inner, self._check = inner, check
+
+    def __getitem__(self, index: int) -> Any:
+        return self._check.batch(self._inner[index])
+
+    @property
+    def num_batches(self) -> int | None:
+        return self._inner.num_batches
+
+    def on_epoch_begin(self) -> None:
+        self._inner.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._inner.on_epoch_end()
+
+
+def ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """Sound numpy arrays or tensors in a form that every layer, loss and metric takes."""
+    x, y, weight = (_native(one) for one in (x, y, weight))
+    rank = None if expected.features is None else len(expected.features) + 1
+    if rank is not None and len(x.shape) != rank:
+        x = x[..., None] if len(x.shape) < rank else x[..., 0]
+    if y is not None:
+        dtype = keras.backend.standardize_dtype(y.dtype)
+        if expected.labels == "classes" and "float" not in dtype and dtype not in ("int32", "int64"):
+            y = _cast(y, "int32")
+        elif dtype == "bool" and expected.labels is not None:
+            y = _cast(y, "float32")
+    if weight is not None and expected.outputs is not None:
+        weight = _cast(weight, "float32")
+        if len(expected.outputs) < 2 and len(weight.shape) == 2:
+            weight = weight[:, 0]
+    return x, y, weight
+
+
+def _cast(value: Any, dtype: str) -> Any:
+    return ops.cast(value, dtype) if ops.is_tensor(value) else value.astype(dtype)
+
+
+def _native(value: Any) -> Any:
+    """An array with numbers as this machine and TensorFlow have them."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+        return value.astype(np.float64)
+    return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+
+
+def _floating(dtype: Any) -> bool:
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def _fits(shape: Shape, *forms: Shape | None) -> bool:
+    """Whether a shape without its batch axis is one of the forms; `None` stands for any."""
+
+    def same(size: int | None, other: int | None) -> bool:
+        return size is None or other is None or size == other
+
+    return any(form is None or (len(shape) == len(form) and all(map(same, shape, form))) for form in forms)
+
+
+def _input_shapes(features: Shape | None) -> list[Shape | None]:
+    """The shape of an input, and those from which Keras adds or removes a last axis of 1."""
+    if features is None:
+        return [None]
+    return [features, (*features, 1)] if not features or features[-1] != 1 else [features, features[:-1], (*features, 1)]
+
+
+def _label_shapes(expected: Expected) -> list[Shape | None]:
+    if expected.labels is None or expected.outputs is None:
+        return [None]
+    before = expected.outputs[:-1]
+    if expected.labels == "classes":
+        return [before, (*before, 1)]
+    if not expected.outputs:
+        return [(), (1,)]
+    return [expected.outputs, before] if expected.outputs[-1] == 1 else [expected.outputs]
+
+
+def _weight_shapes(expected: Expected) -> list[Shape | None]:
+    if expected.outputs is None:
+        return [None]
+    forms = [expected.outputs[:count] for count in range(max(1, len(expected.outputs)))]
+    return list(itertools.chain(*((form, (*form, 1)) for form in forms)))
+
+
+def text_of(shape: Shape | None) -> str:
+    """The shape of a batch as messages have it."""
+    if shape is None:
+        return "(batch, ...)"
+    sizes = ["batch", *("any" if size is None else str(size) for size in shape)]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _plain(shape: Shape) -> str:
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def described(value: Any) -> str:
+    """A description of what was given instead of an array."""
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, value))}"
+    if _tensorflow_kind(value):
+        return f"a {_tensorflow_kind(value)} tensor"
+    if isinstance(value, (list, tuple)):
+        shapes = [_plain(tuple(one.shape)) for one in value if getattr(one, "shape", None) is not None]
+        parts = f" with arrays of shape {', '.join(shapes[:3])}" if shapes else ""
+        return f"a {type(value).__name__} of length {len(value)}{parts}"
+    return f"{type(value).__name__}"

@@ -1,0 +1,83 @@
+"""Checks of task distributions."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_blur import random
+
+_TASK_KINDS = ("classes", "values", "bits")
+
+
+def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> None:
+    """Draws one episode of a task distribution and checks it.
+
+    Args:
+        tasks: a `tasks.Tasks`.
+        batch: examples in each support batch.
+        query: examples of the query.
+        split: the split to draw from.
+
+    Raises:
+        ValueError: if an attribute is missing or wrong, or an array of the episode has a wrong shape or dtype, isn't finite,
+            or holds labels other than +1 and -1 for `kind="classes"` (with 0 where unscored, for `"bits"`).
+    """
+    named = f"`tasks` ({getattr(tasks, 'name', type(tasks).__name__)})"
+    for attribute in ("features", "outputs"):
+        value = getattr(tasks, attribute, None)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{named} must have `{attribute}`, a positive integer. Received: {attribute}={value!r}")
+    if tasks.kind not in _TASK_KINDS:
+        known = ", ".join(map(repr, _TASK_KINDS))
+        raise ValueError(f"{named} must have a `kind`, one of {known}. Received: kind={tasks.kind!r}")
+    seed = random.seed_of(0)
+    with tf.device("CPU"):
+        count = min(batch + query, tasks.available(split))
+        drawn = tasks.examples(seed, count, split)
+        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
+            raise ValueError(f"{named} must give examples (x, y). Received: {type(drawn).__name__}")
+        for name, value, columns in zip("xy", drawn, (tasks.features, tasks.outputs), strict=True):
+            found = np.asarray(value)
+            if found.shape != (count, columns):
+                raise ValueError(
+                    f"{named} must give examples with `{name}` of shape {(count, columns)}. Received: shape {found.shape}"
+                )
+            if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
+                raise ValueError(f"{named} must give examples with `{name}` of numbers. Received: {found.dtype}")
+        episode = tasks.episode(seed, steps=1, batch=batch, query=query, split=split)
+    wanted = {
+        "x": (1, batch, tasks.features),
+        "y": (1, batch, tasks.outputs),
+        "query_x": (query, tasks.features),
+        "query_y": (query, tasks.outputs),
+    }
+    if not isinstance(episode, Mapping) or set(episode) != set(wanted):
+        came = sorted(episode) if isinstance(episode, Mapping) else type(episode).__name__
+        raise ValueError(f"{named} must give episodes with x, y, query_x and query_y. Received: {came}")
+    for name, shape in wanted.items():
+        value = np.asarray(episode[name])
+        if value.shape != shape:
+            raise ValueError(f"{named} must give `{name}` of shape {shape}. Received: shape {value.shape}")
+        if value.dtype != np.float32:
+            raise ValueError(f"{named} must give `{name}` as float32. Received: {value.dtype}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{named} must give finite numbers. Received: NaN or infinite numbers in `{name}`")
+        if not name.endswith("y") or tasks.kind == "values":
+            continue
+        allowed = (-1.0, 0.0, 1.0) if tasks.kind == "bits" else (-1.0, 1.0)
+        if not np.isin(value, allowed).all():
+            known = "labels +1, -1 and 0 (unscored)" if tasks.kind == "bits" else "labels +1 and -1"
+            raise ValueError(
+                f"{named} must give {known} for kind={tasks.kind!r}. Received: `{name}` from {value.min():g} to "
+                f"{value.max():g}, with other values"
+            )
+        if tasks.kind == "classes" and tasks.outputs > 1 and not ((value > 0).sum(-1) == 1).all():
+            raise ValueError(
+                f"{named} must give one label +1 in each row for kind='classes'. Received: `{name}` with "
+                f"{(value > 0).sum(-1).min()} to {(value > 0).sum(-1).max()}"
+            )

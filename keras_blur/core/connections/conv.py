@@ -1,0 +1,283 @@
+"""Convolutions as connections: a convolution is a dense connection on patches.
+
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), applied to patches: every
+position of the output is one more row of the batch, and sharing weights is a sum over rows.
+
+Why not unfold always: patches are `kernel size` times as large as the input. With one genome the
+backend's own convolution, its transpose and its kernel gradient are used; with a population, where
+every member has its own kernel, patches and one batched matrix product. Both give the same numbers.
+
+Arrays are channels last inside; `channels_first` transposes at the door.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_blur.core.connection import Connection, Shape
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Connection):
+    """What all convolutions share: positions, layout, channels of kernels.
+
+    Args:
+        size: the kernel's size along each spatial axis.
+        strides: of each spatial axis.
+        padding: `"valid"`, `"same"`, or `"causal"` for one axis.
+        dilation: of each spatial axis.
+        groups: number of groups of channels.
+        first: whether channels stand before the spatial axes.
+    """
+
+    size: Shape = ()
+    strides: Shape = ()
+    padding: str = "valid"
+    dilation: Shape = ()
+    groups: int = 1
+    first: bool = False
+
+    @property
+    def axes(self) -> int:
+        return len(self.size) + 1
+
+    # Layout: `_last` has channels last, `_stored` as the layer has them.
+
+    def _shape_last(self, shape: Shape) -> Shape:
+        return (*shape[1:], shape[0]) if self.first else tuple(shape)
+
+    def _shape_stored(self, shape: Shape) -> Shape:
+        return (shape[-1], *shape[:-1]) if self.first else tuple(shape)
+
+    def _last(self, states: Array) -> Array:
+        return ops.moveaxis(states, -self.axes, -1) if self.first else states
+
+    def _stored_order(self, states: Array) -> Array:
+        return ops.moveaxis(states, -1, -self.axes) if self.first else states
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return (*self.size, self._shape_last(source)[-1] // self.groups, self.units)
+
+    def target(self, source: Shape) -> Shape:
+        spatial = [
+            _length(length, size, stride, self.padding, rate)
+            for length, size, stride, rate in zip(
+                self._shape_last(source)[:-1], self.size, self.strides, self.dilation, strict=True
+            )
+        ]
+        return self._shape_stored((*spatial, self.units))
+
+    def rows(self, states: Array) -> Array:
+        states = self._last(states)
+        shape = ops.shape(states)
+        return ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, self.units))
+
+    def features(self, rows: Array, source: Shape) -> Array:
+        target = self._shape_last(self.target(source))
+        return self._stored_order(ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *target)))
+
+    def matrix(self, kernel: Array) -> Array:
+        shape = ops.shape(kernel)
+        return ops.reshape(kernel, (*shape[: len(shape) - self.axes - 1], -1, self.units))
+
+    def kernel(self, matrix: Array, like: Array) -> Array:
+        return ops.reshape(matrix, ops.shape(like))
+
+    def over_readers(self, matrix: Array) -> Array:
+        if self.groups == 1:
+            return super().over_readers(matrix)
+        each = self.units // self.groups
+        grouped = ops.reshape(matrix, (*ops.shape(matrix)[:-1], self.groups, each))
+        return ops.repeat(ops.sum(grouped, axis=-1), each, axis=-1)
+
+    def product(self, kernel: Array, x: Array) -> Array:
+        x = self._last(x)
+        kernel_axes = self.axes + 1
+        if len(kernel.shape) > kernel_axes + 1:  # a population of kernels
+            return self._stored_order(self._unfolded(kernel, x))
+        channels, states = kernel.shape[0], x.shape[-2 - self.axes]
+        if channels == 1:
+            return self._stored_order(self._folded(kernel[0], x))
+        parts = []
+        for channel in range(channels):
+            index = channel if states > 1 else 0
+            one = ops.take(x, [index], axis=-2 - self.axes)
+            parts.append(self._folded(kernel[channel], one))
+        return self._stored_order(ops.concatenate(parts, axis=-2 - self.axes))
+
+    def _folded(self, kernel: Array, x: Array) -> Array:
+        """One kernel on states of which all leading axes are examples."""
+        shape = ops.shape(x)
+        flat = ops.reshape(x, (-1, *shape[len(shape) - self.axes :]))
+        y = self._convolve(kernel, flat)
+        return ops.reshape(y, (*shape[: len(shape) - self.axes], *y.shape[1:]))
+
+    def _convolve(self, kernel: Array, x: Array) -> Array:
+        """The backend's convolution of `[n, *spatial, in]`."""
+        padding, x = self.padding, x
+        if padding == "causal":
+            (size,), (rate,) = self.size, self.dilation
+            x = ops.pad(x, ((0, 0), ((size - 1) * rate, 0), (0, 0)))
+            padding = "valid"
+        return ops.conv(
+            x, kernel, strides=self.strides, padding=padding, data_format="channels_last",
+            dilation_rate=self.dilation,
+        )  # fmt: skip
+
+    def _unfolded(self, kernel: Array, x: Array) -> Array:
+        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`, one matrix product."""
+        patches = unfold(x, self.size, self.strides, self.padding, self.dilation)  # [..., batch, *out, taps, channels]
+        shape = ops.shape(patches)
+        taps, channels = shape[-2], shape[-1]
+        spatial = self._shape_last(self.target(self._shape_stored(tuple(x.shape[len(x.shape) - self.axes :]))))[:-1]
+        lead = shape[: len(shape) - self.axes - 2]
+        groups, inputs = self.groups, channels // self.groups
+        patches = ops.reshape(patches, (*lead, -1, taps, groups, inputs))
+        patches = ops.moveaxis(patches, -2, -4)  # [..., groups, rows, taps, in]
+        patches = ops.reshape(patches, (*ops.shape(patches)[:-2], taps * inputs))
+        kernel = self._by_group(kernel, taps, inputs)
+        y = ops.matmul(patches, kernel)  # [..., groups, rows, out / groups]
+        y = ops.moveaxis(y, -3, -2)
+        front = ops.shape(y)[:-3]
+        return ops.reshape(y, (*front, -1, *spatial, self.units))
+
+    def _by_group(self, kernel: Array, taps: int, inputs: int) -> Array:
+        """A kernel as `[..., c, groups, taps * in, out / groups]`."""
+        lead = ops.shape(kernel)[: len(kernel.shape) - self.axes - 1]
+        kernel = ops.reshape(kernel, (*lead, taps * inputs, self.groups, self.units // self.groups))
+        return ops.moveaxis(kernel, -2, -3)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvConnection(Convolution):
+    """The operations of Conv1D, Conv2D and Conv3D."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthwiseConnection(Convolution):
+    """The operations of DepthwiseConv1D and DepthwiseConv2D: each input channel has kernels of its own.
+
+    Args:
+        multiplier: number of kernels of each channel; `units` is the number of channels times it.
+    """
+
+    multiplier: int = 1
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return (*self.size, self._shape_last(source)[-1], self.multiplier)
+
+    def _convolve(self, kernel: Array, x: Array) -> Array:
+        return ops.depthwise_conv(
+            x, kernel, strides=self.strides, padding=self.padding, data_format="channels_last",
+            dilation_rate=self.dilation,
+        )  # fmt: skip
+
+    def _by_group(self, kernel: Array, taps: int, inputs: int) -> Array:
+        lead = ops.shape(kernel)[: len(kernel.shape) - self.axes - 1]
+        kernel = ops.reshape(kernel, (*lead, taps, self.groups, self.multiplier))
+        return ops.moveaxis(kernel, -2, -3)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedConnection(Convolution):
+    """The operations of Conv2DTranspose: the transpose of a convolution, with kernels `[*size, out, in]`.
+
+    Args:
+        output_padding: as in Keras, or `None`.
+    """
+
+    output_padding: Shape | None = None
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return (*self.size, self.units, self._shape_last(source)[-1])
+
+    def target(self, source: Shape) -> Shape:
+        lengths = []
+        extra = self.output_padding or (None,) * len(self.size)
+        for length, size, stride, rate, more in zip(
+            self._shape_last(source)[:-1], self.size, self.strides, self.dilation, extra, strict=True
+        ):
+            reach = size + (size - 1) * (rate - 1)
+            if more is None:
+                lengths.append(length * stride if self.padding == "same" else length * stride + max(reach - stride, 0))
+            else:
+                cut = reach // 2 if self.padding == "same" else 0
+                lengths.append((length - 1) * stride + reach - 2 * cut + more)
+        return self._shape_stored((*lengths, self.units))
+
+    def matrix(self, kernel: Array) -> Array:
+        kernel = ops.swapaxes(kernel, -1, -2)
+        shape = ops.shape(kernel)
+        return ops.reshape(kernel, (*shape[: len(shape) - self.axes - 1], -1, self.units))
+
+    def kernel(self, matrix: Array, like: Array) -> Array:
+        *lead, units, inputs = ops.shape(like)
+        return ops.swapaxes(ops.reshape(matrix, (*lead, inputs, units)), -1, -2)
+
+    def _convolve(self, kernel: Array, x: Array) -> Array:
+        return ops.conv_transpose(
+            x, kernel, strides=self.strides, padding=self.padding, output_padding=self.output_padding,
+            data_format="channels_last", dilation_rate=self.dilation,
+        )  # fmt: skip
+
+    def _unfolded(self, kernel: Array, x: Array) -> Array:
+        """Member by member: a transposed convolution has no patches to gather."""
+        lead = tuple(kernel.shape[: len(kernel.shape) - self.axes - 2])
+        members = ops.reshape(kernel, (-1, *kernel.shape[len(lead) :]))
+        wide = ops.broadcast_to(x, (*lead, *ops.shape(x)[len(x.shape) - self.axes - 2 :]))
+        states = ops.reshape(wide, (-1, *ops.shape(wide)[len(lead) :]))
+        plain = dataclasses.replace(self, first=False)
+        found = [plain.product(members[member], states[member]) for member in range(math.prod(lead))]
+        stacked = ops.stack(found)
+        return ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:]))
+
+
+def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape) -> Array:
+    """The patches that a convolution reads, `[..., *positions, taps, channels]`, of `[..., *spatial, channels]`.
+
+    Taps run in the order of the kernel's spatial axes, the last one fastest.
+
+    Example:
+
+    >>> x = ops.reshape(ops.arange(5.0), (1, 5, 1))
+    >>> ops.convert_to_numpy(unfold(x, (2,), (1,), "valid", (1,)))[0, :, :, 0].tolist()
+    [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
+    """
+    rank = len(size)
+    lengths = x.shape[-1 - rank : -1]
+    before, counts = [], []
+    for length, width, stride, rate in zip(lengths, size, strides, dilation, strict=True):
+        count = _length(length, width, stride, padding, rate)
+        reach = (width - 1) * rate + 1
+        if padding == "same":
+            before.append(max((count - 1) * stride + reach - length, 0) // 2)
+        else:
+            before.append(reach - 1 if padding == "causal" else 0)
+        counts.append(count)
+    pads = []
+    for axis, (length, width, stride, rate) in enumerate(zip(lengths, size, strides, dilation, strict=True)):
+        needed = (counts[axis] - 1) * stride + (width - 1) * rate + 1
+        pads.append((before[axis], max(needed - length - before[axis], 0)))
+    x = ops.pad(x, (*((0, 0),) * (len(x.shape) - rank - 1), *pads, (0, 0)))
+    taps = []
+    for offset in itertools.product(*map(range, size)):
+        window = [slice(None)] * (len(x.shape) - rank - 1)
+        for place, stride, rate, count in zip(offset, strides, dilation, counts, strict=True):
+            start = place * rate
+            window.append(slice(start, start + (count - 1) * stride + 1, stride))
+        taps.append(x[(*window, slice(None))])
+    return ops.stack(taps, axis=-2)
+
+
+def _length(length: int, size: int, stride: int, padding: str, rate: int) -> int:
+    """Number of positions of a convolution along one axis."""
+    if padding in ("same", "causal"):
+        return -(-length // stride)
+    return (length - (size - 1) * rate - 1) // stride + 1

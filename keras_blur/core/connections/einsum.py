@@ -1,0 +1,183 @@
+"""The connection of an `EinsumDense`: a dense one whose inputs and units have several axes.
+
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021). A letter of the equation that
+stands in input, kernel and output gives each of its entries synapses of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import string
+from typing import Any
+
+from keras import ops
+
+from keras_blur.core.connection import Connection, Shape
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class EinsumConnection(Connection):
+    """The operations of an EinsumDense.
+
+    Args:
+        inputs: letters of the input, the batch first.
+        weights: letters of the kernel.
+        outputs: letters of the output, the batch first.
+        sizes: size of each letter but the batch's, in the order of inputs, then the new ones of the output.
+    """
+
+    inputs: str = ""
+    weights: str = ""
+    outputs: str = ""
+    sizes: Shape = ()
+
+    @property
+    def _size(self) -> dict[str, int]:
+        letters = [*self.inputs[1:], *(letter for letter in self.outputs if letter not in self.inputs)]
+        return dict(zip(letters, self.sizes, strict=True))
+
+    @property
+    def axes(self) -> int:
+        return len(self.inputs) - 1
+
+    @property
+    def target_axes(self) -> int:
+        return len(self.outputs) - 1
+
+    @property
+    def own(self) -> str:
+        """Letters of the units."""
+        return "".join(letter for letter in self.outputs[1:] if letter in self.weights)
+
+    @property
+    def _order(self) -> str:
+        """Letters of the output without the batch, positions first."""
+        return "".join(letter for letter in self.outputs[1:] if letter not in self.weights) + self.own
+
+    @property
+    def _matrix_order(self) -> str:
+        """Letters of the kernel, those that are summed over first."""
+        return "".join(letter for letter in self.weights if letter not in self.outputs) + self.own
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return tuple(self._size[letter] for letter in self.weights)
+
+    def target(self, source: Shape) -> Shape:
+        return tuple(self._size[letter] for letter in self.outputs[1:])
+
+    def _permuted(self, array: Array, known: str, order: str) -> Array:
+        if known == order:
+            return array
+        ahead = len(array.shape) - len(known)
+        return ops.transpose(array, [*range(ahead), *(ahead + known.index(letter) for letter in order)])
+
+    def rows(self, states: Array) -> Array:
+        states = self._permuted(states, self.outputs[1:], self._order)
+        shape = ops.shape(states)
+        return ops.reshape(states, (*shape[: len(shape) - self.target_axes - 1], -1, self.units))
+
+    def features(self, rows: Array, source: Shape) -> Array:
+        states = ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *(self._size[letter] for letter in self._order)))
+        return self._permuted(states, self._order, self.outputs[1:])
+
+    def matrix(self, kernel: Array) -> Array:
+        kernel = self._permuted(kernel, self.weights, self._matrix_order)
+        shape = ops.shape(kernel)
+        return ops.reshape(kernel, (*shape[: len(shape) - len(self.weights)], -1, self.units))
+
+    def kernel(self, matrix: Array, like: Array) -> Array:
+        lead = ops.shape(like)[: len(like.shape) - len(self.weights)]
+        kernel = ops.reshape(matrix, (*lead, *(self._size[letter] for letter in self._matrix_order)))
+        return self._permuted(kernel, self._matrix_order, self.weights)
+
+    def over_readers(self, matrix: Array) -> Array:
+        order, shape = self._matrix_order, ops.shape(matrix)
+        whole = ops.reshape(matrix, (*shape[:-2], *(self._size[letter] for letter in order)))
+        summed = [place - len(order) for place, letter in enumerate(order) if letter not in self.inputs]
+        added = ops.sum(whole, axis=summed, keepdims=True)
+        return ops.reshape(ops.broadcast_to(added, ops.shape(whole)), shape)
+
+    def product(self, kernel: Array, x: Array) -> Array:
+        rank = len(self.weights) + 1
+        if len(kernel.shape) > rank:
+            return self._members(kernel, x)
+        channels, axis = kernel.shape[0], -2 - self.axes
+        if channels == 1:
+            return self._folded(kernel[0], x)
+        many = x.shape[axis] > 1
+        parts = [
+            self._folded(kernel[channel], ops.take(x, [channel if many else 0], axis=axis)) for channel in range(channels)
+        ]
+        return ops.concatenate(parts, axis=-2 - self.target_axes)
+
+    def _folded(self, kernel: Array, x: Array) -> Array:
+        shape = ops.shape(x)
+        flat = ops.reshape(x, (-1, *shape[len(shape) - self.axes :]))
+        y = ops.einsum(f"{self.inputs},{self.weights}->{self.outputs}", flat, kernel)
+        return ops.reshape(y, (*shape[: len(shape) - self.axes], *ops.shape(y)[1:]))
+
+    def _members(self, kernel: Array, x: Array) -> Array:
+        """A population of kernels, member by member."""
+        lead = tuple(kernel.shape[: len(kernel.shape) - len(self.weights) - 1])
+        members = ops.reshape(kernel, (-1, *kernel.shape[len(lead) :]))
+        wide = ops.broadcast_to(x, (*lead, *ops.shape(x)[len(x.shape) - self.axes - 2 :]))
+        states = ops.reshape(wide, (-1, *ops.shape(wide)[len(lead) :]))
+        stacked = ops.stack([self.product(members[member], states[member]) for member in range(math.prod(lead))])
+        return ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:]))
+
+
+def einsum_connection(
+    equation: str, source: Shape, output_shape: Shape, bias_axes: str | None, activation: Any
+) -> EinsumConnection:
+    """The connection of a Keras EinsumDense.
+
+    Args:
+        equation: as in Keras; an ellipsis stands for letters that input and output share.
+        source: shape of the features that enter.
+        output_shape: as in Keras, without the batch; `None` for an axis of the input.
+        bias_axes: as in Keras: letters of the output that have a bias of their own.
+        activation: nonlinearity.
+
+    Raises:
+        ValueError: if the equation's first letter is not that of the batch, or `bias_axes` are not the units.
+    """
+    left, outputs = equation.replace(" ", "").split("->")
+    inputs, weights = left.split(",")
+    letters = ""
+    if "..." in inputs:
+        unused = (letter for letter in string.ascii_letters if letter not in equation)
+        letters = "".join(itertools.islice(unused, len(source) + 1 - len(inputs.replace("...", ""))))
+        inputs, outputs = inputs.replace("...", letters), outputs.replace("...", letters)
+    if not inputs or inputs[0] != outputs[0] or inputs[0] in weights:
+        raise ValueError(
+            f"`equation` must begin input and output with the letter of the batch. Received: equation={equation!r}"
+        )
+    if len(inputs) != len(source) + 1:
+        raise ValueError(
+            f"`equation` must have a letter for each axis of the input, of shape (batch, {str(source)[1:-1]}). "
+            f"Received: equation={equation!r}"
+        )
+    known = dict(zip(inputs[1:], source, strict=True))
+    told = [letter for letter in outputs[1:] if letter not in letters]  # Keras leaves out what the ellipsis stands for
+    if len(told) != len(output_shape):
+        raise ValueError(
+            f"`output_shape` must have a size, or None, for each of the {len(told)} axes that `equation` names after the "
+            f"batch. Received: output_shape={output_shape} with equation={equation!r}"
+        )
+    for letter, size in zip(told, output_shape, strict=True):
+        known.setdefault(letter, size)
+    new = [letter for letter in outputs if letter not in inputs]
+    made = EinsumConnection(
+        1, bias_axes is not None, activation, inputs=inputs, weights=weights, outputs=outputs,
+        sizes=tuple(known[letter] for letter in (*inputs[1:], *new)),
+    )  # fmt: skip
+    if bias_axes is not None and sorted(bias_axes) != sorted(made.own):
+        raise ValueError(
+            f"`bias_axes` must be the axes of the units, {made.own!r}, so that each unit has one bias. "
+            f"Received: bias_axes={bias_axes!r}"
+        )
+    return dataclasses.replace(made, units=math.prod(known[letter] for letter in made.own))

@@ -1,0 +1,73 @@
+"""The embedding: a dense connection on one-hot inputs, which are never formed.
+
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for inputs of a single 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.derivatives import transpose
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConnection(Connection):
+    """The operations of an embedding; `units` is the size of a vector.
+
+    Args:
+        entries: number of vectors.
+        positions: shape of the numbers of an example.
+    """
+
+    entries: int = 0
+    positions: Shape = ()
+
+    @property
+    def axes(self) -> int:
+        return len(self.positions)
+
+    @property
+    def target_axes(self) -> int:
+        return len(self.positions) + 1
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return (self.entries, self.units)
+
+    def target(self, source: Shape) -> Shape:
+        return (*source, self.units)
+
+    def rows(self, states: Array) -> Array:
+        shape = ops.shape(states)
+        return ops.reshape(states, (*shape[: len(shape) - self.target_axes - 1], -1, self.units))
+
+    def features(self, rows: Array, source: Shape) -> Array:
+        return ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *source, self.units))
+
+    def product(self, kernel: Array, x: Array) -> Array:
+        numbers = ops.cast(x, "int32")
+        if len(kernel.shape) == 3 and kernel.shape[0] == 1:
+            return ops.take(kernel[0], numbers, axis=0)
+        if len(kernel.shape) == 3:
+            parts = []
+            for channel in range(kernel.shape[0]):
+                index = channel if numbers.shape[-2 - self.axes] > 1 else 0
+                parts.append(ops.take(kernel[channel], ops.take(numbers, [index], axis=-2 - self.axes), axis=0))
+            return ops.concatenate(parts, axis=-2 - self.target_axes)
+        hot = ops.one_hot(numbers, self.entries, dtype=kernel.dtype)  # a population of tables
+        shape = ops.shape(hot)
+        flat = ops.reshape(hot, (*shape[: len(shape) - self.axes - 2], -1, self.entries))
+        return self.features(ops.matmul(flat, kernel), tuple(x.shape[len(x.shape) - self.axes :]))
+
+    def linear(self, kernel: Array, x: Array) -> Array:
+        return self.product(self._rounded(kernel), x)
+
+    def outer(self, pre: Array, post: Array, source: Shape) -> Array:
+        post = self._rounded(post)
+        leading = post.shape[: len(post.shape) - self.target_axes - 1]
+        return transpose(lambda kernel: self.product(kernel, pre), (*leading, self.entries, self.units), post)

@@ -1,0 +1,100 @@
+"""The elementwise connection: a scale and an offset for each unit, those of a normalisation layer.
+
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for a unit with one input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.rule import Rule
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConnection(Connection):
+    """The operations of a scale and an offset.
+
+    Args:
+        shape: of the features.
+        own: the feature axes along which each unit has its own synapses; the others are positions.
+        scales: whether there is a scale; `use_bias` says whether there is an offset.
+    """
+
+    shape: Shape = ()
+    own: Shape = ()
+    scales: bool = True
+
+    @property
+    def axes(self) -> int:
+        return len(self.shape)
+
+    @property
+    def _shared(self) -> Shape:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.own)
+
+    def kernel_shape(self, source: Shape) -> Shape:
+        return tuple(self.shape[axis] for axis in self.own)
+
+    def target(self, source: Shape) -> Shape:
+        return self.shape
+
+    def shapes(self, rule: Rule, source: int | Shape, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(rule, source, feeds_back=feeds_back)
+        return shapes if self.scales else {name: shape for name, shape in shapes.items() if "kernel" not in name}
+
+    def _ordered(self, states: Array) -> Array:
+        """Positions before units."""
+        ahead = len(states.shape) - self.axes
+        order = [*self._shared, *self.own]
+        if order == sorted(order):
+            return states
+        return ops.transpose(states, [*range(ahead), *(ahead + axis for axis in order)])
+
+    def rows(self, states: Array) -> Array:
+        states = self._ordered(states)
+        shape = ops.shape(states)
+        return ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, self.units))
+
+    def features(self, rows: Array, source: Shape) -> Array:
+        order = [*self._shared, *self.own]
+        states = ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *(self.shape[axis] for axis in order)))
+        if order == sorted(order):
+            return states
+        ahead = len(states.shape) - self.axes
+        return ops.transpose(states, [*range(ahead), *(ahead + order.index(axis) for axis in range(self.axes))])
+
+    def matrix(self, kernel: Array) -> Array:
+        shape = ops.shape(kernel)
+        return ops.reshape(kernel, (*shape[: len(shape) - len(self.own)], 1, self.units))
+
+    def kernel(self, matrix: Array, like: Array) -> Array:
+        return ops.reshape(matrix, ops.shape(like))
+
+    def over_readers(self, matrix: Array) -> Array:
+        return matrix
+
+    def product(self, kernel: Array, x: Array) -> Array:
+        shape = ops.shape(kernel)
+        lead = shape[: len(shape) - len(self.own)]
+        spread = [size if axis in self.own else 1 for axis, size in enumerate(self.shape)]
+        return x * ops.reshape(kernel, (*lead, 1, *spread))
+
+    def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
+        return self.product(self._rounded(kernel), self._rounded(y))
+
+    def outer(self, pre: Array, post: Array, source: Shape) -> Array:
+        summed = ops.sum(self.rows(self._rounded(pre) * self._rounded(post)), axis=-2)
+        return ops.reshape(summed, (*ops.shape(summed)[:-1], *self.kernel_shape(source)))
+
+
+def scale_connection(shape: Shape, own: Shape, *, scales: bool, offsets: bool) -> ScaleConnection:
+    """The scale and offset of features of a shape, with own synapses along some axes."""
+    units = math.prod(shape[axis] for axis in own)
+    return ScaleConnection(units, offsets, "linear", None, shape=tuple(shape), own=tuple(sorted(own)), scales=scales)

@@ -1,0 +1,35 @@
+"""Jacobians of functions of arrays, and transposes of linear ones.
+
+A kind of connection states one bilinear map, and its transpose and outer product follow from it here,
+as each backend's own kernels for them: a convolution's transpose is the backend's, not one of ours.
+With `core/random.py` this is the only file of `core` that asks the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from keras_blur.backend import jvp, tanh, vjp
+
+Array = Any
+
+__all__ = ["jvp", "tanh", "transpose", "vjp"]
+
+
+def transpose(linear: Callable[[Array], Array], shape: tuple[Any, ...], y: Array) -> Array:
+    """The transpose of a linear function, applied to y.
+
+    Args:
+        linear: from an array of `shape` to one of y's shape.
+        shape: of what the function takes.
+        y: an array.
+
+    Example:
+
+    >>> tuple(transpose(lambda x: ops.stack([x[0] + x[1], x[1]]), (2,), ops.ones(2)).shape)
+    (2,)
+    """
+    return vjp(linear, ops.zeros(shape, dtype=y.dtype))[1](y)[0]

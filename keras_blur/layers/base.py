@@ -1,0 +1,448 @@
+"""What all layers with synapses share: channels of weights, the part in a network, and use in a plain Keras model."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+from keras import initializers, ops
+
+from keras_blur import arguments
+from keras_blur.backend import training_elsewhere
+from keras_blur.core import equations
+from keras_blur.core.connection import TRACE, Connection
+from keras_blur.core.rule import ACTIVATIONS, Rule
+from keras_blur.core.weightless import Elementwise, Jacobian, Softmax, WeightlessMap
+
+Array = Any
+Shape = tuple[Any, ...]
+
+NAMES = ("kernel", "bias", "backward_kernel")
+
+
+class Plan(Protocol):
+    """What a layer adds its operations to when a model reads its graph; values are numbers."""
+
+    def connect(self, layer: SynapticLayer, value: int, activation: equations.Activation | None) -> int:
+        """Adds the layer's connection and gives the number of its neurons."""
+        ...
+
+    def map(self, weightless: WeightlessMap, *values: int) -> int:
+        """Adds a map without synapses and gives the number of its value."""
+        ...
+
+    def shape(self, value: int) -> Shape:
+        """Shape of the features of a value."""
+        ...
+
+    def follow(self, layer: Any, weightless: WeightlessMap, value: int) -> None:
+        """Notes that a layer's moving statistics are those by which a map normalises a value."""
+        ...
+
+
+def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises a `ValueError` if a keyword argument is not known, since Keras's base class would take some silently.
+
+    Args:
+        kind: what the arguments are of, for the message.
+        given: the arguments.
+        known: names of those that are taken.
+    """
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"`{name}` is not an argument of keras_blur's {kind}, whose learning the genome decides. "
+                f"Received: {name}={value!r}"
+            )
+
+
+def refuse_outer_training(layer: keras.Layer) -> None:
+    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under a gradient tape.
+
+    Args:
+        layer: a layer or model that is not frozen, inside its `call`.
+    """
+    outer = layer._get_call_context().entry_layer
+    if outer is not layer and layer.trainable and training_elsewhere():
+        error = ValueError(
+            f"`{layer.name}` must not be trained inside another Keras model, whose optimizer would change what its "
+            "genome learns: train it alone, or set `trainable = False` on it to use it as it is. "
+            f"Received: {layer.name!r} inside {outer.name!r}"
+        )
+        error._keras_call_info_injected = True  # type: ignore[attr-defined]  # Keras wraps other errors of a call
+        raise error
+
+
+def refuse_activity(regularizer: Any) -> None:
+    """Raises a `ValueError` unless an activity regularizer is `None`."""
+    if regularizer is not None:
+        raise ValueError(
+            "`activity_regularizer` must be None, since a genome learns from the loss of `compile` alone. "
+            f"Received: activity_regularizer={regularizer!r}"
+        )
+
+
+class BlurLayer(keras.layers.Layer):
+    """A layer that a genome can train: one connection, or several with maps between them."""
+
+    @abc.abstractmethod
+    def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
+        """Adds the layer's operations to a plan.
+
+        Args:
+            plan: the plan.
+            *values: numbers of the values that it is called on.
+            **arguments: the other arguments of the call.
+
+        Returns:
+            Number of the value that it gives.
+        """
+
+    def parts(self) -> list[SynapticLayer]:
+        """The layers with synapses of their own that it consists of: a method, since Keras saves what properties hold."""
+        return [layer for layer in self._flatten_layers() if isinstance(layer, SynapticLayer)]
+
+
+class SynapticLayer(BlurLayer):
+    """A layer of one connection. A subclass says which, and what its Keras twin takes.
+
+    Inside a model that learns by a genome it holds the synapses of the model's rule: a channel of weights for each state,
+    and a backward kernel where the rule has one. Elsewhere it is the Keras layer on state 1.
+    """
+
+    _keywords = ("name", "dtype", "trainable")
+    statistics_prefix = ""
+
+    def __init__(
+        self,
+        *,
+        activation: Any = None,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        backward_initializer: Any = None,
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        **kwargs: Any,
+    ):
+        check_keywords(type(self).__name__, kwargs, self._keywords)
+        super().__init__(**kwargs)
+        if isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            raise ValueError(f"`dtype` must not be quantized. Received: dtype={self.dtype_policy.name!r}")
+        self.activation = checked_activation(activation)
+        self.use_bias = bool(use_bias)
+        self.kernel_initializer = _from_keras("kernel_initializer", kernel_initializer, initializers)
+        self.bias_initializer = _from_keras("bias_initializer", bias_initializer, initializers)
+        self.backward_initializer = _from_keras("backward_initializer", backward_initializer, initializers)
+        self.kernel_regularizer = _from_keras("kernel_regularizer", kernel_regularizer, keras.regularizers)
+        self.bias_regularizer = _from_keras("bias_regularizer", bias_regularizer, keras.regularizers)
+        self.kernel_constraint = _from_keras("kernel_constraint", kernel_constraint, keras.constraints)
+        self.bias_constraint = _from_keras("bias_constraint", bias_constraint, keras.constraints)
+        self._rule: Rule | None = None
+        self._feeds_back = False
+        self._default: str | None = None
+        self._source: Shape | None = None
+
+    # What a subclass says.
+
+    @abc.abstractmethod
+    def make_connection(self, source: Shape) -> Connection:
+        """The connection for features of shape `source`."""
+
+    # The part in a network.
+
+    def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
+        (value,) = values
+        if isinstance(self.activation, str) or self.activation is None or is_elementwise(self.activation):
+            return plan.connect(self, value, self.activation)
+        neurons = plan.connect(self, value, "linear")
+        shape = plan.shape(neurons)
+        return plan.map(activation_map(self.activation, shape), neurons)
+
+    def join(self, rule: Rule, *, feeds_back: bool, default: str) -> None:
+        """Takes the part of a layer in a network: called by a model that reads its graph.
+
+        A built layer gets the synapses of the rule; its first channel keeps the weights that it has.
+
+        Args:
+            rule: the rule whose synapses to hold.
+            feeds_back: whether a layer before this one learns from what flows back through it.
+            default: nonlinearity of the layer where `activation` is `None`.
+        """
+        part = (rule, feeds_back, default)
+        if self._rule is not None and part != (self._rule, self._feeds_back, self._default):
+            raise ValueError(
+                f"Layer {self.name!r} must keep its place and rule, since it has the synapses of one network; make a new "
+                f"layer for another. Received: a part in a second network"
+            )
+        if self._rule is not None:
+            return
+        self._rule, self._feeds_back, self._default = part
+        if not self.built:
+            return
+        plain = {name: ops.convert_to_numpy(variable)[0] for name, variable in self.synapses.items()}
+        for name in plain:
+            self._untrack_variable(getattr(self, name))
+        self._tracker.unlock()
+        self._add_synapses(self._source or ())
+        self._tracker.lock()
+        for name, value in plain.items():
+            variable = self.synapses[name]
+            variable.assign(np.concatenate([value[None], ops.convert_to_numpy(variable)[1:]]))
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule whose synapses it holds; `None` outside of a model that learns by a genome."""
+        return self._rule
+
+    @property
+    def connection(self) -> Connection:
+        """The pure operations of this layer, once it is built."""
+        return self.connection_for(self._source or ())
+
+    def connection_for(self, source: Shape) -> Connection:
+        compute = self.compute_dtype if self.compute_dtype != self.variable_dtype else None
+        return dataclasses.replace(
+            self.make_connection(source), compute_dtype=compute, penalties=self._penalties, limits=self._limits
+        )
+
+    @property
+    def _penalties(self) -> dict[str, Callable[[Array], Array]]:
+        """Regularizers of a channel."""
+        found = {} if self.kernel_regularizer is None else {"kernel": self.kernel_regularizer}
+        if self.bias_regularizer is not None:
+            found["bias"] = lambda bias: self.bias_regularizer(ops.reshape(bias, (-1,)))
+        return found
+
+    @property
+    def _limits(self) -> dict[str, Callable[[Array], Array]]:
+        """Constraints of a channel."""
+        found = {} if self.kernel_constraint is None else {"kernel": self.kernel_constraint}
+        if self.bias_constraint is not None:
+            found["bias"] = lambda bias: ops.reshape(self.bias_constraint(ops.reshape(bias, (-1,))), ops.shape(bias))
+        return found
+
+    @property
+    def statistics_names(self) -> tuple[str, str]:
+        """Names of the running statistics of a rule that normalises sums over the batch."""
+        return self.statistics_prefix + "moving_mean", self.statistics_prefix + "moving_variance"
+
+    @property
+    def statistics(self) -> tuple[keras.Variable, keras.Variable] | None:
+        """The running statistics of a rule that normalises sums over the batch, if it does."""
+        mean, variance = (getattr(self, name, None) for name in self.statistics_names)
+        return None if mean is None or variance is None or not self._normalizes else (mean, variance)
+
+    @property
+    def _normalizes(self) -> bool:
+        rule = self._rule
+        return rule is not None and rule.normalize_activations in ("forward", "both") and rule.normalization_axis == "batch"
+
+    @property
+    def synapses(self) -> Mapping[str, keras.Variable]:
+        """The weights by the names that `connection` knows them by."""
+        known = (*NAMES, *(name + TRACE for name in NAMES))
+        return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
+
+    def build(self, input_shape: Shape) -> None:
+        source = tuple(input_shape[1:])
+        if any(size is None for size in source):
+            raise ValueError(
+                f"The input of layer {self.name!r} must have a known size on every axis but the first. "
+                f"Received shape {tuple(input_shape)}"
+            )
+        self._source = source
+        self._add_synapses(source)
+        self.built = True
+
+    def _add_synapses(self, source: Shape) -> None:
+        rule = self._rule or Rule(channels="tied", directions="tied")
+        chosen = {
+            "kernel": self.kernel_initializer,
+            "bias": self.bias_initializer,
+            "backward_kernel": self.backward_initializer or self.kernel_initializer,
+        }
+        # Under a mixed policy the connection rounds the factors of a product, and nothing else is rounded.
+        add = functools.partial(self.add_weight, autocast=False)
+        connection = self.connection_for(source)
+        for place, (name, shape) in enumerate(connection.shapes(rule, source, feeds_back=self._feeds_back).items()):
+            stacked = _Channels(chosen[name], place)
+            penalty, limit = self._penalties.get(name), self._limits.get(name)
+            variable = add(
+                name=name, shape=shape, initializer=stacked,
+                # For the loss that is shown and for a plain Keras model; a genome's network asks the connection.
+                regularizer=None if penalty is None else lambda value, penalty=penalty: penalty(value[0]),
+                constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],
+            )  # fmt: skip
+            setattr(self, name, variable)  # so checkpoints see it
+            if rule.momentum and self._rule:
+                trace = add(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
+                setattr(self, name + TRACE, trace)
+        if self._normalizes:
+            shape = connection.statistics_shape(rule)
+            for name, start in zip(self.statistics_names, ("zeros", "ones"), strict=True):
+                setattr(self, name, add(name=name, shape=shape, initializer=start, trainable=False))
+
+    # Use in a plain Keras model.
+
+    def call(self, inputs: Array) -> Array:
+        if self._rule is not None:
+            refuse_outer_training(self)
+        activation = self.activation or self._default or "linear"
+        return equations.activate(activation, self.summed(inputs))
+
+    def summed(self, inputs: Array) -> Array:
+        """What state 1 sums up, before the nonlinearity."""
+        source = tuple(inputs.shape[1:])
+        connection = self.connection_for(source)
+        values = {name: ops.cast(value, self.compute_dtype)[:1] for name, value in self.synapses.items()}
+        y = inputs[None]
+        if "kernel" in values:
+            y = connection.product(values["kernel"], y)
+        rows = connection.rows(y)
+        if "bias" in values:
+            rows = rows + values["bias"]
+        return connection.features(rows, source)[0]
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return (input_shape[0], *self.make_connection(tuple(input_shape[1:])).target(tuple(input_shape[1:])))
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "activation": serialized_activation(self.activation),
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "backward_initializer": initializers.serialize(self.backward_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+        }
+        return {**super().get_config(), **config}
+
+    def save_own_variables(self, store: Any) -> None:
+        """As in Keras, but by name: a layer that joins a network after it is built makes its variables in another order."""
+        for variable in self._trainable_variables + self._non_trainable_variables:
+            store[variable.name] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        """As in Keras, but by name.
+
+        Raises:
+            ValueError: if the stored names are not those of this layer's variables.
+        """
+        own = {variable.name: variable for variable in self._trainable_variables + self._non_trainable_variables}
+        if set(store.keys()) != set(own):
+            raise ValueError(
+                f"Layer {self.name!r} must be loaded from variables {sorted(own)}. Received: {sorted(store.keys())}"
+            )
+        for name, variable in own.items():
+            variable.assign(store[name])
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        config = super().get_build_config()
+        if config is not None and self._rule is not None:
+            config = {**config, "part": [self._rule.get_config(), self._feeds_back, self._default]}
+        return config
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        config = dict(config)
+        part = config.pop("part", None)
+        if part is not None and self._rule is None:
+            self.join(Rule.from_config(part[0]), feeds_back=part[1], default=part[2])
+        super().build_from_config(config)
+
+
+class _Channels(initializers.Initializer):
+    """Draws each channel of a kernel on its own, as if it were the kernel of a Keras layer.
+
+    A Keras initializer gives the same values at each call; so each channel has a copy of it with another seed.
+    """
+
+    def __init__(self, initializer: initializers.Initializer, place: int):
+        self.initializer = initializer
+        self.place = place
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        return ops.stack([self._copy(channel)(shape[1:], dtype=dtype) for channel in range(shape[0])])
+
+    def _copy(self, channel: int) -> Callable[..., Array]:
+        config = self.initializer.get_config() if hasattr(self.initializer, "get_config") else {}
+        seed = config.get("seed")
+        if "seed" not in config or not (seed is None or isinstance(seed, int)):
+            return self.initializer
+        if seed is not None and (self.place, channel) != (0, 0):  # the first kernel is that of the Keras twin
+            config["seed"] = int(np.random.SeedSequence([seed, self.place, channel]).generate_state(1)[0] >> 1)
+        return type(self.initializer).from_config(config)
+
+
+def _from_keras(name: str, value: Any, kind: Any) -> Any:
+    """The Keras object that an argument stands for."""
+    try:
+        return kind.get(value)
+    except (ValueError, TypeError) as error:
+        what = name.rpartition("_")[2]
+        raise ValueError(f"`{name}` must be a Keras {what} or its name. {arguments.received(name, value)}") from error
+
+
+@keras.saving.register_keras_serializable(package="keras_blur")
+def relu_tanh(x: Array) -> Array:
+    """The rule's nonlinearity of that name, for a plain Keras model."""
+    return ops.relu(ops.tanh(x))
+
+
+_SAMPLES = np.array([-1e3, -7.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 7.0, 1e3], np.float32)
+
+
+def checked_activation(activation: Any) -> Any:
+    """An activation as layers keep it: a name of `ACTIVATIONS`, a function, or `None`.
+
+    Raises:
+        ValueError: if it is none that Keras knows.
+    """
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return activation
+    try:
+        function = keras.activations.get(activation)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`activation` must be None, one of {', '.join(map(repr, ACTIVATIONS))}, or a Keras activation or its name. "
+            f"{arguments.received('activation', activation)}"
+        ) from error
+    name = getattr(function, "__name__", "")
+    if name in ACTIVATIONS and getattr(keras.activations, name, None) is function:
+        return name
+    return function
+
+
+def serialized_activation(activation: Any) -> Any:
+    """An activation as JSON."""
+    return activation if activation is None or isinstance(activation, str) else keras.activations.serialize(activation)
+
+
+@functools.lru_cache(maxsize=256)
+def is_elementwise(activation: Callable[[Any], Any]) -> bool:
+    """Whether a function of arrays gives for each entry what it gives for that entry alone."""
+    whole = np.stack([_SAMPLES, _SAMPLES[::-1]])
+    try:
+        together = ops.convert_to_numpy(activation(ops.array(whole)))
+        single = [ops.convert_to_numpy(activation(ops.full((1, 2), number)))[0, 0] for number in _SAMPLES]
+    except Exception:
+        return False
+    return together.shape == whole.shape and np.allclose(together[0], single, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def activation_map(activation: Callable[[Any], Any], shape: Shape) -> WeightlessMap:
+    """The map of an activation as a layer of its own."""
+    if activation is keras.activations.softmax:
+        return Softmax(shape)
+    kind = Elementwise if is_elementwise(activation) else Jacobian
+    return kind(activation, [shape], shape)

@@ -1,0 +1,439 @@
+"""Keras's Functional graph read as a plan of the core: once, when a model is made.
+
+Three parts come out. What stands before the first layer with synapses prepares the input: Keras runs it
+as it is. What stands between the first such layer and the outputs is the `core.graph.Graph`. A chain of
+maps after the last layer of neurons is a head: it turns the network's output into the prediction, and a
+loss's derivative goes back through it.
+
+Layers are known by themselves, not by name or place: a layer called twice is one set of synapses, and
+nested models are unfolded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_blur.core.equations import Activation
+from keras_blur.core.graph import Builder, Connect, Graph
+from keras_blur.core.rule import Rule
+from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, Normalize, Softmax, WeightlessMap
+from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map
+
+Array = Any
+Shape = tuple[Any, ...]
+
+kl = keras.layers
+_LINEAR = (
+    kl.Flatten, kl.Reshape, kl.Permute, kl.RepeatVector, kl.Add, kl.Subtract, kl.Average, kl.Concatenate,
+    kl.ZeroPadding1D, kl.ZeroPadding2D, kl.ZeroPadding3D, kl.Cropping1D, kl.Cropping2D, kl.Cropping3D,
+    kl.UpSampling1D, kl.UpSampling2D, kl.UpSampling3D, kl.Resizing,
+    kl.AveragePooling1D, kl.AveragePooling2D, kl.AveragePooling3D,
+    kl.GlobalAveragePooling1D, kl.GlobalAveragePooling2D, kl.GlobalAveragePooling3D,
+)  # fmt: skip
+_ELEMENTWISE = (kl.ReLU, kl.LeakyReLU, kl.ELU)
+_DROPOUTS = (kl.Dropout, kl.SpatialDropout1D, kl.SpatialDropout2D, kl.SpatialDropout3D)
+_TWINS = (
+    "Dense", "Conv1D", "Conv2D", "Conv3D", "Conv2DTranspose", "DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv2D",
+    "EinsumDense", "Embedding", "BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization",
+    "MultiHeadAttention",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Connect:
+    layer: SynapticLayer
+    source: int
+    activation: Activation | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Map:
+    map: WeightlessMap
+    sources: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """An operation of Keras before the first synapses.
+
+    Attributes:
+        operation: a layer or another operation.
+        arguments: its positional and keyword arguments; integers of `Tensor` stand for arrays.
+        results: numbers of what it gives.
+    """
+
+    operation: Any
+    arguments: tuple[Any, Any]
+    results: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """The place of an array in the arguments of an operation."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """A network as it was read.
+
+    Attributes:
+        graph: the network, with every layer learning.
+        layers: the layer of each set of synapses.
+        preparations: what comes before.
+        entries: numbers of the prepared arrays that enter the graph.
+        heads: the maps after each output.
+        follows: layers with moving statistics, the maps that normalise by them, and the values that these read.
+        shapes: shape of the features of each layer of neurons.
+    """
+
+    graph: Graph
+    layers: tuple[SynapticLayer, ...]
+    preparations: tuple[Prepared, ...]
+    entries: tuple[int, ...]
+    heads: tuple[tuple[WeightlessMap, ...], ...]
+    follows: tuple[tuple[Any, Any, int], ...]
+    shapes: tuple[Shape, ...]
+
+    def prepare(self, inputs: Sequence[Array], training: bool) -> list[Array]:
+        """The arrays that enter the graph."""
+        known: dict[int, Array] = dict(enumerate(inputs))
+        for one in self.preparations:
+            args, kwargs = keras.tree.map_structure(
+                lambda value: known[value.number] if isinstance(value, Tensor) else value, one.arguments
+            )
+            if getattr(one.operation, "_call_has_training_arg", False):
+                kwargs = {**kwargs, "training": training}
+            results = keras.tree.flatten(one.operation(*args, **kwargs))
+            known.update(zip(one.results, results, strict=True))
+        return [known[number] for number in self.entries]
+
+    def learning(self, flags: Sequence[bool]) -> Graph:
+        """The graph in which the layers with a flag learn."""
+        operations = tuple(
+            dataclasses.replace(one, learns=flags[one.holder]) if isinstance(one, Connect) else one
+            for one in self.graph.operations
+        )
+        return dataclasses.replace(self.graph, operations=operations)
+
+
+class Plan:
+    """What is read, operation by operation; `layers.base.Plan` is what layers see of it."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Shape] = []
+        self._operations: dict[int, _Connect | _Map] = {}
+        self._shapes: dict[int, Shape] = {}
+        self._follows: list[tuple[Any, WeightlessMap, int]] = []
+
+    def enter(self, shape: Shape) -> int:
+        """Adds an array that enters."""
+        number = -1 - len(self._inputs)
+        self._inputs.append(shape)
+        self._shapes[number] = tuple(shape)
+        return number
+
+    def connect(self, layer: SynapticLayer, value: int, activation: Activation | None) -> int:
+        if not layer.built:
+            layer.build((None, *self._shapes[value]))
+        number = len(self._operations)
+        self._operations[number] = _Connect(layer, value, activation)
+        self._shapes[number] = tuple(layer.make_connection(self._shapes[value]).target(self._shapes[value]))
+        return number
+
+    def map(self, weightless: WeightlessMap, *values: int) -> int:
+        number = len(self._operations)
+        self._operations[number] = _Map(weightless, values)
+        self._shapes[number] = tuple(weightless.target)
+        return number
+
+    def shape(self, value: int) -> Shape:
+        return self._shapes[value]
+
+    def follow(self, layer: Any, weightless: WeightlessMap, value: int) -> None:
+        self._follows.append((layer, weightless, value))
+
+    def _sources(self, number: int) -> tuple[int, ...]:
+        one = self._operations[number]
+        return (one.source,) if isinstance(one, _Connect) else one.sources
+
+    def finished(
+        self, outputs: Sequence[int], rule: Rule, groups: Callable[[Sequence[SynapticLayer]], Sequence[int]]
+    ) -> tuple[Graph, tuple[SynapticLayer, ...], tuple[Any, ...], tuple[Any, ...], tuple[Shape, ...]]:
+        """The graph, its layers, heads, moving statistics and the shapes of its neurons."""
+        readers: dict[int, list[int]] = {}
+        for number in self._operations:
+            for source in self._sources(number):
+                readers.setdefault(source, []).append(number)
+        heads, fed = [], []
+        for output in outputs:
+            head: list[WeightlessMap] = []
+            number = output
+            while number >= 0 and isinstance(one := self._operations[number], _Map) and len(one.sources) == 1:
+                if readers.get(number) and number != output:
+                    if len(readers[number]) > 1:
+                        break
+                elif readers.get(number):
+                    break
+                head.insert(0, one.map)
+                number = one.sources[0]
+            if number >= 0 and isinstance(self._operations[number], _Map):
+                head, number = [], output
+            heads.append(tuple(head))
+            fed.append(number)
+        needed = self._ancestors(fed)
+        if not any(isinstance(self._operations[number], _Connect) for number in needed):
+            raise ValueError(
+                "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: none there"
+            )
+        first = len(self._inputs)
+        builder = Builder([len(shape) for shape in self._inputs])
+        places = {-1 - index: index for index in range(first)}
+        layers: list[SynapticLayer] = []
+        defaults: dict[int, str] = {}
+        last = self._last(needed)
+        for number in needed:
+            one = self._operations[number]
+            if isinstance(one, _Map):
+                places[number] = builder.map(one.map, *(places[source] for source in one.sources))
+                continue
+            default = self._default(number, readers, rule, number in last)
+            if id(one.layer) not in defaults:
+                layers.append(one.layer)
+                defaults[id(one.layer)] = default
+            connection = dataclasses.replace(
+                one.layer.connection_for(self._shapes[one.source]), activation=one.activation or default
+            )
+            places[number] = builder.connect(connection, places[one.source], key=id(one.layer))
+        graph = builder.graph([places[number] for number in fed])
+        graph = dataclasses.replace(graph, groups=tuple(groups(layers)))  # it may refuse, before a layer is changed
+        for layer, feeds_back in zip(layers, graph.feeds_back, strict=True):
+            layer.join(rule, feeds_back=feeds_back, default=defaults[id(layer)])
+        follows = tuple((layer, one, places[value]) for layer, one, value in self._follows if value in places)
+        shapes = tuple(self._shapes[number] for number in needed if isinstance(self._operations[number], _Connect))
+        return graph, tuple(layers), tuple(heads), follows, shapes
+
+    def _ancestors(self, outputs: Sequence[int]) -> list[int]:
+        found, todo = set(), list(outputs)
+        while todo:
+            number = todo.pop()
+            if number >= 0 and number not in found:
+                found.add(number)
+                todo.extend(self._sources(number))
+        return sorted(found)
+
+    def _last(self, needed: Sequence[int]) -> set[int]:
+        """Layers of neurons from which no path leads to another one."""
+        leads: set[int] = set()
+        ends = set()
+        for number in reversed(needed):
+            if isinstance(self._operations[number], _Connect):
+                if number not in leads:
+                    ends.add(number)
+                leads.update(self._sources(number))
+            elif number in leads:
+                leads.update(self._sources(number))
+        return ends
+
+    def _default(self, number: int, readers: Mapping[int, list[int]], rule: Rule, last: bool) -> str:
+        """The nonlinearity of a layer that names none: the rule's, or none where the next layer has one in its place."""
+        for reader in readers.get(number, []):
+            one = self._operations[reader]
+            if isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax))):
+                return "linear"
+        return rule.last_activation if last else rule.forward_activation
+
+
+def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLayer]], Sequence[int]]) -> Reading:
+    """Reads a Functional or Sequential model of Keras.
+
+    Args:
+        network: the model, of keras_blur layers and layers without weights.
+        rule: whose synapses the layers are to hold.
+        groups: gives, of the layers, the number of the genome's layer for each.
+
+    Raises:
+        ValueError: if a layer cannot learn by a genome.
+    """
+    plan = Plan()
+    prepared: dict[int, int] = {}  # id of a Keras tensor: number of a prepared array
+    values: dict[int, int] = {}  # id of a Keras tensor: number of a value
+    entries: list[int] = []
+    entered: dict[int, int] = {}
+    preparations: list[Prepared] = []
+    count = len(network.inputs)
+    for number, tensor in enumerate(network.inputs):
+        prepared[id(tensor)] = number
+
+    def value_of(tensor: Any) -> int:
+        if id(tensor) in values:
+            return values[id(tensor)]
+        number = prepared[id(tensor)]
+        if number not in entered:
+            shape = tuple(tensor.shape[1:])
+            if None in shape:
+                raise ValueError(
+                    "`inputs` must have a known size on every axis but the first, since a plan has static shapes. "
+                    f"Received shape {tuple(tensor.shape)}"
+                )
+            entered[number] = plan.enter(shape)
+            entries.append(number)
+        return entered[number]
+
+    def walk(model: Any) -> None:
+        nonlocal count
+        for node in _nodes(model):
+            operation, tensors = node.operation, node.arguments.keras_tensors
+            outputs = keras.tree.flatten(node.outputs)
+            inner = _functional(operation)
+            if inner is not None:
+                for outside, inside in zip(tensors, keras.tree.flatten(inner.inputs), strict=True):
+                    place = values if id(outside) in values else prepared
+                    place[id(inside)] = place[id(outside)]
+                    (prepared if place is values else values).pop(id(inside), None)
+                walk(inner)
+                for outside, inside in zip(outputs, keras.tree.flatten(inner.outputs), strict=True):
+                    place = values if id(inside) in values else prepared
+                    place[id(outside)] = place[id(inside)]
+                continue
+            if isinstance(operation, BlurLayer):
+                _check_call(operation, node)
+                keywords = {name: value for name, value in node.arguments.kwargs.items() if not _is_tensor(value)}
+                result = operation.trace(plan, *(value_of(tensor) for tensor in tensors), **keywords)
+                values[id(outputs[0])] = result
+                continue
+            check_weightless(operation)
+            if all(id(tensor) in prepared and id(tensor) not in values for tensor in tensors):
+                numbers = tuple(range(count, count + len(outputs)))
+                count += len(outputs)
+                arguments = keras.tree.map_structure(
+                    lambda value: Tensor(prepared[id(value)]) if _is_tensor(value) else value,
+                    (list(node.arguments.args), dict(node.arguments.kwargs)),
+                )
+                preparations.append(Prepared(operation, arguments, numbers))
+                for tensor, number in zip(outputs, numbers, strict=True):
+                    prepared[id(tensor)] = number
+                    values.pop(id(tensor), None)
+                continue
+            if len(outputs) != 1:
+                raise ValueError(
+                    f"Layer {operation.name!r} must have one output to stand behind a layer with synapses. "
+                    f"Received: {len(outputs)}"
+                )
+            sources = [value_of(tensor) for tensor in tensors]
+            shapes = [plan.shape(source) for source in sources]
+            values[id(outputs[0])] = plan.map(_map_of(operation, node, shapes, tuple(outputs[0].shape[1:])), *sources)
+
+    walk(network)
+    outputs = [values[id(tensor)] for tensor in network.outputs if id(tensor) in values]
+    if len(outputs) < len(network.outputs):
+        raise ValueError(
+            "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: none there"
+        )
+    graph, layers, heads, follows, shapes = plan.finished(outputs, rule, groups)
+    return Reading(graph, layers, tuple(preparations), tuple(entries), heads, follows, shapes)
+
+
+def _nodes(model: Any) -> list[Any]:
+    """The calls of a Functional model in an order in which each comes after what it reads."""
+    by_depth = model._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+
+
+def _functional(operation: Any) -> Any:
+    """The Functional model that a nested model is, or `None` for a layer."""
+    if isinstance(operation, keras.Sequential):
+        return operation._functional
+    return operation if isinstance(operation, keras.Model) and hasattr(operation, "_nodes_by_depth") else None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, keras.KerasTensor)
+
+
+def _check_call(layer: BlurLayer, node: Any) -> None:
+    """Raises a `ValueError` if a layer is called in a way that a plan has no place for."""
+    for name, value in node.arguments.kwargs.items():
+        known = ("key", "value", "query", "training", "use_causal_mask")
+        if value is not None and value is not False and name not in known:
+            raise ValueError(
+                f"`{name}` in the call of layer {layer.name!r} must be left out, since a plan has no place for it. "
+                f"Received: {name}={value!r}"
+            )
+
+
+def check_weightless(layer: Any) -> None:
+    """Raises a `ValueError` if an operation that has no synapses has weights or a penalty, or makes a mask."""
+    if not isinstance(layer, keras.Layer):
+        return
+    if layer.activity_regularizer is not None or isinstance(layer, kl.ActivityRegularization):
+        raise ValueError(
+            f"Layer {layer.name!r} must have no `activity_regularizer`, since a genome learns from the loss of "
+            f"`compile` alone. Received: {layer.activity_regularizer!r}"
+        )
+    if isinstance(layer, kl.Masking):
+        raise ValueError(
+            f"Layer {layer.name!r} (Masking) makes a mask, which no layer of synapses passes on: give examples that are "
+            "to be left out a sample weight of 0."
+        )
+    kind = type(layer).__name__
+    twin = kind if kind in _TWINS and type(layer) is getattr(kl, kind) else None
+    if isinstance(layer, kl.Normalization):
+        return
+    if layer.weights or twin or isinstance(layer, (keras.Model, kl.RNN)):
+        use = (
+            f"Use keras_blur.layers.{twin} in its place, or keras_blur.convert(model, genome) for a whole model."
+            if twin
+            else "Use a keras_blur layer, or apply that layer to the data beforehand."
+        )
+        raise ValueError(f"Layer {layer.name!r} ({kind}) has weights of its own, which no genome would update. {use}")
+
+
+def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> WeightlessMap:
+    """The map of an operation without weights."""
+    kind = type(layer)
+    if kind in (kl.Identity,):
+        return Linear(lambda x: x, shapes, target)
+    if kind in _DROPOUTS:
+        return Dropout(shapes[0], layer.rate, _noise_shape(layer, shapes[0]), lambda: layer.seed_generator.next())
+    if isinstance(layer, keras.Layer) and any(
+        isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()
+    ):
+        raise ValueError(
+            f"Layer {layer.name!r} ({kind.__name__}) must not draw random numbers behind a layer with synapses, where its "
+            "Jacobian is needed. Use keras.layers.Dropout, or put it before the first layer with synapses."
+        )
+    function = _function_of(layer, node)
+    if kind in _LINEAR or kind.__name__ == "Resize":  # the operation behind keras.ops.image.resize
+        return Linear(function, shapes, target)
+    if kind is kl.Activation:
+        return activation_map(layer.activation, shapes[0])
+    if kind is kl.Softmax and layer.axis == -1:
+        return Softmax(shapes[0])
+    return Elementwise(function, shapes, target) if kind in _ELEMENTWISE else Jacobian(function, shapes, target)
+
+
+def _noise_shape(layer: Any, source: Shape) -> tuple[int | None, ...]:
+    if type(layer) is not kl.Dropout:
+        return (None, *(1 for _ in source[:-1]), None)
+    return tuple(layer.noise_shape or (None,) * (len(source) + 1))
+
+
+def _function_of(operation: Any, node: Any) -> Callable[..., Array]:
+    """An operation as a function of its arrays, with its other arguments as they were."""
+    template = (list(node.arguments.args), dict(node.arguments.kwargs))
+    template[1].pop("training", None)
+    order = {id(tensor): place for place, tensor in enumerate(node.arguments.keras_tensors)}
+
+    def function(*arrays: Array) -> Array:
+        args, kwargs = keras.tree.map_structure(
+            lambda value: arrays[order[id(value)]] if _is_tensor(value) else value, template
+        )
+        return operation(*args, **kwargs)
+
+    return function

@@ -1,0 +1,153 @@
+"""What `tests/test_jax.py` runs in a process of its own, under KERAS_BACKEND=jax or tensorflow.
+
+python tests/jax_programs.py PROGRAM FOLDER
+"""
+
+import os
+import sys
+
+import keras
+import numpy as np
+
+import keras_blur as kb
+from keras_blur import layers
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(64, 8, 8, 2)).astype("float32"), rng.integers(0, 3, 64)
+
+
+def network(genome):
+    """A small residual net with normalisation."""
+    x = keras.Input((8, 8, 2))
+    h = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+    r = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(h))
+    h = keras.layers.Activation("relu")(keras.layers.Add()([h, r]))
+    h = keras.layers.MaxPooling2D(2)(h)
+    return kb.Model(x, layers.Dense(3)(keras.layers.Flatten()(h)), genome=genome)
+
+
+def genomes():
+    rule = kb.Rule(states=3, normalize_activations="both", momentum=True, batch_reduction="mean")
+    random = kb.Genome.random(rule, seed=1, std=0.3, synapse_update=-1e-3)
+    return {"backprop": kb.genomes.backprop(0.01), "random": random}
+
+
+def make(folder):
+    """Models of three genomes in files, before and after ten steps, with predictions."""
+    x, y = data()
+    for name, genome in genomes().items():
+        keras.utils.set_random_seed(3)
+        model = network(genome)
+        model.compile(loss=LOSS, metrics=["accuracy"])
+        model.save(os.path.join(folder, f"{name}_start.keras"))
+        np.save(os.path.join(folder, f"{name}_start.npy"), model.predict(x, verbose=0))
+        losses = model.fit(x, y, batch_size=32, epochs=5, shuffle=False, verbose=0).history["loss"]
+        model.save(os.path.join(folder, f"{name}_end.keras"))
+        np.save(os.path.join(folder, f"{name}_end.npy"), model.predict(x, verbose=0))
+        np.save(os.path.join(folder, f"{name}_losses.npy"), losses)
+
+
+def check(folder):
+    """Loads what the other backend made: the same predictions, and after ten steps too."""
+    x, y = data()
+    for name in genomes():
+        for when in ("start", "end"):
+            model = keras.models.load_model(os.path.join(folder, f"{name}_{when}.keras"))
+            wanted = np.load(os.path.join(folder, f"{name}_{when}.npy"))
+            np.testing.assert_allclose(model.predict(x, verbose=0), wanted, rtol=1e-5, atol=1e-5)
+        model = keras.models.load_model(os.path.join(folder, f"{name}_start.keras"))
+        history = model.fit(x, y, batch_size=32, epochs=5, shuffle=False, verbose=0).history
+        np.testing.assert_allclose(history["loss"], np.load(os.path.join(folder, f"{name}_losses.npy")), rtol=1e-5)
+        wanted = np.load(os.path.join(folder, f"{name}_end.npy"))
+        np.testing.assert_allclose(model.predict(x, verbose=0), wanted, rtol=1e-4, atol=1e-5)
+
+
+def features(folder):
+    """What people do with a model on JAX: callbacks, weights, generators, a dropout, errors in one sentence."""
+    x, y = data()
+    model = network(kb.genomes.backprop(0.1))
+    model.compile(loss=LOSS, metrics=["accuracy"], weighted_metrics=["accuracy"])
+    stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=2, restore_best_weights=True)
+    best = keras.callbacks.ModelCheckpoint(os.path.join(folder, "best.keras"), save_best_only=True)
+    history = model.fit(
+        x, y, epochs=4, verbose=0, sample_weight=np.linspace(0.5, 1.5, 64), validation_split=0.25, callbacks=[stop, best]
+    )
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    assert os.path.exists(os.path.join(folder, "best.keras"))
+    wrong = x.copy()
+    wrong[3] = np.nan
+    try:
+        model.fit(wrong, y, verbose=0)
+    except ValueError as error:
+        assert str(error).startswith("`x` must be finite.")  # noqa: PT017
+    else:
+        raise AssertionError("NaN passed")
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return x[32 * index : 32 * index + 32], y[32 * index : 32 * index + 32]
+
+    model.fit(Batches(), epochs=1, verbose=0)
+    model.train_on_batch(x[:8], y[:8])
+    assert set(model.evaluate(x, y, verbose=0, return_dict=True)) >= {"loss", "accuracy"}
+    dropped = kb.Sequential(
+        [keras.Input((8, 8, 2)), keras.layers.Flatten(), layers.Dense(9), keras.layers.Dropout(0.5), layers.Dense(3)],
+        genome=kb.Genome.random(kb.Rule(), 0),
+    )
+    dropped.compile(loss=LOSS)
+    dropped.fit(x, y, verbose=0)
+    try:
+        kb.meta.Unroll  # noqa: B018
+    except ImportError as error:
+        assert "needs the TensorFlow backend" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("meta under JAX")
+
+
+def parallel(folder):
+    """Four devices are one device."""
+    x, y = data()
+    results = []
+    for count in (4, 1):
+        devices = keras.distribution.list_devices()[:count]
+        assert len(devices) == count
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+        found = {}
+        for name in genomes():
+            model = keras.models.load_model(os.path.join(folder, f"{name}_start.keras"))
+            losses = model.fit(x, y, batch_size=32, epochs=5, shuffle=False, verbose=0).history["loss"]
+            found[name] = (losses, [keras.ops.convert_to_numpy(weight) for weight in model.weights])
+        results.append(found)
+    for name in genomes():
+        np.testing.assert_allclose(results[0][name][0], results[1][name][0], rtol=1e-6)
+        for one, four in zip(results[1][name][1], results[0][name][1], strict=True):
+            np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-6)
+
+
+def core(folder):
+    """A genome is a tree of arrays that jit, grad and vmap take as it is."""
+    import jax
+    import jax.numpy as jnp
+
+    del folder
+    genome = kb.Genome.random(kb.Rule(states=3), seed=0)
+
+    def size(value):
+        return sum(jnp.sum(jnp.square(array)) for array in value.arrays.values())
+
+    slope = jax.jit(jax.grad(size))(genome)
+    assert isinstance(slope, kb.Genome)
+    np.testing.assert_allclose(slope.nu, 2 * genome.nu, rtol=1e-6)
+    population = kb.Genome.random(kb.Rule(states=3), seed=0, population=(4,))
+    assert jax.vmap(size)(population).shape == (4,)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](sys.argv[2])

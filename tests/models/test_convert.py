@@ -1,0 +1,153 @@
+"""`convert`: each option of a Keras network is kept or refused by name."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from descent import assert_descends, randomized
+from keras import layers as kl
+
+import keras_blur as kb
+
+X = np.random.default_rng(0).standard_normal((6, 5)).astype("float32")
+Y = np.random.default_rng(1).standard_normal((6, 2))
+GENOME = kb.genomes.backprop(0.1, loss="mean_squared_error")
+L2 = keras.regularizers.L2(0.05)
+
+
+def chain(*layers):
+    return keras.Sequential([keras.Input((5,)), *layers])
+
+
+@pytest.mark.parametrize(("name", "value"), [("activity_regularizer", L2), ("lora_rank", 2)])
+def test_options_without_a_place_are_refused_by_name(name, value):
+    twin = chain(kl.Dense(4, name="inner", **{name: value}), kl.Dense(2))
+    with pytest.raises(ValueError, match=f"`{name}` .*must be None"):
+        kb.convert(twin, GENOME)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_regularizer": "l2"},
+        {"kernel_regularizer": "l1l2", "bias_regularizer": "l1"},
+        {"kernel_constraint": keras.constraints.MaxNorm(0.5)},
+        {"bias_constraint": keras.constraints.MaxNorm(0.3), "kernel_constraint": keras.constraints.UnitNorm()},
+    ],
+    ids=lambda options: " and ".join(options),
+)
+def test_regularizers_and_constraints_are_those_of_keras(options, float64):
+    twin = randomized(chain(kl.Dense(4, "tanh", name="inner", **options), kl.Dense(2, **options)))
+    assert_descends(twin, X, Y)
+
+
+def test_regularizers_of_all_kinds_of_layers(float64):
+    penalty, limit = keras.regularizers.L2(0.05), keras.constraints.MaxNorm(0.3)
+    entry = keras.Input((4, 4, 2))
+    value = kl.Conv2D(3, 2, kernel_regularizer=penalty, bias_constraint=keras.constraints.NonNeg())(entry)
+    value = kl.BatchNormalization(gamma_regularizer=penalty, beta_constraint=keras.constraints.NonNeg())(value)
+    value = kl.SeparableConv2D(2, 2, depthwise_regularizer=penalty, pointwise_constraint=limit)(value)
+    value = kl.Reshape((4, 2))(kl.Activation("tanh")(value))
+    value = kl.MultiHeadAttention(2, 3, kernel_regularizer=penalty, bias_regularizer=penalty)(value, value)
+    twin = randomized(keras.Model(entry, kl.Dense(2)(kl.Flatten()(value))))
+    assert_descends(twin, np.random.default_rng(0).standard_normal((6, 4, 4, 2)), Y)
+
+
+def test_an_option_that_a_later_keras_adds_is_refused(monkeypatch):
+    twin = chain(kl.Dense(2, name="inner"))
+    config = twin.layers[0].get_config()
+    monkeypatch.setattr(twin.layers[0], "get_config", lambda: {**config, "sparsity": 0.5})
+    with pytest.raises(ValueError, match=r"`sparsity` of layer 'inner' must be None.*Received: sparsity=0\.5"):
+        kb.convert(twin, GENOME)
+
+
+def test_weights_that_were_changed_after_the_layer_was_made():
+    adapted = chain(kl.Dense(4, name="inner"), kl.Dense(2))
+    adapted.layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match="`lora_rank` of layer 'inner'"):
+        kb.convert(adapted, GENOME)
+    quantized = chain(kl.Dense(4, name="inner"), kl.Dense(2))
+    quantized.layers[0].quantize("int8")
+    with pytest.raises(ValueError, match=r"`(quantization_config|dtype)` of layer 'inner'"):
+        kb.convert(quantized, GENOME)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [kl.Flatten(activity_regularizer=L2, name="odd"), kl.Dense(2)],
+        [kl.Dense(4), kl.Activation("tanh", activity_regularizer=L2, name="odd"), kl.Dense(2)],
+        [kl.ActivityRegularization(0.1, name="odd"), kl.Dense(2)],
+    ],
+)
+def test_regularizers_of_other_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="Layer 'odd' must have no `activity_regularizer`"):
+        kb.convert(chain(*layers), GENOME)
+
+
+def test_a_function_is_known_by_its_values():
+    def tanh(x):
+        return 0.5 * x
+
+    for activation in (tanh, tf.nn.tanh, keras.activations.tanh):
+        twin = chain(kl.Dense(4, activation, name="inner"), kl.Dense(2))
+        model = kb.convert(twin, GENOME)
+        np.testing.assert_allclose(model(X), twin(X), rtol=1e-5, atol=1e-6)
+        assert (model.layers[0].activation == "tanh") == (activation is keras.activations.tanh)
+
+
+def test_nested_models_are_unfolded():
+    inner = keras.Sequential([keras.Input((6,)), kl.Dense(4, "sigmoid", name="middle"), kl.Dropout(0.5)])
+    twin = chain(kl.Dense(6, "tanh", name="first"), inner, kl.Dense(2, name="last"))
+    model = kb.convert(twin, GENOME)
+    assert [layer.name for layer in model.layers if layer.weights] == ["first", "middle", "last"]
+    np.testing.assert_allclose(model(X), twin(X), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_names_in_nested_models_are_refused():
+    inner = keras.Sequential([keras.Input((6,)), kl.Dense(4, name="same")])
+    with pytest.raises(ValueError, match="two layers named 'same'"):
+        kb.convert(chain(kl.Dense(6, name="same"), inner, kl.Dense(2)), GENOME)
+
+
+def test_other_models_are_refused():
+    class Own(keras.Sequential):
+        pass
+
+    class Subclass(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    for model in (Subclass(), kb.convert(chain(kl.Dense(2)), GENOME), kl.Dense(2)):
+        with pytest.raises(ValueError, match=r"`model` must be a keras\.Sequential or a Functional keras\.Model"):
+            kb.convert(model, GENOME)
+    inner = chain(Own([keras.Input((5,)), kl.Dense(2)], name="own"))
+    with pytest.raises(ValueError, match="own"):
+        kb.convert(inner, GENOME)
+
+
+def test_a_functional_model_inside_a_chain():
+    entry = keras.Input((5,))
+    functional = keras.Model(entry, kl.Add()([kl.Dense(5, name="inner")(entry), entry]), name="functional")
+    twin = chain(functional, kl.Dense(2))
+    np.testing.assert_allclose(kb.convert(twin, GENOME)(X), twin(X), rtol=1e-5, atol=1e-6)
+
+
+def test_types_of_the_model_and_of_layers_are_kept():
+    keras.config.set_dtype_policy("float64")
+    try:
+        twin = chain(kl.Dense(4, "tanh"), kl.Dense(2))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model = kb.convert(twin, GENOME)
+    assert {variable.dtype for layer in model.layers for variable in layer.weights} == {"float64"}
+    np.testing.assert_allclose(model(X), twin(X), rtol=1e-12)
+    mixed = kb.convert(chain(kl.Dense(4, "tanh", dtype="mixed_bfloat16"), kl.Dense(2)), GENOME)
+    assert [layer.connection.compute_dtype for layer in mixed.layers] == ["bfloat16", None]
+    with pytest.raises(ValueError, match="`dtype` of layer 'inner' must keep synapses in float32"):
+        kb.convert(chain(kl.Dense(4, dtype="float64", name="inner"), kl.Dense(2)), GENOME)
+
+
+def test_frozen_layers_stay_frozen():
+    twin = chain(kl.Dense(4, trainable=False), kl.Dense(2))
+    assert [layer.trainable for layer in kb.convert(twin, GENOME).layers] == [False, True]

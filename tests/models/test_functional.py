@@ -1,0 +1,409 @@
+"""Functional models: the backprop genome on any graph is SGD of the Keras model that it came from."""
+
+import keras
+import numpy as np
+import pytest
+from descent import RATE, assert_descends, assert_same, named, randomized
+from keras import layers as kl
+from keras import ops
+
+import keras_blur as kb
+
+RNG = np.random.default_rng(0)
+IMAGES, ROWS, TWO = RNG.standard_normal((6, 6, 6, 2)), RNG.standard_normal((6, 5)), RNG.standard_normal((6, 2))
+CLASSES = RNG.integers(0, 3, 6)
+GENOME = kb.genomes.backprop(RATE)
+CROSS = keras.losses.SparseCategoricalCrossentropy
+
+
+def head(value, units=2):
+    return kl.Dense(units, name="head")(kl.Flatten()(value) if len(value.shape) > 2 else value)
+
+
+def residual():
+    entry = keras.Input((6, 6, 2))
+    first = kl.Conv2D(3, 3, padding="same", activation="tanh")(entry)
+    inner = kl.Activation("tanh")(kl.BatchNormalization()(kl.Conv2D(3, 3, padding="same", use_bias=False)(first)))
+    inner = kl.BatchNormalization()(kl.Conv2D(3, 3, padding="same", use_bias=False)(inner))
+    second = kl.Activation("tanh")(kl.Add()([first, inner]))
+    short = kl.Conv2D(4, 1, strides=2)(second)
+    inner = kl.Conv2D(4, 3, strides=2, padding="same", activation="tanh")(second)
+    return keras.Model(entry, head(kl.GlobalAveragePooling2D()(kl.ReLU()(kl.Add()([inner, short])))))
+
+
+def branches():
+    entry = keras.Input((6, 6, 2))
+    stem = kl.Conv2D(3, 3, padding="same", activation="tanh")(entry)
+    parts = [
+        kl.Conv2D(2, 1, activation="relu")(stem),
+        kl.Conv2D(2, 3, padding="same")(stem),
+        kl.MaxPooling2D(3, 1, "same")(stem),
+        kl.Conv2D(2, 1)(kl.AveragePooling2D(3, 1, "same")(stem)),
+    ]
+    return keras.Model(entry, head(kl.MaxPooling2D(2)(kl.Concatenate()(parts))))
+
+
+def separable():
+    entry = keras.Input((6, 6, 2))
+    value = kl.DepthwiseConv2D(3, padding="same", depth_multiplier=2, use_bias=False)(entry)
+    value = kl.ReLU(6.0)(kl.BatchNormalization()(value))
+    value = kl.Conv2D(3, 1, use_bias=False)(value)
+    value = kl.SeparableConv2D(3, 3, activation="tanh")(kl.BatchNormalization()(value))
+    return keras.Model(entry, head(value))
+
+
+def autoencoder():
+    entry = keras.Input((6, 6, 2))
+    value = kl.Conv2D(3, 3, strides=2, padding="same", activation="tanh")(entry)
+    value = kl.Conv2D(2, 3, activation="tanh")(kl.ZeroPadding2D(1)(kl.UpSampling2D(2)(value)))
+    skip = kl.Cropping2D(1)(kl.Conv2DTranspose(2, 3, activation="tanh")(value))
+    return keras.Model(entry, head(kl.Multiply()([value, skip])))
+
+
+def operations():
+    entry = keras.Input((5,))
+    first = kl.Dense(4, "tanh")(entry)
+    gate = ops.sigmoid(kl.Dense(4)(first))
+    value = ops.concatenate([gate * first, 2.0 - ops.square(first)], axis=-1)
+    value = ops.transpose(ops.reshape(value, (-1, 2, 4)), (0, 2, 1))
+    value = ops.logsumexp(kl.Dense(3, "tanh")(value), axis=1)
+    return keras.Model(entry, head(value[:, :2] / (1.0 + ops.abs(value[:, 1:]))))
+
+
+def gated():
+    """Squeeze and excitation: a branch scales the channels of an image."""
+    entry = keras.Input((6, 6, 2))
+    value = kl.Conv2D(4, 3, activation="tanh")(entry)
+    scale = kl.Dense(2, "relu")(kl.GlobalAveragePooling2D()(value))
+    scale = kl.Reshape((1, 1, 4))(kl.Dense(4, "sigmoid")(scale))
+    return keras.Model(entry, head(kl.GlobalMaxPooling2D()(kl.Multiply()([value, scale]))))
+
+
+def transformer():
+    entry = keras.Input((5,), dtype="int32")
+    value = kl.Add()([kl.Embedding(7, 4)(entry), kl.Embedding(7, 4)(entry)])
+    inner = kl.LayerNormalization()(value)
+    value = kl.Add()([value, kl.MultiHeadAttention(2, 3, name="attention")(inner, inner, use_causal_mask=True)])
+    inner = kl.Dense(6, "gelu")(kl.LayerNormalization()(value))
+    return keras.Model(entry, head(kl.Add()([value, kl.Dense(4)(inner)])))
+
+
+def nested():
+    entry = keras.Input((5,))
+    block = keras.Sequential([keras.Input((5,)), kl.Dense(4, "tanh", name="fc"), kl.Dense(5, name="out")], name="block")
+    inner = keras.Input((5,))
+    functional = keras.Model(inner, kl.Add()([kl.Dense(5, "tanh", name="fc2")(inner), inner]), name="inner")
+    return keras.Model(entry, head(functional(block(functional(entry)))))
+
+
+def shared():
+    entry = keras.Input((5,))
+    layer = kl.Dense(5, "tanh", name="shared")
+    return keras.Model(entry, head(layer(layer(layer(entry)))))
+
+
+GRAPHS = {
+    "residual": (residual, IMAGES), "branches": (branches, IMAGES), "separable": (separable, IMAGES),
+    "autoencoder": (autoencoder, IMAGES), "operations": (operations, ROWS), "gated": (gated, IMAGES),
+    "transformer": (transformer, RNG.integers(0, 7, (6, 5))), "nested": (nested, ROWS), "shared": (shared, ROWS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_learns_as_under_sgd(name, float64):
+    make, x = GRAPHS[name]
+    assert_descends(randomized(make()), x, TWO, still={"attention/key/bias"})  # a softmax does not see that bias
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_conversion_and_back_keep_names_and_weights(name, float64):
+    make, x = GRAPHS[name]
+    twin = randomized(make())
+    model = kb.convert(twin, GENOME)
+    assert model.name == twin.name
+    assert [layer.name for layer in model.layers] == [one.name for one in twin.layers if type(one).__name__ != "InputLayer"]
+    back = model.to_keras()
+    assert_same(named(back), named(twin), 0.0)
+    np.testing.assert_allclose(back(x), twin(x), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(model(x), twin(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_file_gives_the_model_back(name, tmp_path):
+    make, x = GRAPHS[name]
+    model = kb.convert(randomized(make()), kb.Genome.random(kb.Rule(states=3), seed=0, std=0.3, synapse_update=-0.01))
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    model.train_on_batch(x, TWO)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded.genome == model.genome
+    for found, wanted in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(loaded(x), model(x))
+    losses = [one.train_on_batch(x, TWO) for one in (model, loaded)]
+    assert losses[0] == losses[1]
+
+
+# Inputs and outputs.
+
+
+def two_by_two():
+    left, right = keras.Input((5,), name="left"), keras.Input((6, 6, 2), name="right")
+    inner = kl.Flatten()(kl.Conv2D(2, 3, activation="tanh")(right))
+    both = kl.Concatenate()([kl.Dense(4, "tanh")(left), kl.Dense(3, "tanh")(inner)])
+    first = kl.Dense(2, name="first")(both)
+    second = kl.Dense(3, "softmax", name="second")(kl.Concatenate()([both, first]))
+    return keras.Model([left, right], [first, second])
+
+
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_two_inputs_and_two_outputs(form, float64):
+    x, y = [ROWS, IMAGES], [TWO, CLASSES]
+    options = {"loss": ["mean_squared_error", CROSS()], "loss_weights": [0.5, 2.0]}
+    if form == "dict":
+        x, y = dict(zip(("left", "right"), x, strict=True)), dict(zip(("first", "second"), y, strict=True))
+        options = {name: dict(zip(("first", "second"), value, strict=True)) for name, value in options.items()}
+    assert_descends(randomized(two_by_two()), x, y, **options)
+
+
+def test_an_output_that_is_read_again_gets_both_errors(float64):
+    entry = keras.Input((5,))
+    early = kl.Dense(3, "tanh", name="early")(entry)
+    late = kl.Dense(2, name="late")(kl.Dense(4, "tanh")(early))
+    model = randomized(keras.Model(entry, [early, late]))
+    y = [RNG.standard_normal((6, 3)), TWO]
+    assert_descends(model, ROWS, y, loss=["mean_squared_error", "mean_absolute_error"], loss_weights=[1.0, 0.3])
+
+
+def test_a_siamese_net(float64):
+    left, right = keras.Input((5,)), keras.Input((5,))
+    arm = keras.Sequential([keras.Input((5,)), kl.Dense(4, "tanh"), kl.Dense(3, "tanh")], name="arm")
+    distance = kl.Dot(1, normalize=True)([arm(left), arm(right)])
+    model = randomized(keras.Model([left, right], kl.Dense(1, name="head")(distance)))
+    assert_descends(model, [ROWS, ROWS[::-1].copy()], TWO[:, :1], loss="squared_hinge")
+
+
+def test_a_layer_may_be_shared_between_depths_and_inputs(float64):
+    left, right = keras.Input((4, 5)), keras.Input((5,))
+    layer = kl.Dense(5, "tanh", name="shared")
+    value = kl.Add()([kl.GlobalAveragePooling1D()(layer(left)), layer(right)])
+    model = randomized(keras.Model([left, right], head(value)))
+    assert_descends(model, [RNG.standard_normal((6, 4, 5)), ROWS], TWO)
+
+
+@pytest.mark.parametrize("frozen", [["first"], ["second"], ["first", "norm"], ["head"]])
+def test_frozen_layers(frozen, float64):
+    entry = keras.Input((5,))
+    value = kl.Dense(4, "tanh", name="first")(entry)
+    value = kl.BatchNormalization(name="norm")(kl.Dense(4, use_bias=False, name="second")(value))
+    twin = randomized(keras.Model(entry, head(kl.Activation("tanh")(value))))
+    for name in frozen:
+        twin.get_layer(name).trainable = False
+    before = named(twin)
+    model = assert_descends(twin, ROWS, TWO)
+    after = named(model.to_keras())
+    for name, value in before.items():
+        if name.split("/")[0] in frozen:
+            np.testing.assert_array_equal(after[name], value)
+
+
+# Losses of what the head gives.
+
+HEADS = {
+    "softmax of probabilities": (lambda: kl.Dense(3, "softmax", name="head"), CROSS, CLASSES),
+    "softmax layer": (lambda: keras.Sequential([kl.Dense(3), kl.Softmax()]), CROSS, CLASSES),
+    "one-hot": (
+        lambda: kl.Dense(3, "softmax"), lambda: keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
+        np.eye(3)[CLASSES],
+    ),
+    "sigmoid": (lambda: kl.Dense(2, "sigmoid"), "mean_squared_error", np.abs(TWO)),
+    "softmax of squares": (lambda: kl.Dense(3, "softmax"), "mean_squared_error", np.eye(3)[CLASSES]),
+    "weightless end": (lambda: keras.Sequential([kl.Dense(6), kl.Reshape((2, 3)), kl.GlobalMaxPooling1D()]),
+        lambda: CROSS(from_logits=True), CLASSES),
+    "unit vectors": (lambda: keras.Sequential([kl.Dense(2), kl.UnitNormalization()]), "cosine_similarity", TWO),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_follows_the_last_synapses(name, float64):
+    make, loss, y = HEADS[name]
+    loss = loss() if callable(loss) else loss  # made here, so that it computes in float64
+    entry = keras.Input((5,))
+    twin = randomized(keras.Model(entry, make()(kl.Dense(4, "tanh")(entry))))
+    assert_descends(twin, ROWS, y, loss=loss)
+
+
+def test_weights_of_examples(float64):
+    entry = keras.Input((6, 6, 2))
+    twin = randomized(keras.Model(entry, head(kl.Conv2D(3, 3, activation="tanh")(entry), 3)))
+    weight = 0.5 * np.arange(6)
+    assert_descends(twin, IMAGES, CLASSES, loss=CROSS(from_logits=True), sample_weight=weight)
+
+
+# Any layer without weights, between two dense ones.
+
+WEIGHTLESS = {
+    "leaky": (lambda: kl.LeakyReLU(0.2), (6,)),
+    "elu": (lambda: kl.ELU(), (6,)),
+    "softmax": (lambda: kl.Softmax(), (6,)),
+    "softmax over positions": (lambda: kl.Softmax(axis=1), (3, 2)),
+    "activation": (lambda: kl.Activation("silu"), (6,)),
+    "rescaling": (lambda: kl.Rescaling(0.5, 0.3), (6,)),
+    "max pooling": (lambda: kl.MaxPooling1D(3, 2, "same"), (6, 2)),
+    "average pooling": (lambda: kl.AveragePooling2D(2), (4, 4, 2)),
+    "padding": (lambda: kl.ZeroPadding1D(2), (3, 2)),
+    "upsampling": (lambda: kl.UpSampling1D(2), (3, 2)),
+    "cropping": (lambda: kl.Cropping1D(1), (4, 2)),
+    "permutation": (lambda: kl.Permute((2, 1)), (3, 2)),
+    "repetition": (lambda: kl.RepeatVector(3), (4,)),
+    "unit norm": (lambda: kl.UnitNormalization(), (5,)),
+    "no dropout": (lambda: kl.Dropout(0.0), (5,)),
+    "identity": (lambda: kl.Identity(), (5,)),
+    "function": (lambda: kl.Lambda(lambda x: x * keras.ops.tanh(x), output_shape=(5,)), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTLESS)
+def test_any_layer_without_weights(name, float64):
+    make, shape = WEIGHTLESS[name]
+    inner = [kl.Dense(int(np.prod(shape)), "linear"), kl.Reshape(shape), make(), kl.Flatten(), kl.Dense(2)]
+    assert_descends(randomized(keras.Sequential([keras.Input((5,)), *inner])), ROWS, TWO, steps=3)
+
+
+def test_dropout_has_one_mask_for_both_passes(float64):
+    """With the mask of a step known, a step is SGD of the network times that mask."""
+    keras.utils.set_random_seed(3)
+    entry = keras.Input((5,))
+    value = kb.layers.Dense(8, "tanh", name="first")(entry)
+    value = kl.Dropout(0.5, name="dropout")(value)
+    model = kb.Model(entry, kb.layers.Dense(2, name="head")(value), genome=GENOME)
+    model.compile(loss="mean_squared_error", run_eagerly=True)
+    masks = []
+    (one,) = (one.map for one in model._reading.graph.operations if hasattr(one, "map"))
+    context = one.context
+    one.context = lambda states, training: masks.append(context(states, training)) or masks[-1]
+    twin = keras.Model(entry, model.to_keras()(entry))
+    for _ in range(3):
+        plain = model.to_keras()
+        mask = keras.Input((8,))
+        masked = kl.Multiply()([plain.get_layer("first")(entry), mask])
+        twin = keras.Model([entry, mask], plain.get_layer("head")(masked))
+        twin.compile(keras.optimizers.SGD(RATE), "mean_squared_error", jit_compile=False)
+        loss = model.train_on_batch(ROWS, TWO)
+        assert loss == pytest.approx(twin.train_on_batch([ROWS, np.reshape(masks[-1], (6, 8))], TWO), rel=1e-5)
+        assert_same(named(model.to_keras()), named(plain), 1e-9)
+    assert len(masks) == 3
+    assert 0.2 < np.mean(np.array(masks) == 0.0) < 0.8
+
+
+# What is kept and what is refused.
+
+
+def test_moving_statistics_go_over_and_back(float64):
+    twin = randomized(residual())
+    model = kb.convert(twin, GENOME)
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    twin.compile(keras.optimizers.SGD(RATE), "mean_squared_error", jit_compile=False)
+    for one in (model, twin):
+        one.fit(IMAGES, TWO, batch_size=3, epochs=2, shuffle=False, verbose=0)
+    np.testing.assert_allclose(model.predict(IMAGES, verbose=0), twin.predict(IMAGES, verbose=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(model.to_keras()(IMAGES), twin(IMAGES), rtol=1e-9, atol=1e-12)
+
+
+def test_fresh_statistics_are_unbiased_after_one_batch(float64):
+    entry = keras.Input((5,))
+    layer = kb.layers.BatchNormalization(name="norm", momentum=0.9)
+    model = kb.Model(entry, kb.layers.Dense(2)(layer(kb.layers.Dense(4, "tanh", name="first")(entry))), genome=GENOME)
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    hidden = np.array(model.get_layer("first")(ROWS))
+    model.train_on_batch(ROWS, TWO)
+    np.testing.assert_allclose(layer.moving_mean, hidden.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(layer.moving_variance, hidden.var(0), rtol=1e-9)
+
+
+class Own(kl.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(name="scale", shape=shape[1:])
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+
+REFUSED = {
+    "LSTM": (lambda: kl.LSTM(3, name="odd"), (4, 3)),
+    "PReLU": (lambda: kl.PReLU(name="odd"), (4, 3)),
+    "Own": (lambda: Own(name="odd"), (4, 3)),
+    "GaussianNoise": (lambda: kl.GaussianNoise(0.1, name="odd"), (4, 3)),
+    "Conv1DTranspose": (lambda: kl.Conv1DTranspose(3, 2, name="odd"), (4, 3)),
+    "Bidirectional": (lambda: kl.Bidirectional(kl.LSTM(3), name="odd"), (4, 3)),
+    "Masking": (lambda: kl.Masking(name="odd"), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_layers_that_cannot_learn_by_a_genome_are_refused_by_name(name):
+    make, shape = REFUSED[name]
+    for way in ("convert", "model"):
+        entry = keras.Input(shape)
+        dense = kl.Dense if way == "convert" else kb.layers.Dense
+        value = make()(dense(3)(entry))
+        value = dense(2)(kl.Flatten()(value) if len(value.shape) > 2 else value)
+        with pytest.raises(ValueError, match=rf"Layer 'odd' \({name}\)"):
+            kb.convert(keras.Model(entry, value), GENOME) if way == "convert" else kb.Model(entry, value, genome=GENOME)
+
+
+def test_keras_layers_with_a_twin_name_it():
+    entry = keras.Input((4, 3))
+    for layer in (kl.Dense(2, name="odd"), kl.LayerNormalization(name="odd"), kl.Conv1D(2, 1, name="odd")):
+        value = kb.layers.Dense(2)(kl.Flatten()(layer(entry)))
+        with pytest.raises(ValueError, match=rf"'odd' .*keras_blur\.layers\.{type(layer).__name__} in its place"):
+            kb.Model(entry, value, genome=GENOME)
+
+
+def test_noise_before_the_first_synapses_prepares_the_input():
+    entry = keras.Input((4,))
+    model = kb.Model(entry, kb.layers.Dense(2)(kl.GaussianNoise(0.5)(entry)), genome=GENOME)
+    x = np.ones((3, 4), "float32")
+    np.testing.assert_array_equal(model(x), model(x))
+    assert np.abs(np.array(model(x, training=True)) - model(x)).max() > 1e-3
+
+
+def test_several_inputs_are_checked_for_numbers_and_lengths():
+    a, b = keras.Input((3,)), keras.Input((2,))
+    model = kb.Model([a, b], kb.layers.Dense(2)(kl.Concatenate()([a, b])), genome=kb.genomes.backprop())
+    model.compile(loss="mean_squared_error")
+    x, y = [np.ones((4, 3)), np.ones((4, 2))], np.ones((4, 2))
+    model.fit(x, y, verbose=0)
+    broken = [x[0], np.full((4, 2), np.nan)]
+    for wrong, labels, message in (
+        (broken, y, "`x` must be finite"),
+        ([x[0], np.ones((3, 2))], y, "`x` must have as many examples as the first array, 4"),
+        (x, np.full((4, 2), np.inf), "`y` must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit(wrong, labels, verbose=0)
+
+
+def test_groups_of_layers_have_genomes_of_their_own():
+    def network(names):
+        image = keras.Input((6, 6, 2))
+        h = kb.layers.Dense(4)(kl.Flatten()(kb.layers.Conv2D(3, 3)(image)))
+        genome = kb.Genome.random(kb.Rule(layers=names), seed=0)
+        return kb.Model(image, kb.layers.Dense(2, name="head")(h), genome=genome)
+
+    model = network(("Conv*", "head", "*"))
+    assert model._reading.graph.groups == (0, 2, 1)
+    still = np.array([-1e-3, 0.0, -1e-3], "float32")
+    model.genome = model.genome.replace(synapse_update=still)
+    before = [np.array(weight) for weight in model.trainable_weights]
+    model.compile(loss="mean_squared_error")
+    model.fit(np.ones((4, 6, 6, 2)), np.ones((4, 2)), verbose=0)
+    moved = {
+        weight.path.split("/")[0].rstrip("_0123456789"): not np.array_equal(old, weight)
+        for weight, old in zip(model.trainable_weights, before, strict=True)
+        if weight.name == "kernel"
+    }
+    assert moved == {"conv2d": True, "dense": True, "head": False}
+    with pytest.raises(ValueError, match="has none for 'dense"):
+        network(("Conv*", "head"))
