@@ -48,7 +48,7 @@ from keras_blur.report import comparison as compare
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
-from rule_table import BATCH, COVER, SINGLE, SIZES, draw_batch, draw_genome, draw_synapses, stages
+from rule_table import BATCH, COVER, SINGLE, SIZES, dense_chain, draw_batch, draw_genome, draw_synapses
 
 _ONLY = flags.DEFINE_string("only", "", "Only programs whose name has this in it.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows.")
@@ -179,7 +179,7 @@ def pure_step(options: dict[str, Any]) -> Program:
             return y if rule.feedback == "labels" else feedback.error(learners.blur.loss_of(rule), y, prediction)
 
         state = network.NetworkState(synapses, time, neurons)
-        return network.step(kb.Genome(rule, arrays), stages(), state, x, respond)
+        return network.step(kb.Genome(rule, arrays), dense_chain(), state, x, respond)
 
     calls = []
     for number in range(CALLS):

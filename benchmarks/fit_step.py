@@ -1,6 +1,7 @@
 """Time, arithmetic and memory of one learning step, as ratios against Keras in the same run.
 
     python benchmarks/fit_step.py [--sizes 784,512,256,10] [--batch_size 128] [--repeats 40] [--json FILE]
+    python benchmarks/fit_step.py --network mlp|lenet|resnet20|transformer [--batch_size 128] [--repeats 40]
 
 The candidates take turns, a block of steps each, so that a change of the machine's speed meets all of them; a ratio is
 that of the medians over the blocks, with the 10 % and 90 % quantiles of the ratios of single blocks. A step is what
@@ -8,6 +9,10 @@ that of the medians over the blocks, with the 10 % and 90 % quantiles of the rat
 "arithmetic" counts the multiplications and additions of the matrix products that the equations need and nothing else; its
 share of peak is that over the step's time and over what a large matrix product reaches on this machine in the same run.
 Peak memory, above the process before the network is built, is measured in a process of its own for each candidate.
+
+`--network` compares Keras SGD, the backprop genome and a random genome of two states on one of the networks of
+`networks.py`, on the backend that KERAS_BACKEND names, by blocks of `fit`; "first call" is the time of the first block,
+compilation included, as a ratio too.
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
+import networks
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
 from measure import PeakMemory, peak_flops
 
@@ -36,6 +41,7 @@ _BATCH = flags.DEFINE_integer("batch_size", 128, "Examples in a batch.", lower_b
 _REPEATS = flags.DEFINE_integer("repeats", 40, "Blocks of steps that each candidate runs.", lower_bound=3)
 _BLOCK = flags.DEFINE_integer("block", 10, "Steps in a block.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
+_NETWORK = flags.DEFINE_enum("network", None, ["mlp", "lenet", "resnet20", "transformer"], "A network of another kind.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: print the peak memory of one candidate and stop.")
 
 CANDIDATES = ("keras SGD", "keras Adam", "backprop genome", "blur k=2", "blur k=4")
@@ -72,6 +78,8 @@ def operations(name: str, sizes: list[int], batch: int) -> int:
 
 def stepper(name: str, sizes: list[int], batch: int) -> Callable[[int], None]:
     """A function that runs a number of training steps as `fit` does."""
+    import tensorflow as tf
+
     model = build(name, sizes)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch * 8, sizes[0])).astype(np.float32)
@@ -92,12 +100,80 @@ def stepper(name: str, sizes: list[int], batch: int) -> Callable[[int], None]:
 def memory_of(name: str) -> float:
     """Peak memory of a candidate above the process before it is built, in MB, from a process of its own."""
     forwarded = [f"--sizes={','.join(_SIZES.value)}", f"--batch_size={_BATCH.value}", f"--memory_of={name}"]
+    forwarded += [f"--network={_NETWORK.value}"] if _NETWORK.value else []
     done = subprocess.run([sys.executable, __file__, *forwarded], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
+NETWORK_CANDIDATES = ("keras SGD", "backprop genome", "random k=2")
+
+
+def network_model(name: str) -> keras.Model:
+    """A compiled candidate on `--network`."""
+    keras.utils.set_random_seed(0)
+    model = getattr(networks, str(_NETWORK.value))()
+    loss = networks.losses(model)
+    if name == "keras SGD":
+        model.compile(keras.optimizers.SGD(0.01), loss)
+        return model
+    random = kb.Genome.random(kb.Rule(), seed=0, std=0.3, synapse_update=-1e-6)
+    made = kb.convert(model, kb.genomes.backprop(0.01) if name == "backprop genome" else random)
+    made.compile(loss=loss)
+    return made
+
+
+def compare_network() -> None:
+    """The table of `--network`."""
+    batch = _BATCH.value
+    rng = np.random.default_rng(0)
+    x, y = networks.batch(network_model("keras SGD"), batch * _BLOCK.value, rng)
+    models, first = {}, {}
+    for name in NETWORK_CANDIDATES:
+        models[name] = network_model(name)
+        start = time.perf_counter()
+        models[name].fit(x, y, batch_size=batch, verbose=0, shuffle=False)
+        first[name] = time.perf_counter() - start
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(_REPEATS.value):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.fit(x, y, batch_size=batch, verbose=0, shuffle=False)
+            times[name].append(time.perf_counter() - start)
+    base = np.array(times["keras SGD"])
+    print(f"{_NETWORK.value}, {keras.backend.backend()}, batch {batch}, {_REPEATS.value} blocks of {_BLOCK.value} steps")
+    print(f"{'':16} {'x SGD':>6} {'(blocks)':>13} {'first call':>10} {'peak MB':>8}")
+    rows: list[dict[str, Any]] = []
+    for name in NETWORK_CANDIDATES:
+        ratios = np.array(times[name]) / base
+        row: dict[str, Any] = {
+            "name": name,
+            "ratio": float(np.median(times[name]) / np.median(base)),
+            "ratio_blocks": [float(np.quantile(ratios, q)) for q in (0.1, 0.9)],
+            "first_call": first[name] / first["keras SGD"],
+            "memory_mb": memory_of(name),
+        }
+        rows.append(row)
+        low, high = row["ratio_blocks"]
+        print(
+            f"{name:16} {row['ratio']:6.2f} ({low:5.2f}-{high:5.2f}) {row['first_call']:10.2f} {row['memory_mb']:8.0f}",
+            flush=True,
+        )
+    if _JSON.value:
+        kb.files.write_text(_JSON.value, json.dumps({"network": _NETWORK.value, "rows": rows}, indent=1) + "\n")
+
+
 def main(argv: list[str]) -> None:
     del argv
+    if _NETWORK.value:
+        if not _MEMORY_OF.value:
+            compare_network()
+            return
+        with PeakMemory() as memory:
+            x, y = networks.batch(network_model("keras SGD"), _BATCH.value * 5, np.random.default_rng(0))
+            model = network_model(_MEMORY_OF.value)
+            model.fit(x, y, batch_size=_BATCH.value, epochs=4, verbose=0)
+        print(memory.megabytes)
+        return
     sizes = [int(size) for size in _SIZES.value]
     if _MEMORY_OF.value:
         with PeakMemory() as memory:

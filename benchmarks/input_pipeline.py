@@ -122,7 +122,8 @@ def fit() -> dict[str, float]:
 
     def seconds(*data: Any) -> float:
         start = time.perf_counter()
-        model.fit(*data, batch_size=_BATCH.value if len(data) > 1 else None, verbose=0)
+        x, y = data if len(data) > 1 else (data[0], None)
+        model.fit(x, y, batch_size=None if y is None else _BATCH.value, verbose=0)
         return (time.perf_counter() - start) / (len(x) // _BATCH.value)
 
     pairs = np.array([(seconds(x, y), seconds(one)) for _ in range(6)])[1:]

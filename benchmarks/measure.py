@@ -8,12 +8,13 @@ import time
 from itertools import pairwise
 
 import numpy as np
-import tensorflow as tf
 
 
 def peak_flops() -> float:
     """What a large float32 matrix product reaches here, in operations a second."""
     side = 2048
+    import tensorflow as tf
+
     a = tf.random.normal((side, side))
     product = tf.function(lambda a: tf.matmul(a, a))
     product(a)
