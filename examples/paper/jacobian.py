@@ -38,13 +38,13 @@ def jacobian(genome: kb.Genome, seed: int, before: int) -> np.ndarray:
     genome = kb.Genome(rule, {name: np.asarray(array, np.float64) for name, array in genome.arrays.items()})
     learner = learners.Blur(HIDDEN, rule)
     x, y = (tf.cast(v, tf.float64) for v in tasks.functions("xor").examples(random.seed_of(seed), 64, "test"))
-    stages = learner.stages(y.shape[-1])
+    graph = learner.graph(y.shape[-1])
 
     def signal(prediction: tf.Tensor) -> tf.Tensor:
         return feedback.error(rule.keras_loss, y, prediction) if rule.feedback == "error" else y
 
     def stepped(synapses: tuple) -> tuple:
-        return network.step(genome, stages, network.NetworkState(synapses), x, signal).state.synapses
+        return network.step(genome, graph, network.NetworkState(synapses), x, signal).state.synapses
 
     def flat(synapses: tuple) -> tf.Tensor:
         return tf.concat([tf.reshape(leaf, (-1,)) for leaf in tf.nest.flatten(synapses)], axis=0)
