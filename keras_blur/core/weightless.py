@@ -25,6 +25,7 @@ from keras_blur.backend import replica, replicas
 from keras_blur.core import random
 from keras_blur.core.derivatives import jvp, vjp
 from keras_blur.core.equations import SharedBatch
+from keras_blur.core.patches import unfold
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -158,6 +159,56 @@ class Elementwise(Jacobian):
         first = ops.take(states[0], [0], axis=-len(self.target) - 2)
         through, pull = vjp(self.function, first)
         return (pull(ops.ones_like(through))[0] * cotangent,)
+
+
+class MaxPooling(Jacobian):
+    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest.
+
+    Written by hand: XLA rounds the second derivative of TensorFlow's max pooling to 16 bits.
+
+    Args:
+        function: the pooling, of arrays `[n, *spatial, channels]`.
+        source: shape of the features that enter.
+        target: shape of the features that leave.
+        size: of a window.
+        strides: of the windows.
+        padding: `"valid"` or `"same"`.
+        first: whether channels stand before the spatial axes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Array],
+        source: Shape,
+        target: Shape,
+        size: Shape,
+        strides: Shape,
+        padding: str,
+        first: bool = False,
+    ):
+        super().__init__(function, [source], target)
+        self.size, self.strides, self.padding, self.first = tuple(size), tuple(strides), padding, first
+
+    def _windows(self, states: Array, outside: float) -> Array:
+        """`[..., *positions, taps, channels]`."""
+        last = ops.moveaxis(states, -len(self.target), -1) if self.first else states
+        return unfold(last, self.size, self.strides, self.padding, (1,) * len(self.size), outside)
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        (value,) = states
+        axis, rank = len(value.shape) - 2 - len(self.target), len(self.target)
+        one = ops.take(value, [0], axis=axis)
+        largest = _split(self.function(_merged(one, rank)), one, rank, self.target)
+        if value.shape[axis] == 1:
+            return largest
+        windows = self._windows(one, -math.inf)
+        winner = ops.one_hot(ops.argmax(windows, axis=-2), windows.shape[-2], dtype=value.dtype)
+        winner = ops.swapaxes(winner, -1, -2)
+        rest = self._windows(ops.take(value, [*range(1, value.shape[axis])], axis=axis), 0.0)
+        chosen = ops.sum(rest * winner, axis=-2)
+        if self.first:
+            chosen = ops.moveaxis(chosen, -1, -rank)
+        return ops.concatenate([largest, chosen], axis=axis)
 
 
 class Dropout(WeightlessMap):

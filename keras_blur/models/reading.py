@@ -20,7 +20,7 @@ import keras
 from keras_blur.core.equations import Activation
 from keras_blur.core.graph import Builder, Connect, Graph
 from keras_blur.core.rule import Rule
-from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, Normalize, Softmax, WeightlessMap
+from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, MaxPooling, Normalize, Softmax, WeightlessMap
 from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map
 
 Array = Any
@@ -34,6 +34,7 @@ _LINEAR = (
     kl.AveragePooling1D, kl.AveragePooling2D, kl.AveragePooling3D,
     kl.GlobalAveragePooling1D, kl.GlobalAveragePooling2D, kl.GlobalAveragePooling3D,
 )  # fmt: skip
+_MAX_POOLING = (kl.MaxPooling1D, kl.MaxPooling2D, kl.MaxPooling3D)
 _ELEMENTWISE = (kl.ReLU, kl.LeakyReLU, kl.ELU)
 _DROPOUTS = (kl.Dropout, kl.SpatialDropout1D, kl.SpatialDropout2D, kl.SpatialDropout3D)
 _TWINS = (
@@ -409,6 +410,11 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
             "Jacobian is needed. Use keras.layers.Dropout, or put it before the first layer with synapses."
         )
     function = _function_of(layer, node)
+    if kind in _MAX_POOLING:
+        size = tuple(layer.pool_size)
+        strides = size if layer.strides is None else tuple(layer.strides)
+        first = layer.data_format == "channels_first"
+        return MaxPooling(function, shapes[0], target, size, strides, layer.padding, first)
     if kind in _LINEAR or kind.__name__ == "Resize":  # the operation behind keras.ops.image.resize
         return Linear(function, shapes, target)
     if kind is kl.Activation:

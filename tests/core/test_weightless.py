@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers as kl
 from keras import ops
 
-from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, Normalize, Softmax
+from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, MaxPooling, Normalize, Softmax
 
 STATES, BATCH = 3, 2
 pytestmark = pytest.mark.usefixtures("float64")
@@ -319,3 +319,38 @@ def test_in_a_graph_of_any_batch_size(name, jit):
             assert result.shape == expected.shape
             tolerance = {"float32": 1e-5, "float64": 1e-9}[dtype]
             np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
+
+
+POOLINGS = [
+    (kl.MaxPooling1D, {"pool_size": 3, "strides": 2, "padding": "same"}, (8, 2)),
+    (kl.MaxPooling2D, {"pool_size": 2}, (5, 6, 3)),
+    (kl.MaxPooling2D, {"pool_size": (3, 2), "strides": (1, 2)}, (4, 5, 2)),
+    (kl.MaxPooling2D, {"pool_size": 2, "strides": 3, "padding": "same", "data_format": "channels_first"}, (2, 5, 4)),
+    (kl.MaxPooling3D, {"pool_size": (2, 1, 3), "strides": 2, "padding": "same"}, (3, 4, 3, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("kind", "options", "shape"), POOLINGS)
+def test_max_pooling_takes_the_winners_of_state_1_compiled_and_not(kind, options, shape, dtype):
+    if kind is kl.MaxPooling3D and dtype == "float64":
+        pytest.skip("TensorFlow has no such pooling in float64")
+    layer = kind(**options, dtype=dtype)
+    target = tuple(layer.compute_output_shape((None, *shape))[1:])
+    first = layer.data_format == "channels_first"
+    made = MaxPooling(layer, shape, target, layer.pool_size, layer.strides, layer.padding, first)
+    rng = np.random.default_rng(0)
+    states = tf.constant(rng.normal(size=(3, 2, *shape)) - 3.0, dtype)  # mostly negative: padding must not win
+    found = made.forward((states,), None)
+    compiled = tf.function(lambda x: made.forward((x,), None), jit_compile=True)(states)
+    np.testing.assert_array_equal(compiled, found)
+    np.testing.assert_array_equal(found[0], layer(states[0]))
+    step = 1e-3 if dtype == "float32" else 1e-7
+    for state in (1, 2):  # winners stay where a change is small
+        moved = (layer(states[0] + step * states[state]) - layer(states[0] - step * states[state])) / (2 * step)
+        np.testing.assert_allclose(found[state], moved, rtol=1e-2, atol=1e-2)
+    cotangent = tf.constant(rng.normal(size=found.shape), dtype)
+    (back,) = made.backward((states,), cotangent, None)
+    for state in (1, 2):
+        pairing = tf.reduce_sum(found[state] * cotangent[state]), tf.reduce_sum(states[state] * back[state])
+        np.testing.assert_allclose(*pairing, rtol=1e-4)

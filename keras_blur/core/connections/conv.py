@@ -13,13 +13,13 @@ Arrays are channels last inside; `channels_first` transposes at the door.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.patches import positions, unfold
 
 Array = Any
 
@@ -67,7 +67,7 @@ class Convolution(Connection):
 
     def target(self, source: Shape) -> Shape:
         spatial = [
-            _length(length, size, stride, self.padding, rate)
+            positions(length, size, stride, self.padding, rate)
             for length, size, stride, rate in zip(
                 self._shape_last(source)[:-1], self.size, self.strides, self.dilation, strict=True
             )
@@ -237,47 +237,3 @@ class TransposedConnection(Convolution):
         found = [plain.product(members[member], states[member]) for member in range(math.prod(lead))]
         stacked = ops.stack(found)
         return ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:]))
-
-
-def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape) -> Array:
-    """The patches that a convolution reads, `[..., *positions, taps, channels]`, of `[..., *spatial, channels]`.
-
-    Taps run in the order of the kernel's spatial axes, the last one fastest.
-
-    Example:
-
-    >>> x = ops.reshape(ops.arange(5.0), (1, 5, 1))
-    >>> ops.convert_to_numpy(unfold(x, (2,), (1,), "valid", (1,)))[0, :, :, 0].tolist()
-    [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
-    """
-    rank = len(size)
-    lengths = x.shape[-1 - rank : -1]
-    before, counts = [], []
-    for length, width, stride, rate in zip(lengths, size, strides, dilation, strict=True):
-        count = _length(length, width, stride, padding, rate)
-        reach = (width - 1) * rate + 1
-        if padding == "same":
-            before.append(max((count - 1) * stride + reach - length, 0) // 2)
-        else:
-            before.append(reach - 1 if padding == "causal" else 0)
-        counts.append(count)
-    pads = []
-    for axis, (length, width, stride, rate) in enumerate(zip(lengths, size, strides, dilation, strict=True)):
-        needed = (counts[axis] - 1) * stride + (width - 1) * rate + 1
-        pads.append((before[axis], max(needed - length - before[axis], 0)))
-    x = ops.pad(x, (*((0, 0),) * (len(x.shape) - rank - 1), *pads, (0, 0)))
-    taps = []
-    for offset in itertools.product(*map(range, size)):
-        window = [slice(None)] * (len(x.shape) - rank - 1)
-        for place, stride, rate, count in zip(offset, strides, dilation, counts, strict=True):
-            start = place * rate
-            window.append(slice(start, start + (count - 1) * stride + 1, stride))
-        taps.append(x[(*window, slice(None))])
-    return ops.stack(taps, axis=-2)
-
-
-def _length(length: int, size: int, stride: int, padding: str, rate: int) -> int:
-    """Number of positions of a convolution along one axis."""
-    if padding in ("same", "causal"):
-        return -(-length // stride)
-    return (length - (size - 1) * rate - 1) // stride + 1
