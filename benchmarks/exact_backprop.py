@@ -91,7 +91,7 @@ def relative(ours: keras.Model, theirs: keras.Model) -> tuple[float, str]:
     """
     worst, where = 0.0, ""
     for own, wanted in zip(ours.trainable_weights, theirs.trainable_weights, strict=True):
-        a, b = keras.ops.convert_to_numpy(own), keras.ops.convert_to_numpy(wanted)
+        a, b = (np.asarray(keras.ops.convert_to_tensor(one)) for one in (own, wanted))
         found = float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-3))
         if not found <= worst:  # NaN as well
             worst, where = found, wanted.path

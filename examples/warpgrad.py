@@ -168,16 +168,16 @@ def side_by_side():
         trainer = trainers[name] = meta.MetaTrainer(
             tasks.functions("sine"), learners.Warp(model, names, sgd(0.02), loss="squared"),
             meta.WarpGrad(5 if quick else 50, order=order, start="reptile"),
-            tasks_per_step=8, batch_size=16, query_size=100, seed=_SEED.value,
+            meta_batch_size=8, batch_size=16, query_size=100, seed=_SEED.value,
         )  # fmt: skip
         start = keras.optimizers.SGD(0.3)
         trainer.compile(keras.optimizers.Adam(3e-3), start_optimizer=start, jit_compile=not quick)
         trainer.meta_train_step()  # compiles
         seconds[name] = []
-    for _ in range(2 if quick else 60):
+    for _ in range(1 if quick else 60):
         for name, trainer in trainers.items():
             begin = time.perf_counter()
-            for _ in range(10):
+            for _ in range(2 if quick else 10):
                 trainer.meta_train_step()
             seconds[name].append(time.perf_counter() - begin)
     return {name: np.divide(found, seconds["Reptile"]).tolist() for name, found in seconds.items()}

@@ -87,6 +87,11 @@ def refuse_activity(regularizer: Any) -> None:
         )
 
 
+def numbers_of(variable: Any) -> np.ndarray:
+    """A copy of a variable's numbers. Not by `ops.convert_to_numpy`, at which numpy 2 warns on TensorFlow."""
+    return np.asarray(ops.convert_to_tensor(variable)).copy()
+
+
 class BlurLayer(keras.layers.Layer):
     """A layer that a genome can train: one connection, or several with maps between them."""
 
@@ -187,7 +192,7 @@ class SynapticLayer(BlurLayer):
         self._rule, self._feeds_back, self._default = part
         if not self.built:
             return
-        plain = {name: ops.convert_to_numpy(variable)[0] for name, variable in self.synapses.items()}
+        plain = {name: numbers_of(variable)[0] for name, variable in self.synapses.items()}
         for name in plain:
             self._untrack_variable(getattr(self, name))
         self._tracker.unlock()
@@ -195,7 +200,7 @@ class SynapticLayer(BlurLayer):
         self._tracker.lock()
         for name, value in plain.items():
             variable = self.synapses[name]
-            variable.assign(np.concatenate([value[None], ops.convert_to_numpy(variable)[1:]]))
+            variable.assign(np.concatenate([value[None], numbers_of(variable)[1:]]))
 
     @property
     def rule(self) -> Rule | None:
@@ -433,8 +438,8 @@ def is_elementwise(activation: Callable[[Any], Any]) -> bool:
     """Whether a function of arrays gives for each entry what it gives for that entry alone."""
     whole = np.stack([_SAMPLES, _SAMPLES[::-1]])
     try:
-        together = ops.convert_to_numpy(activation(ops.array(whole)))
-        single = [ops.convert_to_numpy(activation(ops.full((1, 2), number)))[0, 0] for number in _SAMPLES]
+        together = np.asarray(activation(ops.array(whole)))
+        single = [np.asarray(activation(ops.full((1, 2), number)))[0, 0] for number in _SAMPLES]
     except Exception:
         return False
     return together.shape == whole.shape and np.allclose(together[0], single, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_blur import layers as kb_layers
 from keras_blur.core import equations
 from keras_blur.core.connection import TRACE
 from keras_blur.core.genome import Genome
-from keras_blur.layers.base import BlurLayer, SynapticLayer, relu_tanh
+from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_tanh
 from keras_blur.layers.normalization import BatchNormalization
 from keras_blur.models.model import BlurModel, Model
 from keras_blur.models.reading import check_weightless
@@ -239,11 +238,11 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
             if name.endswith(TRACE) or (name == "backward_kernel" and not equal):
                 continue
             # By way of numpy: models that shared arrays would lose them when JAX's trainer donates one's.
-            value = ops.convert_to_numpy(bias if name == "bias" else kernel)
+            value = numbers_of(bias if name == "bias" else kernel)
             value = value.reshape(variable.shape[2:]) if name == "bias" else value
             variable.assign(np.broadcast_to(value, variable.shape))
     if isinstance(twin, BatchNormalization):
-        mean, variance = (ops.convert_to_numpy(value) for value in (layer.moving_mean, layer.moving_variance))
+        mean, variance = (numbers_of(value) for value in (layer.moving_mean, layer.moving_variance))
         twin.moving_mean.assign(mean)
         twin.moving_variance.assign(variance)
         if np.any(mean != 0.0) or np.any(variance != 1.0):  # statistics of a trained network
@@ -328,7 +327,7 @@ def _copy_back(layer: BlurLayer, plain: Any) -> None:
         for name, value in (("kernel", kernel), ("bias", bias)):
             own = part.synapses.get(name)
             if own is not None and value is not None:
-                value.assign(ops.convert_to_numpy(own)[0].reshape(value.shape))
+                value.assign(numbers_of(own)[0].reshape(value.shape))
     if isinstance(layer, BatchNormalization):
-        plain.moving_mean.assign(ops.convert_to_numpy(layer.moving_mean))
-        plain.moving_variance.assign(ops.convert_to_numpy(layer.moving_variance))
+        plain.moving_mean.assign(numbers_of(layer.moving_mean))
+        plain.moving_variance.assign(numbers_of(layer.moving_variance))

@@ -32,7 +32,7 @@ from keras_blur.core.graph import Graph
 from keras_blur.core.losses import ignored_class
 from keras_blur.core.rule import Rule
 from keras_blur.core.weightless import Softmax, WeightlessMap
-from keras_blur.layers.base import BlurLayer, SynapticLayer, check_keywords, refuse_outer_training
+from keras_blur.layers.base import BlurLayer, SynapticLayer, check_keywords, numbers_of, refuse_outer_training
 from keras_blur.models.reading import read
 
 Array = Any
@@ -654,7 +654,7 @@ class BlurModel(CheckedModel):
         if self.rule.update_decay == "none" or not self.built:
             return
         one = np.float32(1.0)
-        step = ops.convert_to_numpy(self.learning_step)
+        step = numbers_of(self.learning_step)
         share = float(np.min(ops.convert_to_numpy(update_gate(self.rule, self._genome, one, step))))
         if share < 0.01:
             warnings.warn(
@@ -696,7 +696,7 @@ class BlurModel(CheckedModel):
         rule = self.rule
         show(
             f"States per neuron: {rule.states}; synapses: {rule.directions} directions, {rule.channels} channels; "
-            f"learning steps so far: {int(ops.convert_to_numpy(self.learning_step)) if self.built else 0}"
+            f"learning steps so far: {int(numbers_of(self.learning_step)) if self.built else 0}"
         )
         show(self._genome.describe())
 
