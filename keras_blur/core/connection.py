@@ -68,6 +68,11 @@ class Connection(abc.ABC):
     # What a kind of connection says.
 
     @property
+    def reads_integers(self) -> bool:
+        """Whether what enters are numbers of entries instead of features."""
+        return False
+
+    @property
     def axes(self) -> int:
         """Number of feature axes that enter."""
         return 1

@@ -7,6 +7,7 @@ map's Jacobian, statistics included, takes feedback through them: `keras_blur.co
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import keras
@@ -68,9 +69,9 @@ class _Normalization(SynapticLayer):
     def make_connection(self, source: Shape) -> Connection:
         return scale_connection(source, self._own(source), scales=self.scale, offsets=self.center)
 
+    @abc.abstractmethod
     def make_map(self, source: Shape) -> Normalize:
         """The map that normalises features of a shape."""
-        raise NotImplementedError
 
     def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
         value = plan.map(self.make_map(plan.shape(values[0])), values[0])

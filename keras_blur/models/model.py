@@ -213,11 +213,9 @@ class BlurModel(CheckedModel):
                 f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
                 f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
             )
-        first = {one.source for one in self._reading.graph.connects if one.connection.target_axes != one.connection.axes}
-        return [
-            value if place in first and _whole(value) else ops.cast(value, self.variable_dtype)
-            for place, value in enumerate(arrays)
-        ]
+        connects = self._reading.graph.connects
+        numbers = {one.source for one in connects if one.connection.reads_integers}
+        return [ops.cast(value, "int32" if place in numbers else self.variable_dtype) for place, value in enumerate(arrays)]
 
     def _kept(self) -> tuple[Array, ...]:
         """States before a step; the input's are overwritten and stand empty."""
@@ -325,6 +323,8 @@ class BlurModel(CheckedModel):
         if targets not in ("auto", *feedbacks.TARGETS):
             known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
             raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
+        if isinstance(loss, (list, tuple, dict)) and len(loss) == 1 and loss_weights is None:
+            (loss,) = loss.values() if isinstance(loss, dict) else loss
         several = isinstance(loss, (list, tuple, dict))
         if loss_weights is not None and not several:
             raise ValueError(
@@ -334,8 +334,7 @@ class BlurModel(CheckedModel):
         self._targets = targets
         self._learned_loss = resolved
         self._loss_weights = loss_weights
-        if self.rule.feedback == "error":
-            self._check_losses()
+        self._check_losses()
         super().compile(
             optimizer=None,
             loss=resolved,
@@ -366,10 +365,19 @@ class BlurModel(CheckedModel):
                         variable.assign(ops.zeros(variable.shape, variable.dtype))
 
     def _check_losses(self) -> None:
-        """Raises a `ValueError` if a loss has no derivative that is known."""
+        """Raises a `ValueError` if a loss cannot be learned from."""
+        error = self.rule.feedback == "error"
         if not isinstance(self._learned_loss, keras.losses.Loss):
             for loss in keras.tree.flatten(self._learned_loss):
-                feedbacks.check_loss(_of_logits(loss) or loss)
+                if error:
+                    feedbacks.check_loss(_of_logits(loss) or loss)
+                elif ignored_class(loss) is not None:
+                    raise ValueError(
+                        "`loss` must not ignore a class where a rule with feedback='labels' learns from several outputs, "
+                        f"since a weight is that of an example in all of them. Received: {loss.get_config()}"
+                    )
+            return
+        if not error:
             return
         head = self._reading.heads[0] if self._reading is not None else ()
         feedbacks.check_loss(self._at_logits(self._learned_loss, head)[0])
@@ -486,16 +494,22 @@ class BlurModel(CheckedModel):
         weights = [_row_weights(weight, self.variable_dtype) for weight in self._weights(sample_weight)]
         hebbian_weight = None
         if rule.feedback == "labels":
+            if isinstance(sample_weight, (Mapping, list, tuple)) and len(weights) > 1:
+                raise ValueError(
+                    "`sample_weight` must be one array where a rule with feedback='labels' learns from several outputs. "
+                    f"Received: {len(sample_weight)} of them"
+                )
             hebbian_weight = weights[0]
             ignored = ignored_class(self._learned_loss)
             if ignored is not None:
                 valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
                 hebbian_weight = valid if hebbian_weight is None else hebbian_weight * valid
         prepared = tuple(self._prepared(self._inputs(x), True))
-        if self.losses and not self._penalised():
+        added = len(self.losses) - sum(variable.regularizer is not None for variable in self.trainable_variables)
+        if added:
             raise ValueError(
                 "`layers` must add no losses of their own, since a genome learns from the loss of `compile` alone. "
-                f"Received: {len(self.losses)} added by layers before the first one with synapses"
+                f"Received: {added} added by layers before the first one with synapses"
             )
         step = ops.convert_to_tensor(self.learning_step)
         result = network.step(
@@ -525,9 +539,6 @@ class BlurModel(CheckedModel):
             sample_weight=ops.shape(outputs[0])[0],
         )
         return backend.reducible(self.compute_metrics(x, y, prediction, sample_weight=sample_weight))
-
-    def _penalised(self) -> bool:
-        return any(layer.connection.penalties for layer in self._synaptic())
 
     def _count(self, step: Array, x: Any) -> None:
         with backend.after(keras.tree.flatten(x)):  # a batch that can't be read is no step
@@ -874,10 +885,6 @@ def _all_layers(model: keras.Model) -> list[keras.Layer]:
     return found
 
 
-def _whole(value: Array) -> bool:
-    return "int" in keras.backend.standardize_dtype(value.dtype)
-
-
 def _tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -923,8 +930,8 @@ def _stateless(model: BlurModel, state: Any, data: Any) -> Any:
         logs = model._learn(data)
 
         def now(kept: Sequence[Any]) -> list[Any]:
-            return [scope.get_current_value(variable) if scope.get_current_value(variable) is not None else variable.value
-                    for variable in kept]  # fmt: skip
+            values = [scope.get_current_value(variable) for variable in kept]
+            return [one.value if value is None else value for one, value in zip(kept, values, strict=True)]
 
         new = now(model.trainable_variables), now(model.non_trainable_variables), optimizer, now(model.metrics_variables)
     return logs, new

@@ -57,6 +57,11 @@ class _Map:
     sources: tuple[int, ...]
 
 
+def _is_function(one: _Map) -> bool:
+    """Whether a map is a function of one array alone: it draws nothing, and takes no statistics of a batch."""
+    return len(one.sources) == 1 and isinstance(one.map, (Linear, Jacobian))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
     """An operation of Keras before the first synapses.
@@ -175,11 +180,8 @@ class Plan:
         for output in outputs:
             head: list[WeightlessMap] = []
             number = output
-            while number >= 0 and isinstance(one := self._operations[number], _Map) and len(one.sources) == 1:
-                if readers.get(number) and number != output:
-                    if len(readers[number]) > 1:
-                        break
-                elif readers.get(number):
+            while number >= 0 and isinstance(one := self._operations[number], _Map) and _is_function(one):
+                if len(readers.get(number, ())) > (number != output):  # read by another operation as well
                     break
                 head.insert(0, one.map)
                 number = one.sources[0]

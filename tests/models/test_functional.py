@@ -407,3 +407,55 @@ def test_groups_of_layers_have_genomes_of_their_own():
     assert moved == {"conv2d": True, "dense": True, "head": False}
     with pytest.raises(ValueError, match="has none for 'dense"):
         network(("Conv*", "head"))
+
+
+def test_a_dropout_after_the_last_layer_drops_in_training():
+    entry = keras.Input((5,))
+    output = kl.Dropout(0.5, seed=1)(kb.layers.Dense(400, kernel_initializer="ones")(entry))
+    model = kb.Model(entry, output, genome=kb.genomes.backprop(0.0625))
+    model.compile(loss="mean_squared_error", run_eagerly=True)
+    model.train_on_batch(np.ones((1, 5)), np.zeros((1, 400)))
+    moved = np.any(np.array(model.trainable_weights[0])[0] != 1.0, axis=0)
+    assert 120 < moved.sum() < 280  # dropped units got no error
+    assert np.all(model.predict(np.ones((1, 5)), verbose=0) != 0.0)
+
+
+def test_a_normalisation_after_the_last_layer_takes_the_batch_in_training(float64):
+    entry = keras.Input((5,))
+    value = kl.Dense(3, use_bias=False, name="head")(kl.Dense(4, "tanh")(entry))
+    model = randomized(keras.Model(entry, kl.BatchNormalization(center=False, scale=False)(value)))
+    assert_descends(model, ROWS, RNG.standard_normal((6, 3)), loss="mean_squared_error")
+
+
+def test_labels_of_several_outputs_take_one_weight_an_example():
+    entry = keras.Input((3,))
+    hidden = kb.layers.Dense(4)(entry)
+    outputs = [kb.layers.Dense(2, name="one")(hidden), kb.layers.Dense(2, name="two")(hidden)]
+    model = kb.Model(entry, outputs, genome=kb.Genome.random(kb.Rule(), seed=0))
+    ignoring = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    with pytest.raises(ValueError, match="`loss` must not ignore a class"):
+        model.compile(loss=[ignoring, ignoring])
+    model.compile(loss=["mean_squared_error"] * 2, run_eagerly=True)
+    x, y = np.ones((4, 3)), [np.ones((4, 2))] * 2
+    with pytest.raises(ValueError, match="`sample_weight` must be one array"):
+        model.train_on_batch(x, y, sample_weight=[np.ones(4), np.zeros(4)])
+
+
+def test_a_loss_in_a_list_is_that_of_the_one_output(float64):
+    entry = keras.Input((5,))
+    model = randomized(keras.Model(entry, kl.Dense(2, name="head")(entry)))
+    assert_descends(model, ROWS, TWO, loss=["mean_squared_error"])
+
+
+def test_added_losses_are_refused_beside_penalties():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.sum(x))
+            return x
+
+    entry = keras.Input((5,))
+    dense = kb.layers.Dense(2, kernel_regularizer="l2")
+    model = kb.Model(entry, dense(Adds()(entry)), genome=kb.genomes.backprop())
+    model.compile(loss="mean_squared_error", run_eagerly=True)
+    with pytest.raises(ValueError, match=r"`layers` must add no losses of their own.*1 added"):
+        model.train_on_batch(np.ones((4, 5)), np.ones((4, 2)))

@@ -29,6 +29,10 @@ class EmbeddingConnection(Connection):
     positions: Shape = ()
 
     @property
+    def reads_integers(self) -> bool:
+        return True
+
+    @property
     def axes(self) -> int:
         return len(self.positions)
 
