@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import keras_blur as kb
-from keras_blur import layers
+from keras_blur import backend, layers
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -36,9 +36,16 @@ def genomes():
     return {"backprop": kb.genomes.backprop(0.01), "random": random}
 
 
+def drawn_bits():
+    """Random integers of several seeds, some of them negative."""
+    seeds = [(0, 0), (0, 5), (-3, 7), (12345, -9)]
+    return np.stack([np.asarray(backend.bits(keras.ops.array(seed, "int32"), (3, 5))) for seed in seeds])
+
+
 def make(folder):
     """Models of three genomes in files, before and after ten steps, with predictions."""
     x, y = data()
+    np.save(os.path.join(folder, "bits.npy"), drawn_bits())
     for name, genome in genomes().items():
         keras.utils.set_random_seed(3)
         model = network(genome)
@@ -54,6 +61,7 @@ def make(folder):
 def check(folder):
     """Loads what the other backend made: the same predictions, and after ten steps too."""
     x, y = data()
+    np.testing.assert_array_equal(drawn_bits(), np.load(os.path.join(folder, "bits.npy")))
     for name in genomes():
         for when in ("start", "end"):
             model = keras.models.load_model(os.path.join(folder, f"{name}_{when}.keras"))
@@ -129,6 +137,21 @@ def parallel(folder):
         np.testing.assert_allclose(results[0][name][0], results[1][name][0], rtol=1e-6)
         for one, four in zip(results[1][name][1], results[0][name][1], strict=True):
             np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-6)
+
+
+def philox(folder):
+    """The generator's published numbers ("Parallel random numbers: as easy as 1, 2, 3", known answers of philox4x32-10)."""
+    from keras_blur.backend import with_jax
+
+    del folder
+    word = np.uint32
+    cases = [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ]
+    for counter, key, wanted in cases:
+        found = with_jax.philox([word(one) for one in counter], [word(one) for one in key])
+        assert [int(one) for one in found] == wanted
 
 
 def core(folder):

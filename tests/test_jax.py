@@ -43,6 +43,10 @@ def test_a_genome_is_a_tree_of_arrays(tmp_path):
     run("jax", "core", tmp_path)
 
 
+def test_random_integers_are_the_published_ones(tmp_path):
+    run("jax", "philox", tmp_path)
+
+
 def test_core_and_models_need_no_tensorflow(tmp_path):
     """A fresh interpreter in which importing TensorFlow fails."""
     hide = "import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', 'features', sys.argv[1]];"

@@ -6,59 +6,37 @@ have the same functions:
 - `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a function at a point;
 - `tanh`: in float64 as well;
 - `register`: makes a class a tree of arrays for the backend's transformations;
-- `traced`: whether a value's numbers are unknown because a program is being traced;
 - `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over them;
-- `bits`, `fold_in`: random integers from a seed, equal on both backends;
+- `bits`: random integers from a seed, equal on both backends;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers of
   the two backends ask of a model in different ways.
 """
 
+import importlib
+
 import keras
 
-if keras.backend.backend() == "tensorflow":
-    from keras_blur.backend.with_tensorflow import (
-        after,
-        bits,
-        fold_in,
-        is_dataset,
-        jvp,
-        outside_of_programs,
-        reducible,
-        register,
-        replica,
-        replicas,
-        symbolic_build,
-        tanh,
-        total,
-        traced,
-        training_elsewhere,
-        vjp,
-    )
-else:
-    from keras_blur.backend.with_jax import (
-        after,
-        bits,
-        fold_in,
-        is_dataset,
-        jvp,
-        outside_of_programs,
-        reducible,
-        register,
-        replica,
-        replicas,
-        symbolic_build,
-        tanh,
-        total,
-        traced,
-        training_elsewhere,
-        vjp,
-    )
+_chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backend()}")
+
+after = _chosen.after
+bits = _chosen.bits
+is_dataset = _chosen.is_dataset
+jvp = _chosen.jvp
+outside_of_programs = _chosen.outside_of_programs
+reducible = _chosen.reducible
+register = _chosen.register
+replica = _chosen.replica
+replicas = _chosen.replicas
+symbolic_build = _chosen.symbolic_build
+tanh = _chosen.tanh
+total = _chosen.total
+training_elsewhere = _chosen.training_elsewhere
+vjp = _chosen.vjp
 
 __all__ = [
     "after",
     "bits",
-    "fold_in",
     "is_dataset",
     "jvp",
     "outside_of_programs",
@@ -69,7 +47,6 @@ __all__ = [
     "symbolic_build",
     "tanh",
     "total",
-    "traced",
     "training_elsewhere",
     "vjp",
 ]

@@ -43,11 +43,6 @@ def tanh(x: Array) -> Array:
     return jnp.tanh(x)
 
 
-def traced(value: Any) -> bool:
-    """Whether a value's numbers are not known while a program is traced."""
-    return isinstance(value, jax.core.Tracer)
-
-
 def replicas() -> int:
     """Always 1: a batch on several devices is one array."""
     return 1
@@ -146,8 +141,3 @@ def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     zeros = jnp.zeros_like(blocks)
     drawn = philox((blocks, zeros, mixed[2] + zeros, mixed[3] + zeros), (mixed[0], mixed[1]))
     return jnp.stack(drawn, axis=-1).reshape(-1)[:size].reshape(shape)
-
-
-def fold_in(seed: Array, number: Any) -> Array:
-    """Another seed for each number."""
-    return jnp.stack([bits(seed, ()).astype(jnp.int32), jnp.asarray(number).astype(jnp.int32)])

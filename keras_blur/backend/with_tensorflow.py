@@ -95,11 +95,6 @@ def tanh(x: Array) -> Array:
     return tf.math.tanh(x)
 
 
-def traced(value: Any) -> bool:
-    """Whether a value's numbers are not known while a program is traced."""
-    return tf.is_tensor(value) and not hasattr(value, "numpy")
-
-
 def replicas() -> int:
     """Number of replicas of the strategy in whose scope this is called; 1 where there is none."""
     return tf.distribute.get_strategy().num_replicas_in_sync
@@ -122,11 +117,6 @@ def total(values: Sequence[Array]) -> list[Array]:
 def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     """Uniform 32-bit integers of the Philox generator, from a seed of two integers."""
     return tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
-
-
-def fold_in(seed: Array, number: Any) -> Array:
-    """Another seed for each number."""
-    return tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
 
 
 def training_elsewhere() -> bool:

@@ -15,7 +15,8 @@ from keras_blur.core.connection import TRACE
 from keras_blur.core.genome import Genome
 from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_tanh
 from keras_blur.layers.normalization import BatchNormalization
-from keras_blur.models.model import BlurModel, Model
+from keras_blur.models.base import BlurModel
+from keras_blur.models.model import Model
 from keras_blur.models.reading import check_weightless
 from keras_blur.models.sequential import Sequential
 

@@ -9,7 +9,7 @@ import keras
 
 from keras_blur import arguments, backend
 from keras_blur.layers.base import BlurLayer
-from keras_blur.models.model import BlurModel
+from keras_blur.models.base import BlurModel
 from keras_blur.models.reading import check_weightless
 
 

@@ -1,0 +1,717 @@
+"""The Keras face of a network: what models that learn by a genome under `fit` share.
+
+Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021). The model keeps the
+synapses as Keras variables and calls the one network step of `keras_blur.core.network`; no gradient of the network is taken
+anywhere. The genome is a constant of the compiled step: it does not change while a network learns, and a constant lets the
+plan drop what its zeros make vanish.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_blur import backend
+from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
+from keras_blur.core import feedback as feedbacks
+from keras_blur.core import network
+from keras_blur.core.connection import TRACE, Connection
+from keras_blur.core.equations import SharedBatch, update_gate
+from keras_blur.core.genome import Genome
+from keras_blur.core.graph import Graph
+from keras_blur.core.losses import ignored_class
+from keras_blur.core.rule import Rule
+from keras_blur.layers.base import BlurLayer, SynapticLayer, check_keywords, numbers_of, refuse_outer_training
+from keras_blur.models import response
+from keras_blur.models.reading import read
+from keras_blur.models.saving import WholeFiles
+
+Array = Any
+_TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
+
+# Callbacks that read or set what only an optimizer has.
+_OPTIMIZER_CALLBACKS = (
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.SwapEMAWeights,
+)
+# Running statistics average over about `1 + step / _FORGETTING` batches, until the rule's momentum caps that: synapses
+# change most in the first steps, and older statistics are those of another network.
+_FORGETTING = 20.0
+
+
+class BlurModel(WholeFiles, CheckedModel):
+    """What `Model` and `Sequential` share: learning by a genome over a plan.
+
+    A subclass gives `_network`, a Functional model, once it is built.
+    """
+
+    built: bool  # Keras sets it
+    _network: Any  # a Functional model, once it is built
+
+    def __init__(self, genome: Any, *, name: str | None = None, **kwargs: Any):
+        check_keywords(type(self).__name__, kwargs, ("dtype", "trainable"))
+        super().__init__(name=name, autocast=False, **kwargs)
+        if not isinstance(genome, Genome):
+            raise ValueError(
+                "`genome` must be a keras_blur.Genome, for instance keras_blur.genomes.backprop(), "
+                f"keras_blur.genomes.load(NAME) or keras_blur.Genome.random(rule, seed). Received: genome={genome!r}"
+            )
+        if genome.population:
+            raise ValueError(
+                "`genome` must be a single one: a model learns by one genome. Received a population of shape "
+                f"{genome.population}."
+            )
+        self._genome = genome
+        self._network = None
+        self._reading: Any = None  # a Reading, once it is built
+        self._graphs: dict[tuple[bool, ...], Graph] = {}
+        self._neurons: list[keras.Variable] = []
+        self._targets = "auto"
+
+    @property
+    def genome(self) -> Genome:
+        """The genome that updates the synapses."""
+        return self._genome
+
+    @genome.setter
+    def genome(self, genome: Genome) -> None:
+        if not isinstance(genome, Genome) or genome.population:
+            raise ValueError(f"`genome` must be a single keras_blur.Genome. Received: {genome!r}")
+        if self.built and genome.rule.get_config() != self._genome.rule.get_config():
+            raise ValueError(
+                "A built model takes only a genome of its own rule, since the rule decides which synapses there are. "
+                "Make a new model for another rule."
+            )
+        self._genome = genome
+        self.train_function = self.test_function = self.predict_function = None
+
+    @property
+    def rule(self) -> Rule:
+        """The genome's rule."""
+        return self._genome.rule
+
+    # The plan.
+
+    def _plan(self, functional: keras.Model) -> None:
+        """Reads the plan of a Functional model and makes the variables of learning."""
+        for layer in _all_layers(functional):
+            if isinstance(layer, BlurLayer):
+                for part in layer.parts():
+                    if part.variable_dtype != self.variable_dtype:
+                        raise ValueError(
+                            f"`dtype` of layer {layer.name!r} must keep synapses in {self.variable_dtype}, as the model "
+                            f"does. Received: dtype={layer.dtype_policy.name!r}"
+                        )
+        self._reading = read(functional, self.rule, self._groups)
+        self._network = functional
+        if self.rule.keep_neurons:
+            self._keep_neurons()
+        self.learning_step = self.add_weight(
+            name="learning_step", shape=(), dtype="int32", initializer="zeros", trainable=False
+        )
+        if self._normalizing():
+            self.statistics_step = self.add_weight(
+                name="statistics_step", shape=(), dtype="int32", initializer="zeros", trainable=False
+            )
+        self.built = True
+
+    def _groups(self, layers: Sequence[SynapticLayer]) -> list[int]:
+        """Which layer of the genome each layer of synapses learns by (`Rule.layers`)."""
+        rule = self.rule
+        if rule.layers is None:
+            return [0] * len(layers)
+        if isinstance(rule.layers, int):
+            if rule.layers != len(layers):
+                raise ValueError(
+                    f"The genome is for {rule.layers} layers of synapses (`Rule.layers`); the model has {len(layers)}."
+                )
+            return list(range(len(layers)))
+        found = []
+        for layer in layers:
+            names = (layer.name, type(layer).__name__)
+            for place, pattern in enumerate(rule.layers):
+                if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                    found.append(place)
+                    break
+            else:
+                raise ValueError(
+                    f"`Rule.layers` must have a name or kind for every layer of synapses. Received: {rule.layers!r}, which "
+                    f"has none for {layer.name!r} ({type(layer).__name__})"
+                )
+        return found
+
+    def _keep_neurons(self) -> None:
+        batch = self._network.inputs[0].shape[0]
+        if batch is None:
+            raise ValueError(
+                "A rule with `keep_neurons=True` keeps the states of each example of a batch, whose size must be known: "
+                "start `layers` with keras.Input(..., batch_size=N)."
+            )
+        for shape in self._reading.shapes:
+            self._neurons.append(
+                self.add_weight(
+                    name=f"neurons_{len(self._neurons)}", shape=(self.rule.states, batch, *shape), initializer="zeros",
+                    trainable=False, autocast=False,
+                )
+            )  # fmt: skip
+
+    def reset_states(self) -> None:
+        """Sets kept neuron states to zero (a rule with `keep_neurons=True`)."""
+        for variable in self._neurons:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+
+    @property
+    def _graph(self) -> Graph:
+        """The plan, with the layers that are not frozen learning."""
+        flags = tuple(self._learns(layer) for layer in self._synaptic())
+        if flags not in self._graphs:
+            self._graphs[flags] = self._reading.learning(flags)
+        return self._graphs[flags]
+
+    def _learns(self, layer: SynapticLayer) -> bool:
+        return layer.trainable and self.trainable
+
+    def _synaptic(self) -> tuple[SynapticLayer, ...]:
+        return self._reading.layers
+
+    def _normalizing(self) -> list[SynapticLayer]:
+        """The layers with running statistics of the rule: all layers of synapses, or none."""
+        return [layer for layer in self._synaptic() if layer.statistics is not None]
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The pure operations of each layer of synapses."""
+        return list(self._reading.graph.holders)
+
+    def _synapses(self) -> tuple[dict[str, Array], ...]:
+        return tuple(
+            {name: ops.convert_to_tensor(variable) for name, variable in layer.synapses.items()}
+            for layer in self._synaptic()
+        )
+
+    def _inputs(self, x: Any) -> list[Array]:
+        """Inputs of any structure as the network's, in its order."""
+        if len(self._network.inputs) == 1 and not isinstance(x, (Mapping, list, tuple)):
+            return [x]
+        return list(self._network._standardize_inputs(x))
+
+    def _prepared(self, inputs: list[Array], training: bool) -> list[Array]:
+        """The arrays that enter the graph."""
+        arrays = self._reading.prepare(inputs, training)
+        if self._neurons and arrays[0].shape[0] not in (None, self._neurons[0].shape[1]):
+            raise ValueError(
+                f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
+                f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
+            )
+        connects = self._reading.graph.connects
+        numbers = {one.source for one in connects if one.connection.reads_integers}
+        return [ops.cast(value, "int32" if place in numbers else self.variable_dtype) for place, value in enumerate(arrays)]
+
+    def _kept(self) -> tuple[Array, ...]:
+        """States before a step; the input's are overwritten and stand empty."""
+        if not self._neurons:
+            return ()
+        inputs = [None] * len(self._reading.graph.features)
+        return (*inputs, *(ops.convert_to_tensor(variable) for variable in self._neurons))
+
+    def _statistics(self, training: bool) -> list[Any]:
+        """With which to normalise the sums of each connection."""
+        layers = self._synaptic()
+        found = []
+        for one in self._reading.graph.connects:
+            own = None if training else layers[one.holder].statistics
+            found.append(None if own is None else tuple(ops.convert_to_tensor(value) for value in own))
+        return found
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """The prediction: state 1 of the outputs over the genome's temperature.
+
+        Raises:
+            ValueError: if another Keras model calls this one under a gradient tape, to train it by an optimizer.
+        """
+        refuse_outer_training(self)
+        graph = self._graph
+        sweep = network.forward(
+            self._genome,
+            graph,
+            network.stored(self._genome, graph, self._synapses()),
+            tuple(self._prepared(self._inputs(inputs), training)),
+            neurons=self._kept(),
+            statistics=self._statistics(training),
+            training=bool(training),
+        )
+        return self._predicted(network.output(self._genome, graph, sweep.values))
+
+    def _predicted(self, outputs: Any) -> Any:
+        """Outputs through their heads, in the structure of the network's outputs."""
+        found = [response.through(head, value) for head, value in zip(self._reading.heads, _flat(outputs), strict=True)]
+        return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return self._network.compute_output_shape(input_shape)
+
+    def compute_output_spec(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        spec = self._network.compute_output_spec(inputs)
+        return keras.tree.map_structure(lambda one: keras.KerasTensor(one.shape, self.variable_dtype), spec)
+
+    @property
+    def layers(self) -> list[keras.Layer]:
+        """The layers, without the inputs."""
+        if self._network is None:
+            return []
+        return [layer for layer in self._network.layers if not isinstance(layer, keras.layers.InputLayer)]
+
+    # Learning.
+
+    def compile(
+        self,
+        optimizer: None = None,
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+        *,
+        targets: str = "auto",
+    ) -> None:
+        """Configures learning and starts it afresh: the learning step and the traces of momentum become 0.
+
+        There is no optimizer: the genome takes its place.
+
+        Args:
+            optimizer: must be `None`; stands where Keras has it.
+            loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss, its name, or a
+                function of labels and predictions; of several outputs a list of them, or a dict by the outputs' names.
+                Labels are written as it takes them. `None` takes the rule's.
+            loss_weights: weight of the loss of each output, in a list or a dict; `None` for one output.
+            metrics: as in Keras.
+            weighted_metrics: as in Keras.
+            run_eagerly: as in Keras.
+            steps_per_execution: as in Keras.
+            jit_compile: as in Keras.
+            auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no effect. Layers with
+                float16 products scale each factor to the range of float16.
+            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
+                `"signs"` (-1 and +1), `"values"` (numbers fed as they are); `"auto"` takes what goes with the loss: integers
+                with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
+
+        Raises:
+            ValueError: if an optimizer is given, no loss is known, the losses don't fit the outputs, or a derivative is
+                needed and `feedback.check_loss` refuses it.
+        """
+        if optimizer is not None:
+            raise ValueError(
+                f"`optimizer` must be left out: the genome updates the synapses. Received: optimizer={optimizer!r}"
+            )
+        loss = self.rule.keras_loss if loss is None else loss
+        if loss is None:
+            raise ValueError("`loss` must be a Keras loss or its name. Received: loss=None")
+        if targets not in ("auto", *feedbacks.TARGETS):
+            known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
+            raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
+        if isinstance(loss, (list, tuple, dict)) and len(loss) == 1 and loss_weights is None:
+            (loss,) = loss.values() if isinstance(loss, dict) else loss
+        several = isinstance(loss, (list, tuple, dict))
+        if loss_weights is not None and not several:
+            raise ValueError(
+                f"`loss_weights` must be left out: a network has one output. Received: loss_weights={loss_weights!r}"
+            )
+        resolved = keras.tree.map_structure(feedbacks.resolve_loss, loss) if several else feedbacks.resolve_loss(loss)
+        self._targets = targets
+        self._learned_loss = resolved
+        self._loss_weights = loss_weights
+        self._check_losses()
+        super().compile(
+            optimizer=None,
+            loss=resolved,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        self._asked = {
+            "loss": resolved,
+            "loss_weights": loss_weights,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
+            "targets": targets,
+            "run_eagerly": run_eagerly,
+            "steps_per_execution": steps_per_execution,
+            "jit_compile": jit_compile,
+            "auto_scale_loss": auto_scale_loss,
+        }
+        if self.built:
+            self.learning_step.assign(0)
+            for layer in self._synaptic():
+                for name, variable in layer.synapses.items():
+                    if name.endswith(TRACE):
+                        variable.assign(ops.zeros(variable.shape, variable.dtype))
+
+    def _check_losses(self) -> None:
+        """Raises a `ValueError` if a loss cannot be learned from."""
+        error = self.rule.feedback == "error"
+        if not isinstance(self._learned_loss, keras.losses.Loss):
+            for loss in keras.tree.flatten(self._learned_loss):
+                if error:
+                    feedbacks.check_loss(response.of_logits(loss) or loss)
+                elif ignored_class(loss) is not None:
+                    raise ValueError(
+                        "`loss` must not ignore a class where a rule with feedback='labels' learns from several outputs, "
+                        f"since a weight is that of an example in all of them. Received: {loss.get_config()}"
+                    )
+            return
+        if not error:
+            return
+        head = self._reading.heads[0] if self._reading is not None else ()
+        feedbacks.check_loss(response.at_logits(self._learned_loss, head)[0])
+
+    def get_compile_config(self) -> dict[str, Any]:
+        if not self.compiled:
+            return {}
+        config = {name: keras.saving.serialize_keras_object(value) for name, value in self._asked.items()}
+        if isinstance(self._learned_loss, keras.losses.Loss):
+            config["loss"] = json.loads(feedbacks.loss_text(self._learned_loss))
+        return config
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        if config:
+            self.compile(**keras.saving.deserialize_keras_object(dict(config)))
+
+    def target_kind(self) -> str:
+        """How the labels of a compiled model are written; see `compile`."""
+        return self._kind_of(self._learned_loss)
+
+    def _kind_of(self, loss: keras.losses.Loss) -> str:
+        return feedbacks.target_kind(loss) if self._targets == "auto" else self._targets
+
+    def _build_for(self, x: Any) -> None:
+        """Builds a model that is not built yet for a batch."""
+
+    def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
+        """What the outputs receive, as a function of what they are."""
+        names = self._network.output_names
+        losses = response.losses_of(self._learned_loss, self._loss_weights, names)
+        parts = zip(losses, self._reading.heads, response.labels_of(y, names), weights, strict=True)
+        wanted = [response.Wanted(*loss, head, labels, weight) for loss, head, labels, weight in parts]
+        total = None if shared is None else lambda number: shared.total([number])[0]
+
+        def respond(outputs: Any) -> Any:
+            if self.rule.feedback == "error":
+                signals = response.errors(wanted, _flat(outputs), total)
+            else:
+                signals = response.signs(wanted, _flat(outputs), self._kind_of)
+            return tuple(signals) if len(signals) > 1 else signals[0]
+
+        return respond
+
+    def train_step(self, *data: Any) -> Any:
+        """One learning step on a batch; metrics are of the prediction before it, as in Keras."""
+        if len(data) == 2:  # JAX: the state of all variables, and the batch
+            return _stateless(self, *data)
+        return self._learn(data[0])
+
+    def _learn(self, data: Any) -> dict[str, Array]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.built:
+            self._build_for(x)
+        rule, layers, graph = self.rule, self._synaptic(), self._graph
+        shared = self._shared(keras.tree.flatten(x)[0])
+        weights = response.weights_of(sample_weight, self._network.output_names, self.variable_dtype)
+        hebbian_weight = None
+        if rule.feedback == "labels":
+            if isinstance(sample_weight, (Mapping, list, tuple)) and len(weights) > 1:
+                raise ValueError(
+                    "`sample_weight` must be one array where a rule with feedback='labels' learns from several outputs. "
+                    f"Received: {len(sample_weight)} of them"
+                )
+            hebbian_weight = weights[0]
+            ignored = ignored_class(self._learned_loss)
+            if ignored is not None:
+                valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
+                hebbian_weight = valid if hebbian_weight is None else hebbian_weight * valid
+        prepared = tuple(self._prepared(self._inputs(x), True))
+        added = len(self.losses) - sum(variable.regularizer is not None for variable in self.trainable_variables)
+        if added:
+            raise ValueError(
+                "`layers` must add no losses of their own, since a genome learns from the loss of `compile` alone. "
+                f"Received: {added} added by layers before the first one with synapses"
+            )
+        step = ops.convert_to_tensor(self.learning_step)
+        result = network.step(
+            self._genome,
+            graph,
+            network.NetworkState(self._synapses(), step, self._kept()),
+            prepared,
+            self._response(y, weights, shared),
+            sample_weight=hebbian_weight,
+            batch=shared,
+        )
+        prediction = self._predicted(result.output)
+        loss_value = self.compute_loss(x=x, y=y, y_pred=prediction, sample_weight=sample_weight, training=True)
+        for holder, layer in enumerate(layers):
+            if self._learns(layer):
+                for name, variable in layer.synapses.items():
+                    variable.assign(result.state.synapses[holder][name])
+        self._follow_layers(result.sweep, shared)
+        if self._normalizing():
+            self._follow(result.state, prepared, shared)
+        for variable, value in zip(self._neurons, result.state.neurons[len(graph.features) :], strict=True):
+            variable.assign(value)
+        self._count(step, x)
+        self._loss_tracker.update_state(
+            loss_value * backend.replicas(),  # Keras divides losses by it
+            sample_weight=ops.shape(keras.tree.flatten(prediction)[0])[0],
+        )
+        return backend.reducible(self.compute_metrics(x, y, prediction, sample_weight=sample_weight))
+
+    def _count(self, step: Array, x: Any) -> None:
+        with backend.after(keras.tree.flatten(x)):  # a batch that can't be read is no step
+            self.learning_step.assign(step + 1)
+
+    def test_step(self, *data: Any) -> Any:
+        """As in Keras."""
+        if len(data) == 2:
+            return super().test_step(*data)
+        return backend.reducible(super().test_step(*data))
+
+    def _get_jax_state(self, **kinds: bool) -> Any:
+        """Keras's asks the optimizer for its variables, and there is none."""
+        found: list[list[Any]] = []
+        if kinds.get("trainable_variables"):
+            found.append([variable.value for variable in self.trainable_variables])
+        if kinds.get("non_trainable_variables"):
+            found.append([variable.value for variable in self.non_trainable_variables])
+        if kinds.get("optimizer_variables"):
+            found.append([])
+        if kinds.get("metrics_variables"):
+            found.append([variable.value for variable in self.metrics_variables])
+        return tuple(found)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras's, which metrics are made in, looks at a batch; of a batch over several workers it cannot."""
+        with backend.symbolic_build(self, iterator, data_batch) as (iterator, data_batch):
+            super()._maybe_symbolic_build(iterator, data_batch)
+
+    def _shared(self, x: Array) -> SharedBatch | None:
+        """The batch, if several replicas share it."""
+        if backend.replicas() == 1:
+            return None
+        return SharedBatch(backend.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], backend.total)
+
+    def _follow_layers(self, sweep: network.Sweep, shared: SharedBatch | None) -> None:
+        """Moves the moving statistics of normalisation layers towards those of this batch."""
+        for layer, normalize, value in self._reading.follows:
+            if layer.trainable:
+                layer.follow(*normalize.moments((sweep.values[value],), shared))
+
+    def _follow(self, state: network.NetworkState, prepared: Any, shared: SharedBatch | None) -> None:
+        """Moves the running statistics of `predict` towards those that the new synapses give on this batch.
+
+        The first batch replaces them, so that they have no bias. No input is dropped, as in prediction.
+        """
+        graph = self._graph
+        synapses = network.stored(self._genome, graph, state.synapses)
+        sweep = network.forward(self._genome, graph, synapses, prepared, neurons=state.neurons, batch=shared)
+        time = ops.cast(self.statistics_step, self.variable_dtype)
+        old = ops.minimum(self.rule.normalization_momentum, time / (time + _FORGETTING))
+        layers = self._synaptic()
+        done = set()
+        for one, statistics in zip(graph.connects, sweep.statistics, strict=True):
+            own = layers[one.holder].statistics
+            if own is None or one.holder in done:
+                continue
+            done.add(one.holder)
+            for variable, value in zip(own, statistics or (), strict=True):
+                variable.assign(old * variable + (1.0 - old) * value)
+        self.statistics_step.assign(self.statistics_step + 1)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: Any = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
+    ) -> keras.callbacks.History:
+        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that aren't finite.
+
+        Arrays and the element specs of datasets are checked before the first step, the batches of a `tf.data.Dataset`, a
+        `PyDataset` or a generator as they arrive; so are `validation_data`.
+
+        Raises:
+            ValueError: if data don't fit the model or the loss.
+        """
+        if not self.compiled:
+            raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
+        given = dict(locals())
+        del given["self"]
+        given.pop("__class__", None)
+        if backend.is_dataset(x) or inspect.isgenerator(x):
+            given["shuffle"] = False  # Keras warns of its own default there
+        self._check_callbacks(callbacks)
+        self._warn_of_a_closed_gate()
+        check_class_weight(class_weight, sample_weight, self._expected())
+        given["x"], given["y"], given["sample_weight"] = checked(x, y, sample_weight, self._expected)
+        if validation_data is not None:
+            given["validation_data"] = checked_validation(validation_data, self._expected)
+        with plain_errors():
+            return super().fit(**given)
+
+    def _several(self) -> bool:
+        """Whether there are several inputs or outputs, whose structure Keras checks."""
+        made = self._network
+        return made is not None and (len(made.inputs) > 1 or len(made.outputs) > 1)
+
+    @staticmethod
+    def _check_callbacks(callbacks: Any) -> None:
+        """Raises a `ValueError` if one of the callbacks reads or sets what only an optimizer has."""
+        for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
+            counts = isinstance(callback, keras.callbacks.TensorBoard) and callback.write_steps_per_second
+            if counts or isinstance(callback, _OPTIMIZER_CALLBACKS):
+                raise ValueError(
+                    "`callbacks` must not use a learning rate, averages or step count of the optimizer, since a genome "
+                    f"takes its place and has none. Received: {type(callback).__name__}"
+                )
+
+    def _warn_of_a_closed_gate(self) -> None:
+        """Warns if the synapse update gate has decayed so far that little can be learned."""
+        if self.rule.update_decay == "none" or not self.built:
+            return
+        one = np.float32(1.0)
+        step = numbers_of(self.learning_step)
+        share = float(np.min(ops.convert_to_numpy(update_gate(self.rule, self._genome, one, step))))
+        if share < 0.01:
+            warnings.warn(
+                f"The genome's synapse update gate is {share:.2g} of its first value after "
+                f"{int(step)} learning steps, so little is learned; `compile` starts it afresh.",
+                stacklevel=3,
+            )
+
+    def _expected(self) -> Expected:
+        """The data that the model takes."""
+        if self._several():
+            return Expected(several=True)
+        shape = self._first_shape()
+        features = None if shape is None else tuple(shape[1:])
+        text = any(isinstance(layer, _TEXT) for layer in self.layers[:1])
+        if not self.compiled or self._reading is None:
+            return Expected(features, text=text)
+        outputs = tuple(self._network.outputs[0].shape[1:])
+        error = self.rule.feedback == "error"
+        kind = feedbacks.target_kind(self._learned_loss) if error else self.target_kind()
+        ignored = ignored_class(self._learned_loss)
+        return Expected(features, outputs, kind, max(2, outputs[-1]), ignored, text)
+
+    def _first_shape(self) -> tuple[Any, ...] | None:
+        return None if self._network is None else tuple(self._network.inputs[0].shape)
+
+    # What a person sees and what is saved.
+
+    def summary(
+        self,
+        line_length: int | None = None,
+        positions: list[float] | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints the layers, as in Keras, then states, synapses and the genome."""
+        show = print_fn or print
+        super().summary(line_length=line_length, positions=positions, print_fn=print_fn, **kwargs)
+        rule = self.rule
+        show(
+            f"States per neuron: {rule.states}; synapses: {rule.directions} directions, {rule.channels} channels; "
+            f"learning steps so far: {int(numbers_of(self.learning_step)) if self.built else 0}"
+        )
+        show(self._genome.describe())
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the prediction for inference, as in Keras.
+
+        Raises:
+            ValueError: if the model is not built.
+        """
+        if not self.built:
+            raise ValueError("The model must be built before `export`: start `layers` with a keras.Input, or call `fit`.")
+        tensors = [keras.KerasTensor(one.shape, one.dtype) for one in self._network.inputs]
+        self(tensors[0] if len(tensors) == 1 else tensors)  # Keras reads the input's shape off a call
+        super().export(filepath, *args, **kwargs)
+
+    def to_keras(self) -> keras.Model:
+        """This network as a plain Keras model, with the first channel of its synapses.
+
+        Raises:
+            ValueError: if the genome's prediction needs more than state 1 or the plain weights.
+
+        Example:
+
+        >>> from keras_blur import genomes, layers, Sequential
+        >>> model = Sequential([keras.Input((4,)), layers.Dense(3)], genome=genomes.backprop())
+        >>> model.to_keras().count_params()
+        15
+        """
+        from keras_blur.models.convert import to_keras  # it makes models of its own
+
+        return to_keras(self)
+
+    def _base_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "genome": keras.saving.serialize_keras_object(self._genome),
+        }
+
+
+def _all_layers(model: keras.Model) -> list[keras.Layer]:
+    """The layers of a model and of those in it."""
+    found = []
+    for layer in model.layers:
+        found += _all_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def _flat(outputs: Any) -> tuple[Any, ...]:
+    """One output or several as a tuple."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _stateless(model: BlurModel, state: Any, data: Any) -> Any:
+    """A step of JAX's trainer: the variables' values as arguments and results."""
+    trainable, others, optimizer, metrics = state
+    variables = [*model.trainable_variables, *model.non_trainable_variables, *model.metrics_variables]
+    mapping = list(zip(variables, [*trainable, *others, *metrics], strict=True))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        logs = model._learn(data)
+
+        def now(kept: Sequence[Any]) -> list[Any]:
+            values = [scope.get_current_value(variable) for variable in kept]
+            return [one.value if value is None else value for one, value in zip(kept, values, strict=True)]
+
+        new = now(model.trainable_variables), now(model.non_trainable_variables), optimizer, now(model.metrics_variables)
+    return logs, new

@@ -1,0 +1,162 @@
+"""What the outputs of a network receive in a learning step: losses, labels and weights of each, and the way through heads.
+
+Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule for
+errors. A head is a chain of maps after an output, which turns it into the prediction: a loss's derivative
+goes back through it, and a cross-entropy of probabilities looks through a softmax to the logits, as a
+gradient of both together would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_blur.core import feedback
+from keras_blur.core.derivatives import vjp
+from keras_blur.core.weightless import Softmax, WeightlessMap
+
+Array = Any
+Head = Sequence[WeightlessMap]
+
+
+class Wanted(NamedTuple):
+    """What one output is to learn.
+
+    Attributes:
+        loss: its loss, or `None`.
+        share: the weight of its loss.
+        head: the maps after it.
+        labels: labels as the loss takes them.
+        weights: a weight for each example, or `None`.
+    """
+
+    loss: keras.losses.Loss | None
+    share: float
+    head: Head
+    labels: Any
+    weights: Array | None
+
+
+def losses_of(loss: Any, loss_weights: Any, names: Sequence[str]) -> list[tuple[keras.losses.Loss | None, float]]:
+    """The loss of each output and its weight; an output may have none.
+
+    Args:
+        loss: a Keras loss, or a list or dict of them.
+        loss_weights: a list or dict of numbers, or `None`.
+        names: of the outputs.
+
+    Raises:
+        ValueError: if they do not fit the outputs.
+    """
+    if isinstance(loss, keras.losses.Loss):
+        if len(names) > 1:
+            raise ValueError(
+                f"`loss` must be a list or dict of losses, one for each of the {len(names)} outputs. Received: {loss!r}"
+            )
+        return [(loss, 1.0)]
+    losses = _by_output("loss", loss, names, None)
+    weights = [1.0] * len(names) if loss_weights is None else _by_output("loss_weights", loss_weights, names, 1.0)
+    return list(zip(losses, weights, strict=True))
+
+
+def _by_output(name: str, value: Any, names: Sequence[str], missing: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        unknown = sorted(set(value) - set(names))
+        if unknown:
+            raise ValueError(f"`{name}` must have keys among the outputs {list(names)}. Received: {unknown}")
+        return [value.get(one, missing) for one in names]
+    if len(value) != len(names):
+        raise ValueError(f"`{name}` must have {len(names)} entries, one for each output. Received: {len(value)}")
+    return list(value)
+
+
+def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
+    """Labels of any structure, in the order of the outputs."""
+    if len(names) == 1 and not isinstance(y, (Mapping, list, tuple)):
+        return [y]
+    if isinstance(y, Mapping):
+        return [y[name] for name in names] if set(y) == set(names) else keras.tree.flatten(y)
+    return list(y)
+
+
+def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Array | None]:
+    """Weights of examples of any structure, in the order of the outputs, each `[batch]`."""
+    if isinstance(sample_weight, Mapping):
+        found = [sample_weight.get(name) for name in names]
+    else:
+        found = list(sample_weight) if isinstance(sample_weight, (list, tuple)) else [sample_weight] * len(names)
+    return [None if one is None else ops.reshape(ops.cast(one, dtype), (-1,)) for one in found]
+
+
+def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:
+    """A loss and the head that its derivative goes through, without a softmax that a cross-entropy looks through."""
+    if head and isinstance(head[-1], Softmax):
+        logits = of_logits(loss)
+        if logits is not None:
+            return logits, head[:-1]
+    return loss, head
+
+
+def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
+    """A cross-entropy of probabilities as the one of logits; `None` for any other loss."""
+    kinds = (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy)
+    if type(loss) not in kinds or loss.get_config().get("from_logits"):
+        return None
+    return type(loss).from_config({**loss.get_config(), "from_logits": True})
+
+
+def through(head: Head, value: Array) -> Array:
+    """An output `[batch, *features]` through a head: the prediction."""
+    for one in head:
+        value = one.forward((value[None],), None)[0]
+    return value
+
+
+def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[Array], Array] | None) -> list[Array]:
+    """The derivative of each output's loss by the output.
+
+    Args:
+        wanted: what each output is to learn.
+        outputs: the outputs before their heads.
+        total: gives the sum over devices of a number, or `None`.
+    """
+    signals = []
+    for one, output in zip(wanted, outputs, strict=True):
+        if one.loss is None:
+            signals.append(ops.zeros_like(output))
+            continue
+        loss, head = at_logits(one.loss, one.head)
+        if head:
+            prediction, pull = vjp(lambda value, maps=head: through(maps, value), output)
+            signal = pull(feedback.error(loss, one.labels, prediction, one.weights, total))[0]
+        else:
+            signal = feedback.error(loss, one.labels, output, one.weights, total)
+        signals.append(one.share * signal)
+    return signals
+
+
+def signs(wanted: Sequence[Wanted], outputs: Sequence[Array], kind_of: Callable[[Any], str]) -> list[Array]:
+    """The labels of each output as +1 and -1, back through the maps of its head that change the shape.
+
+    Args:
+        wanted: what each output is to learn.
+        outputs: the outputs before their heads.
+        kind_of: how labels are written that go with a loss.
+    """
+    signals = []
+    for one, output in zip(wanted, outputs, strict=True):
+        if one.loss is None:
+            signals.append(ops.zeros_like(output))
+            continue
+        values = [output]
+        for step in one.head:
+            values.append(through([step], values[-1]))
+        signal = feedback.encode(one.labels, values[-1].shape[-1], kind_of(one.loss))
+        for step, value in zip(reversed(one.head), reversed(values[:-1]), strict=True):
+            if step.target != step.sources[0]:
+                signal = step.backward((value[None],), ops.cast(signal, value.dtype)[None], None)[0][0]
+        signals.append(one.share * signal)
+    return signals
