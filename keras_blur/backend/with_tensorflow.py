@@ -84,7 +84,7 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
     Args:
         kind: the class.
         flatten: from an object to what is static and hashable, and a tuple of arrays.
-        unflatten: the way back.
+        unflatten: the inverse of `flatten`.
     """
     kind.__tf_flatten__ = flatten  # type: ignore[attr-defined]
     kind.__tf_unflatten__ = classmethod(lambda _, static, arrays: unflatten(static, arrays))  # type: ignore[attr-defined]

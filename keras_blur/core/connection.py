@@ -103,7 +103,7 @@ class Connection(abc.ABC):
         return states
 
     def features(self, rows: Array, source: Shape) -> Array:
-        """The way back of `rows`."""
+        """The inverse of `rows`."""
         return rows
 
     def matrix(self, kernel: Array) -> Array:
@@ -111,7 +111,7 @@ class Connection(abc.ABC):
         return kernel
 
     def kernel(self, matrix: Array, like: Array) -> Array:
-        """The way back of `matrix`, to a kernel of the shape of `like`."""
+        """The inverse of `matrix`: a kernel of the shape of `like`."""
         return matrix
 
     def over_readers(self, matrix: Array) -> Array:
@@ -188,7 +188,7 @@ class Connection(abc.ABC):
             rule: the options.
             source: shape of the features that enter, or their number.
             draw: called with the name of an array, the channel and the shape of one channel; returns its values.
-            feeds_back: whether something before this connection learns, so that it needs a way back.
+            feeds_back: whether something before this connection learns, so that it needs a feedback path.
 
         Returns:
             The synapses.
@@ -323,7 +323,7 @@ class Connection(abc.ABC):
 
         Args:
             genome: the layer's genome.
-            synapses: the layer's synapses, of which only the names are used.
+            synapses: the layer's synapses. Only their names are used.
             pre: states before the connection.
             post: states of this layer `[..., k, batch, *target]`.
             prefix: `""` or `"forward_"`: which synapse arrays of the genome act.

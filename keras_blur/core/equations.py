@@ -28,7 +28,7 @@ Activation = str | Callable[[Any], Any]
 
 
 class SharedBatch(NamedTuple):
-    """A batch of which each of several devices holds a part.
+    """A batch that several devices hold in parts.
 
     Attributes:
         examples: number of examples of the whole batch.

@@ -218,7 +218,7 @@ class Rule:
 
     @property
     def stores_backward(self) -> bool:
-        """Whether the way back has a kernel of its own."""
+        """Whether the feedback path has a kernel of its own."""
         return self.directions != "tied"
 
     @property

@@ -383,7 +383,7 @@ def _merged(states: Array, features: int) -> Array:
 
 
 def _split(flat: Array, like: Array, known: int, features: Shape) -> Array:
-    """The way back of `_merged`: leading axes and batch as those of `like`, which has `known` features."""
+    """The inverse of `_merged`: leading axes and batch are those of `like`, which has `known` feature axes."""
     shape = ops.shape(like)
     return ops.reshape(flat, (*shape[: len(shape) - known], *features))
 

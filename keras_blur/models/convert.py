@@ -1,4 +1,4 @@
-"""Keras networks as networks that learn by a genome, and the way back."""
+"""Conversion of Keras networks to networks that learn by a genome, and of these to Keras networks."""
 
 from __future__ import annotations
 

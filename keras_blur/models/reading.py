@@ -198,25 +198,25 @@ class Plan:
         builder = Builder([len(shape) for shape in self._inputs])
         places = {-1 - index: index for index in range(first)}
         layers: list[SynapticLayer] = []
-        defaults: dict[int, str] = {}
-        last = self._last(needed)
         for number in needed:
             one = self._operations[number]
             if isinstance(one, _Map):
                 places[number] = builder.map(one.map, *(places[source] for source in one.sources))
                 continue
-            default = self._default(number, readers, rule, number in last)
-            if id(one.layer) not in defaults:
+            if not any(one.layer is layer for layer in layers):
                 layers.append(one.layer)
-                defaults[id(one.layer)] = default
-            connection = dataclasses.replace(
-                one.layer.connection_for(self._shapes[one.source]), activation=one.activation or default
-            )
+            activation = one.activation or ("linear" if self._is_taken_over(number, readers) else None)
+            connection = dataclasses.replace(one.layer.connection_for(self._shapes[one.source]), activation=activation)
             places[number] = builder.connect(connection, places[one.source], key=id(one.layer))
         graph = builder.graph([places[number] for number in fed])
         graph = dataclasses.replace(graph, groups=tuple(groups(layers)))  # it may refuse, before a layer is changed
-        for layer, feeds_back in zip(layers, graph.feeds_back, strict=True):
-            layer.join(rule, feeds_back=feeds_back, default=defaults[id(layer)])
+        defaults: dict[int, str] = {}
+        for made in reversed(graph.connects):  # a layer used twice goes by its first use
+            taken_over = layers[made.holder].activation is None and made.connection.activation == "linear"
+            of_rule = rule.last_activation if made.target in graph.last else rule.forward_activation
+            defaults[made.holder] = "linear" if taken_over else of_rule
+        for holder, (layer, feeds_back) in enumerate(zip(layers, graph.feeds_back, strict=True)):
+            layer.join(rule, feeds_back=feeds_back, default=defaults[holder])
         follows = tuple((layer, one, places[value]) for layer, one, value in self._follows if value in places)
         shapes = tuple(self._shapes[number] for number in needed if isinstance(self._operations[number], _Connect))
         return graph, tuple(layers), tuple(heads), follows, shapes
@@ -230,26 +230,13 @@ class Plan:
                 todo.extend(self._sources(number))
         return sorted(found)
 
-    def _last(self, needed: Sequence[int]) -> set[int]:
-        """Layers of neurons from which no path leads to another one."""
-        leads: set[int] = set()
-        ends = set()
-        for number in reversed(needed):
-            if isinstance(self._operations[number], _Connect):
-                if number not in leads:
-                    ends.add(number)
-                leads.update(self._sources(number))
-            elif number in leads:
-                leads.update(self._sources(number))
-        return ends
-
-    def _default(self, number: int, readers: Mapping[int, list[int]], rule: Rule, last: bool) -> str:
-        """The nonlinearity of a layer that names none: the rule's, or none where the next layer has one in its place."""
-        for reader in readers.get(number, []):
-            one = self._operations[reader]
-            if isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax))):
-                return "linear"
-        return rule.last_activation if last else rule.forward_activation
+    def _is_taken_over(self, number: int, readers: Mapping[int, list[int]]) -> bool:
+        """Whether a normalisation, a nonlinearity or a merging layer reads a layer, which then has none of its own."""
+        read_by = [self._operations[reader] for reader in readers.get(number, ())]
+        return any(
+            isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax)))
+            for one in read_by
+        )
 
 
 def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLayer]], Sequence[int]]) -> Reading:

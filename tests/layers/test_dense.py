@@ -88,7 +88,7 @@ def test_a_keras_model_trains_it_by_gradients_as_its_own():
 
 
 def network_layer(rule, initializer, inputs=6, units=4):
-    """A layer in the middle of a network, so that it may have a way back."""
+    """A layer in the middle of a network, so that it may have a feedback path."""
     layer = Dense(units, kernel_initializer=initializer)
     Sequential([keras.Input((3,)), Dense(inputs), layer, Dense(2)], genome=Genome.random(rule, seed=0))
     return layer

@@ -113,7 +113,7 @@ class Convolution(Connection):
         return self._stored_order(ops.concatenate(parts, axis=-2 - self.axes))
 
     def _folded(self, kernel: Array, x: Array) -> Array:
-        """One kernel on states of which all leading axes are examples."""
+        """One kernel on states. All their leading axes count as examples."""
         shape = ops.shape(x)
         flat = ops.reshape(x, (-1, *shape[len(shape) - self.axes :]))
         y = self._convolve(kernel, flat)
