@@ -59,11 +59,11 @@ OBJECTS: tuple[Any, ...] = (None, 3, "nonsense", (), [], {}, object, np.zeros(2)
 
 # What two members of a choice may be, beside what stands in `NAMES`.
 CHOICES = (
-    "additive", "multiplicative", "multiplicative_after_first", "untied", "tied", "tied_updates", "own", "forward",
-    "backward", "batch", "units", "activations", "exp_update", "stored", "effective", "power", "labels", "error", "mse",
-    "sigmoid", "cross_entropy", "squared", "binary", "auto", "classes", "values", "bits", "exact", "first", "reptile",
-    "leap", "maml", "uniform", "flip", "meta", "model", "normal", "rademacher", "xor", "circles", "digits",
-    "float32", "bfloat16",
+    "additive", "multiplicative", "multiplicative_after_first", "untied", "tied", "tied_updates", "fixed", "signs", "own",
+    "forward", "backward", "batch", "units", "activations", "exp_update", "stored", "effective", "power", "labels",
+    "error", "mse", "sigmoid", "cross_entropy", "squared", "binary", "auto", "classes", "values", "bits", "exact",
+    "first", "reptile", "leap", "maml", "uniform", "flip", "meta", "model", "normal", "rademacher", "xor", "circles",
+    "digits", "float32", "bfloat16",
 )  # fmt: skip
 
 

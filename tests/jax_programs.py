@@ -33,7 +33,9 @@ def network(genome):
 def genomes():
     rule = kb.Rule(states=3, normalize_activations="both", momentum=True, batch_reduction="mean")
     random = kb.Genome.random(rule, seed=1, std=0.3, synapse_update=-1e-3)
-    return {"backprop": kb.genomes.backprop(0.01), "random": random}
+    signs = kb.genomes.backprop(0.01)
+    signs = signs.with_rule(signs.rule.replace(directions="signs"))
+    return {"backprop": kb.genomes.backprop(0.01), "signs": signs, "random": random}
 
 
 def drawn_bits():

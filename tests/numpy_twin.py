@@ -201,7 +201,8 @@ def step(
                 new = backward(rule, gene, rows(a[number], one), rows(came[number], one))
                 a[number] = new.reshape(a[number].shape)
             gene = genes[one.synapses]
-            _, back = effective(rule, gene, *ways[one.synapses])
+            there, back = ways[one.synapses]
+            _, back = effective(rule, gene, there, feedback_path(rule, there, back))
             table = tables[number]
             z = sent(rule, gene, rows(a[number], one), back[:, : table.shape[1]])
             came[one.source] += unpatched(z, table, came[one.source].shape)
@@ -214,8 +215,8 @@ def step(
 
     new = [pack(rule, untraced(own), where, *way) for own, where, way in zip(synapses, places, ways, strict=True)]
     if rule.momentum:
-        for own, where, trace in zip(new, places, traces, strict=True):
-            own |= {name + "_trace": value for name, value in pack(rule, own, where, *trace).items()}
+        for own, old, where, trace in zip(new, synapses, places, traces, strict=True):
+            own |= {name + "_trace": value for name, value in pack(rule, traced(old), where, *trace).items()}
     return new, [np.moveaxis(a[number], -1, 0) for number in nodes], prediction
 
 
@@ -451,6 +452,16 @@ def unpack(rule, own, places):
     return there, np.swapaxes(back, 0, 1)
 
 
+def feedback_path(rule, there, back):
+    """The backward kernel as what comes back goes through it: with the signs of the forward one, if the rule says so."""
+    if rule.directions != "signs":
+        return back
+    signed = np.swapaxes(back, 0, 1).copy()
+    for place in np.ndindex(signed.shape):
+        signed[place] = abs(signed[place]) * ((there[place] > 0) * 1.0 - (there[place] < 0) * 1.0)
+    return np.swapaxes(signed, 0, 1)
+
+
 def pack(rule, own, places, there, back):
     """The opposite of `unpack`: the arrays that `own` has."""
     inputs = len(places.exists)
@@ -613,7 +624,10 @@ def update(rule, gene, prefix, kernels, traces, sums, own, places, time):
             changes = [forward, np.swapaxes(way_back, 0, 1)]
 
     result = []
-    for kernel, change, square in zip(kernels, changes, sizes, strict=True):
+    for way, (kernel, change, square) in enumerate(zip(kernels, changes, sizes, strict=True)):
+        if way == 1 and rule.directions in ("fixed", "signs"):
+            result.append(kernel)
+            continue
         if rule.oja != "none":  # equation 8, first term
             size = np.sum(kernel**2, axis=0, keepdims=True) if rule.oja == "weights" else square
             strength = rule.oja_factor * (np.abs(numbers["oja_multiplier"]) if rule.oja_learned else 1.0)

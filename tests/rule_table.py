@@ -40,6 +40,17 @@ SINGLE = {
     "after_first_tied": {"backward_update": "multiplicative_after_first", "states": 3, "channels": "tied"},
     "directions_tied": {"directions": "tied"},
     "directions_tied_updates": {"directions": "tied_updates"},
+    **{
+        f"{directions}{name}": {"directions": directions, **options}
+        for directions in ("fixed", "signs")
+        for name, options in {
+            "": {},
+            "_pair": {"derivative_state": True, "backward_update": "multiplicative_after_first", "channels": "tied"},
+            "_effective": {"normalize_synapses": "effective", "rescale_synapses": True},
+            "_stable": {"oja": "activations", "saturation": "exp_update", "momentum": True, "orthogonalize": 2},
+            "_kept": {"forward_synapse_update": True, "oja": "weights", "keep_neurons": True},
+        }.items()
+    },
     "channels_tied": {"channels": "tied", "states": 3},
     "channels_tied_updates": {"channels": "tied_updates", "states": 3},
     "all_tied": {"channels": "tied", "directions": "tied"},
@@ -115,7 +126,7 @@ COVER = {
     },
     "batch": {
         **BOTH_WAYS, "channels": "tied_updates", "update_decay": "power", "keep_neurons": True,
-        "forward_activation": "relu", "last_activation": "sigmoid",
+        "forward_activation": "relu", "last_activation": "sigmoid", "directions": "fixed",
     },
     "units": {
         "normalize_activations": "forward", "normalization_axis": "units", "directions": "tied_updates",
@@ -127,7 +138,7 @@ COVER = {
     },
     "effective": {
         "normalize_synapses": "effective", "forward_synapse_update": True, "separate_forward_synapse": True,
-        "saturation": "tanh",
+        "saturation": "tanh", "directions": "signs",
     },
     "layers": {"layers": len(SIZES) - 1, "normalize_synapses": "both", "backward_update": "multiplicative"},
     "orthogonal": {"orthogonalize": 5, "momentum": True, "update_decay": "power"},
@@ -206,7 +217,7 @@ def draw_synapses(rule, seed=0, sizes=SIZES, leading=(), *, whole=False, use_bia
         if whole and "backward_kernel" in shapes and use_bias:
             shapes["backward_bias"] = shapes["bias"]
         if rule.momentum:
-            shapes |= {name + TRACE: shape for name, shape in shapes.items()}
+            shapes |= {name + TRACE: shape for name, shape in shapes.items() if rule.changes(name)}
         result.append({name: rng.normal(0, 0.5, leading + shape).astype(dtype) for name, shape in shapes.items()})
     return tuple(result)
 

@@ -197,7 +197,8 @@ class Connection(abc.ABC):
             name: ops.stack([draw(name, channel, shape[1:]) for channel in range(shape[0])], axis=-len(shape))
             for name, shape in self.shapes(rule, source, feeds_back=feeds_back).items()
         }
-        return {**made, **{name + TRACE: ops.zeros_like(made[name]) for name in made if rule.momentum}}
+        moving = [name for name in made if rule.momentum and rule.changes(name)]
+        return {**made, **{name + TRACE: ops.zeros_like(made[name]) for name in moving}}
 
     def normalized(self, genome: Genome, synapses: Synapses) -> dict[str, Array]:
         """The stored synapses at unit norm over their input axis (section C.6)."""
@@ -292,8 +293,11 @@ class Connection(abc.ABC):
         skip_first = rule.backward_update == "multiplicative_after_first"
         name = "backward_kernel" if rule.stores_backward else "kernel"
         kernel, inverse = synapses.get(name), None
+        if kernel is not None and rule.directions == "signs":
+            kernel = ops.abs(kernel) * ops.sign(synapses["kernel"])
         if kernel is not None and rule.normalize_synapses in ("effective", "both"):
-            inverse = equations.inverse_norm(genome, self._energies(self._matrices(synapses))[name])
+            energies = self._energies(self._matrices({**synapses, name: kernel}))
+            inverse = equations.inverse_norm(genome, energies[name])
             if rule.stores_backward:
                 kernel, inverse = self.kernel(self.matrix(kernel) * inverse, kernel), None
         if skip_first:
@@ -348,6 +352,7 @@ class Connection(abc.ABC):
             factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
         if weight is not None:
             factor = factor * weight
+        synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
         few = slice(0, rule.update_channels)
         from_below, from_above = nu_tilde[..., :, few], mu_tilde[..., :, few]
         sums: dict[str, Array] = {}
@@ -410,7 +415,7 @@ class Connection(abc.ABC):
         rule = genome.rule
         arrays = genome.arrays
         gate = self._gate(genome, prefix, step)
-        stored = synapses
+        stored, synapses = synapses, {name: value for name, value in synapses.items() if rule.changes(name)}
         sums = self._matrices(self._penalised(synapses, sums, 1.0 if rule.gates_last else gate))
         synapses = self._matrices(synapses)
         traces = {name: value for name, value in synapses.items() if name.endswith(TRACE)}
@@ -447,7 +452,7 @@ class Connection(abc.ABC):
             limit = self.limits.get(name.removeprefix("backward_"))
             if limit is not None:
                 changed[name] = _by_channel(limit, changed[name])
-        return changed
+        return {name: changed.get(name, value) for name, value in stored.items()}
 
     def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
         """The sums with the gradients of the penalties, times the gate where the sums have it too."""

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "forward_activation": ACTIVATIONS,
     "last_activation": ACTIVATIONS,
     "backward_update": ("additive", "multiplicative", "multiplicative_after_first"),
-    "directions": ("untied", "tied", "tied_updates"),
+    "directions": ("untied", "tied", "tied_updates", "fixed", "signs"),
     "channels": ("own", "tied", "tied_updates"),
     "normalize_activations": ("none", "forward", "backward", "both"),
     "normalization_axis": ("batch", "units"),
@@ -54,7 +54,9 @@ class Rule:
         backward_update: how the backward pass changes a state (eq. 6): `"additive"`; `"multiplicative"`
             (old * new); `"multiplicative_after_first"` (state 1 is left as it is; eq. 2 and 4).
         directions: `"untied"`: forward and backward synapses are separate parameters; `"tied"`: one kernel is
-            read both ways; `"tied_updates"`: two kernels that receive the same Hebbian term.
+            read both ways; `"tied_updates"`: two kernels that receive the same Hebbian term; `"fixed"`: the backward
+            synapses stay as they start (feedback alignment); `"signs"`: a backward synapse has the size that it starts
+            with and the sign that the forward one has now, `|b| sign(w)` (sign-symmetric feedback).
         channels: `"own"`: each state has a synapse channel of its own; `"tied"`: one channel serves all states;
             `"tied_updates"`: separate channels that all receive the Hebbian term of channel 1.
         normalize_activations: the pass or passes (`"none"`, `"forward"`, `"backward"`, `"both"`) in which the summed
@@ -220,6 +222,10 @@ class Rule:
     def stores_backward(self) -> bool:
         """Whether the feedback path has a kernel of its own."""
         return self.directions != "tied"
+
+    def changes(self, name: str) -> bool:
+        """Whether the synapse array of a name, such as `"backward_kernel"`, changes by equation 7."""
+        return self.directions not in ("fixed", "signs") or not name.startswith("backward_")
 
     @property
     def gates_last(self) -> bool:

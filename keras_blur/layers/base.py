@@ -287,7 +287,7 @@ class SynapticLayer(BlurLayer):
                 constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],
             )  # fmt: skip
             setattr(self, name, variable)  # so checkpoints see it
-            if rule.momentum and self._rule:
+            if rule.momentum and rule.changes(name) and self._rule:
                 trace = add(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
                 setattr(self, name + TRACE, trace)
         if self._normalizes:

@@ -22,7 +22,7 @@ REFERENCE = {
     "relu_tanh": lambda z: np.maximum(np.tanh(z), 0.0),
     "sigmoid": lambda z: 1.0 / (1.0 + np.exp(-z)),
 }
-DIRECTIONS = ("untied", "tied", "tied_updates")
+DIRECTIONS = ("untied", "tied", "tied_updates", "fixed", "signs")
 CHANNELS = ("own", "tied", "tied_updates")
 
 
