@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,3 +92,90 @@ def test_hopfield_goes_on_from_where_one_step_leads():
     assert set(np.unique(often)) == {-1.0, 1.0}
     assert 0.93 < accuracy(once) < accuracy(often) < accuracy(nearest(patterns, cue, shown))
     assert accuracy(nearest(patterns, cue, shown)) > 0.99
+
+
+def module_of(name: str, **flags) -> SimpleNamespace:
+    """An example as a module, with values in the place of its flags; see `functions_of`."""
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    defined = set(flags_of(tree).values())
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in defined) and not isinstance(node, ast.If)
+    ]
+    space: dict = {"__name__": name, **{key: SimpleNamespace(value=value) for key, value in flags.items()}}
+    exec(compile(tree, name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+PATHS = {"_MOMENTUM": 0.5, "_DECAY": 1e-3, "_JIT": False}
+
+
+def path_setting(arm):
+    """The example on feedback paths, a model of an arm, a batch, and images of 20 by 20."""
+    example = module_of("feedback_paths", **PATHS)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (example.BATCH, 20, 20, 1)).astype("uint8"), rng.integers(0, 10, example.BATCH)
+    images = SimpleNamespace(x_train=x, y_train=y, classes=10, scale=255.0)
+    return example, example.network(arm, 0.1, 0, images), x, y, images
+
+
+@pytest.mark.parametrize("arm", ["direct errors", "direct labels"])
+def test_direct_paths_bring_the_output_s_error_or_labels_through_frozen_kernels(arm):
+    """Each hidden kernel changes by the gradient of its layer's sum with what the frozen kernel brings it, by a tape."""
+    example, model, x, y, images = path_setting(arm)
+    plain = example.network("backpropagation", 0.1, 0, images)
+    prediction = model.predict(x, verbose=0)
+    logits = prediction[0] if isinstance(prediction, list) else prediction
+    np.testing.assert_allclose(logits, plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)  # forward it does nothing
+    wanted = tf.nn.softmax(logits) if arm == "direct errors" else np.full((len(x), 10), 0.1)
+    signal = (np.asarray(wanted) - np.eye(10)[y]).astype("float32") / len(x)
+
+    value = tf.constant(x, "float32") / 255.0
+    expected = []
+    for name in example.HIDDEN:
+        layer, back = model.get_layer(name), model.get_layer(f"{name}_back").synapses["kernel"][0]
+        kernel = tf.Variable(layer.synapses["kernel"][0])
+        with tf.GradientTape() as tape:
+            if name.startswith("hidden"):
+                neurons = tf.tanh(value @ kernel)
+            else:
+                neurons = tf.tanh(tf.nn.conv2d(value, kernel, 1, layer.padding.upper()))
+            received = tf.reshape(signal @ tf.transpose(back), neurons.shape)
+            total = tf.reduce_sum(neurons * received)
+        expected.append(-0.1 * 1.5 * tape.gradient(total, kernel).numpy())
+        value = neurons if name.startswith("hidden") else tf.nn.avg_pool2d(neurons, 2, 2, "VALID")
+        value = value if name in example.HIDDEN[:1] else tf.reshape(value, (len(x), -1))
+
+    before = [variable.numpy() for variable in model.weights]
+    found = example.changes(model, x, y)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one[0], other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+        assert np.abs(other).max() > 1e-5
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    model.train_on_batch(x, example.labels_for(model, y))
+    for name in example.HIDDEN:
+        kernel = model.get_layer(f"{name}_back").synapses["kernel"]
+        (old,) = (value for variable, value in zip(model.weights, before, strict=True) if variable is kernel)
+        np.testing.assert_array_equal(kernel.numpy(), old)
+
+
+def test_arms_of_feedback_paths_start_equal_and_backpropagation_agrees_with_itself():
+    example, exact, x, y, images = path_setting("backpropagation")
+    outputs = []
+    for arm in example.ARMS:
+        model = example.network(arm, 0.1, 0, images)
+        found = model.predict(x, verbose=0)
+        outputs.append(found[0] if isinstance(found, list) else found)
+        if arm in ("backpropagation", "fixed random"):
+            aligned = example.cosines(model, exact, x, y)
+            assert len(aligned) == 4
+            assert (min(aligned) > 1 - 1e-5) == (arm == "backpropagation")
+    for one in outputs[1:]:
+        np.testing.assert_allclose(one, outputs[0], rtol=1e-5, atol=1e-6)
+    before = [variable.numpy() for variable in model.weights]
+    model.train_on_batch(x, example.labels_for(model, y))
+    example.restart(model, arm, 0, images)
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)

@@ -54,9 +54,11 @@ class Rule:
         backward_update: how the backward pass changes a state (eq. 6): `"additive"`; `"multiplicative"`
             (old * new); `"multiplicative_after_first"` (state 1 is left as it is; eq. 2 and 4).
         directions: `"untied"`: forward and backward synapses are separate parameters; `"tied"`: one kernel is
-            read both ways; `"tied_updates"`: two kernels that receive the same Hebbian term; `"fixed"`: the backward
-            synapses stay as they start (feedback alignment); `"signs"`: a backward synapse has the size that it starts
-            with and the sign that the forward one has now, `|b| sign(w)` (sign-symmetric feedback).
+            read both ways; `"tied_updates"`: two kernels that receive the same Hebbian term; `"fixed"`:
+            backward synapses stay as they start (feedback alignment); `"signs"`: a backward synapse
+            has the size that it starts with and the sign that the forward one has now,
+            `|b| sign(w)` (sign-symmetric feedback). Both are brought to unit norm where
+            `normalize_synapses` says so.
         channels: `"own"`: each state has a synapse channel of its own; `"tied"`: one channel serves all states;
             `"tied_updates"`: separate channels that all receive the Hebbian term of channel 1.
         normalize_activations: the pass or passes (`"none"`, `"forward"`, `"backward"`, `"both"`) in which the summed
