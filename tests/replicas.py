@@ -37,7 +37,9 @@ GENOMES = {
     "errors": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
     "dropout": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
     "orthogonal": lambda: genomes.backprop(learning_rate=0.1, loss=LOSS).with_rule(
-        genomes.backprop(loss=LOSS).rule.replace(orthogonalize=2, momentum=True, normalize_activations="forward")
+        genomes.backprop(loss=LOSS).rule.replace(
+            normalize_term="orthogonal", orthogonal_iterations=2, momentum="before", normalize_activations="forward"
+        )
     ),
 }
 

@@ -153,7 +153,7 @@ def test_a_saturation_of_nothing(alpha):
 
 
 def test_a_rule_that_orthogonalises_has_a_meta_gradient_of_dead_layers():
-    rule = Rule(orthogonalize=2, batch_reduction="mean", last_activation="linear")
+    rule = Rule(normalize_term="orthogonal", orthogonal_iterations=2, batch_reduction="mean", last_activation="linear")
     learner, data = learners.Blur((5,), rule), dead()
     outer = {key: tf.constant(own) for key, own in learner.draw(0, 1, FEATURES, CLASSES).items()}
     data = {**data, "x": tf.zeros_like(data["x"])}  # no activity at all
