@@ -131,7 +131,7 @@ def step(
         one = layers[number]
         return with_bias(patches(values[one.source], tables[number]), has_bias[one.synapses])
 
-    count = examples if weights is None else np.sum(np.abs(weights)) ** 2 / np.sum(np.square(weights))
+    count = examples if weights is None else np.sum(np.abs(weights))
 
     def learn(ways, traces, values, below, prefix):
         """Equation 7 for each set of synapses: the terms of all its layers, then the change."""

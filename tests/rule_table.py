@@ -157,7 +157,8 @@ COVER = {
     "layers": {"layers": len(SIZES) - 1, "normalize_synapses": "both", "backward_update": "multiplicative"},
     "orthogonal": {"normalize_term": "orthogonal", "momentum": "before", "update_decay": "power"},
     "whitened": {
-        "whitening": True, "normalize_term": "frobenius", "momentum": "after", "slow_synapses": True, "directions": "tied_updates",
+        "whitening": True, "normalize_term": "frobenius", "momentum": "after", "slow_synapses": True,
+        "directions": "tied_updates",
     },
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_blur import Genome, Rule, bilevel, learners, meta, random
 from keras_blur.bilevel.evograd import named
 from keras_blur.bilevel.hypergradient import Bilevel
-from keras_blur.core import equations
+from keras_blur.core import equations, terms
 from keras_blur.learners import updates
 
 FEATURES, CLASSES = 4, 3
@@ -127,7 +127,7 @@ def test_orthogonal_of_zeros_is_zero_and_so_is_its_gradient():
     def derivative(matrix):
         with tf.GradientTape() as tape:
             tape.watch(matrix)
-            result = equations.orthogonal(matrix, 3)
+            result = terms.orthogonal(matrix, 3)
             loss = tf.reduce_sum(result * tf.constant(np.arange(12.0).reshape(3, 4), tf.float32))
         return result, tape.gradient(loss, matrix)
 

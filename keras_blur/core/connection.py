@@ -39,7 +39,6 @@ Draw = Callable[[str, int, tuple[int, ...]], Array]
 
 # Behind the name of a synapse array: that of its trace, and of its average over the steps.
 TRACE, AVERAGE = "_trace", "_average"
-_COUNTS = ("weights", "weight_squares")
 _LEAST = 1e-30  # stands for zero in a divisor
 
 
@@ -56,7 +55,7 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """The sums of two layers that share their synapses: one batch, so examples count once."""
-        added = {name: value if name in _COUNTS else value + other.arrays[name] for name, value in self.arrays.items()}
+        added = {name: value if name == "examples" else value + other.arrays[name] for name, value in self.arrays.items()}
         return Sums(added)
 
 
@@ -418,7 +417,7 @@ class Connection(abc.ABC):
         elif back:  # the same rule with pre and post exchanged
             sums |= self._term(context, pre, from_above, factor * equations.mix(post, from_below), back)
         if rule.whitening and not context.settles:
-            sums |= context.weight_sums(self, post)
+            sums["examples"] = context.examples(self, post)
 
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
@@ -507,7 +506,7 @@ class Connection(abc.ABC):
                 none = root <= _LEAST
                 own = ops.where(none, ops.zeros_like(own), own / ops.where(none, ops.ones_like(root), root))
             if rule.whitening:
-                own = terms.whitened_senders(inner, own, context.damping(inner, 3), context.examples(self, senders, 3))
+                own = terms.whitened_senders(inner, own, context.damping(inner), context.examples(self, senders))
             if normalizes:
                 own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
             return whole(own if root is None else own * root)
@@ -517,7 +516,7 @@ class Connection(abc.ABC):
             sums = self._matrices(raw)
             if rule.whitening:
                 gram = self.gram(context, read, ones)
-                sums = self.whitened(context.genome, sums, gram, names, context.examples(self, senders, 4))
+                sums = self.whitened(context.genome, sums, gram, names, context.examples(self, senders)[..., None])
             if normalizes:
                 sums = self._normalized_term(rule, sums, names)
             return {name: self._stored(name, matrix, raw[name]) for name, matrix in sums.items()}
@@ -595,14 +594,14 @@ class Connection(abc.ABC):
             sums.update({name: sums[name.removeprefix("backward_")] for name in synapses if tied and "backward" in name})
 
         if rule.whitening and not totals.settled:
-            count = _count(sums["weights"], sums["weight_squares"], 4)
+            count = sums["examples"]
             for names in pairs:
                 if "kernel" in names:
-                    sums |= self.whitened(genome, sums, sums[_gram_of(names["kernel"])], names, count)
+                    sums |= self.whitened(genome, sums, sums[_gram_of(names["kernel"])], names, count[..., None])
                 else:  # a bias alone reads ones, whose Gram matrix is the number of rows
                     own = sums[names["bias"]]
                     damping = ops.exp(equations.scalar(genome.log_damping, own))
-                    sums[names["bias"]] = own / (equations.scalar(count[..., 0, 0, 0, 0], own) + damping)
+                    sums[names["bias"]] = own / (count + damping)
             copy()
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
@@ -699,32 +698,21 @@ class TermContext(NamedTuple):
     dtype: str
     settles: bool
 
-    def damping(self, like: Array, trailing: int) -> Array:
-        """The damping of the inputs' correlations."""
-        return ops.exp(equations.per_state(self.genome.log_damping, like, trailing))
+    def damping(self, like: Array) -> Array:
+        """The damping of the inputs' correlations, `[..., 1, 1, 1]`."""
+        return ops.exp(equations.scalar(self.genome.log_damping, like))
 
     def root(self, connection: Connection) -> Array | None:
         """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
         return None if self.weight is None else ops.sqrt(ops.abs(connection._of_rows(self.weight, self.source)))
 
-    def weight_sums(self, connection: Connection, post: Array) -> dict[str, Array]:
-        """The sums of the weights and of their squares; of examples without weights their number."""
+    def examples(self, connection: Connection, post: Array) -> Array:
+        """The number of examples, `[..., 1, 1, 1]`: the sum of their weights, if they have some."""
         if self.weight is None:
             count = ops.shape(post)[-2] / connection.positions_of(self.source)
-            return dict.fromkeys(_COUNTS, ops.convert_to_tensor(ops.cast(count, post.dtype)))
-        size = ops.abs(ops.cast(self.weight, post.dtype))
-        return dict(zip(_COUNTS, (ops.sum(size, axis=-1), ops.sum(ops.square(size), axis=-1)), strict=True))
-
-    def examples(self, connection: Connection, post: Array, trailing: int) -> Array:
-        """The number of examples, with `trailing` axes of size one."""
-        return _count(*self.weight_sums(connection, post).values(), trailing)
-
-
-def _count(weights: Array, squares: Array, trailing: int) -> Array:
-    """How many examples of equal weight count as much: of weights 0 and 1 the number of ones (Kish, 1965)."""
-    none = squares <= _LEAST
-    count = ops.where(none, ops.ones_like(squares), ops.square(weights) / ops.where(none, ops.ones_like(squares), squares))
-    return equations.per_state(count, count, trailing)
+            return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
+        size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
+        return ops.reshape(size, (*size.shape, 1, 1, 1))
 
 
 def _gram_of(kernel: str) -> str:

@@ -94,9 +94,9 @@ def frobenius(term: Array) -> Array:
         term: `[..., blocks, in, units]`; the norm is that of all blocks.
     """
     blocks, rows, columns = term.shape[-3:]
-    energy, largest = _energy(term)
+    term, _ = _scaled(term, (-3, -2, -1))
     norm = (blocks * min(rows, columns)) ** 0.5 * _wide(rows, columns)
-    return term / largest * (norm * ops.rsqrt(energy))
+    return term * (norm * ops.rsqrt(_energy(term, (-3, -2, -1))))
 
 
 def orthogonal(term: Array, iterations: int) -> Array:
@@ -112,8 +112,8 @@ def orthogonal(term: Array, iterations: int) -> Array:
     """
     rows, columns = term.shape[-2:]
     x = ops.swapaxes(term, -1, -2) if rows < columns else term
-    energy, largest = _energy(x, axes=(-2, -1))
-    x = x / largest * ops.rsqrt(energy)
+    x, _ = _scaled(x, (-2, -1))
+    x = x * ops.rsqrt(_energy(x, (-2, -1)))
     a, b, c = _QUINTIC
     if 2 * min(rows, columns) <= max(rows, columns):  # all iterates on the small side
         gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
@@ -136,16 +136,14 @@ def orthogonal_senders(inner: Array, senders: Array, inputs: int, iterations: in
         inputs: size of X's rows, the bias counted.
         iterations: number of Newton-Schulz iterations.
     """
-    largest = _largest(senders, (-2, -1))
-    senders = senders / largest
-    outer = _largest(inner, (-2, -1))
-    inner = inner / outer
+    senders, _ = _scaled(senders, (-2, -1))
+    inner, size = _scaled(inner, (-2, -1))
     product = ops.matmul(ops.matmul(senders, ops.swapaxes(senders, -1, -2)), inner)
     one = ops.eye(ops.shape(product)[-1], dtype=product.dtype)
     energy = ops.sum(product * one, axis=(-2, -1), keepdims=True)
     energy = ops.where(energy <= _TINY, ops.ones_like(energy), energy)
     found = ops.matmul(_polynomial(product / energy, iterations), senders)
-    return found * (ops.rsqrt(energy * outer) * _wide(inputs, senders.shape[-1]))
+    return found * (ops.rsqrt(energy * size) * _wide(inputs, senders.shape[-1]))
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
@@ -186,17 +184,18 @@ def _wide(rows: int, columns: int) -> float:
     return max(1.0, (columns / rows) ** 0.5)
 
 
-def _largest(x: Array, axes: tuple[int, ...]) -> Array:
-    """The largest entry, by which a matrix is divided first so that no square overflows."""
+def _scaled(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """x over its largest entry, so that no square overflows, and that entry; zeros have a gradient of zero."""
     largest = ops.max(ops.abs(x), axis=axes, keepdims=True)
-    return ops.where(largest <= _TINY, ops.ones_like(largest), largest)
+    zero = largest <= _TINY
+    largest = ops.where(zero, ops.ones_like(largest), largest)
+    return ops.where(zero, ops.zeros_like(x), x) / largest, largest
 
 
-def _energy(x: Array, axes: tuple[int, ...] = (-3, -2, -1)) -> tuple[Array, Array]:
-    """The sum of squares of `x / largest`, and largest."""
-    largest = _largest(x, axes)
-    energy = ops.sum(ops.square(x / largest), axis=axes, keepdims=True)
-    return ops.where(energy <= _TINY, ops.ones_like(energy), energy), largest
+def _energy(x: Array, axes: tuple[int, ...]) -> Array:
+    """The sum of squares, or 1 of zeros."""
+    energy = ops.sum(ops.square(x), axis=axes, keepdims=True)
+    return ops.where(energy <= _TINY, ops.ones_like(energy), energy)
 
 
 def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -167,9 +167,14 @@ RULES = {
     "pair": {**rule_table.COVER["pair"], "channels": "own", "directions": "untied"},
     "stabilised": {
         "oja": "activations", "normalize_activations": "both", "normalize_synapses": "effective",
-        "rescale_synapses": True, "saturation": "exp_update", "batch_reduction": "mean", "momentum": True,
+        "rescale_synapses": True, "saturation": "exp_update", "batch_reduction": "mean", "momentum": "before",
         "forward_activation": "relu_tanh",
     },
+    "whitened": {
+        "whitening": True, "normalize_term": "frobenius", "momentum": "after", "slow_synapses": True,
+        "directions": "tied_updates", "update_decay": "power",
+    },
+    "whitened_orthogonal": {"whitening": True, "normalize_term": "orthogonal", "directions": "tied", "channels": "tied"},
 }  # fmt: skip
 
 
@@ -315,10 +320,12 @@ class Halves:
 SHARED = {
     "sums": {"normalize_activations": "both", "states": 3},
     "means": {
-        "normalize_activations": "forward", "batch_reduction": "mean", "oja": "activations", "normalize_term": "orthogonal", "orthogonal_iterations": 2,
+        "normalize_activations": "forward", "batch_reduction": "mean", "oja": "activations",
+        "normalize_term": "orthogonal", "orthogonal_iterations": 2,
         "normalize_synapses": "stored", "presynaptic": "forward",
     },
     "pair": {**rule_table.COVER["pair"], "feedback": "labels", "directions": "untied", "forward_synapse_update": True},
+    "whitened": {**rule_table.COVER["whitened"], "normalize_activations": "forward"},
 }  # fmt: skip
 
 
