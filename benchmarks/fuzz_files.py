@@ -67,7 +67,7 @@ def _flipped(content: bytes, place: int, rng: np.random.Generator) -> bytes:
 
 
 def _genomes(folder: str) -> Callable[[np.random.Generator], Case]:
-    rule = kb.Rule(states=3, update_decay="power", momentum=True, normalize_activations="both")
+    rule = kb.Rule(states=3, update_decay="power", momentum="after", normalize_activations="both")
     genome = kb.Genome.random(rule, 0)
     whole, path = genome.to_json().encode(), os.path.join(folder, "genome.json")
 

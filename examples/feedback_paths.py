@@ -96,7 +96,7 @@ class Cut(keras.layers.Layer):
 def genome(arm, rate):
     """Backpropagation with momentum, weight decay, and the directions of an arm."""
     known, beta = kb.genomes.backprop(rate, "tanh", loss=LOSS), _MOMENTUM.value
-    changed = known.with_rule(known.rule.replace(directions=ARMS[arm][0], momentum=True))
+    changed = known.with_rule(known.rule.replace(directions=ARMS[arm][0], momentum="before"))
     return changed.replace(momentum=beta, synapse_keep=1.0 - _DECAY.value * rate / (1.0 - beta))
 
 

@@ -326,7 +326,7 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
     sweep = network.forward(
         genome,
         graph,
-        network.stored(genome, graph, state.synapses),
+        network.predicting(genome, graph, state),
         tf.constant(inputs[-1]),
         neurons=state.neurons,
     )

@@ -31,11 +31,15 @@ def network(genome):
 
 
 def genomes():
-    rule = kb.Rule(states=3, normalize_activations="both", momentum=True, batch_reduction="mean")
+    rule = kb.Rule(states=3, normalize_activations="both", momentum="before", batch_reduction="mean")
+    whitened = kb.genomes.backprop(0.1)
+    whitened = whitened.with_rule(
+        whitened.rule.replace(whitening=True, normalize_term="frobenius", momentum="after", slow_synapses=True)
+    )
     random = kb.Genome.random(rule, seed=1, std=0.3, synapse_update=-1e-3)
     signs = kb.genomes.backprop(0.01)
     signs = signs.with_rule(signs.rule.replace(directions="signs"))
-    return {"backprop": kb.genomes.backprop(0.01), "signs": signs, "random": random}
+    return {"backprop": kb.genomes.backprop(0.01), "signs": signs, "random": random, "whitened": whitened}
 
 
 def drawn_bits():

@@ -121,7 +121,7 @@ def step(
     # 2. Synapses, normalised where they are stored.
     ways = [unpack(rule, untraced(own), where) for own, where in zip(synapses, places, strict=True)]
     traces = [None] * len(synapses)
-    if rule.momentum:
+    if rule.momentum != "none":
         traces = [unpack(rule, traced(own), where) for own, where in zip(synapses, places, strict=True)]
     if rule.normalize_synapses in ("stored", "both"):
         ways = [unit_norm(rule, gene, *way) for gene, way in zip(genes, ways, strict=True)]
@@ -130,6 +130,8 @@ def step(
         """What the rows of a layer read, the bias unit too."""
         one = layers[number]
         return with_bias(patches(values[one.source], tables[number]), has_bias[one.synapses])
+
+    count = examples if weights is None else np.sum(np.abs(weights))
 
     def learn(ways, traces, values, below, prefix):
         """Equation 7 for each set of synapses: the terms of all its layers, then the change."""
@@ -152,6 +154,7 @@ def step(
                 synapses[holder],
                 places[holder],
                 time,
+                count,
             )
             for holder in range(len(ways))
         ]
@@ -214,7 +217,14 @@ def step(
         ways, traces = learn(ways, traces, a, left_by_forward if rule.presynaptic == "forward" else a, "")
 
     new = [pack(rule, untraced(own), where, *way) for own, where, way in zip(synapses, places, ways, strict=True)]
-    if rule.momentum:
+    if rule.slow_synapses:  # a <- a + (w - a) (e + 1) / (t + 1 + e)
+        for own, after, gene in zip(synapses, new, genes, strict=True):
+            e = np.exp(gene.log_averaging)
+            for name in ("kernel", "bias"):
+                if name in own:
+                    old = np.array(own[name + "_average"], np.float64)
+                    after[name + "_average"] = old + (after[name] - old) * (e + 1) / (time + 1 + e)
+    if rule.momentum != "none":
         for own, old, where, trace in zip(new, synapses, places, traces, strict=True):
             own |= {name + "_trace": value for name, value in pack(rule, traced(old), where, *trace).items()}
     return new, [np.moveaxis(a[number], -1, 0) for number in nodes], prediction
@@ -421,7 +431,7 @@ def with_bias(states, wanted):
 
 def untraced(own):
     """The synapses themselves."""
-    return {name: value for name, value in own.items() if not name.endswith("_trace")}
+    return {name: value for name, value in own.items() if not name.endswith(("_trace", "_average"))}
 
 
 def traced(own):
@@ -553,24 +563,49 @@ def hebb(nu_tilde, mu_tilde, pre, post, share):
     return result
 
 
-def orthogonal(rule, change, places):
-    """Each channel's matrix with its singular values put through the iteration, as numbers.
+def blocks(places, extra):
+    """The rows and the columns of each group of units that read the same inputs, `extra` bias rows last."""
+    found = {}
+    for unit in range(places.exists.shape[1]):
+        found.setdefault(places.exists[:, unit].tobytes(), []).append(unit)
+    inputs = len(places.exists)
+    for units in found.values():
+        yield np.array([*np.flatnonzero(places.exists[:, units[0]]), *range(inputs, inputs + extra)]), np.array(units)
 
-    A column of that matrix is what one unit reads, and nothing else.
-    """
+
+def whitened(change, gram, places, has_bias, damping, count):
+    """Equation W1 on each group of units: `(X^T X / s + damping)^-1 H` with `s = trace(X^T X) / examples`."""
+    result = change.copy()
+    for there, units in blocks(places, int(has_bias)):
+        for c in range(change.shape[-1]):
+            system = gram[np.ix_(there, there)][..., c]
+            trace = np.trace(system)
+            system = system * (count / trace if trace > 0 else 1.0) + damping * np.eye(len(there))
+            result[np.ix_(there, units, [c])] = np.linalg.solve(system, change[np.ix_(there, units)][..., c])[..., None]
+    return result
+
+
+def normalized_term(rule, change, places):
+    """Equations N1 and N2, as numbers: singular values of each group of units, or the norm of all together."""
     result = np.zeros_like(change)
-    extra = len(change) - len(places.exists)
+    groups = list(blocks(places, len(change) - len(places.exists)))
     for c in range(rule.states):
-        whole = change[: len(places.exists), :, c][places.there, places.to]
-        whole = np.concatenate([whole, change[len(change) - extra :, :, c]])
-        left, values, right = np.linalg.svd(whole, full_matrices=False)
-        values = values / np.sqrt(np.sum(values**2))
-        for _ in range(rule.orthogonalize):
-            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-        rows, columns = whole.shape
-        whole = (left * values) @ right * max(1.0, np.sqrt(columns / rows))
-        result[places.there, places.to, c] = whole[: rows - extra]
-        result[len(change) - extra :, :, c] = whole[rows - extra :]
+        size = 0.0
+        for there, units in groups:
+            whole = change[np.ix_(there, units)][..., c]
+            wide = max(1.0, np.sqrt(len(units) / len(there)))
+            size += min(whole.shape) * wide**2
+            if rule.normalize_term == "orthogonal":
+                left, values, right = np.linalg.svd(whole, full_matrices=False)
+                norm = np.sqrt(np.sum(values**2))
+                values = values / (norm if norm > 0 else 1.0)
+                for _ in range(rule.orthogonal_iterations):
+                    values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+                whole = (left * values) @ right * wide
+            result[np.ix_(there, units, [c])] = whole[..., None]
+        if rule.normalize_term == "frobenius":
+            norm = np.sqrt(np.sum(result[..., c] ** 2))
+            result[..., c] *= np.sqrt(size) / (norm if norm > 0 else 1.0)
     return result
 
 
@@ -591,10 +626,15 @@ def terms(rule, gene, prefix, pre, post, own, exists, examples, weights):
         sizes.append(np.einsum("b,bjc->jc", share, squares)[None])
     if "bias" in own:
         sizes[1][:, -1] = 0  # the bias unit has no activation
-    return [*changes, *sizes]
+    size = np.repeat(np.ones(examples) if weights is None else np.abs(weights), len(post) // examples)
+    grams = []
+    for transform in (nu_tilde, mu_tilde.T):
+        read = np.einsum("bid,dc->bic", pre, transform)
+        grams.append(np.einsum("b,bic,bjc->ijc", size, read, read))
+    return [*changes, *sizes, *grams]
 
 
-def update(rule, gene, prefix, kernels, traces, sums, own, places, time):
+def update(rule, gene, prefix, kernels, traces, sums, own, places, time, count):
     """Equation 7 with its stabilisers for both kernels of a set of synapses; and their traces."""
     has_bias = "bias" in own
     numbers = {name: getattr(gene, prefix + name, None) for name in (
@@ -602,26 +642,38 @@ def update(rule, gene, prefix, kernels, traces, sums, own, places, time):
     )}  # fmt: skip
     keep, gate = numbers["synapse_keep"], numbers["synapse_update"]
     if rule.update_decay == "power":
-        gate = gate * (1 + time / rule.decay_steps) ** -gene.decay_power
+        gate = gate * (1 + time / np.exp(gene.log_decay_steps)) ** -gene.decay_power
 
-    changes, sizes = sums[:2], sums[2:]
+    changes, sizes, grams = sums[:2], sums[2:4], sums[4:]
+    if rule.whitening:
+        damping = np.exp(gene.log_damping)
+        changes = [whitened(change, gram, places, has, damping, count) for change, gram, has in (
+            (changes[0], grams[0], has_bias), (np.swapaxes(changes[1], 0, 1), grams[1], "backward_bias" in own),
+        )]  # fmt: skip
+        changes[1] = np.swapaxes(changes[1], 0, 1)
     if rule.directions != "untied":
         changes[1] = np.swapaxes(changes[0], 0, 1)
     if rule.channels != "own":
         changes = [np.repeat(change[:, :, :1], rule.states, axis=-1) for change in changes]
 
-    if rule.momentum:
+    def follow(traces, changes):
+        """Nesterov's form of momentum."""
         traces = [gene.momentum * trace + change for trace, change in zip(traces, changes, strict=True)]
-        changes = [change + gene.momentum * trace for trace, change in zip(traces, changes, strict=True)]
-    if rule.orthogonalize:
-        forward = orthogonal(rule, changes[0], places)
+        return traces, [change + gene.momentum * trace for trace, change in zip(traces, changes, strict=True)]
+
+    if rule.momentum == "before":
+        traces, changes = follow(traces, changes)
+    if rule.normalize_term != "none":
+        forward = normalized_term(rule, changes[0], places)
         if rule.directions != "untied":
             changes = [forward, np.swapaxes(forward, 0, 1)]
         else:  # as the way back is stored, [in, out]: with the bias only if it has one
             rows = None if "backward_bias" in own or not has_bias else -1
             way_back = np.swapaxes(changes[1], 0, 1).copy()
-            way_back[:rows] = orthogonal(rule, way_back[:rows], places)
+            way_back[:rows] = normalized_term(rule, way_back[:rows], places)
             changes = [forward, np.swapaxes(way_back, 0, 1)]
+    if rule.momentum == "after":
+        traces, changes = follow(traces, changes)
 
     result = []
     for way, (kernel, change, square) in enumerate(zip(kernels, changes, sizes, strict=True)):

@@ -36,8 +36,15 @@ GENOMES = {
     "summed": lambda: Genome.random(Rule(normalize_synapses="stored", saturation="tanh", oja="weights"), 0, std=0.2),
     "errors": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
     "dropout": lambda: genomes.backprop(learning_rate=0.5, loss=LOSS, activation="tanh"),
-    "orthogonal": lambda: genomes.backprop(learning_rate=0.1, loss=LOSS).with_rule(
-        genomes.backprop(loss=LOSS).rule.replace(orthogonalize=2, momentum=True, normalize_activations="forward")
+    "whitened": lambda: genomes.backprop(learning_rate=0.1, loss=LOSS).with_rule(
+        genomes.backprop(loss=LOSS).rule.replace(
+            whitening=True,
+            normalize_term="orthogonal",
+            orthogonal_iterations=2,
+            momentum="after",
+            slow_synapses=True,
+            normalize_activations="forward",
+        )
     ),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_blur import Genome, Rule
 from keras_blur.core import graph
-from keras_blur.core.connection import TRACE
+from keras_blur.core.connection import companions
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.rule import ACTIVATIONS, CHOICES
 
@@ -18,7 +18,7 @@ SIZES = (5, 7, 6, 3)
 BATCH = 4
 SWITCHES = (
     "derivative_state", "oja_learned", "rescale_synapses", "forward_synapse_update", "separate_forward_synapse",
-    "keep_neurons", "momentum",
+    "keep_neurons", "whitening", "slow_synapses",
 )  # fmt: skip
 BOTH_WAYS = {"normalize_activations": "both"}
 
@@ -91,11 +91,12 @@ SINGLE = {
     "presynaptic": {"presynaptic": "forward"},
     "keep_neurons": {"keep_neurons": True},
     "layers": {"layers": len(SIZES) - 1},
-    "decay": {"update_decay": "power", "decay_steps": 2.5},
+    "decay": {"update_decay": "power"},
     "decay_oja": {"update_decay": "power", "oja": "weights", "saturation": "exp_update"},
-    "momentum": {"momentum": True},
+    "momentum": {"momentum": "before"},
+    "momentum_after": {"momentum": "after", "normalize_term": "frobenius"},
     "momentum_stable": {
-        "momentum": True,
+        "momentum": "before",
         "update_decay": "power",
         "oja": "activations",
         "saturation": "exp_update",
@@ -103,10 +104,34 @@ SINGLE = {
         "normalize_synapses": "stored",
     },
     **{
-        f"orthogonal_{directions}": {"orthogonalize": 3, "directions": directions, "channels": channels}
+        f"orthogonal_{directions}": {
+            "normalize_term": "orthogonal",
+            "orthogonal_iterations": 3,
+            "directions": directions,
+            "channels": channels,
+        }
         for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
     },
-    "orthogonal_momentum": {"orthogonalize": 5, "momentum": True, "oja": "weights", "update_decay": "power"},
+    "orthogonal_momentum": {"normalize_term": "orthogonal", "momentum": "before", "oja": "weights", "update_decay": "power"},
+    **{
+        f"whitening_{norm}_{directions}": {
+            "whitening": True,
+            "normalize_term": norm,
+            "directions": directions,
+            "channels": channels,
+            "momentum": "none" if norm == "none" else "after",
+        }
+        for norm in ("none", "frobenius", "orthogonal")
+        for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
+    },
+    "whitening_pair": {
+        "whitening": True,
+        "normalize_term": "frobenius",
+        "momentum": "before",
+        "feedback": "error",
+        "derivative_state": True,
+    },
+    "slow_synapses": {"slow_synapses": True},
     "mean": {"batch_reduction": "mean"},
     "error": {"feedback": "error", "loss": "mean_squared_error"},
     "error_pair": {"feedback": "error", "derivative_state": True},
@@ -141,7 +166,11 @@ COVER = {
         "saturation": "tanh", "directions": "signs",
     },
     "layers": {"layers": len(SIZES) - 1, "normalize_synapses": "both", "backward_update": "multiplicative"},
-    "orthogonal": {"orthogonalize": 5, "momentum": True, "update_decay": "power"},
+    "orthogonal": {"normalize_term": "orthogonal", "momentum": "before", "update_decay": "power"},
+    "whitened": {
+        "whitening": True, "normalize_term": "frobenius", "momentum": "after", "slow_synapses": True,
+        "directions": "tied_updates",
+    },
 }  # fmt: skip
 
 _DRAWN = {
@@ -151,7 +180,7 @@ _DRAWN = {
     **dict.fromkeys(SWITCHES, (False, True)),
     "oja_factor": (1.0, 0.4),
     "supervised_every": (1, 2),
-    "orthogonalize": (0, 2),
+    "orthogonal_iterations": (1, 2),
     "layers": (None, len(SIZES) - 1),
 }
 
@@ -165,7 +194,7 @@ def combinations(count, seed=0):
         drawn["oja_learned"] &= drawn["oja"] != "none"
         drawn["rescale_synapses"] &= drawn["normalize_synapses"] != "none"
         drawn["separate_forward_synapse"] &= drawn["forward_synapse_update"]
-        drawn["momentum"] &= not drawn["forward_synapse_update"]
+        drawn["momentum"] = "none" if drawn["forward_synapse_update"] else drawn["momentum"]
         rules[f"random_{index}"] = drawn
     return rules
 
@@ -198,6 +227,8 @@ def draw_genome(rule, seed=0, population=(), dtype="float64"):
             value = 0.6 * rng.standard_normal(shape)
         elif name.endswith("synapse_update"):
             value = rng.choice([-0.03, 0.02], shape) * rng.uniform(0.8, 1.2, shape)
+        elif name.startswith("log_"):
+            value = rng.uniform(-0.3, 0.3, shape)
         elif name.endswith("shift"):
             value = rng.uniform(-0.2, 0.2, shape)
         elif name.endswith("oja_multiplier"):
@@ -216,8 +247,7 @@ def draw_synapses(rule, seed=0, sizes=SIZES, leading=(), *, whole=False, use_bia
         shapes = DenseConnection(units, use_bias).shapes(rule, inputs, feeds_back=whole or index > 0)
         if whole and "backward_kernel" in shapes and use_bias:
             shapes["backward_bias"] = shapes["bias"]
-        if rule.momentum:
-            shapes |= {name + TRACE: shape for name, shape in shapes.items() if rule.changes(name)}
+        shapes |= {name: shapes[like] for name, like in companions(rule, tuple(shapes)).items()}
         result.append({name: rng.normal(0, 0.5, leading + shape).astype(dtype) for name, shape in shapes.items()})
     return tuple(result)
 

@@ -101,10 +101,10 @@ def test_meta_training_does_not_depend_on_the_number_of_replicas(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["normalised", "summed", "errors", "dropout", "orthogonal"])
+@pytest.mark.parametrize("case", ["normalised", "summed", "errors", "dropout", "whitened"])
 def test_fit_does_not_depend_on_the_number_of_replicas(case):
     alone = run(what="fit", case=case, replicas=0)
-    tolerance = 1e-5 if case == "orthogonal" else 1e-6  # Newton-Schulz iterations enlarge rounding of the sums
+    tolerance = 1e-5 if case == "whitened" else 1e-6  # Newton-Schulz iterations enlarge rounding of the sums
     for count in (1, 2, 4) if case == "errors" else (2, 4):
         assert_same(run(what="fit", case=case, replicas=count), alone, tolerance)
 

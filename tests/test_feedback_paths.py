@@ -62,7 +62,7 @@ def test_with_tied_updates_and_weight_decay_the_kernels_come_to_agree():
 
 @pytest.mark.parametrize("directions", ["fixed", "signs"])
 def test_backward_kernels_that_are_held_stay_as_they_are(directions):
-    model = network(genome(directions, decay=0.01, momentum=True).replace(momentum=np.float32(0.5)))
+    model = network(genome(directions, decay=0.01, momentum="before").replace(momentum=np.float32(0.5)))
     before = both(model)
     learn(model, 1)
     for (kernel, backward), (new_kernel, new_backward) in zip(before, both(model), strict=True):

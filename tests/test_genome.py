@@ -43,9 +43,12 @@ WRONG_OPTIONS = {
     "keep_neurons": ["yes", 1],
     "layers": [0, -1, 1.5, True],
     "update_decay": ["exponential", 0.5],
-    "decay_steps": [0.0, -1.0, float("inf")],
-    "momentum": ["yes", 0.9],
-    "orthogonalize": [-1, 2.5, True],
+    "momentum": ["yes", 0.9, True],
+    "whitening": ["yes", 1],
+    "normalize_term": ["norm", True, None],
+    "slow_synapses": ["yes", 1],
+    "orthogonal_iterations": [0, 2.5, True],
+    "whitening_positions": [-1, 2.5, True],
     "batch_reduction": ["none", "average"],
     "feedback": ["targets", None],
     "loss": ["no_such_loss", 3],
@@ -70,6 +73,7 @@ def test_every_option_has_a_wrong_value():
         ({"oja_learned": True}, "oja='none'"),
         ({"rescale_synapses": True}, "normalize_synapses='none'"),
         ({"loss": "mse"}, "feedback='labels'"),
+        ({"whitening_positions": 4}, "whitening=False"),
     ],
 )
 def test_options_that_need_another(options, named):
@@ -116,8 +120,8 @@ def test_shapes():
     assert genome.population == (4, 5)
     assert genome.layer(1).population == (4, 5)
     np.testing.assert_array_equal(genome.layer(1).nu, genome.nu[1])
-    assert genome.size == 2 * 4 * 5 * (6 * 9 + 2 + 2 + 2 + 1 + 1)
-    assert repr(genome) == "Genome(states=3, numbers=2480, population=(4, 5))"
+    assert genome.size == 2 * 4 * 5 * (6 * 9 + 2 + 2 + 2 + 1 + 2)
+    assert repr(genome) == "Genome(states=3, numbers=2520, population=(4, 5))"
 
 
 def test_random_is_its_seed():
@@ -228,7 +232,7 @@ def test_array_cannot_be_assigned(name):
 def test_with_rule_starts_what_is_new_as_random_does(layers, population):
     """And a rule whose new numbers are neutral learns as before."""
     genome = Genome.random(Rule(layers=layers), 0, population=population)
-    richer = genome.with_rule(Rule(layers=layers, update_decay="power", momentum=True))
+    richer = genome.with_rule(Rule(layers=layers, update_decay="power", momentum="after"))
     assert richer.population == population
     for name in ("decay_power", "momentum"):
         np.testing.assert_array_equal(richer.arrays[name], np.zeros(np.shape(genome.synapse_keep)))
@@ -258,8 +262,8 @@ def test_members_and_populations(layers):
 
 
 def test_momentum_excludes_a_second_hebbian_term():
-    with pytest.raises(ValueError, match="`momentum=True` needs `forward_synapse_update=False`"):
-        Rule(momentum=True, forward_synapse_update=True)
+    with pytest.raises(ValueError, match=r"`momentum` must be .none. with .*Received: momentum=.after."):
+        Rule(momentum="after", forward_synapse_update=True)
 
 
 def test_equality():

@@ -261,12 +261,12 @@ def test_errors_of_values_need_a_loss_of_values():
 def test_a_rule_that_learns_from_errors_is_meta_trained(tmp_path):
     """From the backprop genome, its rule made richer on the way in: on test images the new numbers learn faster."""
     path = tmp_path / "g.json"
-    arguments = ["--start=backprop", "--rule=momentum=true,update_decay=power", "--unroll=5", "--members=1", "--hidden=16"]
+    arguments = ["--start=backprop", "--rule=momentum=before,update_decay=power", "--unroll=5", "--members=1", "--hidden=16"]
     sizes = ["--epochs=1", "--steps_per_epoch=30", "--batch_size=32", "--query_size=64", "--learning_rate=1e-3"]
     sizes.append("--nojit_compile")
     assert cli.run(["meta-train", *arguments, *sizes, f"--genome={path}"]) == 0
     found, start = Genome.load(path), genomes.backprop()
-    assert found.rule == start.rule.replace(momentum=True, update_decay="power")
+    assert found.rule == start.rule.replace(momentum="before", update_decay="power")
     assert found.momentum != 0
     options = {"steps": 5, "seeds": 3, "batch_size": 32}
     losses = [

@@ -322,7 +322,7 @@ def test_a_kept_batch_takes_no_other_size():
 
 def test_traces_are_saved_and_learning_goes_on_from_them(tmp_path):
     """A rule with momentum keeps a trace beside each array; without it a loaded model would learn otherwise."""
-    rule = kb.Rule(momentum=True, orthogonalize=5)
+    rule = kb.Rule(momentum="before", normalize_term="orthogonal")
     model = make(kb.Genome.random(rule, seed=1, std=0.5, synapse_update=-0.05).replace(momentum=np.float32(0.8)))
     traces = [name for name in model.layers[0].synapses if name.endswith("_trace")]
     assert traces == ["kernel_trace", "bias_trace"]

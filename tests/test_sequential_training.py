@@ -197,7 +197,7 @@ def test_a_second_fit_learns_other_labels_after_compile():
 
 
 def test_a_fit_whose_gate_has_decayed_says_so(tmp_path):
-    rule = kb.Rule(update_decay="power", decay_steps=1.0)
+    rule = kb.Rule(update_decay="power")
     genome = kb.Genome.random(rule, seed=0, synapse_update=-0.01).replace(decay_power=np.float32(2.0))
     model = make(genome)
     model.fit(X, Y, batch_size=4, verbose=0)  # twelve steps: (1 + 12) ** -2 is 0.006

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_blur import Genome, Rule, bilevel, learners, meta, random
 from keras_blur.bilevel.evograd import named
 from keras_blur.bilevel.hypergradient import Bilevel
-from keras_blur.core import equations
+from keras_blur.core import equations, terms
 from keras_blur.learners import updates
 
 FEATURES, CLASSES = 4, 3
@@ -127,7 +127,7 @@ def test_orthogonal_of_zeros_is_zero_and_so_is_its_gradient():
     def derivative(matrix):
         with tf.GradientTape() as tape:
             tape.watch(matrix)
-            result = equations.orthogonal(matrix, 3)
+            result = terms.orthogonal(matrix, 3)
             loss = tf.reduce_sum(result * tf.constant(np.arange(12.0).reshape(3, 4), tf.float32))
         return result, tape.gradient(loss, matrix)
 
@@ -153,7 +153,7 @@ def test_a_saturation_of_nothing(alpha):
 
 
 def test_a_rule_that_orthogonalises_has_a_meta_gradient_of_dead_layers():
-    rule = Rule(orthogonalize=2, batch_reduction="mean", last_activation="linear")
+    rule = Rule(normalize_term="orthogonal", orthogonal_iterations=2, batch_reduction="mean", last_activation="linear")
     learner, data = learners.Blur((5,), rule), dead()
     outer = {key: tf.constant(own) for key, own in learner.draw(0, 1, FEATURES, CLASSES).items()}
     data = {**data, "x": tf.zeros_like(data["x"])}  # no activity at all

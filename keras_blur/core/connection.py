@@ -21,12 +21,13 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_blur.core import equations
+from keras_blur.core import equations, terms
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
@@ -36,8 +37,26 @@ Shape = tuple[int, ...]
 Synapses = Mapping[str, Array]
 Draw = Callable[[str, int, tuple[int, ...]], Array]
 
-TRACE = "_trace"  # behind the name of a synapse array: that of its trace, if the rule has momentum
+# Behind the name of a synapse array: that of its trace, and of its average over the steps.
+TRACE, AVERAGE = "_trace", "_average"
 _LEAST = 1e-30  # stands for zero in a divisor
+
+
+class Sums(NamedTuple):
+    """What a connection learns from a batch.
+
+    Attributes:
+        arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term need.
+        settled: whether the terms are whitened and made orthogonal already, as far as the rule asks.
+    """
+
+    arrays: Mapping[str, Array]
+    settled: bool = False
+
+    def plus(self, other: Sums) -> Sums:
+        """The sums of two layers that share their synapses: one batch, so examples count once."""
+        added = {name: value if name == "examples" else value + other.arrays[name] for name, value in self.arrays.items()}
+        return Sums(added)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +141,38 @@ class Connection(abc.ABC):
         """
         return ops.sum(matrix, axis=-1, keepdims=True)
 
+    @property
+    def few_rows(self) -> bool:
+        """Whether the rows of a batch may be fewer than the inputs of a unit."""
+        return False
+
+    def rows_read(self, states: Array) -> Array:
+        """States that enter `[..., s, batch, *source]` as `[..., s, rows, in]`, if `few_rows`."""
+        return states
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        """What the units of each block read, `[..., s, blocks, rows, in]`.
+
+        Args:
+            states: states that enter, `[..., s, batch, *source]`.
+            source: shape of the features that enter.
+            most: at most so many positions of an example, evenly spaced; 0 for all.
+        """
+        return ops.expand_dims(states, -3)
+
+    def kept(self, source: Shape, most: int) -> int:
+        """Number of positions of an example that `patches` gives."""
+        positions = self.positions_of(source)
+        return min(positions, most) if most else positions
+
+    def split(self, matrix: Array) -> Array:
+        """A matrix or bias `[..., in, units]` as those of the blocks, `[..., blocks, in, units of a block]`."""
+        return ops.expand_dims(matrix, -3)
+
+    def joined(self, blocks: Array) -> Array:
+        """The inverse of `split`."""
+        return ops.squeeze(blocks, -3)
+
     # What follows from it.
 
     def source(self, pre: Array) -> Shape:
@@ -197,8 +248,10 @@ class Connection(abc.ABC):
             name: ops.stack([draw(name, channel, shape[1:]) for channel in range(shape[0])], axis=-len(shape))
             for name, shape in self.shapes(rule, source, feeds_back=feeds_back).items()
         }
-        moving = [name for name in made if rule.momentum and rule.changes(name)]
-        return {**made, **{name + TRACE: ops.zeros_like(made[name]) for name in moving}}
+        beside = {}
+        for name, like in companions(rule, tuple(made)).items():
+            beside[name] = made[like] if name.endswith(AVERAGE) else ops.zeros_like(made[like])
+        return {**made, **beside}
 
     def normalized(self, genome: Genome, synapses: Synapses) -> dict[str, Array]:
         """The stored synapses at unit norm over their input axis (section C.6)."""
@@ -322,7 +375,8 @@ class Connection(abc.ABC):
         step: Array,
         sample_weight: Array | None,
         batch: equations.SharedBatch | None = None,
-    ) -> dict[str, Array]:
+        alone: bool = True,
+    ) -> Sums:
         """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`; and those of Oja's term.
 
         Args:
@@ -334,9 +388,10 @@ class Connection(abc.ABC):
             step: the learning step, from 0.
             sample_weight: `[..., batch]` or `None`.
             batch: the batch, if devices share it; the sums are then over all of it.
+            alone: whether these rows are all that the synapses learn from: no other layer shares them.
 
         Returns:
-            A mapping with the names of the synapses, and `oja` and `backward_oja` if the rule needs them.
+            `Sums` by the names of the synapses, and of what else `update` needs of the batch.
         """
         rule, source = genome.rule, self.source(pre)
         nu_tilde = genome.arrays[prefix + "nu_tilde"]
@@ -355,30 +410,18 @@ class Connection(abc.ABC):
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
         few = slice(0, rule.update_channels)
         from_below, from_above = nu_tilde[..., :, few], mu_tilde[..., :, few]
-        sums: dict[str, Array] = {}
+        context = TermContext(genome, source, sample_weight, post.dtype, self._settles(rule, alone and batch is None))
 
         received = factor * equations.mix(post, from_above)
-        if "bias" in synapses:
-            ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_below), axis=-2), received, 2)
-            sums["bias"] = ones * ops.sum(received, axis=-2, keepdims=True)
-        read = first_states(pre, equations.sources(from_below), self.axes)
-        if "kernel" in synapses and read.shape[-2 - self.axes] == 1:
-            received = equations.mix_one(received, from_below)
-            sums["kernel"] = self.outer(read, self.features(received, source), source)
-        elif "kernel" in synapses:
-            sums["kernel"] = self.outer(self.mixed(read, from_below), self.features(received, source), source)
-
-        if "backward_kernel" in synapses:
-            if rule.directions == "tied_updates":
-                sums["backward_kernel"] = sums["kernel"]
-                if "backward_bias" in synapses:
-                    sums["backward_bias"] = sums["bias"]
-            else:  # the same rule with pre and post exchanged
-                sent = factor * equations.mix(post, from_below)
-                sums["backward_kernel"] = self.outer(self.mixed(pre, from_above), self.features(sent, source), source)
-                if "backward_bias" in synapses:
-                    ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_above), axis=-2), sent, 2)
-                    sums["backward_bias"] = ones * ops.sum(sent, axis=-2, keepdims=True)
+        names: dict[str, str] = {name: name for name in ("kernel", "bias") if name in synapses}
+        sums = self._term(context, pre, from_below, received, names)
+        back = {name: "backward_" + name for name in ("kernel", "bias") if "backward_" + name in synapses}
+        if back and rule.directions == "tied_updates":
+            sums |= {stored: sums[name] for name, stored in back.items()}
+        elif back:  # the same rule with pre and post exchanged
+            sums |= self._term(context, pre, from_above, factor * equations.mix(post, from_below), back)
+        if rule.whitening and not context.settles:
+            sums["examples"] = context.examples(self, post)
 
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
@@ -391,7 +434,137 @@ class Connection(abc.ABC):
                 sums["backward_oja"] = self._read(squares, source)
         if batch is not None:
             sums = dict(zip(sums, batch.total(list(sums.values())), strict=True))
+        return Sums(sums, context.settles)
+
+    def _term(
+        self, context: TermContext, pre: Array, transform: Array, senders: Array, names: Mapping[str, str]
+    ) -> dict[str, Array]:
+        """The sum in equation 7 over rows, with the bias's; and the Gram matrix of the inputs, if they are whitened.
+
+        Args:
+            context: what all terms of a connection share.
+            pre: states before the connection.
+            transform: what mixes them, `[..., source, channel]`.
+            senders: what the units send, `[..., channel, rows, units]`, times weights and factors.
+            names: under which names the sums of `kernel` and `bias` are given.
+        """
+        rule, source = context.genome.rule, context.source
+        read = first_states(pre, equations.sources(transform), self.axes)
+        ones = equations.per_state(ops.sum(ops.convert_to_tensor(transform), axis=-2), senders, 2)
+        if "kernel" not in names:
+            return {names["bias"]: ones * ops.sum(senders, axis=-2, keepdims=True)}
+        needs_inputs = rule.whitening or context.settles
+        bias_sum = None
+        single = read.shape[-2 - self.axes] == 1
+        if single and (not needs_inputs or "bias" not in names or _reads_first_alone(transform)):
+            # The map is linear, so one state alone is mixed where it is smaller.
+            bias_sum = None if needs_inputs else ones * ops.sum(senders, axis=-2, keepdims=True)
+            senders, ones = equations.mix_one(senders, transform), ops.ones((1, 1, 1), dtype=context.dtype)
+        else:
+            read = self.mixed(read, transform)
+        ones = ones if "bias" in names else None
+
+        def whole(senders: Array) -> dict[str, Array]:
+            found = {names["kernel"]: self.outer(read, self.features(senders, source), source)}
+            if ones is not None:
+                known = ones * ops.sum(senders, axis=-2, keepdims=True) if bias_sum is None else bias_sum
+                found[names["bias"]] = known
+            return found
+
+        if context.settles:
+            return self._settled(context, read, ones, senders, whole, names)
+        sums = whole(senders)
+        if rule.whitening:
+            sums[_gram_of(names["kernel"])] = self.gram(context, read, ones)
         return sums
+
+    def _settles(self, rule: Rule, alone: bool) -> bool:
+        """Whether a term is whitened and normalised with its rows at hand, because they may be few.
+
+        Several layers or devices add up their sums first, and so do penalties.
+        """
+        wanted = rule.whitening or (rule.normalize_term == "orthogonal" and rule.momentum != "before")
+        return wanted and alone and self.few_rows and not self.penalties
+
+    def _settled(
+        self,
+        context: TermContext,
+        read: Array,
+        ones: Array | None,
+        senders: Array,
+        whole: Callable[[Array], dict[str, Array]],
+        names: Mapping[str, str],
+    ) -> dict[str, Array]:
+        """A term whitened and made orthogonal, as the rule asks, by the smaller one of two systems."""
+        rule = context.genome.rule
+        normalizes = rule.normalize_term == "orthogonal" and rule.momentum != "before"
+        inputs = self.rows_read(read).shape[-1] + (ones is not None)
+
+        def by_rows() -> dict[str, Array]:
+            x, root, own = self.rows_read(read), context.root(self), senders
+            inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
+            if ones is not None:
+                inner = inner + ops.square(ones)
+            if root is not None:
+                inner = inner * root * ops.swapaxes(root, -1, -2)
+                none = root <= _LEAST
+                own = ops.where(none, ops.zeros_like(own), own / ops.where(none, ops.ones_like(root), root))
+            if rule.whitening:
+                own = terms.whitened_senders(inner, own, context.damping(inner), context.examples(self, senders))
+            if normalizes:
+                own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
+            return whole(own if root is None else own * root)
+
+        def by_features() -> dict[str, Array]:
+            raw = whole(senders)
+            sums = self._matrices(raw)
+            if rule.whitening:
+                gram = self.gram(context, read, ones)
+                sums = self.whitened(context.genome, sums, gram, names, context.examples(self, senders)[..., None])
+            if normalizes:
+                sums = self._normalized_term(rule, sums, names)
+            return {name: self._stored(name, matrix, raw[name]) for name, matrix in sums.items()}
+
+        fewer = terms.rows_are_cheaper(ops.shape(senders)[-2], inputs, self.units, rule)
+        if isinstance(fewer, bool):
+            return by_rows() if fewer else by_features()
+        return ops.cond(fewer, by_rows, by_features)
+
+    def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
+        """The Gram matrices of inputs and bias, `[..., c, blocks, in, in]`."""
+        x = self.patches(read, context.source, context.genome.rule.whitening_positions)
+        if ones is not None:
+            column = ops.broadcast_to(ops.expand_dims(ones, -3), (*ops.shape(x)[:-1], 1))
+            x = ops.concatenate([x, column], axis=-1)
+        if context.weight is not None:
+            each = self.kept(context.source, context.genome.rule.whitening_positions)
+            x = x * ops.sqrt(ops.abs(ops.repeat(context.weight, each, axis=-1)))[..., None, None, :, None]
+        return ops.matmul(ops.swapaxes(x, -1, -2), x)
+
+    def whitened(
+        self, genome: Genome, sums: Mapping[str, Array], gram: Array, names: Mapping[str, str], examples: Array
+    ) -> dict[str, Array]:
+        """Eq. W1 on a kernel's term with the bias's as its last row."""
+        damping = equations.per_state(genome.log_damping, gram, 4)
+        return self.as_whole(sums, names, lambda term: terms.whitened(gram, term, ops.exp(damping), examples))
+
+    def _normalized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+        """Eq. N1 or N2 on a kernel's term with the bias's as its last row."""
+        if rule.normalize_term == "frobenius":
+            return self.as_whole(sums, names, terms.frobenius)
+        return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
+
+    def as_whole(
+        self, sums: Mapping[str, Array], names: Mapping[str, str], function: Callable[[Array], Array]
+    ) -> dict[str, Array]:
+        """A function of `[..., c, blocks, in, units]` on the matrix of a kernel's sum with the bias's as its last row."""
+        parts = [self.split(sums[name]) for name in names.values()]
+        whole = function(parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-2))
+        found, start = {}, 0
+        for name, part in zip(names.values(), parts, strict=True):
+            found[name] = self.joined(whole[..., start : start + part.shape[-2], :])
+            start += part.shape[-2]
+        return found
 
     def _of_rows(self, weight: Array, source: Shape) -> Array:
         """Weights of examples `[..., batch]` as those of rows, `[..., 1, rows, 1]`."""
@@ -408,25 +581,41 @@ class Connection(abc.ABC):
         ones = ops.ones((*shape[: len(shape) - self.axes], *self.target(source)), dtype=states.dtype)
         return self.matrix(self.outer(states, ones, source))
 
-    def update(
-        self, genome: Genome, synapses: Synapses, sums: Mapping[str, Array], *, prefix: str, step: Array
-    ) -> dict[str, Array]:
+    def update(self, genome: Genome, synapses: Synapses, totals: Sums, *, prefix: str, step: Array) -> dict[str, Array]:
         """Equation 7 with the stabilising options: the new synapses from the sums of `hebbian`."""
         rule = genome.rule
         arrays = genome.arrays
         gate = self._gate(genome, prefix, step)
-        stored, synapses = synapses, {name: value for name, value in synapses.items() if rule.changes(name)}
-        sums = self._matrices(self._penalised(synapses, sums, 1.0 if rule.gates_last else gate))
-        synapses = self._matrices(synapses)
-        traces = {name: value for name, value in synapses.items() if name.endswith(TRACE)}
-        synapses = {name: value for name, value in synapses.items() if name not in traces}
-        for name in traces:  # Nesterov's form: the term itself counts at once
-            own = name.removesuffix(TRACE)
-            beta = equations.scalar(arrays["momentum"], sums[own])
-            traces[name] = beta * traces[name] + sums[own]
-            sums[own] = beta * traces[name] + sums[own]
-        if rule.orthogonalize:
-            sums |= self._orthogonal(rule, {name: sums[name] for name in synapses})
+        stored = synapses
+        matrices = self._matrices({name: value for name, value in synapses.items() if rule.changes(name)})
+        traces = {name: value for name, value in matrices.items() if name.endswith(TRACE)}
+        synapses = {name: value for name, value in matrices.items() if not name.endswith((TRACE, AVERAGE))}
+        sums = self._matrices(totals.arrays)
+        tied = rule.directions == "tied_updates"  # the same to the last bit, bias or not
+        pairs = [names for names in _pairs(synapses) if not (tied and "backward_kernel" in names.values())]
+
+        def copy() -> None:
+            sums.update({name: sums[name.removeprefix("backward_")] for name in synapses if tied and "backward" in name})
+
+        if rule.whitening and not totals.settled:
+            count = sums["examples"]
+            for names in pairs:
+                if "kernel" in names:
+                    sums |= self.whitened(genome, sums, sums[_gram_of(names["kernel"])], names, count[..., None])
+                else:  # a bias alone reads ones, whose Gram matrix is the number of rows
+                    own = sums[names["bias"]]
+                    damping = ops.exp(equations.scalar(genome.log_damping, own))
+                    sums[names["bias"]] = own / (count + damping)
+            copy()
+        sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
+        if rule.momentum == "before":
+            _follow(arrays["momentum"], traces, sums)
+        if rule.normalize_term == "frobenius" or (rule.normalize_term == "orthogonal" and not totals.settled):
+            for names in pairs:
+                sums |= self._normalized_term(rule, sums, names)
+            copy()
+        if rule.momentum == "after":
+            _follow(arrays["momentum"], traces, sums)
         if rule.gates_last:
             sums |= {name: equations.scalar(gate, sums[name]) * sums[name] for name in synapses}
         shrinks: dict[str, Array | None] = dict.fromkeys(synapses)
@@ -452,16 +641,19 @@ class Connection(abc.ABC):
             limit = self.limits.get(name.removeprefix("backward_"))
             if limit is not None:
                 changed[name] = _by_channel(limit, changed[name])
-        return {name: changed.get(name, value) for name, value in stored.items()}
+        return {**stored, **changed}
 
     def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
-        """The sums with the gradients of the penalties, times the gate where the sums have it too."""
+        """The sums, as matrices, with the gradients of the penalties, times the gate where the sums have it too."""
         sums = dict(sums)
         for name in synapses:
+            if name not in sums:
+                continue
             penalty = self.penalties.get(name.removeprefix("backward_"))
             if penalty is not None:
                 _, pull = vjp(lambda value, one=penalty: sum(one(channel) for channel in _channels(value)), synapses[name])
                 slope = pull(ops.ones((), dtype=sums[name].dtype))[0]
+                slope = self.matrix(slope) if "kernel" in name else slope
                 sums[name] = sums[name] + equations.scalar(gate, slope) * slope
         return sums
 
@@ -470,22 +662,6 @@ class Connection(abc.ABC):
         """The synapse update gate at a learning step."""
         number = ops.convert_to_tensor(genome.arrays[prefix + "synapse_update"])
         return equations.update_gate(genome.rule, genome, number, step)
-
-    @staticmethod
-    def _orthogonal(rule: Rule, sums: Mapping[str, Array]) -> dict[str, Array]:
-        """Each kernel's Hebbian term, with the bias's as its last row if there is one, at singular values near 1."""
-        found: dict[str, Array] = {}
-        for kernel, bias in (("kernel", "bias"), ("backward_kernel", "backward_bias")):
-            if kernel in sums:
-                whole = ops.concatenate([sums[kernel], sums[bias]], axis=-2) if bias in sums else sums[kernel]
-                whole = equations.orthogonal(whole, rule.orthogonalize)
-                rows = sums[kernel].shape[-2]
-                found[kernel] = whole[..., :rows, :]
-                if bias in sums:
-                    found[bias] = whole[..., rows:, :]
-        if rule.directions == "tied_updates" and "backward_kernel" in sums:  # the same to the last bit, bias or not
-            found["backward_kernel"] = found["kernel"]
-        return found
 
     def _energies(self, synapses: Synapses) -> dict[str, Array]:
         """Sum of squares over the input axis of each matrix: that of a forward kernel runs over its inputs and bias, that
@@ -507,6 +683,103 @@ class Connection(abc.ABC):
         if "backward_kernel" in synapses:
             squares["backward_kernel"] = sums["backward_oja"]
         return {name: squares[name] for name in synapses if name in squares}
+
+
+class TermContext(NamedTuple):
+    """What the terms of a connection share.
+
+    Attributes:
+        genome: the layer's genome.
+        source: shape of the features that enter.
+        weight: weights of the examples, `[..., batch]`, or `None`.
+        dtype: type of the states.
+        settles: whether terms are whitened and made orthogonal with their rows at hand.
+    """
+
+    genome: Genome
+    source: Shape
+    weight: Array | None
+    dtype: str
+    settles: bool
+
+    def damping(self, like: Array) -> Array:
+        """The damping of the inputs' correlations, `[..., 1, 1, 1]`."""
+        return ops.exp(equations.scalar(self.genome.log_damping, like))
+
+    def root(self, connection: Connection) -> Array | None:
+        """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
+        return None if self.weight is None else ops.sqrt(ops.abs(connection._of_rows(self.weight, self.source)))
+
+    def examples(self, connection: Connection, post: Array) -> Array:
+        """The number of examples, `[..., 1, 1, 1]`: the sum of their weights, if they have some."""
+        if self.weight is None:
+            count = ops.shape(post)[-2] / connection.positions_of(self.source)
+            return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
+        size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
+        return ops.reshape(size, (*size.shape, 1, 1, 1))
+
+
+def _gram_of(kernel: str) -> str:
+    """Name of the Gram matrix of what a kernel reads."""
+    return kernel.replace("kernel", "gram")
+
+
+def _pairs(synapses: Synapses) -> list[dict[str, str]]:
+    """The names of each kernel and the bias that is a row of it."""
+    found = []
+    for prefix in ("", "backward_"):
+        names = {name: prefix + name for name in ("kernel", "bias") if prefix + name in synapses}
+        if names:
+            found.append(names)
+    return found
+
+
+def _reads_first_alone(transform: Array) -> bool:
+    """Whether the numbers of a transform `[..., source, target]` are known, and all but those of state 1 zero."""
+    return isinstance(transform, np.ndarray) and not np.any(transform[..., 1:, :])
+
+
+def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -> None:
+    """Moves the traces by the terms, and puts Nesterov's form in the terms' place: a term counts at once."""
+    for name in traces:
+        own = name.removesuffix(TRACE)
+        beta = equations.scalar(momentum, sums[own])
+        traces[name] = beta * traces[name] + sums[own]
+        sums[own] = beta * traces[name] + sums[own]
+
+
+def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
+    """Names of the arrays that a rule keeps beside synapses, and the array that each is like.
+
+    A trace starts at zero; an average, of what `predict` reads, starts as its synapses do.
+    """
+    traces = {name + TRACE: name for name in names if rule.momentum != "none" and rule.changes(name)}
+    read = [name for name in names if rule.slow_synapses and not name.startswith("backward")]
+    return {**traces, **{name + AVERAGE: name for name in read}}
+
+
+def averaged(genome: Genome, synapses: Synapses, step: Array) -> Synapses:
+    """The synapses after a step, with their averages moved towards them."""
+    moved = dict(synapses)
+    for name, old in synapses.items():
+        if name.endswith(AVERAGE):
+            share = equations.averaging_share(genome, step)
+            share = equations.per_state(share, old, len(old.shape) - len(share.shape))
+            moved[name] = old + (synapses[name.removesuffix(AVERAGE)] - old) * share
+    return moved
+
+
+def slow(rule: Rule, synapses: Synapses, step: Array) -> Synapses:
+    """The synapses that `predict` reads: the averages, once there are any."""
+    if not rule.slow_synapses:
+        return synapses
+    learned = ops.convert_to_tensor(step) > 0
+    read = dict(synapses)
+    for name in synapses:
+        if name.endswith(AVERAGE):
+            own = name.removesuffix(AVERAGE)
+            read[own] = ops.where(learned, synapses[name], synapses[own])
+    return read
 
 
 def _channels(synapse: Array) -> list[Array]:

@@ -252,37 +252,21 @@ def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
     if rule.update_decay == "none":
         return gate
     power = ops.convert_to_tensor(genome.decay_power)
-    time = ops.cast(step, power.dtype) / rule.decay_steps
-    return gate * ops.exp(-power * ops.log1p(time))
+    time = ops.cast(step, power.dtype) * ops.exp(-ops.convert_to_tensor(genome.log_decay_steps, dtype=power.dtype))
+    return gate * ops.exp(-power * ops.log1p(time))  # (1 + t / steps)^-p
 
 
-# Coefficients of the iteration x <- a x + b x^3 + c x^5 on singular values: steep at zero, so that all values from 0.002 to
-# 1 end between 0.68 and 1.21 after five ("Muon", Jordan et al., 2024; after Bernstein and Newhouse, "Old optimizer, new
-# norm", 2024).
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_TINY = 1e-30  # stands for zero in a divisor
+def averaging_share(genome: Genome, step: Array) -> Array:
+    """The share of the new value in an average of polynomial decay, at a learning step: 1 at step 0.
 
-
-def orthogonal(matrix: Array, iterations: int) -> Array:
-    """The matrices `[..., in, out]` with their singular values brought near to 1, times `max(1, sqrt(out / in))`.
-
-    So the columns, the synapses of one unit, have root mean square norm 1, whatever the sizes. Products only: no
-    decomposition, so that it compiles everywhere and has a gradient. A matrix of zeros has no direction: it stays zero,
-    and its gradient is zero.
+    Source: "Stochastic Gradient Descent for Non-smooth Optimization" (Shamir and Zhang, 2013), section 4.
     """
-    rows, columns = matrix.shape[-2:]
-    wide = rows < columns
-    x = ops.swapaxes(matrix, -1, -2) if wide else matrix
-    largest = ops.max(ops.abs(x), axis=(-2, -1), keepdims=True)
-    zero = largest <= _TINY
-    x = ops.where(zero, ops.zeros_like(x), x) / ops.where(zero, ops.ones_like(largest), largest)  # no square overflows
-    energy = ops.sum(ops.square(x), axis=(-2, -1), keepdims=True)
-    x = x * ops.rsqrt(ops.where(zero, ops.ones_like(energy), energy))
-    a, b, c = _QUINTIC
-    for _ in range(iterations):
-        gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
-        x = a * x + ops.matmul(x, b * gram + c * ops.matmul(gram, gram))
-    return ops.swapaxes(x, -1, -2) * (columns / rows) ** 0.5 if wide else x
+    breadth = ops.exp(ops.convert_to_tensor(genome.log_averaging))  # e in (e + 1) / (t + 1 + e)
+    time = ops.cast(step, breadth.dtype)
+    return (breadth + 1.0) / (time + 1.0 + breadth)
+
+
+_TINY = 1e-30  # stands for zero in a divisor
 
 
 def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | float:

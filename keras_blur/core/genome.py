@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -48,6 +49,9 @@ _START = {
     "rescale": 1.0,
     "temperature": 1.0,
     "decay_power": 0.0,
+    "log_decay_steps": math.log(10.0),
+    "log_damping": 0.0,
+    "log_averaging": math.log(8.0),
     "momentum": 0.0,
     "forward_scale": 1.0,
     "forward_shift": 0.0,
@@ -410,8 +414,7 @@ class Genome:
             f"feedback           output state 2 <- {'labels +1/-1' if rule.feedback == 'labels' else 'output error'}",
             f"backward  (eq. 6)  z_i = sum_j w_ji (a_j mu);  a_i = {rule.backward}({body})",
             f"synapses  (eq. 7)  H_ij = {rule.batch_reduction}_batch (a_i nu~) (mu~ a_j);  "
-            + (f"m = {self._number('momentum')} m + H;  H = H + {self._number('momentum')} m;  " if rule.momentum else "")
-            + ("H = orthogonal(H);  " if rule.orthogonalize else "")
+            + "".join(f"H = {step};  " for step in self._steps_of_a_term())
             + f"w = {self._number('synapse_keep')} w + {self._number('synapse_update')} H",
         ]
         default = Rule(states=rule.states)
@@ -429,6 +432,15 @@ class Genome:
         for name, array in self.arrays.items():
             lines.append(f"{name:<18} {_format(np.asarray(array))}")
         return "\n".join(lines)
+
+    def _steps_of_a_term(self) -> list[str]:
+        """What happens to a Hebbian term before the gate, as text."""
+        rule, beta = self.rule, self._number("momentum") if self.rule.momentum != "none" else ""
+        trace = [f"H + {beta} m where m = {beta} m + H"] if beta else []
+        steps = ["whitened(H)"] if rule.whitening else []
+        steps += trace if rule.momentum == "before" else []
+        steps += [] if rule.normalize_term == "none" else [f"{rule.normalize_term}(H)"]
+        return steps + (trace if rule.momentum == "after" else [])
 
     def _number(self, name: str) -> str:
         value = np.asarray(self.arrays[name])

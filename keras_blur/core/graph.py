@@ -94,6 +94,14 @@ class Graph:
         return tuple(found[holder] for holder in range(len(found)))
 
     @functools.cached_property
+    def uses(self) -> tuple[int, ...]:
+        """For each holder, the number of its connections that learn."""
+        found = [0] * len(self.holders)
+        for one in self.connects:
+            found[one.holder] += one.learns
+        return tuple(found)
+
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """Number of feature axes of each value."""
         return (

@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Shape, Synapses, first_states
+from keras_blur.core.connection import Shape, Sums, Synapses, averaged, first_states, slow
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
 
@@ -72,6 +72,11 @@ class StepResult(NamedTuple):
     output: Any
     neurons: tuple[Array, ...]
     sweep: Sweep
+
+
+def predicting(genome: Genome, graph: Graph, state: NetworkState) -> tuple[Synapses, ...]:
+    """The synapses as a prediction reads them: the slow ones, if the rule has them."""
+    return stored(genome, graph, [slow(genome.rule, own, state.step) for own in state.synapses])
 
 
 def stored(genome: Genome, graph: Graph, synapses: Sequence[Synapses]) -> tuple[Synapses, ...]:
@@ -188,15 +193,16 @@ def step(
     def learn(synapses: tuple[Synapses, ...], values: Sequence[Array], prefix: str) -> tuple[Synapses, ...]:
         below = sweep.values if rule.presynaptic == "forward" else values
         pre = _propagated(genome, graph, sweep, below, prefix, batch)
-        sums: dict[int, dict[str, Array]] = {}
+        sums: dict[int, Sums] = {}
         for one in graph.connects:
             if one.learns:
                 terms = one.connection.hebbian(
                     graph.genome(genome, one.holder), synapses[one.holder], pre[one.source], values[one.target],
                     prefix=prefix, step=state.step, sample_weight=sample_weight, batch=batch,
+                    alone=graph.uses[one.holder] == 1,
                 )  # fmt: skip
                 known = sums.get(one.holder)
-                sums[one.holder] = terms if known is None else {name: known[name] + terms[name] for name in terms}
+                sums[one.holder] = terms if known is None else known.plus(terms)
         return tuple(
             connection.update(graph.genome(genome, holder), own, sums[holder], prefix=prefix, step=state.step)
             if holder in sums
@@ -220,6 +226,11 @@ def step(
     else:
         synapses, neurons = ops.cond(
             ops.equal(state.step % rule.supervised_every, 0), supervised, lambda: (synapses, unchanged)
+        )
+    if rule.slow_synapses:
+        synapses = tuple(
+            averaged(graph.genome(genome, holder), own, state.step) if graph.uses[holder] else own
+            for holder, own in enumerate(synapses)
         )
     kept = neurons if rule.keep_neurons else ()
     return StepResult(NetworkState(synapses, state.step + 1, kept), prediction, neurons, sweep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 from keras import ops
@@ -53,3 +54,37 @@ def positions(length: int, size: int, stride: int, padding: str, rate: int) -> i
     if padding in ("same", "causal"):
         return -(-length // stride)
     return (length - (size - 1) * rate - 1) // stride + 1
+
+
+def thinned(rows: Array, positions: int, most: int) -> Array:
+    """At most so many of the positions of each example, evenly spaced: of `[..., batch * positions, features]`.
+
+    Example:
+
+    >>> rows = ops.reshape(ops.arange(12.0), (12, 1))
+    >>> ops.convert_to_numpy(thinned(rows, 6, 2))[:, 0].tolist()
+    [0.0, 3.0, 6.0, 9.0]
+    """
+    if not most or positions <= most:
+        return rows
+    shape = ops.shape(rows)
+    apart = ops.reshape(rows, (*shape[:-2], -1, positions, shape[-1]))
+    kept = ops.take(apart, [place * positions // most for place in range(most)], axis=-2)
+    return ops.reshape(kept, (*shape[:-2], -1, shape[-1]))
+
+
+def coarser(counts: Shape, most: int) -> Shape:
+    """By what to multiply the strides, so that at most so many of the positions along the axes are left.
+
+    Example:
+
+    >>> coarser((24, 24), 16)
+    (6, 6)
+    """
+    if not most:
+        return (1,) * len(counts)
+    by = [1] * len(counts)
+    while math.prod(-(-count // each) for count, each in zip(counts, by, strict=True)) > most:
+        widest = max(range(len(counts)), key=lambda axis: -(-counts[axis] // by[axis]))
+        by[widest] += 1
+    return tuple(by)

@@ -32,6 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalize_synapses": ("none", "stored", "effective", "both"),
     "presynaptic": ("backward", "forward"),
     "update_decay": ("none", "power"),
+    "normalize_term": ("none", "frobenius", "orthogonal"),
+    "momentum": ("none", "before", "after"),
     "batch_reduction": ("sum", "mean"),
     "feedback": ("labels", "error"),
 }
@@ -87,13 +89,22 @@ class Rule:
         layers: which layers have genome arrays of their own. `None`: one genome for all. A number: each of so many layers,
             in the network's order. Names: each group of layers, where a layer belongs to the first name that is its own or
             its kind's; `*` and `?` stand for any text and character, as in `("Conv*", "head", "*")`.
-        update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / decay_steps) ** -p` at learning
-            step t, with p learned; `"none"`: constant.
-        decay_steps: time scale of the decay, in learning steps.
-        momentum: whether a synapse keeps a trace of its Hebbian terms, `m <- beta m + H`, and changes by `H + beta m` in
-            the place of `H`, with beta learned. A trace is one more array beside each kernel and bias.
-        orthogonalize: if not 0, the number of Newton-Schulz iterations that bring the singular values of each layer's
-            Hebbian term, the bias as a row of it, near to 1: then only its directions count, and the gate is their size.
+        update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / steps) ** -p` at
+            learning step t, with p and the logarithm of the steps learned; `"none"`: constant.
+        whitening: whether the inputs of a Hebbian term are decorrelated over the batch, with a
+            learned damping (eq. W1 of `keras_blur.core.terms`).
+        whitening_positions: at most so many positions of an example, evenly spaced, tell a
+            convolution or another layer with shared synapses how its inputs are correlated; 0: all.
+        normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
+            `"orthogonal"`: its singular values are brought near to 1 (eq. N2); `"none"`. The bias
+            is a row of the term. Only its direction counts then, and the gate is its size.
+        orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`.
+        momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by
+            `H + beta m` in the place of `H`, with beta learned: of the terms `"before"` or
+            `"after"` normalisation; `"none"`. A trace is one more array beside each kernel and bias.
+        slow_synapses: whether `predict` reads an average of the synapses of polynomial decay,
+            `a <- a + (w - a) (e + 1) / (t + 1 + e)`, with the logarithm of e learned. Learning does
+            not read it. An average is one more array beside each kernel and bias.
         batch_reduction: whether the Hebbian term is the `"sum"` over the batch (as published) or its `"mean"`.
         feedback: what state 2 of the output receives: `"labels"` (+1 and -1, section 3.3) or the `"error"`, the
             derivative of a Keras loss by the output, which a rule with `derivative_state` multiplies by s'.
@@ -136,9 +147,12 @@ class Rule:
     keep_neurons: bool = False
     layers: int | tuple[str, ...] | None = None
     update_decay: str = "none"
-    decay_steps: float = 10.0
-    momentum: bool = False
-    orthogonalize: int = 0
+    whitening: bool = False
+    whitening_positions: int = 0
+    normalize_term: str = "none"
+    orthogonal_iterations: int = 5
+    momentum: str = "none"
+    slow_synapses: bool = False
     batch_reduction: str = "sum"
     feedback: str = "labels"
     loss: Any = None
@@ -150,7 +164,8 @@ class Rule:
             arguments.choice("backward_activation", self.backward_activation, ACTIVATIONS)
         arguments.integer("states", self.states, 2)
         arguments.integer("supervised_every", self.supervised_every, 1)
-        arguments.integer("orthogonalize", self.orthogonalize, 0)
+        arguments.integer("orthogonal_iterations", self.orthogonal_iterations, 1)
+        arguments.integer("whitening_positions", self.whitening_positions, 0)
         self._check_layers()
         for name in (
             "derivative_state",
@@ -159,13 +174,13 @@ class Rule:
             "forward_synapse_update",
             "separate_forward_synapse",
             "keep_neurons",
-            "momentum",
+            "whitening",
+            "slow_synapses",
         ):
             arguments.flag(name, getattr(self, name))
         arguments.real("normalization_epsilon", self.normalization_epsilon, low=0.0, open_low=True)
         arguments.real("normalization_momentum", self.normalization_momentum, low=0.0, high=1.0)
         arguments.real("saturation_epsilon", self.saturation_epsilon, low=0.0)
-        arguments.real("decay_steps", self.decay_steps, low=0.0, open_low=True)
         arguments.real("oja_factor", self.oja_factor)
         for field in dataclasses.fields(self):  # numpy's numbers are not JSON
             value = getattr(self, field.name)
@@ -183,8 +198,16 @@ class Rule:
                 "`rescale_synapses=True` needs `normalize_synapses` to be 'stored', 'effective' or 'both'. "
                 "Received: normalize_synapses='none'"
             )
-        if self.momentum and self.forward_synapse_update:
-            raise ValueError("`momentum=True` needs `forward_synapse_update=False`: a trace is that of one Hebbian term.")
+        if self.momentum != "none" and self.forward_synapse_update:
+            raise ValueError(
+                "`momentum` must be 'none' with `forward_synapse_update=True`: a trace is that of one Hebbian term. "
+                f"Received: momentum={self.momentum!r}"
+            )
+        if self.whitening_positions and not self.whitening:
+            raise ValueError(
+                "`whitening_positions` needs `whitening=True`. "
+                f"Received: whitening_positions={self.whitening_positions} with whitening=False"
+            )
         if self.loss is not None:
             if self.feedback != "error":
                 raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")
@@ -232,7 +255,7 @@ class Rule:
     @property
     def gates_last(self) -> bool:
         """Whether the synapse update gate acts on the finished Hebbian term rather than on its factors."""
-        return self.momentum or self.orthogonalize > 0
+        return self.momentum != "none" or self.normalize_term != "none" or self.whitening
 
     @property
     def keras_loss(self) -> keras.losses.Loss | None:
@@ -257,9 +280,13 @@ class Rule:
         if self.rescale_synapses:
             shapes["rescale"] = ()
         if self.update_decay == "power":
-            shapes["decay_power"] = ()
-        if self.momentum:
+            shapes |= {"decay_power": (), "log_decay_steps": ()}
+        if self.whitening:
+            shapes["log_damping"] = ()
+        if self.momentum != "none":
             shapes["momentum"] = ()
+        if self.slow_synapses:
+            shapes["log_averaging"] = ()
         if self.separate_forward_synapse:
             shapes |= _synapse_shapes(self, "forward_")
         return shapes

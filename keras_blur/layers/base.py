@@ -15,7 +15,7 @@ from keras import initializers, ops
 from keras_blur import arguments
 from keras_blur.backend import training_elsewhere
 from keras_blur.core import equations
-from keras_blur.core.connection import TRACE, Connection
+from keras_blur.core.connection import AVERAGE, TRACE, Connection, companions
 from keras_blur.core.rule import ACTIVATIONS, Rule
 from keras_blur.core.weightless import Elementwise, Jacobian, Softmax, WeightlessMap
 
@@ -253,7 +253,7 @@ class SynapticLayer(BlurLayer):
     @property
     def synapses(self) -> Mapping[str, keras.Variable]:
         """The weights by the names that `connection` knows them by."""
-        known = (*NAMES, *(name + TRACE for name in NAMES))
+        known = (*NAMES, *(name + end for end in (TRACE, AVERAGE) for name in NAMES))
         return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
 
     def build(self, input_shape: Shape) -> None:
@@ -277,7 +277,8 @@ class SynapticLayer(BlurLayer):
         # Under a mixed policy the connection rounds the factors of a product, and nothing else is rounded.
         add = functools.partial(self.add_weight, autocast=False)
         connection = self.connection_for(source)
-        for place, (name, shape) in enumerate(connection.shapes(rule, source, feeds_back=self._feeds_back).items()):
+        shapes = connection.shapes(rule, source, feeds_back=self._feeds_back)
+        for place, (name, shape) in enumerate(shapes.items()):
             stacked = _Channels(chosen[name], place)
             penalty, limit = self._penalties.get(name), self._limits.get(name)
             variable = add(
@@ -287,9 +288,8 @@ class SynapticLayer(BlurLayer):
                 constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],
             )  # fmt: skip
             setattr(self, name, variable)  # so checkpoints see it
-            if rule.momentum and rule.changes(name) and self._rule:
-                trace = add(name=name + TRACE, shape=shape, initializer="zeros", trainable=False)
-                setattr(self, name + TRACE, trace)
+        for name, like in companions(rule, tuple(shapes)).items() if self._rule else ():
+            setattr(self, name, add(name=name, shape=shapes[like], initializer="zeros", trainable=False))
         if self._normalizes:
             shape = connection.statistics_shape(rule)
             for name, start in zip(self.statistics_names, ("zeros", "ones"), strict=True):

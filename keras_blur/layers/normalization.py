@@ -204,12 +204,19 @@ class BatchNormalization(_Normalization):
         plan.follow(self, self.make_map(plan.shape(values[0])), values[0])
         return super().trace(plan, *values, **arguments)
 
-    def follow(self, mean: Array, variance: Array) -> None:
-        """Moves the statistics towards those of a batch, `[..., features, ...]` with axes of size 1."""
+    def follow(self, mean: Array, variance: Array, share: Array | None = None) -> None:
+        """Moves the statistics towards those of a batch, `[..., features, ...]` with axes of size 1.
+
+        Args:
+            mean: of the batch.
+            variance: of the batch.
+            share: of the new values in the average; `None` takes that of `momentum`.
+        """
         count = ops.cast(self.updates + 1, self.variable_dtype)
         momentum = ops.convert_to_tensor(self.momentum, dtype=self.variable_dtype)
         weight = (1.0 - momentum) / ops.maximum(1.0 - ops.power(momentum, count), 1e-30)
         weight = ops.where(self.momentum == 0.0, ops.ones_like(weight), weight)
+        weight = weight if share is None else ops.cast(share, weight.dtype)
         for variable, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
             value = ops.cast(ops.reshape(value, variable.shape), variable.dtype)
             variable.assign(variable + weight * (value - variable))

@@ -156,7 +156,7 @@ class Blur(MetaLearner):
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
         genome = self.genome(outer)
         graph = self.graph(int(state.synapses[-1]["kernel"].shape[-1]))
-        sweep = network.forward(genome, graph, network.stored(genome, graph, state.synapses), x)
+        sweep = network.forward(genome, graph, network.predicting(genome, graph, state), x)
         return network.output(genome, graph, sweep.values)
 
 

@@ -24,7 +24,7 @@ from keras_blur.checks import CheckedModel, Expected, check_class_weight, checke
 from keras_blur.core import feedback as feedbacks
 from keras_blur.core import network
 from keras_blur.core.connection import TRACE, Connection
-from keras_blur.core.equations import SharedBatch, update_gate
+from keras_blur.core.equations import SharedBatch, averaging_share, update_gate
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Graph
 from keras_blur.core.losses import ignored_class
@@ -243,13 +243,20 @@ class BlurModel(WholeFiles, CheckedModel):
         sweep = network.forward(
             self._genome,
             graph,
-            network.stored(self._genome, graph, self._synapses()),
+            self._read(graph, self._synapses(), self.learning_step, training),
             tuple(self._prepared(self._inputs(inputs), training)),
             neurons=self._kept(),
             statistics=self._statistics(training),
             training=bool(training),
         )
         return self._predicted(network.output(self._genome, graph, sweep.values))
+
+    def _read(self, graph: Graph, synapses: Any, step: Array, training: bool) -> tuple[Any, ...]:
+        """The synapses as a forward pass reads them: slow ones, if the rule has them, unless in training."""
+        if training:
+            return network.stored(self._genome, graph, synapses)
+        state = network.NetworkState(synapses, ops.convert_to_tensor(step))
+        return network.predicting(self._genome, graph, state)
 
     def _predicted(self, outputs: Any) -> Any:
         """Outputs through their heads, in the structure of the network's outputs."""
@@ -300,7 +307,8 @@ class BlurModel(WholeFiles, CheckedModel):
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
-            jit_compile: as in Keras.
+            jit_compile: as in Keras. `"auto"` is `False` for a rule with `whitening` on TensorFlow without
+                an accelerator, where XLA's factorisation is many times slower than TensorFlow's own.
             auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no effect. Layers with
                 float16 products scale each factor to the range of float16.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
@@ -331,6 +339,9 @@ class BlurModel(WholeFiles, CheckedModel):
         resolved = keras.tree.map_structure(feedbacks.resolve_loss, loss) if several else feedbacks.resolve_loss(loss)
         self._targets = targets
         self._learned_loss = resolved
+        asked_jit = jit_compile
+        if jit_compile == "auto" and self.rule.whitening and backend.factorises_slowly():
+            jit_compile = False
         self._loss_weights = loss_weights
         self._check_losses()
         super().compile(
@@ -352,7 +363,7 @@ class BlurModel(WholeFiles, CheckedModel):
             "targets": targets,
             "run_eagerly": run_eagerly,
             "steps_per_execution": steps_per_execution,
-            "jit_compile": jit_compile,
+            "jit_compile": asked_jit,
             "auto_scale_loss": auto_scale_loss,
         }
         if self.built:
@@ -514,10 +525,15 @@ class BlurModel(WholeFiles, CheckedModel):
         return SharedBatch(backend.total([ops.cast(ops.shape(x)[0], self.variable_dtype)])[0], backend.total)
 
     def _follow_layers(self, sweep: network.Sweep, shared: SharedBatch | None) -> None:
-        """Moves the moving statistics of normalisation layers towards those of this batch."""
+        """Moves the moving statistics of normalisation layers towards those of this batch.
+
+        Beside slow synapses they are averages of the same kind, so that they fit the network that predicts.
+        """
+        slow = self.rule.slow_synapses
+        share = averaging_share(self._genome.layer(0), self.learning_step) if slow else None
         for layer, normalize, value in self._reading.follows:
             if layer.trainable:
-                layer.follow(*normalize.moments((sweep.values[value],), shared))
+                layer.follow(*normalize.moments((sweep.values[value],), shared), share)
 
     def _follow(self, state: network.NetworkState, prepared: Any, shared: SharedBatch | None) -> None:
         """Moves the running statistics of `predict` towards those that the new synapses give on this batch.
@@ -525,7 +541,7 @@ class BlurModel(WholeFiles, CheckedModel):
         The first batch replaces them, so that they have no bias. No input is dropped, as in prediction.
         """
         graph = self._graph
-        synapses = network.stored(self._genome, graph, state.synapses)
+        synapses = self._read(graph, state.synapses, state.step, False)
         sweep = network.forward(self._genome, graph, synapses, prepared, neurons=state.neurons, batch=shared)
         time = ops.cast(self.statistics_step, self.variable_dtype)
         old = ops.minimum(self.rule.normalization_momentum, time / (time + _FORGETTING))

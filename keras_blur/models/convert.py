@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_blur import layers as kb_layers
 from keras_blur.core import equations
-from keras_blur.core.connection import TRACE
+from keras_blur.core.connection import AVERAGE, TRACE
 from keras_blur.core.genome import Genome
 from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_tanh
 from keras_blur.layers.normalization import BatchNormalization
@@ -236,7 +236,7 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
     for part, kernel, bias in _pairs(layer, twin):
         equal = part.rule is not None and part.rule.directions == "tied_updates"
         for name, variable in part.synapses.items():
-            if name.endswith(TRACE) or (name == "backward_kernel" and not equal):
+            if name.endswith((TRACE, AVERAGE)) or (name == "backward_kernel" and not equal):
                 continue
             # By way of numpy: models that shared arrays would lose them when JAX's trainer donates one's.
             value = numbers_of(bias if name == "bias" else kernel)
@@ -284,7 +284,7 @@ def to_keras(model: BlurModel) -> keras.Model:
         )
     for layer in _all_layers(model._network):
         if isinstance(layer, BlurLayer):
-            _copy_back(layer, twins[id(layer)])
+            _copy_back(layer, twins[id(layer)], slow=model.rule.slow_synapses and int(numbers_of(model.learning_step)) > 0)
     return clone
 
 
@@ -323,10 +323,11 @@ def _keras_twin(layer: Any) -> Any:
     return kind.from_config(kept)
 
 
-def _copy_back(layer: BlurLayer, plain: Any) -> None:
+def _copy_back(layer: BlurLayer, plain: Any, slow: bool) -> None:
+    """Copies what a layer predicts with into its Keras twin."""
     for part, kernel, bias in _pairs(plain, layer):
         for name, value in (("kernel", kernel), ("bias", bias)):
-            own = part.synapses.get(name)
+            own = part.synapses.get(name + AVERAGE if slow else name)
             if own is not None and value is not None:
                 value.assign(numbers_of(own)[0].reshape(value.shape))
     if isinstance(layer, BatchNormalization):

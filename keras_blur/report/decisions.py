@@ -177,7 +177,7 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
     def decide(state: Any, query: Array, square: Array) -> tuple[Array, Array]:
         if isinstance(learner, Blur) and learner.rule.normalization_axis == "batch":
             genome, graph = learner.genome(outer), learner.graph(int(state.synapses[-1]["kernel"].shape[-1]))
-            synapses = network.stored(genome, graph, state.synapses)
+            synapses = network.predicting(genome, graph, state)
             known = network.forward(genome, graph, synapses, query)
             there = network.forward(genome, graph, synapses, square, statistics=known.statistics)
             return _class(network.output(genome, graph, known.values)), _class(network.output(genome, graph, there.values))

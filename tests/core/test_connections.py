@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_blur as kb
 from keras_blur.core import network
+from keras_blur.core.connection import companions
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection, unfold
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 RULES = {
     2: kb.Rule(states=2, oja="activations", saturation="tanh", batch_reduction="mean"),
     3: kb.Rule(states=3, oja="weights", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean"),
+    4: kb.Rule(states=4, whitening=True, normalize_term="orthogonal", momentum="after", slow_synapses=True),
 }
 ONE = {"size": (2, 3), "strides": (1, 2), "padding": "same", "dilation": (1, 1)}
 
@@ -37,6 +39,7 @@ def synapses_of(graph, rule, shapes, leading=(), seed=3):
     made = []
     for place, (connection, source) in enumerate(zip(graph.holders, shapes, strict=True)):
         wanted = connection.shapes(rule, source, feeds_back=graph.feeds_back[place])
+        wanted |= {name: wanted[like] for name, like in companions(rule, tuple(wanted)).items()}
         made.append({
             name: ops.convert_to_tensor(0.5 * normal(*leading, *shape, seed=seed + 10 * place + index))
             for index, (name, shape) in enumerate(wanted.items())
@@ -89,11 +92,17 @@ def test_a_convolution_of_single_pixels_is_dense(states):
 )
 @pytest.mark.parametrize("states", RULES)
 def test_a_convolution_is_dense_on_patches(states, size, strides, padding, dilation, shape):
-    """Patches are rows of the batch: the same Hebbian sums, statistics and stabilisers, but for the mean over examples."""
+    """Patches are rows of the batch: the same Hebbian sums, statistics and stabilisers.
+
+    What counts examples, the mean and the damping, does not count rows: there the dense layer has positions.
+    """
     genome = genome_of(states)
     genome = genome.with_rule(genome.rule.replace(batch_reduction="sum"))
     layer = ConvConnection(4, size=size, strides=strides, padding=padding, dilation=dilation)
-    images, rows = chain([layer], features=len(shape)), chain([DenseConnection(4)])
+    count = int(np.prod(layer.target(shape)[:-1]))
+    positions = (count,) if genome.rule.whitening else ()
+    images = chain([layer], features=len(shape))
+    rows = chain([DenseConnection(4, positions=positions)], features=1 + len(positions))
     kernels = synapses_of(images, genome.rule, [shape])
     matrices = tuple({name: layer.matrix(v) if "kernel" in name else v for name, v in own.items()} for own in kernels)
     x = normal(3, *shape)
@@ -102,10 +111,10 @@ def test_a_convolution_is_dense_on_patches(states, size, strides, padding, dilat
     assert patches.shape == (3, *target[:-1], np.prod(size), shape[-1])
     y = normal(3, *target, seed=5)
     found, output = learned(genome, images, kernels, x, y)
-    flat = patches.reshape(-1, patches.shape[-1] * patches.shape[-2])
-    wanted, expected = learned(genome, rows, matrices, flat, y.reshape(-1, 4))
+    flat = patches.reshape(-1, *positions, patches.shape[-1] * patches.shape[-2])
+    wanted, expected = learned(genome, rows, matrices, flat, y.reshape(-1, *positions, 4))
     assert_equal(found, wanted)
-    np.testing.assert_allclose(np.reshape(output, (-1, 4)), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.reshape(output, np.shape(expected)), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("states", RULES)
@@ -149,7 +158,13 @@ POPULATIONS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "states"), [(name, states) for name in POPULATIONS for states in RULES if (name, states) != ("conv groups", 3)]
+    ("name", "states"),
+    [
+        (name, states)
+        for name in POPULATIONS
+        for states in RULES
+        if (name, states) not in {("conv groups", 3), ("conv groups", 4)}
+    ],
 )
 def test_a_population_is_a_loop_over_members(name, states):
     """Members have genomes, synapses and data of their own; two connections, so that feedback passes the second."""

@@ -19,7 +19,7 @@ from typing import Any
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
-from keras_blur.core.patches import positions, unfold
+from keras_blur.core.patches import coarser, positions, thinned, unfold
 
 Array = Any
 
@@ -131,18 +131,39 @@ class Convolution(Connection):
             dilation_rate=self.dilation,
         )  # fmt: skip
 
-    def _unfolded(self, kernel: Array, x: Array) -> Array:
-        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`, one matrix product."""
-        patches = unfold(x, self.size, self.strides, self.padding, self.dilation)  # [..., batch, *out, taps, channels]
+    def _grouped(self, x: Array, strides: Shape) -> Array:
+        """Patches of `[..., s, batch, *spatial, channels]`, `[..., s, groups, rows, taps * in]`."""
+        patches = unfold(x, self.size, strides, self.padding, self.dilation)  # [..., batch, *out, taps, channels]
         shape = ops.shape(patches)
         taps, channels = shape[-2], shape[-1]
-        spatial = self._shape_last(self.target(self._shape_stored(tuple(x.shape[len(x.shape) - self.axes :]))))[:-1]
         lead = shape[: len(shape) - self.axes - 2]
-        groups, inputs = self.groups, channels // self.groups
-        patches = ops.reshape(patches, (*lead, -1, taps, groups, inputs))
+        patches = ops.reshape(patches, (*lead, -1, taps, self.groups, channels // self.groups))
         patches = ops.moveaxis(patches, -2, -4)  # [..., groups, rows, taps, in]
-        patches = ops.reshape(patches, (*ops.shape(patches)[:-2], taps * inputs))
-        kernel = self._by_group(kernel, taps, inputs)
+        return ops.reshape(patches, (*ops.shape(patches)[:-2], taps * (channels // self.groups)))
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        counts = self._shape_last(self.target(source))[:-1]
+        strides = [stride * by for stride, by in zip(self.strides, coarser(counts, most), strict=True)]
+        return self._grouped(self._last(states), tuple(strides))
+
+    def kept(self, source: Shape, most: int) -> int:
+        counts = self._shape_last(self.target(source))[:-1]
+        by = coarser(counts, most)
+        return math.prod(-(-count // each) for count, each in zip(counts, by, strict=True))
+
+    def split(self, matrix: Array) -> Array:
+        shape = ops.shape(matrix)
+        return ops.moveaxis(ops.reshape(matrix, (*shape[:-1], self.groups, self.units // self.groups)), -2, -3)
+
+    def joined(self, blocks: Array) -> Array:
+        together = ops.moveaxis(blocks, -3, -2)
+        return ops.reshape(together, (*ops.shape(together)[:-2], self.units))
+
+    def _unfolded(self, kernel: Array, x: Array) -> Array:
+        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`, one matrix product."""
+        spatial = self._shape_last(self.target(self._shape_stored(tuple(x.shape[len(x.shape) - self.axes :]))))[:-1]
+        patches = self._grouped(x, self.strides)
+        kernel = self._by_group(kernel, math.prod(self.size), x.shape[-1] // self.groups)
         y = ops.matmul(patches, kernel)  # [..., groups, rows, out / groups]
         y = ops.moveaxis(y, -3, -2)
         front = ops.shape(y)[:-3]
@@ -220,6 +241,19 @@ class TransposedConnection(Convolution):
     def kernel(self, matrix: Array, like: Array) -> Array:
         *lead, units, inputs = ops.shape(like)
         return ops.swapaxes(ops.reshape(matrix, (*lead, inputs, units)), -1, -2)
+
+    def kept(self, source: Shape, most: int) -> int:
+        return Connection.kept(self, source, most)
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        """By a kernel for each tap and channel that passes it on: a transposed convolution has no patches to gather."""
+        inputs = self._shape_last(source)[-1]
+        count = math.prod(self.size) * inputs
+        every = ops.reshape(ops.eye(count, dtype=states.dtype), (1, *self.size, inputs, count))
+        each = dataclasses.replace(self, units=count, first=False)
+        read = each.product(ops.swapaxes(every, -1, -2), self._last(states))
+        rows = each.rows(read)
+        return ops.expand_dims(thinned(rows, each.positions_of(self._shape_last(source)), most), -3)
 
     def _convolve(self, kernel: Array, x: Array) -> Array:
         return ops.conv_transpose(

@@ -6,11 +6,13 @@ Source: "Meta-Learning Bidirectional Update Rules" (2021), equations 5 to 7.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.patches import thinned
 
 Array = Any
 
@@ -59,6 +61,16 @@ class DenseConnection(Connection):
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         left, right = self._rounded(self.rows(pre)), self._rounded(self.rows(post))
         return ops.matmul(ops.swapaxes(left, -1, -2), right)
+
+    @property
+    def few_rows(self) -> bool:
+        return True
+
+    def rows_read(self, states: Array) -> Array:
+        return self.rows(states)
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        return ops.expand_dims(thinned(self.rows(states), math.prod(self.positions), most), -3)
 
     def _read(self, states: Array, source: Shape) -> Array:
         return ops.swapaxes(ops.sum(self.rows(states), axis=-2, keepdims=True), -1, -2)

@@ -15,6 +15,7 @@ from typing import Any
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.patches import thinned
 
 Array = Any
 
@@ -100,6 +101,44 @@ class EinsumConnection(Connection):
         summed = [place - len(order) for place, letter in enumerate(order) if letter not in self.inputs]
         added = ops.sum(whole, axis=summed, keepdims=True)
         return ops.reshape(ops.broadcast_to(added, ops.shape(whole)), shape)
+
+    @property
+    def _blocks(self) -> str:
+        """Letters of what has synapses of its own for each entry."""
+        return "".join(letter for letter in self.own if letter in self.inputs)
+
+    def _count(self, letters: str) -> int:
+        return math.prod(self._size[letter] for letter in letters)
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        read = "".join(letter for letter in self.weights if letter not in self.outputs)
+        shared = "".join(letter for letter in self.inputs[1:] if letter in self.outputs and letter not in self.weights)
+        summed = [
+            place - self.axes for place, letter in enumerate(self.inputs[1:]) if letter not in self.weights + self.outputs
+        ]
+        known = "".join(letter for letter in self.inputs[1:] if letter in self.weights + self.outputs)
+        states = ops.sum(states, axis=summed) if summed else states
+        states = self._permuted(states, known, self._blocks + shared + read)
+        shape = ops.shape(states)
+        lead = shape[: len(shape) - len(known) - 1]
+        blocks, positions, inputs = self._count(self._blocks), self._count(shared), self._count(read)
+        apart = ops.moveaxis(ops.reshape(states, (*lead, -1, blocks, positions, inputs)), -3, -4)
+        return thinned(ops.reshape(apart, (*lead, blocks, -1, inputs)), positions, most)
+
+    def split(self, matrix: Array) -> Array:
+        lead, rows = ops.shape(matrix)[:-2], matrix.shape[-2]
+        apart = ops.reshape(matrix, (*lead, rows, *(self._size[letter] for letter in self.own)))
+        rest = "".join(letter for letter in self.own if letter not in self._blocks)
+        apart = self._permuted(apart, self.own, self._blocks + rest)
+        apart = ops.reshape(apart, (*lead, rows, self._count(self._blocks), self._count(rest)))
+        return ops.moveaxis(apart, -2, -3)
+
+    def joined(self, blocks: Array) -> Array:
+        together = ops.moveaxis(blocks, -3, -2)
+        lead, rows = ops.shape(together)[:-3], together.shape[-3]
+        rest = "".join(letter for letter in self.own if letter not in self._blocks)
+        apart = ops.reshape(together, (*lead, rows, *(self._size[letter] for letter in self._blocks + rest)))
+        return ops.reshape(self._permuted(apart, self._blocks + rest, self.own), (*lead, rows, self.units))
 
     def product(self, kernel: Array, x: Array) -> Array:
         rank = len(self.weights) + 1

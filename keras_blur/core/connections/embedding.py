@@ -6,12 +6,15 @@ Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for inp
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from keras import ops
 
-from keras_blur.core.connection import Connection, Shape
+from keras_blur.core import equations
+from keras_blur.core.connection import Connection, Shape, TermContext
 from keras_blur.core.derivatives import transpose
+from keras_blur.core.genome import Genome
 
 Array = Any
 
@@ -53,6 +56,24 @@ class EmbeddingConnection(Connection):
     def features(self, rows: Array, source: Shape) -> Array:
         return ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *source, self.units))
 
+    def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
+        """How often each entry came, `[..., s, 1, entries, 1]`: one-hot rows have a Gram matrix of a diagonal alone."""
+        shape = (*ops.shape(read), 1)
+        weight = ops.ones(shape, dtype=context.dtype)
+        if context.weight is not None:
+            weight = weight * ops.reshape(ops.abs(context.weight), _behind(context.weight, self.axes + 1))
+        counts = dataclasses.replace(self, units=1).outer(read, weight, context.source)
+        return ops.expand_dims(counts, -3)
+
+    def whitened(
+        self, genome: Genome, sums: Mapping[str, Array], gram: Array, names: Mapping[str, str], examples: Array
+    ) -> dict[str, Array]:
+        """Eq. W1 for a diagonal Gram matrix."""
+        total = ops.sum(gram, axis=-2, keepdims=True)
+        share = gram * (examples / ops.where(total <= 0, ops.ones_like(total), total))
+        damping = ops.exp(equations.per_state(genome.log_damping, gram, 4))
+        return self.as_whole(sums, names, lambda term: term / (share + damping))
+
     def product(self, kernel: Array, x: Array) -> Array:
         numbers = ops.cast(x, "int32")
         if len(kernel.shape) == 3 and kernel.shape[0] == 1:
@@ -75,3 +96,9 @@ class EmbeddingConnection(Connection):
         post = self._rounded(post)
         leading = post.shape[: len(post.shape) - self.target_axes - 1]
         return transpose(lambda kernel: self.product(kernel, pre), (*leading, self.entries, self.units), post)
+
+
+def _behind(weight: Array, axes: int) -> tuple[int, ...]:
+    """The shape of weights `[..., batch]` with a state axis before the batch and so many axes of size one after it."""
+    shape = ops.shape(weight)
+    return (*shape[:-1], 1, shape[-1], *(1,) * axes)

@@ -12,6 +12,7 @@ from typing import Any
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.patches import thinned
 from keras_blur.core.rule import Rule
 
 Array = Any
@@ -79,6 +80,16 @@ class ScaleConnection(Connection):
 
     def over_readers(self, matrix: Array) -> Array:
         return matrix
+
+    def patches(self, states: Array, source: Shape, most: int) -> Array:
+        rows = thinned(self.rows(states), self.positions_of(source), most)
+        return ops.expand_dims(ops.swapaxes(rows, -1, -2), -1)
+
+    def split(self, matrix: Array) -> Array:
+        return ops.expand_dims(ops.swapaxes(matrix, -1, -2), -1)
+
+    def joined(self, blocks: Array) -> Array:
+        return ops.swapaxes(ops.squeeze(blocks, -1), -1, -2)
 
     def product(self, kernel: Array, x: Array) -> Array:
         shape = ops.shape(kernel)

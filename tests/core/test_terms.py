@@ -1,0 +1,264 @@
+"""Whitened and normalised Hebbian terms by their definitions, and by either of two systems."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_blur as kb
+from keras_blur.core import network, terms
+from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection
+from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.connections.einsum import einsum_connection
+from keras_blur.core.connections.embedding import EmbeddingConnection
+from keras_blur.core.connections.scale import scale_connection
+from keras_blur.core.graph import chain
+from keras_blur.core.patches import coarser, unfold
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+LOSS = keras.losses.MeanSquaredError(reduction="sum")
+SHAPES = [(4, 9, 3), (12, 5, 7), (6, 6, 20), (3, 40, 2)]  # rows, inputs, units
+ONE = {"size": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def genome_of(**options):
+    """Backpropagation with a rule's options, a large gate and no decay."""
+    start = kb.genomes.backprop(learning_rate=0.25, activation="tanh", loss=LOSS)
+    return start.with_rule(start.rule.replace(**options))
+
+
+def terms_of(connection, x, y, *, weight=None, kernel=None, **options):
+    """What a step adds to kernel and bias of one layer from zeros, over the gate: the finished term."""
+    genome = genome_of(**options)
+    graph = chain([connection], features=len(x.shape) - 1)
+    source = tuple(x.shape[1:])
+    shapes = connection.shapes(genome.rule, source, feeds_back=False)
+    own = {name: np.zeros(shape) for name, shape in shapes.items()}
+    result = network.step(
+        genome, graph, network.NetworkState((own,)), ops.convert_to_tensor(x), lambda output: ops.convert_to_tensor(y),
+        sample_weight=weight,
+    )  # fmt: skip
+    return {name: np.asarray(value)[0] / -0.25 for name, value in result.state.synapses[0].items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.01, 0.3, 10.0])
+def test_both_systems_give_what_numpy_solves(shape, damping):
+    rows, inputs, units = shape
+    x, d = normal(rows, inputs), normal(rows, units, seed=1)
+    gram = x.T @ x
+    wanted = np.linalg.solve(gram * rows / np.trace(gram) + damping * np.eye(inputs), x.T @ d)
+    one = np.full((1, 1), damping)
+    np.testing.assert_allclose(terms.whitened(gram, x.T @ d, one, rows), wanted, rtol=1e-9, atol=1e-12)
+    sent = np.asarray(terms.whitened_senders(x @ x.T, d, one, rows))
+    np.testing.assert_allclose(x.T @ sent, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonal_by_rows_is_that_of_the_matrix(shape):
+    rows, inputs, units = shape
+    x, d = normal(rows, inputs), normal(rows, units, seed=1)
+    wanted = np.asarray(terms.orthogonal((x.T @ d)[None], 5))[0]
+    sent = np.asarray(terms.orthogonal_senders(x @ x.T, d, inputs, 5))
+    np.testing.assert_allclose(x.T @ sent, wanted, rtol=1e-7, atol=1e-10)
+    assert not np.asarray(terms.orthogonal_senders(x @ x.T, np.zeros_like(d), inputs, 5)).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (4, 2, 7), (3, 1, 1)])
+def test_frobenius_has_the_norm_of_an_orthogonal_matrix(shape):
+    blocks, inputs, units = shape
+    found = np.asarray(terms.frobenius(normal(*shape)))
+    left, _, right = np.linalg.svd(normal(inputs, units), full_matrices=False)
+    wide = max(1.0, (units / inputs) ** 0.5)
+    np.testing.assert_allclose(np.linalg.norm(found), wide * np.linalg.norm(left @ right) * blocks**0.5, rtol=1e-12)
+    np.testing.assert_allclose(found / np.linalg.norm(found), normal(*shape) / np.linalg.norm(normal(*shape)), rtol=1e-9)
+    assert not np.asarray(terms.frobenius(np.zeros(shape))).any()
+
+
+def test_a_member_without_sound_numbers_harms_no_other():
+    matrix = np.stack([np.eye(3), np.full((3, 3), np.nan), np.full((3, 3), np.inf)])
+    found = np.asarray(terms.solve(matrix, np.ones((3, 3, 2))))
+    np.testing.assert_array_equal(found[0], np.ones((3, 2)))
+    assert np.isnan(found[1:]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_term": "orthogonal"}, {"normalize_term": "frobenius"}])
+def test_few_rows_and_many_rows_learn_the_same(options):
+    """A batch in parts that are given twice: the rows are more than the inputs, the examples as many in weight."""
+    x, y = normal(4, 6), normal(4, 3, seed=1)
+    few = terms_of(DenseConnection(3), x, y, whitening=True, **options)
+    many = np.repeat(np.arange(4), 5)
+    same = terms_of(DenseConnection(3), x[many], y[many], weight=np.full(20, 0.2), whitening=True, **options)
+    for name, value in few.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-7, atol=1e-10)
+    assert np.abs(few["kernel"]).max() > 1e-3
+
+
+def test_a_dense_layer_is_whitened_with_its_bias():
+    x, y = normal(5, 4), normal(5, 3, seed=1)
+    found = terms_of(DenseConnection(3), x, y, whitening=True)
+    wide = np.concatenate([x, np.ones((5, 1))], axis=1)
+    gram = wide.T @ wide
+    wanted = np.linalg.solve(gram * 5 / np.trace(gram) + np.eye(5), wide.T @ y)
+    np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-9)
+
+
+def test_an_embedding_is_dense_on_one_hot_inputs():
+    numbers = np.array([[0, 3, 1], [3, 3, 5], [2, 0, 3]])
+    y = normal(3, 3, 2, seed=1)
+    weight = np.array([0.5, 2.0, 1.0])
+    for options in ({}, {"normalize_term": "orthogonal"}):
+        table = EmbeddingConnection(2, False, "linear", entries=6, positions=(3,))
+        found = terms_of(table, numbers, y, weight=weight, whitening=True, **options)
+        dense = DenseConnection(2, False, "linear", positions=(3,))
+        wanted = terms_of(dense, np.eye(6)[numbers], y, weight=weight, whitening=True, **options)
+        np.testing.assert_allclose(found["kernel"], wanted["kernel"], rtol=1e-9, atol=1e-12)
+
+
+def test_an_einsum_dense_is_dense_and_letters_of_its_own_are_layers_of_their_own():
+    x, y = normal(4, 3, 5), normal(4, 3, 2, 2, seed=1)
+    einsum = einsum_connection("abc,cde->abde", (3, 5), (3, 2, 2), "de", None)
+    found = terms_of(einsum, x, y, whitening=True)
+    wanted = terms_of(DenseConnection(4, positions=(3,)), x, y.reshape(4, 3, 4), whitening=True)
+    np.testing.assert_allclose(found["kernel"].reshape(5, 4), wanted["kernel"], rtol=1e-9)
+    apart = einsum_connection("abc,bcd->abd", (3, 5), (3, 2), "bd", None)
+    y = normal(4, 3, 2, seed=2)
+    found = terms_of(apart, x, y, whitening=True)
+    for place in range(3):
+        wanted = terms_of(DenseConnection(2), x[:, place], y[:, place], whitening=True)
+        np.testing.assert_allclose(found["kernel"][place], wanted["kernel"], rtol=1e-9)
+        np.testing.assert_allclose(found["bias"].reshape(3, 2)[place], wanted["bias"][0], rtol=1e-9)
+
+
+def test_groups_and_depthwise_convolutions_are_layers_of_their_own():
+    x, y = normal(4, 1, 1, 6), normal(4, 1, 1, 4, seed=1)
+    grouped = terms_of(ConvConnection(4, groups=2, **ONE), x, y, whitening=True)
+    for group in range(2):
+        own, to = slice(3 * group, 3 * group + 3), slice(2 * group, 2 * group + 2)
+        wanted = terms_of(DenseConnection(2), x[:, 0, 0, own], y[:, 0, 0, to], whitening=True)
+        np.testing.assert_allclose(grouped["kernel"][0, 0][:, to], wanted["kernel"], rtol=1e-9)
+        np.testing.assert_allclose(grouped["bias"][:, to], wanted["bias"], rtol=1e-9)
+    y = normal(4, 1, 1, 12, seed=1)
+    layer = DepthwiseConnection(12, groups=6, multiplier=2, **ONE)
+    deep = terms_of(layer, x, y, whitening=True)
+    for channel in range(6):
+        to = slice(2 * channel, 2 * channel + 2)
+        wanted = terms_of(DenseConnection(2), x[:, 0, 0, channel : channel + 1], y[:, 0, 0, to], whitening=True)
+        np.testing.assert_allclose(deep["kernel"][0, 0, channel], wanted["kernel"][0], rtol=1e-9)
+
+
+def test_a_transposed_convolution_reads_what_it_multiplies():
+    """Its term is the transposed system's: the Gram matrix of patches that a kernel of single ones passes on."""
+    layer = TransposedConnection(3, size=(2, 2), strides=(2, 1), dilation=(1, 1), padding="valid")
+    x = normal(4, 3, 2, 2)
+    y = normal(4, *layer.target((3, 2, 2)), seed=1)
+    found = terms_of(layer, x, y, whitening=True)
+    kernel = normal(1, *layer.kernel_shape((3, 2, 2)), seed=3)
+    read = np.asarray(layer.patches(ops.convert_to_tensor(x[None]), (3, 2, 2), 0))[0, 0]
+    through = np.asarray(layer.rows(layer.product(ops.convert_to_tensor(kernel), ops.convert_to_tensor(x[None]))))[0]
+    np.testing.assert_allclose(read @ np.asarray(layer.matrix(kernel))[0], through, rtol=1e-9, atol=1e-12)
+    wide = np.concatenate([read, np.ones((len(read), 1))], axis=1)
+    gram = wide.T @ wide
+    wanted = np.linalg.solve(gram * 4 / np.trace(gram) + np.eye(9), wide.T @ y.reshape(-1, 3))
+    np.testing.assert_allclose(np.asarray(layer.matrix(found["kernel"][None]))[0], wanted[:-1], rtol=1e-9)
+
+
+def test_each_unit_of_a_scale_is_a_layer_of_its_own():
+    x, y = normal(6, 3), normal(6, 3, seed=1)
+    found = terms_of(scale_connection((3,), (0,), scales=True, offsets=True), x, y, whitening=True)
+    for unit in range(3):
+        wanted = terms_of(DenseConnection(1), x[:, unit : unit + 1], y[:, unit : unit + 1], whitening=True)
+        np.testing.assert_allclose(found["kernel"][unit], wanted["kernel"][0, 0], rtol=1e-9)
+        np.testing.assert_allclose(found["bias"][0, unit], wanted["bias"][0, 0], rtol=1e-9)
+    offsets = terms_of(scale_connection((3,), (0,), scales=False, offsets=True), x, y, whitening=True)
+    np.testing.assert_allclose(offsets["bias"][0], y.sum(0) / (6 + 1.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("most", "by"), [(3, (3, 3)), (6, (2, 2)), (0, (1, 1)), (100, (1, 1))])
+def test_positions_of_a_convolution_may_be_fewer(most, by):
+    """The Gram matrix of some positions, the term of all."""
+    layer = ConvConnection(3, size=(2, 2), strides=(1, 1), dilation=(1, 1), padding="valid")
+    x = normal(5, 4, 6, 2)
+    y = normal(5, *layer.target((4, 6, 2)), seed=1)
+    assert coarser((3, 5), most) == by
+    found = terms_of(layer, x, y, whitening=True, whitening_positions=most)
+    every, few = (
+        np.asarray(unfold(ops.convert_to_tensor(x), (2, 2), strides, "valid", (1, 1))).reshape(-1, 8)
+        for strides in ((1, 1), by)
+    )
+    wide, read = (np.concatenate([one, np.ones((len(one), 1))], axis=1) for one in (every, few))
+    gram = read.T @ read
+    wanted = np.linalg.solve(gram * 5 / np.trace(gram) + np.eye(9), wide.T @ y.reshape(-1, 3))
+    np.testing.assert_allclose(found["kernel"].reshape(8, 3), wanted[:-1], rtol=1e-9)
+
+
+def image_model(**options):
+    keras.utils.set_random_seed(0)
+    genome = genome_of(whitening=True, normalize_term="frobenius", momentum="after", **options)
+    layers = [
+        keras.Input((6, 6, 1)), kb.layers.Conv2D(3, 3), kb.layers.BatchNormalization(), keras.layers.Activation("relu"),
+        keras.layers.Flatten(), kb.layers.Dense(4),
+    ]  # fmt: skip
+    model = kb.Sequential(layers, genome=genome)
+    model.compile(loss="mean_squared_error")
+    return model
+
+
+def test_slow_synapses_predict(tmp_path):
+    """`predict` reads averages: those of a convolution, of a dense layer, and of the statistics of a normalisation."""
+    x, y = normal(32, 6, 6, 1).astype("float64"), normal(32, 4, seed=1)
+    model, fast = image_model(slow_synapses=True), image_model()
+    assert model.predict(x, verbose=0).shape == (32, 4)
+    np.testing.assert_allclose(model.predict(x, verbose=0), fast.predict(x, verbose=0), rtol=1e-6)
+    seen, breadth = [], np.exp(float(model.genome.log_averaging))
+    for one in (model, fast):
+        one.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    for name, variable in model.layers[0].synapses.items():
+        if not name.endswith("_average"):
+            np.testing.assert_allclose(variable, fast.layers[0].synapses[name], rtol=1e-6, atol=1e-8)
+    average = None
+    fast = image_model()
+    for step in range(4):
+        fast.train_on_batch(x[8 * step : 8 * step + 8], y[8 * step : 8 * step + 8])
+        kernel = np.asarray(fast.layers[0].synapses["kernel"])
+        share = (breadth + 1) / (step + 1 + breadth)
+        average = kernel if average is None else average + (kernel - average) * share
+        seen.append(kernel)
+    np.testing.assert_allclose(model.layers[0].synapses["kernel_average"], average, rtol=1e-6, atol=1e-9)
+    assert np.abs(average - seen[-1]).max() > 1e-4
+    prediction = model.predict(x, verbose=0)
+    np.testing.assert_allclose(model.to_keras().predict(x, verbose=0), prediction, rtol=1e-5, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(x, verbose=0), prediction, rtol=1e-6)
+
+
+def test_whitening_learns_a_damping():
+    """The derivative of a loss after a step by the damping's logarithm is that of finite differences."""
+    x, y = normal(6, 9), normal(6, 3, seed=1)
+    genome = genome_of(whitening=True, normalize_term="frobenius")
+    graph = chain([DenseConnection(4), DenseConnection(3)])
+    own = tuple(
+        {"kernel": 0.4 * normal(1, *shape, seed=2), "bias": np.zeros((1, 1, shape[1]))} for shape in ((9, 4), (4, 3))
+    )
+
+    def loss(log_damping):
+        one = kb.Genome.unchecked(genome.rule, {**genome.arrays, "log_damping": log_damping})
+        state = network.NetworkState(own)
+        for _ in range(2):
+            result = network.step(one, graph, state, ops.convert_to_tensor(x), lambda output: output - y)
+            state = result.state
+        return ops.sum(ops.square(network.step(one, graph, state, ops.convert_to_tensor(x), lambda o: o - y).output - y))
+
+    start = ops.convert_to_tensor(np.float64(-0.5))
+    _, pull = kb.core.derivatives.vjp(loss, start)
+    slope = float(pull(ops.ones((), dtype="float64"))[0])
+    step = 1e-5
+    difference = (float(loss(start + step)) - float(loss(start - step))) / (2 * step)
+    np.testing.assert_allclose(slope, difference, rtol=1e-5)
+    assert abs(slope) > 1e-4
