@@ -30,6 +30,7 @@ from keras_blur.core import equations
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
+from keras_blur.core.states import first_states, later_states
 
 Array = Any
 Shape = tuple[int, ...]
@@ -299,7 +300,7 @@ class Connection(abc.ABC):
         if skip_first:
             mu = mu[..., 1:]
             if rule.channels != "tied" and kernel is not None:
-                kernel = ops.take(kernel, [*range(1, rule.states)], axis=-1 - len(self.kernel_shape(source)))
+                kernel = later_states(kernel, len(self.kernel_shape(source)) - 1)
                 inverse = None if inverse is None else inverse[..., 1:, :, :]
         y = equations.mix(self.rows(post), mu)
         if inverse is not None:
@@ -343,16 +344,19 @@ class Connection(abc.ABC):
             share = 1.0 / ops.cast(examples, post.dtype)
         post = self.rows(post)
         weight = None if sample_weight is None else self._of_rows(sample_weight, source)
-        factor = share
-        if not rule.gates_last:  # on the smaller arrays
-            factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
-        if weight is not None:
-            factor = factor * weight
+        gate = 1.0 if rule.gates_last else self._gate(genome, prefix, step)
+        gate = share * ops.convert_to_tensor(gate, dtype=post.dtype)
+        by_row = self.positions_of(source) == 1  # the gate multiplies what is smaller: rows, or the sums of shared synapses
+
+        def weighed(rows: Array) -> Array:
+            rows = equations.scalar(gate, rows) * rows if by_row else rows
+            return rows if weight is None else weight * rows
+
         few = slice(0, rule.update_channels)
         from_below, from_above = nu_tilde[..., :, few], mu_tilde[..., :, few]
         sums: dict[str, Array] = {}
 
-        received = factor * equations.mix(post, from_above)
+        received = weighed(equations.mix(post, from_above))
         if "bias" in synapses:
             ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_below), axis=-2), received, 2)
             sums["bias"] = ones * ops.sum(received, axis=-2, keepdims=True)
@@ -369,12 +373,16 @@ class Connection(abc.ABC):
                 if "backward_bias" in synapses:
                     sums["backward_bias"] = sums["bias"]
             else:  # the same rule with pre and post exchanged
-                sent = factor * equations.mix(post, from_below)
+                sent = weighed(equations.mix(post, from_below))
                 sums["backward_kernel"] = self.outer(self.mixed(pre, from_above), self.features(sent, source), source)
                 if "backward_bias" in synapses:
                     ones = equations.per_state(ops.sum(ops.convert_to_tensor(from_above), axis=-2), sent, 2)
                     sums["backward_bias"] = ones * ops.sum(sent, axis=-2, keepdims=True)
 
+        if not by_row:
+            axes = 1 + len(self.kernel_shape(source))
+            for name, value in sums.items():
+                sums[name] = equations.per_state(gate, value, axes if "kernel" in name else 3) * value
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
             squares = ops.square(equations.mix(post, channels))
@@ -511,14 +519,6 @@ def _channels(synapse: Array) -> list[Array]:
 
 def _by_channel(function: Callable[[Array], Array], synapse: Array) -> Array:
     return ops.stack([function(channel) for channel in _channels(synapse)])
-
-
-def first_states(states: Array, count: int, features: int) -> Array:
-    """The first `count` states of an array `[..., k, batch, *features]` with that many feature axes."""
-    axis = len(states.shape) - 2 - features
-    if states.shape[axis] <= count:
-        return states
-    return states[(slice(None),) * axis + (slice(0, count),)]
 
 
 def _inserted(weight: Array, features: int) -> Shape:
