@@ -31,6 +31,7 @@ from keras_blur.core import equations, terms
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
+from keras_blur.core.states import first_states, later_states
 
 Array = Any
 Shape = tuple[int, ...]
@@ -356,7 +357,7 @@ class Connection(abc.ABC):
         if skip_first:
             mu = mu[..., 1:]
             if rule.channels != "tied" and kernel is not None:
-                kernel = ops.take(kernel, [*range(1, rule.states)], axis=-1 - len(self.kernel_shape(source)))
+                kernel = later_states(kernel, len(self.kernel_shape(source)) - 1)
                 inverse = None if inverse is None else inverse[..., 1:, :, :]
         y = equations.mix(self.rows(post), mu)
         if inverse is not None:
@@ -402,27 +403,34 @@ class Connection(abc.ABC):
             share = 1.0 / ops.cast(examples, post.dtype)
         post = self.rows(post)
         weight = None if sample_weight is None else self._of_rows(sample_weight, source)
-        factor = share
-        if not rule.gates_last:  # on the smaller arrays
-            factor = factor * equations.scalar(self._gate(genome, prefix, step), post)
-        if weight is not None:
-            factor = factor * weight
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
+        context = TermContext(genome, source, sample_weight, post.dtype, self._settles(rule, alone and batch is None))
+        gate = 1.0 if rule.gates_last else self._gate(genome, prefix, step)
+        gate = share * ops.convert_to_tensor(gate, dtype=post.dtype)
+        # The gate multiplies what is smaller: rows, or the sums of shared synapses.
+        by_row = self.positions_of(source) == 1 or context.settles
+
+        def weighed(rows: Array) -> Array:
+            rows = equations.scalar(gate, rows) * rows if by_row else rows
+            return rows if weight is None else weight * rows
+
         few = slice(0, rule.update_channels)
         from_below, from_above = nu_tilde[..., :, few], mu_tilde[..., :, few]
-        context = TermContext(genome, source, sample_weight, post.dtype, self._settles(rule, alone and batch is None))
-
-        received = factor * equations.mix(post, from_above)
+        received = weighed(equations.mix(post, from_above))
         names: dict[str, str] = {name: name for name in ("kernel", "bias") if name in synapses}
         sums = self._term(context, pre, from_below, received, names)
         back = {name: "backward_" + name for name in ("kernel", "bias") if "backward_" + name in synapses}
         if back and rule.directions == "tied_updates":
             sums |= {stored: sums[name] for name, stored in back.items()}
         elif back:  # the same rule with pre and post exchanged
-            sums |= self._term(context, pre, from_above, factor * equations.mix(post, from_below), back)
+            sums |= self._term(context, pre, from_above, weighed(equations.mix(post, from_below)), back)
+
+        if not by_row:
+            axes = 1 + len(self.kernel_shape(source))
+            for name in [name for name in sums if name in synapses]:
+                sums[name] = equations.per_state(gate, sums[name], axes if "kernel" in name else 3) * sums[name]
         if rule.whitening and not context.settles:
             sums["examples"] = context.examples(self, post)
-
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
             squares = ops.square(equations.mix(post, channels))
@@ -789,14 +797,6 @@ def _channels(synapse: Array) -> list[Array]:
 
 def _by_channel(function: Callable[[Array], Array], synapse: Array) -> Array:
     return ops.stack([function(channel) for channel in _channels(synapse)])
-
-
-def first_states(states: Array, count: int, features: int) -> Array:
-    """The first `count` states of an array `[..., k, batch, *features]` with that many feature axes."""
-    axis = len(states.shape) - 2 - features
-    if states.shape[axis] <= count:
-        return states
-    return states[(slice(None),) * axis + (slice(0, count),)]
 
 
 def _inserted(weight: Array, features: int) -> Shape:

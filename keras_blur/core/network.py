@@ -21,9 +21,10 @@ import numpy as np
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Shape, Sums, Synapses, averaged, first_states, slow
+from keras_blur.core.connection import Shape, Sums, Synapses, averaged, slow
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
+from keras_blur.core.states import between, first_states, later_states
 
 Array = Any
 Statistics = tuple[Array, Array] | None
@@ -379,7 +380,7 @@ def _with_feedback(genome: Genome, last: Array, signal: Array, features: int) ->
     signal = _signal(genome, signal, last, features)
     axis = len(last.shape) - 2 - features
     if genome.rule.feedback == "error" and genome.rule.derivative_state:  # with the pair, times s' as eq. 2 asks
-        signal = signal * ops.take(last, [1], axis=axis)
+        signal = signal * between(last, 1, 2, features)
     first = first_states(last, 1, features)
     signal = ops.broadcast_to(signal, ops.shape(first))
     rest = [ops.zeros_like(first)] * (genome.rule.states - 2)
@@ -399,8 +400,7 @@ def _without_first(rule: Any, states: Array, features: int) -> Array:
     """States without the first, where the backward update leaves it alone and what comes back does not have it."""
     if rule.backward_update != "multiplicative_after_first":
         return states
-    axis = len(states.shape) - 2 - features
-    return ops.take(states, [*range(1, rule.states)], axis=axis)
+    return later_states(states, features)
 
 
 def _backward_neurons(

@@ -26,6 +26,7 @@ from keras_blur.core import random
 from keras_blur.core.derivatives import jvp, vjp
 from keras_blur.core.equations import SharedBatch
 from keras_blur.core.patches import unfold
+from keras_blur.core.states import first_states, later_states
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -145,18 +146,19 @@ class Elementwise(Jacobian):
 
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
         (value,) = states
-        axis = -len(self.target) - 2
-        first = ops.take(value, [0], axis=axis)
+        rank = len(self.target)
+        axis = -rank - 2
+        first = first_states(value, 1, rank)
         if value.shape[axis] == 1:
             return self.function(first)
         through, pull = vjp(self.function, first)
-        rest = ops.take(value, [*range(1, value.shape[axis])], axis=axis)
+        rest = later_states(value, rank)
         return ops.concatenate([through, pull(ops.ones_like(through))[0] * rest], axis=axis)
 
     def backward(
         self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
     ) -> tuple[Array, ...]:
-        first = ops.take(states[0], [0], axis=-len(self.target) - 2)
+        first = first_states(states[0], 1, len(self.target))
         through, pull = vjp(self.function, first)
         return (pull(ops.ones_like(through))[0] * cotangent,)
 
@@ -197,14 +199,14 @@ class MaxPooling(Jacobian):
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
         (value,) = states
         axis, rank = len(value.shape) - 2 - len(self.target), len(self.target)
-        one = ops.take(value, [0], axis=axis)
+        one = first_states(value, 1, rank)
         largest = _split(self.function(_merged(one, rank)), one, rank, self.target)
         if value.shape[axis] == 1:
             return largest
         windows = self._windows(one, -math.inf)
         winner = ops.one_hot(ops.argmax(windows, axis=-2), windows.shape[-2], dtype=value.dtype)
         winner = ops.swapaxes(winner, -1, -2)
-        rest = self._windows(ops.take(value, [*range(1, value.shape[axis])], axis=axis), 0.0)
+        rest = self._windows(later_states(value, rank), 0.0)
         chosen = ops.sum(rest * winner, axis=-2)
         if self.first:
             chosen = ops.moveaxis(chosen, -1, -rank)
@@ -233,7 +235,7 @@ class Dropout(WeightlessMap):
         if not training or not self.rate:
             return None
         (value,) = states
-        ones = ops.ones_like(ops.take(value, [0], axis=-2 - len(self.target)))
+        ones = ops.ones_like(first_states(value, 1, len(self.target)))
         rows = ops.shape(ops.reshape(ones, (-1, *self.target)))[0]
         mask = drop_mask(self.draw(), self.rate, rows, self.target, self.noise_shape, value.dtype)
         return ops.reshape(mask, ops.shape(ones))
@@ -307,13 +309,13 @@ class Normalize(WeightlessMap):
 
     def moments(self, states: Sequence[Array], batch: SharedBatch | None = None) -> tuple[Array, Array]:
         """Mean and variance of state 1, `[..., 1, 1 or batch, *groups]`."""
-        first = self._grouped(ops.take(states[0], [0], axis=-2 - len(self.target)), self.groups)
+        first = self._grouped(first_states(states[0], 1, len(self.target)), self.groups)
         mean = self._mean(first, batch) if self.center else ops.zeros_like(first[..., :1])
         return mean, self._mean(ops.square(first - mean), batch)
 
     def _parts(self, states: Sequence[Array], context: Any, batch: SharedBatch | None) -> tuple[Array, Array]:
         """State 1 normalised, and the inverse deviation."""
-        first = self._grouped(ops.take(states[0], [0], axis=-2 - len(self.target)), self.groups)
+        first = self._grouped(first_states(states[0], 1, len(self.target)), self.groups)
         mean, variance = self.moments(states, batch) if context is None else context
         inverse = ops.rsqrt(variance + self.epsilon)
         return (first - mean if self.center else first) * inverse, inverse
@@ -329,7 +331,7 @@ class Normalize(WeightlessMap):
         axis = -2 - len(self.target)
         count = states[0].shape[axis]
         if count > 1:
-            rest = self._grouped(ops.take(states[0], [*range(1, count)], axis=axis), self.groups)
+            rest = self._grouped(later_states(states[0], len(self.target)), self.groups)
             moved = self._jacobian(rest, y, inverse, context, batch)
             y = ops.concatenate([y, moved], axis=-2 - len(self.groups))
         return y if self.groups == self.target else _features(y, len(self.groups), self.target)

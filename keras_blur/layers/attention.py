@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core.equations import SharedBatch
+from keras_blur.core.states import first_states
 from keras_blur.core.weightless import Jacobian, drop_mask
 from keras_blur.layers.base import BlurLayer, Plan, Shape, check_keywords, refuse_activity
 from keras_blur.layers.dense import EinsumDense
@@ -41,7 +42,7 @@ class _DotProducts(Jacobian):
     def context(self, states: Sequence[Array], training: bool) -> Any:
         if not training or not self.rate:
             return None
-        first = ops.take(states[0], [0], axis=-2 - len(self.target))
+        first = first_states(states[0], 1, len(self.target))
         rows = ops.shape(ops.reshape(first, (-1, *self.target)))[0]
         return drop_mask(self.draw(), self.rate, rows, self.scores, (None,) * 4, states[0].dtype)
 

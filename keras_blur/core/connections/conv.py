@@ -20,6 +20,7 @@ from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import coarser, positions, thinned, unfold
+from keras_blur.core.states import between
 
 Array = Any
 
@@ -107,8 +108,7 @@ class Convolution(Connection):
             return self._stored_order(self._folded(kernel[0], x))
         parts = []
         for channel in range(channels):
-            index = channel if states > 1 else 0
-            one = ops.take(x, [index], axis=-2 - self.axes)
+            one = between(x, channel, channel + 1, self.axes) if states > 1 else x
             parts.append(self._folded(kernel[channel], one))
         return self._stored_order(ops.concatenate(parts, axis=-2 - self.axes))
 

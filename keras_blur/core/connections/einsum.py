@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import thinned
+from keras_blur.core.states import between
 
 Array = Any
 
@@ -144,13 +145,12 @@ class EinsumConnection(Connection):
         rank = len(self.weights) + 1
         if len(kernel.shape) > rank:
             return self._members(kernel, x)
-        channels, axis = kernel.shape[0], -2 - self.axes
+        channels = kernel.shape[0]
         if channels == 1:
             return self._folded(kernel[0], x)
-        many = x.shape[axis] > 1
-        parts = [
-            self._folded(kernel[channel], ops.take(x, [channel if many else 0], axis=axis)) for channel in range(channels)
-        ]
+        many = x.shape[-2 - self.axes] > 1
+        entering = [between(x, channel, channel + 1, self.axes) if many else x for channel in range(channels)]
+        parts = [self._folded(kernel[channel], one) for channel, one in enumerate(entering)]
         return ops.concatenate(parts, axis=-2 - self.target_axes)
 
     def _folded(self, kernel: Array, x: Array) -> Array:

@@ -15,6 +15,7 @@ from keras_blur.core import equations
 from keras_blur.core.connection import Connection, Shape, TermContext
 from keras_blur.core.derivatives import transpose
 from keras_blur.core.genome import Genome
+from keras_blur.core.states import between
 
 Array = Any
 
@@ -81,8 +82,8 @@ class EmbeddingConnection(Connection):
         if len(kernel.shape) == 3:
             parts = []
             for channel in range(kernel.shape[0]):
-                index = channel if numbers.shape[-2 - self.axes] > 1 else 0
-                parts.append(ops.take(kernel[channel], ops.take(numbers, [index], axis=-2 - self.axes), axis=0))
+                one = between(numbers, channel, channel + 1, self.axes) if numbers.shape[-2 - self.axes] > 1 else numbers
+                parts.append(ops.take(kernel[channel], one, axis=0))
             return ops.concatenate(parts, axis=-2 - self.target_axes)
         hot = ops.one_hot(numbers, self.entries, dtype=kernel.dtype)  # a population of tables
         shape = ops.shape(hot)
