@@ -11,7 +11,13 @@ arrays. Exit status 1 if one is above 1e-5.
 `--architectures` does the same for convolutional, residual, separable and branching nets, a Transformer, several inputs
 and outputs, shared layers, and networks of keras.applications, each against Keras's own training step with SGD (a gradient
 tape on TensorFlow, `jax.grad` on JAX): 20 steps, and one for the applications, whose dropout is off. Wanted are 1e-8 in
-float64 and 1e-4 in float32. It runs on the backend that KERAS_BACKEND names. LeNet sees real images, all others random ones.
+float64 and 1e-4 in float32. Near the kink of a ReLU, float32 rounding decides on which side a neuron is, so SGD does not
+even agree with itself: the column "reversed" is how far it is from the same SGD with the examples of each batch in reverse
+order. Ten times that is wanted where it is more.
+
+It runs on the backend that KERAS_BACKEND names: TensorFlow runs the steps as graphs, without XLA, which takes minutes to
+compile the larger applications; JAX compiles them. Seconds are those of all three networks: conversion, tracing or
+compilation, the steps, and the way back. LeNet sees real images, all others random ones.
 """
 
 from __future__ import annotations
@@ -112,16 +118,22 @@ def compare(name: str, steps: int, size: int) -> dict[str, Any]:
     except ValueError as error:
         return {"name": name, "refused": str(error)}
     weights = [0.75, 0.25] if len(theirs.outputs) > 1 else None
-    theirs.compile(keras.optimizers.SGD(0.015625), networks.losses(theirs), weights, jit_compile=False)
-    ours.compile(loss=networks.losses(theirs), loss_weights=weights, jit_compile=False)
+    compiled = keras.backend.backend() == "jax"
+    theirs.compile(keras.optimizers.SGD(0.015625), networks.losses(theirs), weights, jit_compile=compiled)
+    ours.compile(loss=networks.losses(theirs), loss_weights=weights, jit_compile=compiled)
+    turned = keras.models.clone_model(theirs)  # sees the examples of each batch in reverse order
+    turned.set_weights(theirs.get_weights())
+    turned.compile(keras.optimizers.SGD(0.015625), networks.losses(turned), weights, jit_compile=compiled)
     for _ in range(steps):
         x, y = networks.batch(theirs, size, rng)
         if name == "lenet":
             x, y = images_28(size, rng)
         own, wanted = (float(np.ravel(model.train_on_batch(x, y))[0]) for model in (ours, theirs))
+        turned.train_on_batch(*keras.tree.map_structure(lambda array: array[::-1].copy(), (x, y)))
     worst, where = relative(ours.to_keras(), theirs)
     return {
         "name": name, "weights": theirs.count_params(), "steps": steps, "worst": worst, "where": where,
+        "reversed": relative(turned, theirs)[0],
         "loss": own, "loss_wanted": wanted, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
@@ -155,8 +167,10 @@ def architectures() -> None:
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
     kind = keras.config.floatx()
-    print(f"{keras.backend.backend()}, {kind}, rate 1/64, seed {_SEED.value}; wanted: at most {WANTED[kind]:g}")
-    print(f"{'network':<18} {'weights':>9} {'steps':>5} {'largest':>9}  {'loss':>9} {'of SGD':>9}")
+    ran = {"tensorflow": "graphs on TensorFlow", "jax": "compiled on JAX"}[keras.backend.backend()]
+    print(f"{ran}, {kind}, rate 1/64, seed {_SEED.value}; wanted: at most {WANTED[kind]:g}")
+    titles = f"{'network':<18} {'weights':>9} {'steps':>5} {'largest':>9} {'reversed':>9}"
+    print(f"{titles}  {'loss':>9} {'of SGD':>9} {'seconds':>8}")
     rows = []
     for name in _ONLY.value or [*networks.ARCHITECTURES, *networks.APPLICATIONS]:
         keras.backend.clear_session()
@@ -165,14 +179,16 @@ def architectures() -> None:
         if "refused" in row:
             print(f"{name:<18} refused: {row['refused']}", flush=True)
             continue
+        row["wanted"] = max(WANTED[kind], 10 * row["reversed"])
+        gaps = f"{row['worst']:>9.1e} {row['reversed']:>9.1e}"
         print(
-            f"{name:<18} {row['weights']:>9} {row['steps']:>5} {row['worst']:>9.1e}  {row['loss']:>9.5f} "
-            f"{row['loss_wanted']:>9.5f}  {row['where'] if row['worst'] > WANTED[kind] else ''}",
+            f"{name:<18} {row['weights']:>9} {row['steps']:>5} {gaps}  {row['loss']:>9.5f} {row['loss_wanted']:>9.5f} "
+            f"{row['seconds']:>8.0f}  {'' if row['worst'] <= row['wanted'] else row['where']}",
             flush=True,
         )
     if _JSON.value:
         write_text(_JSON.value, json.dumps(rows, indent=1) + "\n")
-    sys.exit(not all(row.get("worst", 0.0) <= WANTED[kind] for row in rows))
+    sys.exit(not all("wanted" in row and row["worst"] <= row["wanted"] for row in rows))  # a refused network fails
 
 
 def main(argv: list[str]) -> None:

@@ -145,9 +145,21 @@ APPLICATIONS = {
 
 
 def application(name: str) -> keras.Model:
-    """A network of keras.applications with ten classes, its weights drawn at random."""
+    """A network of keras.applications with ten classes, its weights drawn at random.
+
+    ConvNeXt's own `LayerScale` has weights and no twin, so an `EinsumDense` takes its place. The scales start
+    at 1, not at 1e-6, so that the residual branches learn as fast as the rest.
+    """
     size = APPLICATIONS[name]
-    return getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)
+    model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)
+
+    def replaced(layer: Any) -> Any:
+        if type(layer).__name__ != "LayerScale":
+            return type(layer).from_config(layer.get_config())
+        scales = (layer.projection_dim,)
+        return kl.EinsumDense("...c,c->...c", scales, kernel_initializer="ones", name=layer.name)
+
+    return keras.models.clone_model(model, clone_function=replaced) if name.startswith("ConvNeXt") else model
 
 
 def losses(model: keras.Model) -> Any:

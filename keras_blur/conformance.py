@@ -4,7 +4,8 @@ A vector file holds a small network and its batches. It also holds the synapses,
 and meta-gradients computed by the authors' implementation of "Meta-Learning Bidirectional Update
 Rules" (2021). `tests/conformance/README.md` describes the format. There is no second implementation
 here. The options of the file become a `Rule`, its arrays become a `Genome` and synapses, and
-`keras_blur.core.network.step` computes the rest. Meta-gradients come from a gradient tape.
+`keras_blur.core.network.step` computes the rest. Meta-gradients come from the backend's automatic
+differentiation of a second run.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur.core import network
 from keras_blur.core.connections.dense import DenseConnection
+from keras_blur.core.derivatives import vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import chain
 from keras_blur.core.rule import Rule
+
+Array = Any
 
 RTOL, ATOL = 1e-4, 1e-5
 GROUPS = ("neurons", "synapses", "prediction", "meta-gradients")
@@ -114,17 +118,17 @@ def replay(path: str | os.PathLike[str]) -> Report:
     """
     vectors = _Vectors(os.fspath(path))
     rule = _rule(vectors)
-    tensors = {key: tf.constant(vectors[key]) for key in vectors.keys_under("genome/")}
-    computed: dict[str, Any] = {}
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        genome = _genome(vectors, rule, tensors)
-        prediction = _run(vectors, genome, computed)
-        loss = tf.reduce_mean(tf.square(prediction - vectors["labels"][-1]))
-    gradients = tape.gradient(loss, tensors, unconnected_gradients="zero")
-    computed["query_prediction"] = prediction
-    computed["query_l2_loss"] = loss
-    computed |= {"meta_" + key.replace("genome", "gradient", 1): value for key, value in gradients.items()}
+    keys = vectors.keys_under("genome/")
+    arrays = [ops.convert_to_tensor(vectors[key]) for key in keys]
+
+    def run(*arrays: Array) -> tuple[dict[str, Array], Array, Array]:
+        computed, prediction = _run(vectors, _genome(vectors, rule, dict(zip(keys, arrays, strict=True))))
+        return computed, prediction, ops.mean(ops.square(prediction - vectors["labels"][-1]))
+
+    computed, computed["query_prediction"], computed["query_l2_loss"] = run(*arrays)
+    loss, pull = vjp(lambda *arrays: run(*arrays)[-1], *arrays)
+    for key, gradient in zip(keys, pull(ops.ones_like(loss)), strict=True):
+        computed["meta_" + key.replace("genome", "gradient", 1)] = gradient
 
     errors, excess = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0.0)
     worst, largest = "", -1.0
@@ -254,25 +258,20 @@ def _rule(vectors: _Vectors) -> Rule:
         raise ValueError(f"{vectors.name}: {error}") from error
 
 
-def _genome(vectors: _Vectors, rule: Rule, tensors: Mapping[str, tf.Tensor]) -> Genome:
+def _genome(vectors: _Vectors, rule: Rule, given: Mapping[str, Array]) -> Genome:
     """The genome of the file, with axes `[layers?, species, 1 for the replicas, ...]`."""
     k, species = rule.states, int(vectors.option("species"))
     leading = (() if rule.layers is None else (rule.layers,)) + (species,)
 
-    def take(key: str, shape: tuple[int, ...]) -> tf.Tensor:
+    def take(key: str, shape: tuple[int, ...]) -> Array:
         vectors[key]
-        value = tensors[key]
-        missing = len(leading) + len(shape) - value.shape.rank
-        if missing not in (0, 1):
-            raise ValueError(f"{vectors.name}: {key!r} must have shape {leading + shape}. Received {tuple(value.shape)}.")
-        if missing:  # shared by the species
-            value = tf.expand_dims(value, len(leading) - 1)
-        try:
-            return tf.expand_dims(tf.broadcast_to(value, leading + shape), len(leading))
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(
-                f"{vectors.name}: {key!r} must have shape {leading + shape}. Received {tuple(value.shape)}."
-            ) from error
+        value, wanted = given[key], leading + shape
+        if len(value.shape) == len(wanted) - 1:  # shared by the species
+            value = ops.expand_dims(value, len(leading) - 1)
+        sizes = tuple(value.shape)
+        if len(sizes) != len(wanted) or any(size not in (1, full) for size, full in zip(sizes, wanted, strict=True)):
+            raise ValueError(f"{vectors.name}: {key!r} must have shape {wanted}. Received {sizes}.")
+        return ops.expand_dims(ops.broadcast_to(value, wanted), len(leading))
 
     transform = take("genome/neuron/transform", (2 * k, 2 * k))
     sources = {"neuron_keep": "neuron/keep", "neuron_update": "neuron/update", "rescale": "synapse/rescale_to"}
@@ -285,23 +284,21 @@ def _genome(vectors: _Vectors, rule: Rule, tensors: Mapping[str, tf.Tensor]) -> 
         elif name == "mu":
             arrays[name] = transform[..., k:, :k]
         elif name == "temperature":
-            arrays[name] = tf.ones((*leading, 1))
+            arrays[name] = ops.ones((*leading, 1), dtype="float32")
         else:
             arrays[name] = take("genome/" + sources[name], shape)
     return Genome(rule, arrays)
 
 
-def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tensor:
-    """Runs all training steps and the query.
-
-    Stores in `computed` what the file holds after each step, and returns the prediction.
-    """
+def _run(vectors: _Vectors, genome: Genome) -> tuple[dict[str, Array], Array]:
+    """Runs all training steps and the query: what the file holds after each step, by key, and the prediction."""
     sizes, steps, batch = (vectors.option(key) for key in ("sizes", "steps", "batch"))
     leading = (int(vectors.option("species")), int(vectors.option("replicas")))
     inputs = _shaped(vectors, "inputs", (steps + 1, *leading, batch, sizes[0]))
     labels = _shaped(vectors, "labels", (steps + 1, *leading, batch, sizes[-1]))
     graph = chain([DenseConnection(units) for units in sizes[1:]])
     k = genome.rule.states
+    computed: dict[str, Array] = {}
     synapses = []
     for index, (before, units) in enumerate(pairwise(sizes)):
         forward = _shaped(vectors, f"synapse_init/{index}/forward", (*leading, before + 1, units, k))
@@ -309,11 +306,11 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
         synapses.append(_from_published(forward, backward))
     neurons: tuple[Any, ...] = ()
     if genome.rule.keep_neurons:
-        neurons = tuple(tf.zeros((*leading, k, batch, units)) for units in sizes)
+        neurons = tuple(ops.zeros((*leading, k, batch, units), "float32") for units in sizes)
     state = network.NetworkState(tuple(synapses), 0, neurons)
     for index in range(steps):
-        feedback = partial(_label, tf.constant(labels[index]))
-        result = network.step(genome, graph, state, tf.constant(inputs[index]), feedback)
+        feedback = partial(_label, ops.convert_to_tensor(labels[index]))
+        result = network.step(genome, graph, state, ops.convert_to_tensor(inputs[index]), feedback)
         state = result.state
         for layer, own in enumerate(state.synapses):
             both = _to_published(own)
@@ -321,19 +318,19 @@ def _run(vectors: _Vectors, genome: Genome, computed: dict[str, Any]) -> tf.Tens
                 computed[f"step{index}/synapse/{layer}/{direction}"] = value
         for layer, states in enumerate(result.neurons):
             if layer == 0:  # the input has one state; the published array has zeros for the others
-                states = tf.concat([states, tf.zeros((*leading, k - 1, batch, sizes[0]))], axis=-3)
-            computed[f"step{index}/neurons/{layer}"] = tf.einsum("srkbn->srbnk", states)
+                states = ops.concatenate([states, ops.zeros((*leading, k - 1, batch, sizes[0]), states.dtype)], axis=-3)
+            computed[f"step{index}/neurons/{layer}"] = ops.einsum("srkbn->srbnk", states)
     sweep = network.forward(
         genome,
         graph,
         network.predicting(genome, graph, state),
-        tf.constant(inputs[-1]),
+        ops.convert_to_tensor(inputs[-1]),
         neurons=state.neurons,
     )
-    return network.output(genome, graph, sweep.values)
+    return computed, network.output(genome, graph, sweep.values)
 
 
-def _label(label: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
+def _label(label: Array, prediction: Array) -> Array:
     return label
 
 
@@ -344,13 +341,13 @@ def _shaped(vectors: _Vectors, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return value
 
 
-def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, tf.Tensor]:
+def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, Array]:
     """Converts published kernels to the layout of this library.
 
     Published kernels have the bias as their last input row and the state axis last.
     """
     forward, backward = (
-        tf.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward))
+        ops.einsum(pattern, value) for pattern, value in (("srijk->srkij", forward), ("srjik->srkij", backward))
     )
     return {
         "kernel": forward[..., :-1, :],
@@ -360,7 +357,7 @@ def _from_published(forward: np.ndarray, backward: np.ndarray) -> dict[str, tf.T
     }
 
 
-def _to_published(synapses: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    forward = tf.concat([synapses["kernel"], synapses["bias"]], axis=-2)
-    backward = tf.concat([synapses["backward_kernel"], synapses["backward_bias"]], axis=-2)
-    return tf.einsum("srkij->srijk", forward), tf.einsum("srkij->srjik", backward)
+def _to_published(synapses: Mapping[str, Array]) -> tuple[Array, Array]:
+    forward = ops.concatenate([synapses["kernel"], synapses["bias"]], axis=-2)
+    backward = ops.concatenate([synapses["backward_kernel"], synapses["backward_bias"]], axis=-2)
+    return ops.einsum("srkij->srijk", forward), ops.einsum("srkij->srjik", backward)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, __version__, cli, genomes
-from keras_blur.cli.common import write_json
 from keras_blur.cli.flags import Flags
+from keras_blur.cli.outputs import write_json
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images

@@ -5,10 +5,12 @@ Tensors are float64 unless a test is about compiled code, which `fit` runs in fl
 
 import hypothesis
 import hypothesis.strategies as st
+import keras
 import numpy as np
 import pytest
 import rule_table
-import tensorflow as tf
+from keras import ops
+from on_backend import compiled
 from rule_table import COVER, SIZES, dense_chain, draw_batch, draw_genome, draw_synapses
 
 from keras_blur import Genome, Rule
@@ -41,8 +43,8 @@ def setting(rule, seed=0):
 
 
 def same(actual, expected, rtol=1e-9, atol=1e-11):
-    tf.nest.assert_same_structure(actual, expected)
-    for one, other in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
+    keras.tree.assert_same_structure(actual, expected)
+    for one, other in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
         assert np.isfinite(other).all()
         np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
@@ -103,7 +105,7 @@ def test_population_is_a_loop_over_genomes_and_replicas(name):
         for r in range(replicas):
             own = [{key: value[g, r] for key, value in layer.items()} for layer in synapses]
             alone = learn(genome, own, [(x[g, r], y[g, r]) for x, y in batches])
-            same(tf.nest.map_structure(lambda value, g=g, r=r: value[g, r], together), alone)
+            same(keras.tree.map_structure(lambda value, g=g, r=r: value[g, r], together), alone)
 
 
 # A state more, which nothing reads and which reads nothing: these arrays of k = 2 go into the corner of k = 3.
@@ -201,7 +203,7 @@ def test_step_may_be_a_tensor(step, every):
     rule = Rule(supervised_every=every, update_decay="power")
     genome, synapses, batches = setting(rule)
     results = []
-    for counter in (step, tf.constant(step)):
+    for counter in (step, ops.convert_to_tensor(step)):
         state = network.NetworkState(synapses, counter)
         results.append(network.step(genome, dense_chain(), state, batches[0][0], respond(rule, batches[0][1])))
     same(results[1].state.synapses, results[0].state.synapses)
@@ -213,16 +215,15 @@ def test_step_may_be_a_tensor(step, every):
 
 
 def compiled_step(rule, chain):
-    """A `tf.function` over one step, of all that a step reads, and a list that grows when it is traced."""
+    """A compiled function of one step, of all that a step reads, and a list that grows when it is traced."""
     traces = []
 
-    @tf.function(jit_compile=True, autograph=False)
     def run(arrays, state, x, y):
         traces.append(1)
         result = network.step(Genome(rule, arrays), chain, network.NetworkState(*state), x, respond(rule, y))
         return tuple(result.state), result.output
 
-    return run, traces
+    return compiled(run), traces
 
 
 @pytest.mark.parametrize("name", COVER)
@@ -233,15 +234,15 @@ def test_compiler_changes_nothing_and_traces_once(name):
     neurons = tuple(np.zeros((rule.states, rule_table.BATCH, size), "float32") for size in sizes)
     neurons = (neurons[0][:1], *neurons[1:]) if rule.keep_neurons else ()
     eager = network.NetworkState(synapses, 0, neurons)
-    compiled = tf.nest.map_structure(tf.constant, tuple(eager))
+    state = keras.tree.map_structure(ops.convert_to_tensor, tuple(eager))
     run, traces = compiled_step(rule, dense_chain(sizes))
     for index in range(3):
-        x, y = map(tf.constant, draw_batch(2 + index, sizes, dtype="float32"))
+        x, y = map(ops.convert_to_tensor, draw_batch(2 + index, sizes, dtype="float32"))
         genome = draw_genome(rule, index, dtype="float32")
         result = network.step(genome, dense_chain(sizes), eager, x, respond(rule, y))
         eager = result.state
-        compiled, output = run(tf.nest.map_structure(tf.constant, dict(genome.arrays)), compiled, x, y)
-        same(compiled, tuple(eager), rtol=1e-5, atol=1e-5)
+        state, output = run(keras.tree.map_structure(ops.convert_to_tensor, dict(genome.arrays)), state, x, y)
+        same(state, tuple(eager), rtol=1e-5, atol=1e-5)
         same(output, result.output, rtol=1e-5, atol=1e-5)
     assert len(traces) == 1
 
@@ -256,7 +257,7 @@ def test_results_have_the_type_of_the_states(name, states_type, genome_type):
     synapses = draw_synapses(rule, 1, dtype=states_type)
     x, y = draw_batch(2, dtype=states_type)
     result = network.step(genome, dense_chain(), network.NetworkState(synapses), x, respond(rule, y))
-    types = {np.asarray(value).dtype.name for value in tf.nest.flatten((result.state.synapses, result.neurons))}
+    types = {np.asarray(value).dtype.name for value in keras.tree.flatten((result.state.synapses, result.neurons))}
     assert types == {states_type}
     _, exact, _ = learn(draw_genome(rule), draw_synapses(rule, 1), [draw_batch(2)])
     same(result.output, exact, rtol=2e-5, atol=2e-6)
@@ -301,11 +302,11 @@ def test_orthogonal_leaves_directions_and_levels_their_sizes(shape):
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     factor = max(1.0, (shape[2] / shape[1]) ** 0.5)
     for scale in (1e-20, 1.0, 1e30):
-        found = np.asarray(terms.orthogonal(tf.constant(scale * matrix), 5))
+        found = np.asarray(terms.orthogonal(ops.convert_to_tensor(scale * matrix), 5))
         core = np.einsum("cai,cab,cjb->cij", left, found, right)
         off = core - np.einsum("cii->ci", core)[:, :, None] * np.eye(core.shape[-1])
         assert np.abs(off).max() < 1e-9 * factor
         sizes = np.einsum("cii->ci", core) / factor
         assert sizes[values > 0.02 * values[:, :1]].min() > 0.6
         assert sizes.max() < 1.25
-    assert not np.asarray(terms.orthogonal(tf.zeros(shape), 5)).any()
+    assert not np.asarray(terms.orthogonal(ops.zeros(shape, "float32"), 5)).any()

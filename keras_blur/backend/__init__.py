@@ -4,7 +4,9 @@ Every other file of the package that runs on both backends asks this one. The tw
 have the same functions:
 
 - `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a function at a point;
-- `tanh`: in float64 as well;
+- `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to float32, whether or not
+  JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin` and all others whose type comes from Keras's
+  `result_type`, which knows 64 bits on TensorFlow alone. `core` uses none of them;
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over them;
 - `bits`: random integers from a seed, equal on both backends;
@@ -25,6 +27,7 @@ bits = _chosen.bits
 factorises_slowly = _chosen.factorises_slowly
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
+mean = _chosen.mean
 outside_of_programs = _chosen.outside_of_programs
 reducible = _chosen.reducible
 register = _chosen.register
@@ -42,6 +45,7 @@ __all__ = [
     "factorises_slowly",
     "is_dataset",
     "jvp",
+    "mean",
     "outside_of_programs",
     "reducible",
     "register",

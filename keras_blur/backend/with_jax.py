@@ -43,6 +43,11 @@ def tanh(x: Array) -> Array:
     return jnp.tanh(x)
 
 
+def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
+    """The mean in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    return jnp.mean(x, axis=axis if isinstance(axis, int) else tuple(axis), keepdims=keepdims)
+
+
 def replicas() -> int:
     """Always 1: a batch on several devices is one array."""
     return 1

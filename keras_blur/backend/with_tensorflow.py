@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from keras import ops
 from tensorflow.python.eager import record  # TensorFlow does not export whether a tape records
 
 Array = Any
@@ -93,6 +94,11 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
     return tf.math.tanh(x)
+
+
+def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
+    """The mean in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    return ops.mean(x, axis=axis, keepdims=keepdims)
 
 
 def replicas() -> int:

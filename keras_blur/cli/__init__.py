@@ -14,14 +14,6 @@ from typing import Any
 
 import keras
 
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "The command line of keras_blur needs the TensorFlow backend of Keras; the backend is "
-        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow."
-    )
-
-import tensorflow as tf
-
 from keras_blur._version import __version__
 from keras_blur.cli.flags import Flags
 
@@ -34,6 +26,9 @@ COMMANDS = {
     "zoo": "list the trained genomes of the package and their cards",
     "conformance": "replay published numbers and report the differences",
 }
+
+_ON_BOTH_BACKENDS = ("conformance",)  # all others need TensorFlow
+_BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
 
 MISTAKE, INTERRUPTED = 2, 130
 STATUS = "Exit status: 0 success, 1 a check that failed, 2 a mistake in flags, files or data, 130 interrupted (Ctrl-C)."
@@ -50,7 +45,9 @@ def run(arguments: Sequence[str]) -> int:
             interrupted.
     """
     if arguments and arguments[0] == "--version":
-        print(f"keras-blur {__version__} (TensorFlow {tf.__version__}, Keras {keras.__version__})")
+        backend = keras.backend.backend()
+        version = importlib.import_module(backend).__version__
+        print(f"keras-blur {__version__} ({_BACKENDS[backend]} {version}, Keras {keras.__version__})")
         return 0
     if arguments and arguments[0] == "help" and len(arguments) > 1:
         arguments = [*arguments[1:], "--help"]
@@ -63,6 +60,12 @@ def run(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _mistake("keras-blur", f"unknown command {name!r}; known commands: {', '.join(COMMANDS)}")
+    if keras.backend.backend() != "tensorflow" and name not in _ON_BOTH_BACKENDS:
+        return _mistake(
+            "keras-blur",
+            f"{name} needs the TensorFlow backend of Keras; the backend is {keras.backend.backend()!r}. Set the environment "
+            "variable KERAS_BACKEND=tensorflow",
+        )
     command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
     return call(command, f"keras-blur {name}", COMMANDS[name], rest)
 
@@ -101,13 +104,19 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         return 0
     except MemoryError:
         return _mistake(program, "there is not enough memory; a smaller batch or network needs less")
-    except tf.errors.ResourceExhaustedError as error:
+    except _exhausted() as error:
         return _mistake(program, f"there is not enough memory; a smaller batch or network needs less ({_sentence(error)})")
     except (ValueError, ImportError, OSError) as error:
         return _mistake(program, _sentence(error))
     except KeyboardInterrupt:
         _mistake(program, "interrupted; nothing was kept")
         return INTERRUPTED
+
+
+def _exhausted() -> tuple[type[Exception], ...]:
+    """TensorFlow's own error for a lack of memory, where TensorFlow is in use."""
+    tensorflow = sys.modules.get("tensorflow")
+    return () if tensorflow is None else (tensorflow.errors.ResourceExhaustedError,)
 
 
 def _sentence(error: Exception) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
+from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.cli.progress import ProgressLine
-from keras_blur.files import write_text
 from keras_blur.report.comparison import Progress, plot_compare
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
@@ -30,31 +27,6 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"--{name} must be positive whole numbers with commas, as in 256,128. Received: {','.join(texts)}")
     return numbers
-
-
-def write_json(path: str, document: Any) -> None:
-    """Writes JSON, with `null` for non-finite numbers, and prints the file name."""
-    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-    wrote(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def wrote(path: str) -> None:
-    """Prints the name of a written file, on stderr if the file itself is stdout."""
-    print(f"wrote {path}", file=sys.stderr if path in ("/dev/stdout", "/dev/fd/1") else sys.stdout, flush=True)
-
-
-def interrupted(kept: str) -> int:
-    """Reports what an interrupted run kept. Returns the exit status."""
-    print(f"keras-blur: interrupted; {kept}", file=sys.stderr)
-    return 130
 
 
 def name_of(genome: str) -> str:

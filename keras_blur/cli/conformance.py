@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_blur import conformance
-from keras_blur.cli.common import write_json
 from keras_blur.cli.flags import Flags
+from keras_blur.cli.outputs import write_json
 
 USAGE = "FILE_OR_DIR ... [flags]"
 EXAMPLES = ("tests/conformance", "tests/conformance/oja_weights.npz --json conformance.json")

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from keras_blur import genomes
-from keras_blur.cli.common import define_scoring_flags, name_of, score_all, stopped_early, whole_numbers, wrote
+from keras_blur.cli.common import define_scoring_flags, name_of, score_all, stopped_early, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, with_any
+from keras_blur.cli.outputs import wrote
 from keras_blur.report.comparison import evaluate, format_compare, label_of
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks

@@ -11,8 +11,9 @@ import keras
 
 from keras_blur import genomes
 from keras_blur import layers as blur_layers
-from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
+from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, When
+from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.files import save
 from keras_blur.models import Sequential

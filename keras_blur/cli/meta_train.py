@@ -15,8 +15,9 @@ from typing import Any
 import keras
 
 from keras_blur import genomes, learners, meta, tasks
-from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
+from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
+from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from keras_blur import bilevel
 from keras_blur.bilevel.hypergradient import HypergradientEstimator
-from keras_blur.cli.common import define_data_flags, interrupted, whole_numbers, write_json, wrote
+from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When
+from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.files import save
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels

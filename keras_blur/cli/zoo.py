@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_blur import genomes
-from keras_blur.cli.common import wrote
 from keras_blur.cli.flags import PICTURES, Flags
+from keras_blur.cli.outputs import wrote
 
 USAGE = "[NAME ...] [flags]"
 EXAMPLES = ("", "mnist-4state --describe", "mnist-4state --plot genome.png --save copy.json")

@@ -2,7 +2,8 @@
 
 A kind of connection states one bilinear map, and its transpose and outer product follow from it here,
 as each backend's own kernels for them: a convolution's transpose is the backend's, not one of ours.
-With `core/random.py` this is the only file of `core` that asks the backend.
+
+`tanh` and `mean` stand here because those of `keras.ops` round float64 to float32 on JAX.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 
 from keras import ops
 
-from keras_blur.backend import jvp, tanh, vjp
+from keras_blur.backend import jvp, mean, tanh, vjp
 
 Array = Any
 
-__all__ = ["jvp", "tanh", "transpose", "vjp"]
+__all__ = ["jvp", "mean", "tanh", "transpose", "vjp"]
 
 
 def transpose(linear: Callable[[Array], Array], shape: tuple[Any, ...], y: Array) -> Array:

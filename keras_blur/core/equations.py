@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_blur.core.derivatives import tanh, vjp
+from keras_blur.core.derivatives import mean, tanh, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 
@@ -153,10 +153,10 @@ def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Arr
     axis = -2 if rule.normalization_axis == "batch" else -1
     if axis == -2 and batch is not None:
         count = ops.cast(batch.examples, z.dtype)
-        mean = batch.total([ops.sum(z, axis=axis, keepdims=True)])[0] / count
-        return mean, batch.total([ops.sum(ops.square(z - mean), axis=axis, keepdims=True)])[0] / count
-    mean = ops.mean(z, axis=axis, keepdims=True)
-    return mean, ops.mean(ops.square(z - mean), axis=axis, keepdims=True)
+        centre = batch.total([ops.sum(z, axis=axis, keepdims=True)])[0] / count
+        return centre, batch.total([ops.sum(ops.square(z - centre), axis=axis, keepdims=True)])[0] / count
+    centre = mean(z, axis, keepdims=True)
+    return centre, mean(ops.square(z - centre), axis, keepdims=True)
 
 
 def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tuple[Array, Array]) -> Array:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_blur.core.derivatives import tanh
 from keras_blur.core.losses import SUMS, FunctionLoss, as_keras, mask_of
 
 Array = Any
@@ -232,8 +233,9 @@ def error(
             "`loss` must be one of single examples on several replicas, for instance with axis=-1. Received: "
             f"loss={type(loss).__name__}(axis={options['axis']!r})"
         )
-    given, mask = prediction.dtype, mask_of(prediction)
-    prediction = ops.cast(prediction, keras.backend.result_type(given, loss.dtype))
+    given, mask = keras.backend.standardize_dtype(prediction.dtype), mask_of(prediction)
+    # Keras's `result_type` of float64 is float32 on JAX.
+    prediction = ops.cast(prediction, given if given == "float64" else keras.backend.result_type(given, loss.dtype))
     if target_kind(loss) == "classes":
         y = _integers(y, prediction, column=function is not _generalized)
     else:
@@ -338,7 +340,7 @@ def _huber(options: dict[str, Any], y: Array, p: Array) -> Array:
 
 
 def _log_cosh(options: dict[str, Any], y: Array, p: Array) -> Array:
-    return ops.tanh(p - y) / _columns(p)
+    return tanh(p - y) / _columns(p)
 
 
 def _hinge(options: dict[str, Any], y: Array, p: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_blur.backend import replicas
+from keras_blur.backend import mean, replicas
 
 Array = Any
 SUMS = (None, "none", "sum")  # `fit` descends the sum of a loss without a reduction
@@ -88,7 +88,7 @@ def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
     elif loss.reduction in SUMS:
         each = ops.sum(values, axes) * ops.cast(ops.shape(values)[0] * replicas(), values.dtype)
     elif mask is None:
-        each = ops.mean(values, axes)
+        each = mean(values, axes)
     else:
         valid = ops.sum(mask)
         if loss.reduction != "mean_with_sample_weight":  # the mask's mean, which may be spread over axes of the values

@@ -23,7 +23,7 @@ from keras import ops
 
 from keras_blur.backend import replica, replicas
 from keras_blur.core import random
-from keras_blur.core.derivatives import jvp, vjp
+from keras_blur.core.derivatives import jvp, mean, vjp
 from keras_blur.core.equations import SharedBatch
 from keras_blur.core.patches import unfold
 from keras_blur.core.states import first_states, later_states
@@ -302,7 +302,7 @@ class Normalize(WeightlessMap):
     def _mean(self, value: Array, batch: SharedBatch | None) -> Array:
         axes = [axis - len(self.groups) - 1 for axis in self.axes]
         if not self.over_batch or batch is None:
-            return ops.mean(value, axis=axes, keepdims=True)
+            return mean(value, axes, keepdims=True)
         others = math.prod(self.groups[axis - 1] for axis in self.axes if axis)
         count = ops.cast(batch.examples, value.dtype) * others
         return batch.total([ops.sum(value, axis=axes, keepdims=True)])[0] / count

@@ -170,7 +170,8 @@ def _twin(layer: Any) -> Any:
         allowed = (keras.layers.Normalization, keras.Model)
         if isinstance(layer, keras.Layer) and layer.weights and not isinstance(layer, allowed):
             raise ValueError(
-                f"Layer {layer.name!r} ({kind}) has weights and no keras_blur twin; these have one: {', '.join(_PARTS)}."
+                f"Layer {layer.name!r} ({kind}) has weights and no keras_blur twin: build `model` from layers that have one "
+                f"instead ({', '.join(_PARTS)}; a layer of scales is EinsumDense('...c,c->...c', units))."
             )
         check_weightless(layer)
         copy = _copied(layer)

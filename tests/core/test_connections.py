@@ -13,6 +13,7 @@ from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection
 from keras_blur.core.connections.embedding import EmbeddingConnection
 from keras_blur.core.connections.scale import scale_connection
+from keras_blur.core.derivatives import mean
 from keras_blur.core.graph import Builder, chain
 from keras_blur.core.weightless import Linear
 
@@ -126,7 +127,7 @@ def test_permuted_channels_learn_permuted(states):
     hidden = builder.connect(ConvConnection(4, **small), 0)
     hidden = builder.connect(scale_connection((3, 3, 4), (2,), scales=True, offsets=True), hidden)
     hidden = builder.connect(ConvConnection(3, **small), hidden)
-    graph = builder.graph([builder.map(Linear(lambda x: ops.mean(x, axis=(1, 2)), [(2, 2, 3)], (3,)), hidden)])
+    graph = builder.graph([builder.map(Linear(lambda x: mean(x, (1, 2)), [(2, 2, 3)], (3,)), hidden)])
     synapses = synapses_of(graph, genome.rule, [shape, (3, 3, 4), (3, 3, 4)])
 
     def permuted(all_synapses):
