@@ -11,7 +11,7 @@ For each step (of `fit`; of meta-training by each estimator) and each number of 
 4. compiled by libtpu for v4, v5e, v5p and v6e, each in a process of its own, and fits into the chip's memory.
 
 Exit status 0 only if everything holds. Steps that are wrong on purpose (`--case undivided` and so on) must be refused, and
-tests/test_tpu_verify.py holds it. It needs the environment of requirements-verify.txt. What it cannot show: README.md here.
+tests/tpu/test_tpu_verify.py holds it. It needs the environment of requirements-verify.txt. What it cannot show: README.md here.
 """
 
 from __future__ import annotations

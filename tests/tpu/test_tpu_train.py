@@ -10,7 +10,7 @@ import sys
 import pytest
 import train
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUN = (
     "--tpu=none", "--functions=xor", "--hidden=8", "--epochs=3", "--steps_per_epoch=160", "--members=2", "--unroll=3",
     "--nojit_compile",

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_blur import learners, meta, tasks
 from keras_blur.distribution import ALL, Runner, Shard, mean, replicas, shard, total
 
-SCRIPT = pathlib.Path(__file__).with_name("replicas.py")
+SCRIPT = pathlib.Path(__file__).parents[1] / "replicas.py"
 
 
 def test_without_a_strategy_a_share_is_all():

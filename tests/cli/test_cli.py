@@ -21,7 +21,7 @@ from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images
 
-VECTORS = pathlib.Path(__file__).parent / "conformance"
+VECTORS = pathlib.Path(__file__).parents[1] / "conformance"
 
 
 def mistake(capsys, *arguments: str) -> str:
@@ -287,7 +287,7 @@ def test_no_genome_in_a_file(tmp_path, capsys, command, content):
     assert str(path) in mistake(capsys, command, f"--{'start' if command == 'meta-train' else 'genome'}={path}")
 
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = sorted(
     {
         command
