@@ -47,7 +47,12 @@ SINGLE = {
             "": {},
             "_pair": {"derivative_state": True, "backward_update": "multiplicative_after_first", "channels": "tied"},
             "_effective": {"normalize_synapses": "effective", "rescale_synapses": True},
-            "_stable": {"oja": "activations", "saturation": "exp_update", "momentum": "before", "normalize_term": "frobenius"},
+            "_stable": {
+                "oja": "activations",
+                "saturation": "exp_update",
+                "momentum": "before",
+                "normalize_term": "frobenius",
+            },
             "_kept": {"forward_synapse_update": True, "oja": "weights", "keep_neurons": True},
         }.items()
     },

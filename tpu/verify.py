@@ -10,8 +10,8 @@ For each step (of `fit`; of meta-training by each estimator) and each number of 
    one device gives, and the same variables on all cores;
 4. compiled by libtpu for v4, v5e, v5p and v6e, each in a process of its own, and fits into the chip's memory.
 
-Exit status 0 only if everything holds. Steps that are wrong on purpose (`--case undivided` and so on) must be refused, and
-tests/tpu/test_tpu_verify.py holds it. It needs the environment of requirements-verify.txt. What it cannot show: README.md here.
+Exit status 0 only if everything holds. Steps that are wrong on purpose (`--case undivided` and so on) must be refused:
+tests/tpu/test_tpu_verify.py. It needs the environment of requirements-verify.txt. What it cannot show: README.md here.
 """
 
 from __future__ import annotations
