@@ -31,7 +31,7 @@ from keras_blur.core import equations, terms
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
-from keras_blur.core.states import first_states, later_states
+from keras_blur.core.states import between, first_states, later_states
 
 Array = Any
 Shape = tuple[int, ...]
@@ -195,6 +195,12 @@ class Connection(abc.ABC):
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
         """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
+        channels = kernel.shape[0] if len(kernel.shape) == 1 + len(self.kernel_shape(source)) else 1
+        if channels > 1:  # one by one and side by side: the transpose of a slice would be an array of zeros for each
+            axes = len(self.target(source))
+            every = [(kernel[c : c + 1], between(y, c, c + 1, axes)) for c in range(channels)]
+            parts = [self.linear_transpose(one, states, source) for one, states in every]
+            return ops.concatenate(parts, axis=-2 - len(source))
         kernel, y = self._rounded(kernel), self._rounded(y)
         shape = ops.shape(y)
         shape = (*shape[: len(shape) - len(self.target(source))], *source)
