@@ -48,15 +48,15 @@ class _DotProducts(Jacobian):
 
     def _attend(self, mask: Array | None, *three: Array) -> Array:
         query, key, value = three
+        # Not by `ops.dot_product_attention`: on JAX it computes in float32, and takes only values as wide as the keys.
         scale = 1.0 / math.sqrt(query.shape[-1])
-        if mask is None:
-            return ops.dot_product_attention(query, key, value, scale=scale, is_causal=self.causal)
         scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
         if self.causal:
             length, width = self.scores[1:]
             seen = ops.arange(length)[:, None] >= ops.arange(width)[None]
             scores = ops.where(seen, scores, ops.cast(-3e4, scores.dtype))
-        return ops.einsum("nhqk,nkhd->nqhd", ops.softmax(scores) * mask, value)
+        weights = ops.softmax(scores)
+        return ops.einsum("nhqk,nkhd->nqhd", weights if mask is None else weights * mask, value)
 
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
         return Jacobian(lambda *three: self._attend(context, *three), self.sources, self.target).forward(states, None)
