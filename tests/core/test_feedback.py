@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import losses, ops
 from keras.src.saving import serialization_lib
-from on_backend import compiled, slopes
+from on_backend import JAX, compiled, slopes
 
 from keras_blur.core import feedback
 
@@ -93,7 +93,8 @@ def test_derivative_keeps_float64(name):
     y, p = draw(labels, predictions)
     actual = feedback.error(kind(**options), y, p)
     assert keras.backend.standardize_dtype(actual.dtype) == "float64"
-    np.testing.assert_allclose(actual, taped(kind(**options, dtype="float64"), y, p), rtol=1e-9, atol=1e-12)
+    near = 1e-7 if JAX else 1e-9  # the mean in Keras's loss is computed in float32 on JAX: see `keras_blur.backend`
+    np.testing.assert_allclose(actual, taped(kind(**options, dtype="float64"), y, p), rtol=near, atol=1e-12)
 
 
 def test_crossentropy_with_labels_that_do_not_add_up_to_one():
