@@ -10,7 +10,6 @@ have the same functions:
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over them;
 - `bits`: random integers from a seed, equal on both backends;
-- `factorises_slowly`: whether a compiled Cholesky factorisation is much slower than one that is not;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers of
   the two backends ask of a model in different ways.
@@ -24,7 +23,6 @@ _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backe
 
 after = _chosen.after
 bits = _chosen.bits
-factorises_slowly = _chosen.factorises_slowly
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
 mean = _chosen.mean
@@ -42,7 +40,6 @@ vjp = _chosen.vjp
 __all__ = [
     "after",
     "bits",
-    "factorises_slowly",
     "is_dataset",
     "jvp",
     "mean",

@@ -63,11 +63,6 @@ def total(values: Sequence[Array]) -> list[Array]:
     return list(values)
 
 
-def factorises_slowly() -> bool:
-    """JAX compiles calls of LAPACK."""
-    return False
-
-
 def training_elsewhere() -> bool:
     """Always `False`: JAX does not tell a function whether its gradient will be taken."""
     return False

@@ -125,11 +125,6 @@ def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     return tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
 
 
-def factorises_slowly() -> bool:
-    """Whether a compiled Cholesky factorisation is much slower than one that is not: XLA's on a CPU."""
-    return not any(device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices())
-
-
 def training_elsewhere() -> bool:
     """Whether a gradient tape records, as in the training step of an optimizer."""
     return record.could_possibly_record()

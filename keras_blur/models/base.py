@@ -307,8 +307,8 @@ class BlurModel(WholeFiles, CheckedModel):
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
-            jit_compile: as in Keras. `"auto"` is `False` for a rule with `whitening` on TensorFlow without
-                an accelerator, where XLA's factorisation is many times slower than TensorFlow's own.
+            jit_compile: as in Keras, whose `"auto"` is `False` on TensorFlow without an accelerator.
+                There XLA's factorisation is slow, so leave it to a rule with `whitening`.
             auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no effect. Layers with
                 float16 products scale each factor to the range of float16.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
@@ -339,9 +339,6 @@ class BlurModel(WholeFiles, CheckedModel):
         resolved = keras.tree.map_structure(feedbacks.resolve_loss, loss) if several else feedbacks.resolve_loss(loss)
         self._targets = targets
         self._learned_loss = resolved
-        asked_jit = jit_compile
-        if jit_compile == "auto" and self.rule.whitening and backend.factorises_slowly():
-            jit_compile = False
         self._loss_weights = loss_weights
         self._check_losses()
         super().compile(
@@ -363,7 +360,7 @@ class BlurModel(WholeFiles, CheckedModel):
             "targets": targets,
             "run_eagerly": run_eagerly,
             "steps_per_execution": steps_per_execution,
-            "jit_compile": asked_jit,
+            "jit_compile": jit_compile,
             "auto_scale_loss": auto_scale_loss,
         }
         if self.built:
