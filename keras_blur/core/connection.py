@@ -31,7 +31,7 @@ from keras_blur.core import equations, terms
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
-from keras_blur.core.states import between, first_states, later_states
+from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
 
 Array = Any
 Shape = tuple[int, ...]
@@ -176,14 +176,19 @@ class Connection(abc.ABC):
 
     # What follows from it.
 
-    def source(self, pre: Array) -> Shape:
+    def rows_of(self, states: Array | Parts) -> Array | Parts:
+        """The rows of states that may be in parts."""
+        return mapped(self.rows, states, 1)
+
+    def source(self, pre: Array | Parts) -> Shape:
         """Shape of the features of states that enter."""
         return tuple(pre.shape[len(pre.shape) - self.axes :])
 
-    def mixed(self, states: Array, transform: Array) -> Array:
+    def mixed(self, states: Array | Parts, transform: Array) -> Array:
         """States that enter, mixed by a transform `[..., source, target]`."""
         if self.axes == 1:
             return equations.mix(states, transform)
+        states = joined(states)
         shape = ops.shape(states)
         flat = ops.reshape(states, (*shape[: len(shape) - self.axes], math.prod(self.source(states))))
         mixed = equations.mix(flat, transform)
@@ -283,13 +288,13 @@ class Connection(abc.ABC):
         self,
         genome: Genome,
         synapses: Synapses,
-        pre: Array,
+        pre: Array | Parts,
         old: Array | None,
         *,
         last: bool,
         statistics: tuple[Array, Array] | None = None,
         batch: equations.SharedBatch | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array | Parts, tuple[Array, Array] | None]:
         """Equation 5: this layer's neurons from those before it.
 
         Args:
@@ -333,7 +338,7 @@ class Connection(abc.ABC):
             batch = batch._replace(examples=batch.examples * self.positions_of(source))
         old = None if old is None else self.rows(old)
         states, statistics = equations.forward_neurons(rule, genome, activation, z, old, statistics, batch)
-        return self.features(states, source), statistics
+        return mapped(lambda rows: self.features(rows, source), states, len(self.target(source))), statistics
 
     def _through(self, kernel: Array | None, x: Array) -> Array:
         """The map, or nothing at all if the connection has no kernel."""
@@ -343,7 +348,7 @@ class Connection(abc.ABC):
         """Number of rows of an example."""
         return math.prod(self.target(source)) // self.units
 
-    def backward(self, genome: Genome, synapses: Synapses, post: Array, source: Shape) -> Array:
+    def backward(self, genome: Genome, synapses: Synapses, post: Array | Parts, source: Shape) -> Array:
         """The sums of equation 6: what the neurons before the connection receive from this layer's states.
 
         Returns:
@@ -365,7 +370,7 @@ class Connection(abc.ABC):
             if rule.channels != "tied" and kernel is not None:
                 kernel = later_states(kernel, len(self.kernel_shape(source)) - 1)
                 inverse = None if inverse is None else inverse[..., 1:, :, :]
-        y = equations.mix(self.rows(post), mu)
+        y = equations.mix(self.rows_of(post), mu)
         if inverse is not None:
             y = y * inverse
         y = self.features(y, source)
@@ -375,8 +380,8 @@ class Connection(abc.ABC):
         self,
         genome: Genome,
         synapses: Synapses,
-        pre: Array,
-        post: Array,
+        pre: Array | Parts,
+        post: Array | Parts,
         *,
         prefix: str,
         step: Array,
@@ -405,9 +410,10 @@ class Connection(abc.ABC):
         mu_tilde = equations.swapped(genome.arrays[prefix + "mu_tilde"])  # [source, channel]
         share = 1.0
         if rule.batch_reduction == "mean":
-            examples = ops.shape(post)[-1 - len(self.target(source))] if batch is None else batch.examples
+            axes = len(self.target(source))
+            examples = ops.shape(first_states(post, 1, axes))[-1 - axes] if batch is None else batch.examples
             share = 1.0 / ops.cast(examples, post.dtype)
-        post = self.rows(post)
+        post = self.rows_of(post)
         weight = None if sample_weight is None else self._of_rows(sample_weight, source)
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
         context = TermContext(genome, source, sample_weight, post.dtype, self._settles(rule, alone and batch is None))
@@ -436,7 +442,7 @@ class Connection(abc.ABC):
             for name in [name for name in sums if name in synapses]:
                 sums[name] = equations.per_state(gate, sums[name], axes if "kernel" in name else 3) * sums[name]
         if rule.whitening and not context.settles:
-            sums["examples"] = context.examples(self, post)
+            sums["examples"] = context.examples(self, received)
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
             squares = ops.square(equations.mix(post, channels))
@@ -451,7 +457,7 @@ class Connection(abc.ABC):
         return Sums(sums, context.settles)
 
     def _term(
-        self, context: TermContext, pre: Array, transform: Array, senders: Array, names: Mapping[str, str]
+        self, context: TermContext, pre: Array | Parts, transform: Array, senders: Array, names: Mapping[str, str]
     ) -> dict[str, Array]:
         """The sum in equation 7 over rows, with the bias's; and the Gram matrix of the inputs, if they are whitened.
 

@@ -22,6 +22,7 @@ from keras import ops
 from keras_blur.core.derivatives import mean, tanh, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
+from keras_blur.core.states import Parts, between, joined, later_states
 
 Array = Any
 Activation = str | Callable[[Any], Any]
@@ -58,20 +59,25 @@ def activate(activation: Activation, z: Array) -> Array:
     return z
 
 
-def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Array]:
-    """The nonlinearity of the summed input z, and its derivative there."""
+def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Callable[[], Array]]:
+    """The nonlinearity of the summed input z, and its derivative there, computed from the value when it is asked for."""
     if callable(activation):
         value, pull = vjp(lambda one: activate(activation, one), z)
-        return value, pull(ops.ones_like(value))[0]
+        return value, lambda: pull(ops.ones_like(value))[0]
     value = activate(activation, z)
+    return value, lambda: _derivative(activation, value)
+
+
+def _derivative(activation: str, value: Array) -> Array:
+    """The derivative of a nonlinearity where it has a value."""
     if activation == "tanh":
-        return value, 1.0 - value * value
+        return 1.0 - value * value
     if activation == "sigmoid":
-        return value, value * (1.0 - value)
+        return value * (1.0 - value)
     if activation == "linear":
-        return value, ops.ones_like(value)
+        return ops.ones_like(value)
     slope = 1.0 - value * value if activation == "relu_tanh" else ops.ones_like(value)
-    return value, ops.where(value > 0, slope, ops.zeros_like(value))
+    return ops.where(value > 0, slope, ops.zeros_like(value))
 
 
 def per_state(number: Array, like: Array, trailing: int) -> Array:
@@ -85,7 +91,14 @@ def scalar(number: Array, like: Array) -> Array:
     return per_state(number, like, 3)
 
 
-def mix(states: Array, transform: Array) -> Array:
+def times(number: Array, states: Array) -> Array:
+    """Arrays `[..., k, rows, columns]` times a genome number; as they are, if it is known to be 1."""
+    if isinstance(number, (np.ndarray, np.generic)) and np.all(number == 1.0):
+        return states
+    return scalar(number, states) * states
+
+
+def mix(states: Array | Parts, transform: Array) -> Array:
     """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
 
     An array of fewer states, such as the input layer, stands for one whose other states are zero. Of a transform whose
@@ -93,10 +106,11 @@ def mix(states: Array, transform: Array) -> Array:
     """
     count = states.shape[-3]
     if count == 1:
-        return mix_one(states, transform)
+        return mix_one(joined(states), transform)
     transform = transform[..., :count, :]
     if isinstance(transform, np.ndarray) and transform.ndim == 2 and np.count_nonzero(transform) <= max(transform.shape):
         return _mix_sparse(states, transform)
+    states = joined(states)
     transform = ops.convert_to_tensor(transform, dtype=states.dtype)
     shape = ops.shape(states)
     flat = ops.reshape(states, (*shape[:-2], shape[-2] * shape[-1]))
@@ -112,18 +126,18 @@ def mix_one(states: Array, transform: Array) -> Array:
     return states * per_state(row, states, 2)
 
 
-def _mix_sparse(states: Array, transform: np.ndarray) -> Array:
+def _mix_sparse(states: Array | Parts, transform: np.ndarray) -> Array:
     """`mix` for a known transform with few numbers, written out."""
     if transform.shape[0] == transform.shape[1] and np.array_equal(transform, np.eye(transform.shape[0])):
-        return states
+        return joined(states)
     columns = []
     for target in range(transform.shape[1]):
         terms = [
-            states[..., source : source + 1, :, :] * float(number)
+            times(number, between(states, source, source + 1, 1))
             for source, number in enumerate(transform[:, target])
             if number != 0.0
         ]
-        columns.append(sum(terms[1:], terms[0]) if terms else ops.zeros_like(states[..., :1, :, :]))
+        columns.append(sum(terms[1:], terms[0]) if terms else ops.zeros_like(between(states, 0, 1, 1)))
     return columns[0] if len(columns) == 1 else ops.concatenate(columns, axis=-3)
 
 
@@ -180,7 +194,7 @@ def forward_neurons(
     old: Array | None,
     statistics: tuple[Array, Array] | None,
     batch: SharedBatch | None = None,
-) -> tuple[Array, tuple[Array, Array] | None]:
+) -> tuple[Array | Parts, tuple[Array, Array] | None]:
     """Equation 5: new neuron states of a layer from their summed input.
 
     Args:
@@ -193,7 +207,8 @@ def forward_neurons(
         batch: the batch, if z is of a part of it.
 
     Returns:
-        The states, and the statistics that were used (`None` if this pass does not normalise).
+        The states, in parts if `rule.derivative_state`, and the statistics that were used (`None` if this pass does not
+        normalise).
     """
     if rule.normalize_activations in ("forward", "both"):
         statistics = moments(rule, z, batch) if statistics is None else statistics
@@ -203,19 +218,21 @@ def forward_neurons(
         z = normalize(rule, z, scale, shift, statistics)
     else:
         statistics = None
-    argument = scalar(genome.neuron_update, z) * z
+    argument = times(genome.neuron_update, z)
     if old is not None:
         kept = select(rule, old, -3) if rule.derivative_state else old
         argument = scalar(genome.neuron_keep, z) * kept + argument  # eq. 5
     if not rule.derivative_state:
         return activate(activation, argument), statistics
     # eq. 1: (s(z), s'(z)) of the same argument
-    pair = value_and_derivative(activation, argument[..., :1, :, :])
-    rest = [activate(activation, argument[..., 1:, :, :])] if rule.states > 2 else []
-    return ops.concatenate([*pair, *rest], axis=-3), statistics
+    pair = value_and_derivative(activation, between(argument, 0, 1, 1))
+    rest = [activate(activation, later_states(argument, 1))] if rule.states > 2 else []
+    return Parts(1, [*pair, *rest]), statistics
 
 
-def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: SharedBatch | None = None) -> Array:
+def backward_neurons(
+    rule: Rule, genome: Genome, z: Array, old: Array | Parts, batch: SharedBatch | None = None
+) -> Array | Parts:
     """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
 
     z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read it.
@@ -226,13 +243,16 @@ def backward_neurons(rule: Rule, genome: Genome, z: Array, old: Array, batch: Sh
         if skip_first:
             scale, shift = scale[..., 1:], shift[..., 1:]
         z = normalize(rule, z, scale, shift, moments(rule, z, batch))
-    keep = scalar(genome.neuron_keep, old)
-    if rule.backward_update == "additive":
-        new = keep * old + scalar(genome.neuron_update, old) * z
-    elif rule.backward_update == "multiplicative":
-        new = keep * (old * z)
-    else:
-        new = keep * ops.concatenate([old[..., :1, :, :], old[..., 1:, :, :] * z], axis=-3)
+    keep = genome.neuron_keep
+    if skip_first:
+        parts = [between(old, 0, 1, 1), later_states(old, 1) * z]
+        return Parts(1, [activate(rule.backward, times(keep, part)) for part in parts])
+    old = joined(old)
+    new = (
+        times(keep, old * z)
+        if rule.backward_update == "multiplicative"
+        else times(keep, old) + times(genome.neuron_update, z)
+    )
     return activate(rule.backward, new)
 
 

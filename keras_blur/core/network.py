@@ -24,7 +24,7 @@ from keras_blur.core import equations
 from keras_blur.core.connection import Shape, Sums, Synapses, averaged, slow
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
-from keras_blur.core.states import between, first_states, later_states
+from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
 
 Array = Any
 Statistics = tuple[Array, Array] | None
@@ -49,7 +49,7 @@ class Sweep(NamedTuple):
     """What a forward pass leaves.
 
     Attributes:
-        values: states of each value of the graph; an input is `[..., 1, batch, *features]`.
+        values: states of each value of the graph, as arrays or in parts; an input is `[..., 1, batch, *features]`.
         statistics: those that normalised each connection's sums, or `None`s.
         contexts: what each map drew, by the number of its value.
     """
@@ -217,9 +217,9 @@ def step(
     def supervised() -> tuple[tuple[Synapses, ...], tuple[Array, ...]]:
         signals = feedback(prediction)
         values = backward(genome, graph, synapses, sweep, signals if isinstance(signals, tuple) else (signals,), batch)
-        return learn(synapses, values, ""), tuple(values[node] for node in graph.nodes)
+        return learn(synapses, values, ""), tuple(joined(values[node]) for node in graph.nodes)
 
-    unchanged = tuple(sweep.values[node] for node in graph.nodes)
+    unchanged = tuple(joined(sweep.values[node]) for node in graph.nodes)
     if rule.supervised_every == 1:
         synapses, neurons = supervised()
     elif isinstance(state.step, int):
@@ -293,7 +293,10 @@ def backward(
                 like = total if total is not None else _without_first(rule, _padded(values[number], rule.states, axes), axes)
                 signal = _as_states(rule, _signal(_gene_of(genome, graph, number), fed[number], like, axes), like, axes)
                 total = signal if total is None else total + signal
-            states = tuple(sweep.values[source] for source in one.sources)
+            ranks = map(len, one.map.sources)
+            states = tuple(
+                first_states(sweep.values[source], 1, rank) for source, rank in zip(one.sources, ranks, strict=True)
+            )
             pulled = one.map.backward(states, total, sweep.contexts[number], batch)
             for below, back in zip(one.sources, pulled, strict=True):
                 if below in reached:
@@ -375,16 +378,15 @@ def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
     return signal
 
 
-def _with_feedback(genome: Genome, last: Array, signal: Array, features: int) -> Array:
+def _with_feedback(genome: Genome, last: Array | Parts, signal: Array, features: int) -> Parts:
     """An output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the rest zero."""
     signal = _signal(genome, signal, last, features)
-    axis = len(last.shape) - 2 - features
     if genome.rule.feedback == "error" and genome.rule.derivative_state:  # with the pair, times s' as eq. 2 asks
         signal = signal * between(last, 1, 2, features)
     first = first_states(last, 1, features)
     signal = ops.broadcast_to(signal, ops.shape(first))
     rest = [ops.zeros_like(first)] * (genome.rule.states - 2)
-    return ops.concatenate([first, signal, *rest], axis=axis)
+    return Parts(features, [first, signal, *rest])
 
 
 def _as_states(rule: Any, signal: Array, like: Array, features: int) -> Array:
@@ -404,11 +406,11 @@ def _without_first(rule: Any, states: Array, features: int) -> Array:
 
 
 def _backward_neurons(
-    genome: Genome, one: Connect, source: Shape, total: Array, old: Array, batch: equations.SharedBatch | None
-) -> Array:
+    genome: Genome, one: Connect, source: Shape, total: Array, old: Array | Parts, batch: equations.SharedBatch | None
+) -> Array | Parts:
     """Equation 6 on the rows of a layer."""
     connection = one.connection
     if batch is not None:
         batch = batch._replace(examples=batch.examples * connection.positions_of(source))
-    new = equations.backward_neurons(genome.rule, genome, connection.rows(total), connection.rows(old), batch)
-    return connection.features(new, source)
+    new = equations.backward_neurons(genome.rule, genome, connection.rows(total), connection.rows_of(old), batch)
+    return mapped(lambda rows: connection.features(rows, source), new, len(connection.target(source)))

@@ -1,27 +1,102 @@
-"""Parts of an array of states `[..., k, batch, *features]`, by slices.
+"""Arrays of states `[..., k, batch, *features]`: their parts by slices, and states that are kept in parts.
 
-A slice and not a gather: XLA merges equal slices and looks through a concatenation at them, so that what two passes take
-of the same array is formed once.
+A slice and not a gather: XLA merges equal slices and looks through a concatenation at them, so that
+what two passes take of the same array is formed once. A backend without such a compiler joins what it
+is told to join. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: no array joins
+what the way back reads apart, and a derivative takes no memory until it is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from keras import ops
 
 Array = Any
 
 
-def first_states(states: Array, count: int, features: int) -> Array:
-    """The first `count` states of an array with that many feature axes; all, if it has no more."""
+class Parts:
+    """States in parts that follow one another along the state axis.
+
+    Args:
+        features: number of feature axes.
+        parts: arrays, the first one of a single state; and functions that give an array of a single state when they
+            are called.
+
+    Example:
+
+    >>> value = ops.ones((1, 4, 3))
+    >>> pair = Parts(1, [value, lambda: 0.5 * value])
+    >>> pair.shape
+    (2, 4, 3)
+    >>> float(ops.sum(between(pair, 1, 2, 1)))
+    6.0
+    """
+
+    def __init__(self, features: int, parts: Sequence[Array | Callable[[], Array]]):
+        self.features, self.parts = features, tuple(parts)
+
+    def _count(self, part: Array | Callable[[], Array]) -> int:
+        return 1 if callable(part) else part.shape[len(part.shape) - 2 - self.features]
+
+    @property
+    def _first(self) -> Array:
+        return self.parts[0]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """As of the array."""
+        first = tuple(self._first.shape)
+        axis = len(first) - 2 - self.features
+        return (*first[:axis], sum(map(self._count, self.parts)), *first[axis + 1 :])
+
+    @property
+    def dtype(self) -> Any:
+        """Of the first part, and so of all."""
+        return self._first.dtype
+
+    def between(self, start: int, stop: int) -> Array:
+        """The states from `start` to before `stop`, as an array."""
+        found, place = [], 0
+        for part in self.parts:
+            count = self._count(part)
+            low, high = max(start - place, 0), min(stop - place, count)
+            if low < high:
+                found.append(between(part() if callable(part) else part, low, high, self.features))
+            place += count
+        return found[0] if len(found) == 1 else ops.concatenate(found, axis=-2 - self.features)
+
+    def mapped(self, function: Callable[[Array], Array], features: int) -> Parts:
+        """The states after a function of arrays that treats all states alike and leaves so many feature axes."""
+
+        def later(part: Callable[[], Array]) -> Callable[[], Array]:
+            return lambda: function(part())
+
+        return Parts(features, [later(part) if callable(part) else function(part) for part in self.parts])
+
+
+def joined(states: Array | Parts) -> Array:
+    """The states as one array."""
+    return states.between(0, states.shape[-2 - states.features]) if isinstance(states, Parts) else states
+
+
+def mapped(function: Callable[[Array], Array], states: Array | Parts, features: int) -> Array | Parts:
+    """The states after a function of arrays that treats all states alike and leaves so many feature axes."""
+    return states.mapped(function, features) if isinstance(states, Parts) else function(states)
+
+
+def first_states(states: Array | Parts, count: int, features: int) -> Array:
+    """The first `count` states, with that many feature axes; all, if there are no more."""
     return between(states, 0, count, features)
 
 
-def later_states(states: Array, features: int) -> Array:
+def later_states(states: Array | Parts, features: int) -> Array:
     """All states but the first."""
     return between(states, 1, states.shape[len(states.shape) - 2 - features], features)
 
 
-def between(states: Array, start: int, stop: int, features: int) -> Array:
+def between(states: Array | Parts, start: int, stop: int, features: int) -> Array:
     """The states from `start` to before `stop`.
 
     Example:
@@ -30,6 +105,8 @@ def between(states: Array, start: int, stop: int, features: int) -> Array:
     >>> between(np.arange(6).reshape(3, 1, 2), 1, 2, 1).tolist()
     [[[2, 3]]]
     """
+    if isinstance(states, Parts):
+        return states.between(start, stop)
     axis = len(states.shape) - 2 - features
     if start == 0 and states.shape[axis] <= stop:
         return states

@@ -16,6 +16,7 @@ from rule_table import COVER, SIZES, dense_chain, draw_batch, draw_genome, draw_
 from keras_blur import Genome, Rule
 from keras_blur.core import network, terms
 from keras_blur.core.connection import AVERAGE, TRACE
+from keras_blur.core.states import joined
 
 STEPS = 2
 # Rules whose batch is a plain sum over examples, so that a weight is a count.
@@ -286,7 +287,7 @@ def test_normalised_sums_have_the_mean_and_deviation_of_the_genome(axis):
     genome, synapses, batches = setting(rule)
     genome = genome.replace(neuron_update=np.array(1.0))
     sweep = network.forward(genome, dense_chain(), synapses, batches[0][0])
-    hidden = np.asarray(sweep.values[1])
+    hidden = np.asarray(joined(sweep.values[1]))
     for state in range(3):
         over = 0 if axis == "batch" else 1
         means, deviations = hidden[state].mean(axis=over), hidden[state].std(axis=over)
