@@ -141,8 +141,9 @@ def parallel(folder):
         results.append(found)
     for name in genomes():
         np.testing.assert_allclose(results[0][name][0], results[1][name][0], rtol=1e-6)
+        atol = 1e-5 if name == "whitened" else 1e-6  # a solved system enlarges the rounding of its sums
         for one, four in zip(results[1][name][1], results[0][name][1], strict=True):
-            np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(four, one, rtol=1e-5, atol=atol)
 
 
 def philox(folder):
