@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_blur import Genome, Rule
 from keras_blur.core import graph
-from keras_blur.core.connection import companions
+from keras_blur.core.companions import companions
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.rule import ACTIVATIONS, CHOICES
 
@@ -129,6 +129,7 @@ SINGLE = {
         for norm in ("none", "frobenius", "orthogonal")
         for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
     },
+    "whitening_orthogonal_before": {"whitening": True, "normalize_term": "orthogonal", "momentum": "before"},
     "whitening_pair": {
         "whitening": True,
         "normalize_term": "frobenius",

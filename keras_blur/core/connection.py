@@ -28,6 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur.core import equations, terms
+from keras_blur.core.companions import AVERAGE, TRACE, companions
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
@@ -38,8 +39,6 @@ Shape = tuple[int, ...]
 Synapses = Mapping[str, Array]
 Draw = Callable[[str, int, tuple[int, ...]], Array]
 
-# Behind the name of a synapse array: that of its trace, and of its average over the steps.
-TRACE, AVERAGE = "_trace", "_average"
 _LEAST = 1e-30  # stands for zero in a divisor
 
 
@@ -48,7 +47,7 @@ class Sums(NamedTuple):
 
     Attributes:
         arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term need.
-        settled: whether the terms are whitened and made orthogonal already, as far as the rule asks.
+        settled: whether the terms are whitened already, if the rule asks for it, and orthogonal, if `Rule.orthogonal_first`.
     """
 
     arrays: Mapping[str, Array]
@@ -503,8 +502,7 @@ class Connection(abc.ABC):
 
         Several layers or devices add up their sums first, and so do penalties.
         """
-        wanted = rule.whitening or (rule.normalize_term == "orthogonal" and rule.momentum != "before")
-        return wanted and alone and self.few_rows and not self.penalties
+        return (rule.whitening or rule.orthogonal_first) and alone and self.few_rows and not self.penalties
 
     def _settled(
         self,
@@ -517,7 +515,6 @@ class Connection(abc.ABC):
     ) -> dict[str, Array]:
         """A term whitened and made orthogonal, as the rule asks, by the smaller one of two systems."""
         rule = context.genome.rule
-        normalizes = rule.normalize_term == "orthogonal" and rule.momentum != "before"
         inputs = self.rows_read(read).shape[-1] + (ones is not None)
 
         def by_rows() -> dict[str, Array]:
@@ -531,7 +528,7 @@ class Connection(abc.ABC):
                 own = ops.where(none, ops.zeros_like(own), own / ops.where(none, ops.ones_like(root), root))
             if rule.whitening:
                 own = terms.whitened_senders(inner, own, context.damping(inner), context.examples(self, senders))
-            if normalizes:
+            if rule.orthogonal_first:
                 own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
             return whole(own if root is None else own * root)
 
@@ -541,7 +538,7 @@ class Connection(abc.ABC):
             if rule.whitening:
                 gram = self.gram(context, read, ones)
                 sums = self.whitened(context.genome, sums, gram, names, context.examples(self, senders)[..., None])
-            if normalizes:
+            if rule.orthogonal_first:
                 sums = self._normalized_term(rule, sums, names)
             return {name: self._stored(name, matrix, raw[name]) for name, matrix in sums.items()}
 
@@ -630,7 +627,7 @@ class Connection(abc.ABC):
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
             _follow(arrays["momentum"], traces, sums)
-        if rule.normalize_term == "frobenius" or (rule.normalize_term == "orthogonal" and not totals.settled):
+        if rule.normalize_term != "none" and not (totals.settled and rule.orthogonal_first):
             for names in pairs:
                 sums |= self._normalized_term(rule, sums, names)
             copy()
@@ -766,40 +763,6 @@ def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -
         beta = equations.scalar(momentum, sums[own])
         traces[name] = beta * traces[name] + sums[own]
         sums[own] = beta * traces[name] + sums[own]
-
-
-def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
-    """Names of the arrays that a rule keeps beside synapses, and the array that each is like.
-
-    A trace starts at zero; an average, of what `predict` reads, starts as its synapses do.
-    """
-    traces = {name + TRACE: name for name in names if rule.momentum != "none" and rule.changes(name)}
-    read = [name for name in names if rule.slow_synapses and not name.startswith("backward")]
-    return {**traces, **{name + AVERAGE: name for name in read}}
-
-
-def averaged(genome: Genome, synapses: Synapses, step: Array) -> Synapses:
-    """The synapses after a step, with their averages moved towards them."""
-    moved = dict(synapses)
-    for name, old in synapses.items():
-        if name.endswith(AVERAGE):
-            share = equations.averaging_share(genome, step)
-            share = equations.per_state(share, old, len(old.shape) - len(share.shape))
-            moved[name] = old + (synapses[name.removesuffix(AVERAGE)] - old) * share
-    return moved
-
-
-def slow(rule: Rule, synapses: Synapses, step: Array) -> Synapses:
-    """The synapses that `predict` reads: the averages, once there are any."""
-    if not rule.slow_synapses:
-        return synapses
-    learned = ops.convert_to_tensor(step) > 0
-    read = dict(synapses)
-    for name in synapses:
-        if name.endswith(AVERAGE):
-            own = name.removesuffix(AVERAGE)
-            read[own] = ops.where(learned, synapses[name], synapses[own])
-    return read
 
 
 def _channels(synapse: Array) -> list[Array]:

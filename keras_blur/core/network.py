@@ -21,7 +21,8 @@ import numpy as np
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Shape, Sums, Synapses, averaged, slow
+from keras_blur.core.companions import averaged, slow
+from keras_blur.core.connection import Shape, Sums, Synapses
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
 from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped

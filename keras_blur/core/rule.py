@@ -253,6 +253,11 @@ class Rule:
         return self.directions not in ("fixed", "signs") or not name.startswith("backward_")
 
     @property
+    def orthogonal_first(self) -> bool:
+        """Whether a term is made orthogonal before its trace is added to it, so while its rows are at hand."""
+        return self.normalize_term == "orthogonal" and self.momentum != "before"
+
+    @property
     def gates_last(self) -> bool:
         """Whether the synapse update gate acts on the finished Hebbian term rather than on its factors."""
         return self.momentum != "none" or self.normalize_term != "none" or self.whitening

@@ -168,8 +168,10 @@ def rows_are_cheaper(rows: Any, inputs: int, units: int, rule: Any) -> Any:
         units: of the target.
         rule: the options.
     """
-    if rule.normalize_term != "orthogonal" or rule.momentum == "before":
+    if not rule.orthogonal_first:
         return rows < inputs
+    if not isinstance(rows, int):
+        rows = ops.cast(rows, "float32")  # its third power is no 32-bit integer
     small, large, count = min(inputs, units), max(inputs, units), rule.orthogonal_iterations
     if 2 * small <= large:
         matrix = 4 * large * small**2 + 8 * count * small**3

@@ -15,7 +15,8 @@ from keras import initializers, ops
 from keras_blur import arguments
 from keras_blur.backend import training_elsewhere
 from keras_blur.core import equations
-from keras_blur.core.connection import AVERAGE, TRACE, Connection, companions
+from keras_blur.core.companions import AVERAGE, TRACE, companions
+from keras_blur.core.connection import Connection
 from keras_blur.core.rule import ACTIVATIONS, Rule
 from keras_blur.core.weightless import Elementwise, Jacobian, Softmax, WeightlessMap
 

@@ -23,7 +23,8 @@ from keras_blur import backend
 from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
 from keras_blur.core import feedback as feedbacks
 from keras_blur.core import network
-from keras_blur.core.connection import TRACE, Connection
+from keras_blur.core.companions import TRACE
+from keras_blur.core.connection import Connection
 from keras_blur.core.equations import SharedBatch, averaging_share, update_gate
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Graph

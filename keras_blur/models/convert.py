@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_blur import layers as kb_layers
 from keras_blur.core import equations
-from keras_blur.core.connection import AVERAGE, TRACE
+from keras_blur.core.companions import AVERAGE, TRACE
 from keras_blur.core.genome import Genome
 from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_tanh
 from keras_blur.layers.normalization import BatchNormalization

@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_blur as kb
 from keras_blur.core import network
-from keras_blur.core.connection import companions
+from keras_blur.core.companions import companions
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection, unfold
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_blur import Genome, Rule, genomes
 from keras_blur.core import equations, feedback, graph, network, weightless
-from keras_blur.core.connection import companions
+from keras_blur.core.companions import companions
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection

@@ -15,7 +15,7 @@ from rule_table import COVER, SIZES, dense_chain, draw_batch, draw_genome, draw_
 
 from keras_blur import Genome, Rule
 from keras_blur.core import network, terms
-from keras_blur.core.connection import AVERAGE, TRACE
+from keras_blur.core.companions import AVERAGE, TRACE
 from keras_blur.core.states import joined
 
 STEPS = 2

@@ -1,0 +1,54 @@
+"""Arrays that a rule keeps beside synapses: traces of their terms, and averages over the steps.
+
+A companion is known by the name of its synapse array with an ending, so it goes wherever synapses go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from keras import ops
+
+from keras_blur.core import equations
+from keras_blur.core.genome import Genome
+from keras_blur.core.rule import Rule
+
+Array = Any
+Synapses = Mapping[str, Array]
+
+TRACE, AVERAGE = "_trace", "_average"
+
+
+def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
+    """Names of the arrays that a rule keeps beside synapses, and the array that each is like.
+
+    A trace starts at zero; an average, of what `predict` reads, starts as its synapses do.
+    """
+    traces = {name + TRACE: name for name in names if rule.momentum != "none" and rule.changes(name)}
+    read = [name for name in names if rule.slow_synapses and not name.startswith("backward")]
+    return {**traces, **{name + AVERAGE: name for name in read}}
+
+
+def averaged(genome: Genome, synapses: Synapses, step: Array) -> Synapses:
+    """The synapses after a step, with their averages moved towards them."""
+    moved = dict(synapses)
+    for name, old in synapses.items():
+        if name.endswith(AVERAGE):
+            share = equations.averaging_share(genome, step)
+            share = equations.per_state(share, old, len(old.shape) - len(share.shape))
+            moved[name] = old + (synapses[name.removesuffix(AVERAGE)] - old) * share
+    return moved
+
+
+def slow(rule: Rule, synapses: Synapses, step: Array) -> Synapses:
+    """The synapses that `predict` reads: the averages, once there are any."""
+    if not rule.slow_synapses:
+        return synapses
+    learned = ops.convert_to_tensor(step) > 0
+    read = dict(synapses)
+    for name in synapses:
+        if name.endswith(AVERAGE):
+            own = name.removesuffix(AVERAGE)
+            read[own] = ops.where(learned, synapses[name], synapses[own])
+    return read
