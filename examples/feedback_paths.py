@@ -253,13 +253,10 @@ def time_over(model, exact, images):
 def saved():
     """What the file of numbers has, with the settings that they are from."""
     settings = {flag.name: flag.value for flag in (_QUICK, _SEED, _EPOCHS, _RATES, _MOMENTUM, _DECAY, _JIT)}
-    if not _JSON.value or not os.path.exists(_JSON.value):
-        return {"settings": settings}
-    with open(_JSON.value) as file:
-        document = json.load(file)
-    if document["settings"] != settings:
-        raise app.UsageError(f"--json={_JSON.value} has numbers of other settings: {document['settings']}, not {settings}")
-    return document
+    try:
+        return files.read_numbers(_JSON.value, settings)
+    except ValueError as error:
+        raise app.UsageError(f"--json: {error}") from error
 
 
 def said(values, digits=2):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 Path = str | os.PathLike[str]
@@ -326,6 +327,34 @@ def read_text(path: Path) -> str:
     """
     with local(path) as copy, open(copy, encoding="utf-8") as file:
         return file.read()
+
+
+def read_numbers(path: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that an earlier run with the same settings left in a JSON file, to go on from.
+
+    Args:
+        path: the file, or `None`.
+        settings: what the numbers depend on, of JSON's types.
+
+    Returns:
+        The document of the file; `{"settings": settings}` where there is none.
+
+    Raises:
+        ValueError: if the file has numbers of other settings.
+
+    Example:
+
+    >>> read_numbers(None, {"seed": 0})
+    {'settings': {'seed': 0}}
+    """
+    if not path or not exists(path):
+        return {"settings": dict(settings)}
+    document = json.loads(read_text(path))
+    if document["settings"] != settings:
+        raise ValueError(
+            f"`path` must have numbers of the settings {dict(settings)}. Received: {path}, of {document['settings']}"
+        )
+    return document
 
 
 def _umask() -> int:

@@ -15,7 +15,8 @@ import pytest
 # Files about what needs TensorFlow: learners, tasks, meta-learning and its trainers, the command line, `tf.data`, TPUs;
 # and those that run JAX in processes of their own.
 collect_ignore = [
-    "bilevel", "checks", "cli", "replicas.py", "core/test_losses.py", "core/test_singular.py", "genomes", "learners", "meta",
+    "bilevel", "bilevel_table.py", "checks", "cli", "replicas.py",
+    "core/test_losses.py", "core/test_singular.py", "genomes", "learners", "meta",
     "models/test_identity.py", "models/test_sequential.py", "models/test_sequential_details.py",
     "models/test_sequential_training.py", "report", "tasks", "test_claims.py", "test_compiled.py", "test_examples.py",
     "test_files.py", "test_fuzz.py", "test_jax.py", "test_random.py", "test_readme.py", "tpu", "training",
@@ -31,3 +32,12 @@ def float64():
     yield
     keras.config.set_floatx(floatx)
     keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture
+def policy(request):
+    """The dtype policy that a test is parametrised by (`indirect`)."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import resource
@@ -211,3 +212,12 @@ def test_a_file_that_must_not_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may do all
     with pytest.raises(PermissionError, match=r"Permission denied: '.*a\.txt'"):
         files.write_text(tmp_path / "a.txt", "new")
+
+
+def test_numbers_of_other_settings_are_no_start(tmp_path):
+    path = str(tmp_path / "numbers.json")
+    assert files.read_numbers(path, {"seed": 0}) == {"settings": {"seed": 0}}
+    files.write_text(path, json.dumps({"settings": {"seed": 0}, "found": [1.5]}))
+    assert files.read_numbers(path, {"seed": 0})["found"] == [1.5]
+    with pytest.raises(ValueError, match=r"settings \{'seed': 1\}\. Received: .*numbers\.json, of \{'seed': 0\}"):
+        files.read_numbers(path, {"seed": 1})

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from bilevel_table import ESTIMATORS
 
 from keras_blur import bilevel, meta, random, tasks
 from keras_blur.bilevel.training_losses import rotated
@@ -45,15 +46,6 @@ def state(made):
 def assert_equal(one, other):
     for first, second in zip(state(one), state(other), strict=True):
         np.testing.assert_array_equal(first, second)
-
-
-ESTIMATORS = {
-    "one step": bilevel.OneStep(rate=0.1),
-    "difference": bilevel.FiniteDifference(rate=0.1),
-    "evograd": bilevel.EvoGrad(4, sigma=0.05),
-    "cut": bilevel.LayerwiseMetaGradient("last:1", rate=0.1),
-    "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1), rate=0.1),
-}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -250,14 +250,6 @@ def learned(**options):
     return learner.learned({name: own.numpy()[0] for name, own in drawn(learner, 1, "float32").items()})
 
 
-@pytest.fixture
-def policy(request):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_dtype_policy(before)
-
-
 _SLOW = [pytest.param(policy, marks=pytest.mark.slow) for policy in ("float64", "mixed_bfloat16")]
 
 

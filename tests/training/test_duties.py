@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from bilevel_table import ESTIMATORS
 
 from keras_blur import Rule, bilevel, learners, meta, tasks
 
@@ -30,14 +31,6 @@ class Scale(bilevel.TrainingLoss):
     def training_loss(self, model, x, y, losses):
         mean = keras.ops.mean(losses(y, model(x, training=True)))
         return keras.ops.cast(self.factor * keras.ops.exp(self.log_scale), mean.dtype) * mean
-
-
-@pytest.fixture
-def policy(request):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_dtype_policy(before)
 
 
 def data(count=24, seed=0):
@@ -268,15 +261,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_lowers_the_scale(policy, jit_c
 def test_loss_scaling_can_be_left_out(policy):
     made = bilevel_trainer(single(), SGD(0.1), auto_scale_loss=False)
     assert type(made.optimizer) is type(made.meta_optimizer) is SGD
-
-
-ESTIMATORS = {
-    "one step": bilevel.OneStep(rate=0.1),
-    "difference": bilevel.FiniteDifference(rate=0.1),
-    "evograd": bilevel.EvoGrad(4, sigma=0.05),
-    "cut": bilevel.LayerwiseMetaGradient("last:1", rate=0.1),
-    "sampler": bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=1), rate=0.1),
-}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
