@@ -44,7 +44,7 @@ from keras_blur.compiling import operations, without_tpu_kernel
 from keras_blur.core import feedback, network
 from keras_blur.files import write_text
 from keras_blur.meta import callbacks
-from keras_blur.report import comparison as compare
+from keras_blur.report import evaluation as scoring
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
@@ -352,14 +352,13 @@ def recording(module: ModuleType) -> Iterator[list[tuple[Callable[..., Any], lis
         yield found
 
 
-def evaluation(place: str, options: dict[str, Any], members: int = 1, optimizer: str = "") -> Program:
-    """How `evaluate` and `compare` let a learner learn, or score it.
+def evaluation(place: str, options: dict[str, Any], members: int = 1) -> Program:
+    """How `evaluate` lets a genome learn, or scores it.
 
     Args:
         place: `"learn"` or `"score"`.
         options: of the rule.
         members: genomes side by side.
-        optimizer: the name of one in place of the genome.
     """
     rule = learned(options)
     genome = draw_genome(rule, population=(members,) if members > 1 else (), dtype="float32")
@@ -367,11 +366,8 @@ def evaluation(place: str, options: dict[str, Any], members: int = 1, optimizer:
     how: dict[str, Any] = {"steps": 5, "seeds": 2, "batch_size": 6}
     runs = []
     for seed in range(CALLS):
-        with recording(compare) as found:
-            if optimizer:
-                compare.compare(genome, of, HIDDEN, **how, seed=seed, grids={optimizer: compare.GRIDS[optimizer][:2]})
-            else:
-                compare.evaluate(genome, of, HIDDEN, **how, seed=seed)
+        with recording(scoring) as found:
+            scoring.evaluate(genome, of, HIDDEN, **how, seed=seed)
         runs.append(found[-2 if place == "learn" else -1])
     function = runs[0][0]
     return Program(function, [max(calls, key=_size) for _, calls in runs], tolerance=META)
@@ -491,8 +487,6 @@ def _rows() -> dict[str, Callable[[], Program]]:
         for rule in COVER:
             add(f"evaluate, {place}, {rule}", evaluation, place, COVER[rule])
         add(f"evaluate, {place}, population", evaluation, place, RULE, members=3)
-        for name in compare.GRIDS:
-            add(f"compare, {place}, {name}", evaluation, place, {}, optimizer=name)
     for rule in ("three", "orthogonal", "layers"):
         add(f"MetaValidate, {rule}", validation, COVER[rule], tasks.functions("blobs3"))
     add("MetaValidate, values", validation, RULE, tasks.functions("sine"))

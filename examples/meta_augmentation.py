@@ -19,8 +19,8 @@ from absl import app, flags
 
 from keras_blur import Rule, files, learners, meta, tasks
 from keras_blur.report import style
-from keras_blur.report.comparison import evaluate
 from keras_blur.report.episodes import memorization_gap, score_episodes
+from keras_blur.report.evaluation import evaluate
 
 _QUICK = flags.DEFINE_boolean("quick", False, "Small numbers everywhere.")
 _PART = flags.DEFINE_multi_enum("part", None, ["pose", "classes", "genome"], "What to run; all by default.")

@@ -30,7 +30,7 @@ BELOW = {
     "training": {"tasks", "checks", "distribution"},
     "meta": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
     "bilevel": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
-    "report": {"learners", "meta", "core", "random", "tasks", "compiling", "checks"},
+    "report": {"learners", "meta", "models", "layers", "core", "random", "tasks", "compiling", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all
 

@@ -31,7 +31,8 @@ def run(setting: Setting) -> Outcome:
     hidden = setting.pick((32,), (256, 128))
     result = compare(
         genomes.load(GENOME), load_images(setting.data, setting.data_dir), hidden, steps=setting.pick(5, 100),
-        seeds=setting.pick(2, 5), batch_size=128, seed=setting.seed, grids=dict.fromkeys(LABELS, rates),
+        seeds=(seeds := setting.pick(2, 5)), batch_size=128, seed=setting.seed, grids=dict.fromkeys(LABELS, rates),
+        schedules=["constant"], normalize=False, tuning_seeds=seeds,
     )  # fmt: skip
     curves, at = result["curves"], result["steps"]
     columns = [index for index, step in enumerate(at) if step]

@@ -29,7 +29,7 @@ from keras_blur.compiling import compiled
 from keras_blur.files import write_text
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.report import style
-from keras_blur.report.comparison import evaluate
+from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
 

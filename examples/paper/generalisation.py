@@ -47,7 +47,7 @@ def run(setting: Setting) -> Outcome:
     for data, hidden in places:
         found = compare(
             genomes.load("mnist-4state"), data, hidden, steps=steps, seeds=seeds, batch_size=128, seed=setting.seed,
-            grids={"SGD": rates},
+            grids={"SGD": rates}, schedules=["constant"], normalize=False, tuning_seeds=seeds,
         )  # fmt: skip
         at, values = accuracies(own, data, hidden, steps=steps, seeds=seeds, batch_size=128, seed=setting.seed)
         grid = [np.array(curve["accuracy"]) for name, curve in found["curves"].items() if name != "genome"]

@@ -8,9 +8,10 @@ from typing import Any
 
 from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
-from keras_blur.cli.outputs import interrupted, write_json, wrote
+from keras_blur.cli.outputs import interrupted, save_json, write_json, wrote
 from keras_blur.cli.progress import ProgressLine
-from keras_blur.report.comparison import Progress, plot_compare
+from keras_blur.report.curves import plot_compare
+from keras_blur.report.progress import Progress
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images, load_images
@@ -45,8 +46,8 @@ def define_data_flags(flags: Flags, when: Sequence[When] = ()) -> None:
     )
 
 
-def define_scoring_flags(flags: Flags) -> None:
-    """Defines the flags of commands that score a genome."""
+def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None:
+    """Defines the flags of commands that score a genome, in their order but for those of one command."""
     flags.group("Data")
     define_data_flags(flags, [without("functions")])
     flags.integer("size", None, "Image size; each seed is then an episode.", least=2, when=[without("functions")])
@@ -60,7 +61,7 @@ def define_scoring_flags(flags: Flags) -> None:
     )
     flags.group("Learning")
     flags.string("genome", None, "Name or file of a genome; required.")
-    flags.words("hidden", ["64", "64"], "Units of the hidden layers.")
+    flags.words("hidden", ["64", "64"], "Units of the hidden layers.", hidden_when)
     flags.integer("steps", 100, "Learning steps.", least=1)
     flags.integer("seeds", 5, "Number of initial networks and image orders, or of episodes.", least=2)
     flags.integer("batch_size", 64, "Examples per batch.", least=1)
@@ -84,14 +85,22 @@ def sources_of(flag: Mapping[str, Any]) -> list[Images | Tasks]:
 
 
 def score_all(
-    flag: Mapping[str, Any], score: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], str]
+    flag: Mapping[str, Any],
+    score: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+    network: str | Sequence[int],
+    **options: Any,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Scores a genome on all selected data; prints and writes the results.
+
+    Curves so far are written to `--json` as each arm begins.
 
     Args:
         flag: the scoring flags.
         score: `report.compare` or `evaluate`.
         show: formats a result.
+        network: the network, as `score` takes it.
+        **options: further arguments of `score`.
 
     Returns:
         The results, and whether Ctrl-C ended the run. If so, the last result may be partial.
@@ -103,19 +112,30 @@ def score_all(
         raise ValueError("--genome must be given: the name or file of a genome")
     if len(flag["functions"]) > 1 and flag["plot"]:
         raise ValueError("--plot draws one result: use it with --data or with a single function")
-    hidden, genome, name = whole_numbers("hidden", flag["hidden"]), genomes.load(flag["genome"]), name_of(flag["genome"])
+    genome, name = genomes.load(flag["genome"]), name_of(flag["genome"])
     sources = sources_of(flag)
-    options = {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
+    options |= {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
     results: list[dict[str, Any]] = []
     partial: list[dict[str, Any]] = []  # of the source that is being learned
     stopped = False
+
+    def document(kept: Sequence[dict[str, Any]], whole: bool) -> dict[str, Any]:
+        found = kept[0] if len(sources) == 1 else {"results": list(kept), **({} if whole else {"partial": True})}
+        return {"genome": flag["genome"], **found}
+
     with ProgressLine() as line:
+        arm = 0
 
         def watch(progress: Progress) -> None:
-            partial[:] = [progress.result] if progress.result else []
+            nonlocal arm
+            partial[:] = [{"name": name, **progress.result}] if progress.result else []
             task = f"{progress.data} ({len(results) + 1} of {len(sources)}): " if len(sources) > 1 else ""
-            arm = name if progress.arm == "genome" else progress.arm
-            line.show(f"{task}{arm} ({progress.number} of {progress.arms})", f"step {progress.step} of {flag['steps']}")
+            label = name if progress.arm == "genome" else progress.arm
+            at = f"{progress.unit} {progress.done} of {progress.count}"
+            line.show(f"{task}{label} ({progress.number} of {progress.arms})", at)
+            if flag["json"] and partial and progress.number != arm:
+                save_json(flag["json"], document([*results, *partial], whole=False))
+            arm = progress.number
 
         def keep(result: dict[str, Any]) -> None:
             results.append({"name": name, **result})
@@ -124,15 +144,14 @@ def score_all(
 
         try:
             for source in sources:
-                keep(score(genome, source, hidden, watch=watch, **options))
+                keep(score(genome, source, network, watch=watch, **options))
                 partial.clear()
         except KeyboardInterrupt:
             stopped = True
             if partial and len(results) < len(sources):
                 keep(partial[0])
     if flag["json"] and results:
-        document = results[0] if len(sources) == 1 else {"results": results, **({"partial": True} if stopped else {})}
-        write_json(flag["json"], {"genome": flag["genome"], **document})
+        write_json(flag["json"], document(results, whole=not stopped))
     if flag["plot"] and results:
         plot_compare(results[0], flag["plot"])
         wrote(flag["plot"])

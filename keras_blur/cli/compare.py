@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_blur.cli.common import define_scoring_flags, score_all, stopped_early
-from keras_blur.report.comparison import compare, format_compare, format_several
+from keras_blur.cli.common import define_scoring_flags, score_all, stopped_early, whole_numbers
+from keras_blur.cli.flags import Flags, When
+from keras_blur.files import read_text
+from keras_blur.report.comparison import GRIDS, OPTIMIZERS, compare
+from keras_blur.report.curves import format_compare, format_several
 
 USAGE = "--genome NAME_OR_FILE [flags]"
 EXAMPLES = (
-    "--genome mnist-4state --steps 50 --plot compare.png",
-    "--genome functions --functions cross,triangle --hidden 20",
-    "--genome mine.json --data mnist --data_dir DIR --hidden 256,128 --json compare.json",
+    "--genome mnist-4state --steps 50 --optimizers SGD,Adam --plot compare.png",
+    "--genome mine.json --data mnist --data_dir DIR --network lenet --json compare.json",
+    "--genome other.json --data mnist --data_dir DIR --network lenet --baselines compare.json",
 )
 
-define_flags = define_scoring_flags
+_MLP = When("to --network mlp", lambda flag: flag["network"] == "mlp", ("network",))
+_ONE = When("to one set of data", lambda flag: len(flag["functions"]) < 2, ("functions",))
+
+
+def define_flags(flags: Flags) -> None:
+    """Defines the command's flags."""
+    define_scoring_flags(flags, [_MLP])
+    flags.group("Network and baselines")
+    flags.string("network", "mlp", "'mlp' (see --hidden), 'lenet', 'resnet20', or a .keras file.")
+    flags.words("optimizers", list(OPTIMIZERS), "Optimizers of Keras.")
+    flags.switch("normalize", True, "Whether optimizers also learn the network with batch normalisation.")
+    flags.integer("tuning_seeds", 1, "Seeds, the first ones, that the whole grid of rates runs on.", least=1)
+    flags.string("baselines", None, "File of an earlier --json; its runs of optimizers are not run again.", [_ONE])
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Compares, prints and writes the results."""
     del positional
-    results, stopped = score_all(flag, compare, format_compare)
-    whole = [result for result in results if "envelope" in result]
+    unknown = [name for name in flag["optimizers"] if name not in OPTIMIZERS]
+    if unknown:
+        raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
+    if flag["network"] not in ("mlp", "lenet", "resnet20") and not flag["network"].endswith(".keras"):
+        raise ValueError(f"--network must be mlp, lenet, resnet20 or a .keras file. Received: {flag['network']}")
+    network = whole_numbers("hidden", flag["hidden"]) if flag["network"] == "mlp" else flag["network"]
+    results, stopped = score_all(
+        flag, compare, format_compare, network,
+        grids={name: GRIDS[name] for name in flag["optimizers"]}, normalize=flag["normalize"],
+        tuning_seeds=flag["tuning_seeds"], baselines=_baselines(flag["baselines"]),
+    )  # fmt: skip
+    whole = [result for result in results if "envelopes" in result]
     if len(whole) > 1:
         print(format_several(whole))
     return stopped_early(results) if stopped else 0
+
+
+def _baselines(path: str | None) -> dict[str, Any] | None:
+    """An earlier result."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--baselines must be a file that `compare --json` wrote. Received: {path} ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("curves"), dict):
+        raise ValueError(f"--baselines must be a file that `compare --json` wrote, of one set. Received: {path}")
+    return found

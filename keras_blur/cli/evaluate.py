@@ -11,7 +11,8 @@ from keras_blur import genomes
 from keras_blur.cli.common import define_scoring_flags, name_of, score_all, stopped_early, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, with_any
 from keras_blur.cli.outputs import wrote
-from keras_blur.report.comparison import evaluate, format_compare, label_of
+from keras_blur.report.curves import format_compare, label_of
+from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks import functions, images
 from keras_blur.tasks.base import Tasks
 
@@ -36,7 +37,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     del positional
     if flag["synapses"] and len(flag["functions"]) > 1:
         raise ValueError("--synapses draws one network: use it with --data or with a single function")
-    results, stopped = score_all(flag, evaluate, _show)
+    results, stopped = score_all(flag, evaluate, _show, whole_numbers("hidden", flag["hidden"]))
     if stopped:
         return stopped_early(results)
     if flag["decisions"] or flag["synapses"]:

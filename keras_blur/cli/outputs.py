@@ -11,9 +11,14 @@ from typing import Any
 from keras_blur.files import write_text
 
 
+def save_json(path: str, document: Any) -> None:
+    """Writes JSON, with `null` for non-finite numbers."""
+    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
 def write_json(path: str, document: Any) -> None:
     """Writes JSON, with `null` for non-finite numbers, and prints the file name."""
-    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    save_json(path, document)
     wrote(path)
 
 

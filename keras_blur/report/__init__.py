@@ -1,13 +1,16 @@
 """Reports: learning curves, comparisons, genomes, spectra, decision regions."""
 
-from keras_blur.report.comparison import compare, evaluate, format_compare, plot_compare
+from keras_blur.report.comparison import OPTIMIZERS, compare
+from keras_blur.report.curves import format_compare, plot_compare
 from keras_blur.report.decisions import draw_decisions, trace_decisions
 from keras_blur.report.episodes import adaptation_curve, memorization_gap, score_episodes
+from keras_blur.report.evaluation import evaluate
 from keras_blur.report.genome import draw_genome
 from keras_blur.report.learning import plot_fits
 from keras_blur.report.synapses import draw_synapses, trace_synapses
 
 __all__ = [
+    "OPTIMIZERS",
     "adaptation_curve",
     "compare",
     "draw_decisions",

@@ -1,98 +1,87 @@
-"""Compares a genome with tuned optimizers on the same batches and initial networks.
+"""Compares a genome with tuned optimizers in the same network, on the same batches.
 
-Optimizers train plain networks with the activation of the genome. They have no batch normalisation,
-even if the rule normalises its sums over the batch. Each optimizer runs over a full grid of
-learning rates. The envelope is the best mean accuracy of all optimizers and rates at each step. It
-is tuned for every step separately, which no single run can be. A genome above the envelope is
-faster than all of them in such networks.
+Every learner is a Keras model, compiled and run as a user would run it. The optimizers learn the
+same network from the same initial weights, and a twin with batch normalisation before each
+activation, because a rule may normalise too. Each optimizer runs over a full grid of learning
+rates, constant and decayed linearly to each scored step as its horizon. The grid runs on the first
+seeds alone; the settings that lead at a scored step there, and each optimizer's best at the last
+one, run on all seeds. An envelope is the best mean accuracy among those at each step. It is tuned
+for every step separately, which no single run can be.
 
-Seeds and rates run in parallel on leading axes of one compiled program. Time is measured
-separately, for each learner with one rate and all seeds, because wider programs are cheaper per
-network. It is the median over several compiled blocks, divided by the number of seeds.
+Time is measured separately: blocks of `fit`, without compilation, all learners in turns, the median
+over blocks. Scores see what `predict` gives. Only the optimizers' batch normalisation is scored
+with the statistics of the test examples, since Keras's moving averages begin far away.
 """
 
 from __future__ import annotations
 
-import abc
-import copy
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from keras_blur import random
-from keras_blur.checks import Expected, checked_arrays
-from keras_blur.checks.tasks import check_tasks
-from keras_blur.compiling import compiled
+from keras_blur import arguments
 from keras_blur.core.genome import Genome
-from keras_blur.files import check_output
-from keras_blur.learners import BaselineLearner, Blur, Learner, updates
-from keras_blur.learners.blur import check_genome
-from keras_blur.meta.estimator import classes_of
-from keras_blur.report import style
+from keras_blur.models.convert import convert
+from keras_blur.report import envelopes
+from keras_blur.report.networks import activation_of, builder, normalized
+from keras_blur.report.progress import Progress, Watch
+from keras_blur.report.sources import Source, source_of
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Array = Any
 
-STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+SCHEDULES = ("constant", "linear")
+PLAIN, NORMALIZED = "plain", "normalized"
+_CHUNK = 2000  # test examples that are predicted at once
+_LEADERS = 3  # settings at each scored step that run on all seeds
+_BLOCKS, _BLOCK_SECONDS, _BLOCK_STEPS = 7, 0.25, 50
+_BLOCK_NUMBERS = 2e7  # of the examples of a block, at most
+
+
+def _half_decades(low: int, high: int) -> tuple[float, ...]:
+    """Rates from 10^(low/2) to 10^(high/2), each about three times the last."""
+    return tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(low, high + 1))
+
+
 GRIDS: dict[str, tuple[float, ...]] = {
-    "SGD": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-5, 2)),
-    "momentum": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-6, 1)),
-    "Adam": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-7, -1)),
-    "RMSprop": tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(-8, -2)),
+    "SGD": _half_decades(-5, 1),
+    "momentum": _half_decades(-6, 0),
+    "Nesterov": _half_decades(-6, 0),
+    "Adam": _half_decades(-7, -2),
+    "AdamW": _half_decades(-7, -2),
+    "Nadam": _half_decades(-7, -2),
+    "RMSprop": _half_decades(-8, -2),
+    "Lion": _half_decades(-9, -4),
+    "Muon": _half_decades(-6, 0),
+    "Schedule-Free": _half_decades(-6, -1),
 }
-_CHUNK = 2000  # test examples that are predicted at once, and those of an episode
-_BLOCK = 25  # steps of one compiled call at most
-
-
 _OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
     "SGD": keras.optimizers.SGD,
     "momentum": lambda: keras.optimizers.SGD(momentum=0.9),
+    "Nesterov": lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True),
     "Adam": keras.optimizers.Adam,
+    "AdamW": keras.optimizers.AdamW,
+    "Nadam": keras.optimizers.Nadam,
     "RMSprop": keras.optimizers.RMSprop,
+    "Lion": keras.optimizers.Lion,
+} | {
+    name: getattr(keras.optimizers, own)
+    for name, own in (("Muon", "Muon"), ("Schedule-Free", "ScheduleFreeAdamW"))
+    if hasattr(keras.optimizers, own)
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Progress of a comparison or an evaluation.
-
-    Attributes:
-        data: name of the data.
-        arm: current arm: `"genome"`, or an optimizer with all its rates.
-        number: number of the arm, from 1.
-        arms: number of arms.
-        step: learning step of the last score.
-        result: curves so far, in the form of the final result with `partial: True`: those of
-            finished arms or, before that, the first arm's up to the last score. `None` before the
-            first score.
-    """
-
-    data: str
-    arm: str
-    number: int
-    arms: int
-    step: int
-    result: dict[str, Any] | None
-
-
-Watch = Callable[[Progress], None]
+OPTIMIZERS = tuple(_OPTIMIZERS)  # those that this Keras has
 
 
 def compare(
     genome: Genome,
     data: Images | Tasks,
-    hidden: Sequence[int],
+    network: str | Sequence[int] | keras.Model,
     *,
     steps: int = 1000,
     seeds: int = 5,
@@ -100,458 +89,399 @@ def compare(
     seed: int = 0,
     split: str = "test",
     grids: Mapping[str, Sequence[float]] | None = None,
+    schedules: Sequence[str] = SCHEDULES,
+    normalize: bool = True,
+    tuning_seeds: int = 1,
+    baselines: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Compares a genome with SGD, momentum, Adam and RMSprop.
+    """Compares a genome with the optimizers of Keras.
 
     Args:
         genome: a single genome.
         data: an image set (learners train on its training images and are scored on its test
             images), or a task distribution of classes (each seed is one episode, scored on up to
             2,000 examples outside its batches).
-        hidden: units of the hidden layers.
+        network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
+            `.keras` file, or a Keras model with one input and the classes as its output. An MLP,
+            LeNet and ResNet have the genome's activation. Weights are drawn anew for each seed.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.
         seed: random seed of networks and batches.
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection. Image
             sets have no validation images.
-        grids: learning rates by optimizer; `None` uses half decades around the usual ones.
-        watch: called with a `Progress` at the start of each arm and after each score, for display
-            or for keeping partial results. An exception ends the comparison.
+        grids: learning rates by optimizer, from `OPTIMIZERS`; `None` is all with half decades
+            around the usual rates.
+        schedules: learning rates that are `"constant"`, decay `"linear"`ly to the horizon, or both.
+        normalize: whether optimizers also learn the network with batch normalisation. A network
+            that has normalisation layers is compared as it is.
+        tuning_seeds: number of seeds, the first ones, that the whole grid runs on.
+        baselines: an earlier result, also a partial one, in the same setting. Its runs of
+            optimizers are not run again. Seconds are always measured anew, side by side.
+        watch: called with a `Progress` before each run, for display or for keeping partial results.
+            An exception ends the comparison.
 
     Returns:
-        JSON values: `steps`; `curves`, with accuracy and cross-entropy by seed and step and seconds
-            by step, for the genome and each optimizer and rate; and `envelope` and `best`, computed
-            from them. A rule that normalises over the batch is scored with the statistics of up to
-            2,000 test images at a time. A non-finite score counts as the worst: accuracy 0,
-            cross-entropy `None`.
+        JSON values: `steps`; `curves` of the genome and of each optimizer's settings, with accuracy
+        and cross-entropy by seed and step, and seconds by step; and what `envelopes.summary` makes
+        of them. A non-finite score counts as the worst: accuracy 0, cross-entropy `None`.
 
     Raises:
-        ValueError: if the genome does not fit the network, an optimizer is unknown, or a number
-            does not fit the data.
-    """
-    chosen = GRIDS if grids is None else grids
-    labels = [f"{name} {rate:g}" for name, rates in chosen.items() for rate in rates]
-    if not labels or len(set(labels)) != len(labels) or set(chosen) - set(_OPTIMIZERS):
-        raise ValueError(
-            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(chosen)!r}"
-        )
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split)
-
-    def optimizer(name: str, rates: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
-        learner = BaselineLearner(_OPTIMIZERS[name](), tuple(hidden), genome.rule.forward_activation)
-        grid = {"learning_rate": tf.constant(list(rates), tf.float32)[:, None]}
-        for found in _curves(learner, grid, len(rates), source, at):
-            yield [{"optimizer": name, "rate": float(rate), **one} for rate, one in zip(rates, found, strict=True)]
-
-    arms = [_Arm("genome", ["genome"], _of_genomes(genome, hidden, source, at))]
-    arms += [_Arm(name, [f"{name} {rate:g}" for rate in rates], optimizer(name, rates)) for name, rates in chosen.items()]
-    return _learn(arms, _header(data, hidden, batch_size, seeds, seed, split), at, watch)
-
-
-def evaluate(
-    genome: Genome,
-    data: Images | Tasks,
-    hidden: Sequence[int],
-    *,
-    steps: int = 1000,
-    seeds: int = 5,
-    batch_size: int = 128,
-    seed: int = 0,
-    split: str = "test",
-    watch: Watch | None = None,
-) -> dict[str, Any]:
-    """Evaluates a genome alone. As `compare`, without optimizers, `envelope` and `best`.
-
-    A population of genomes (one axis) learns in parallel, on the same batches and networks.
-    `curves` then contains `"genome 0"`, `"genome 1"`, ... instead of `"genome"`.
+        ValueError: if the genome does not fit the network, an optimizer is unknown, a number does
+            not fit the data, or `baselines` has another setting.
 
     Example:
 
-    >>> from keras_blur import Rule, tasks
-    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
-    >>> result = evaluate(genome, tasks.functions("xor"), (8,), steps=5, seeds=2, batch_size=16)
-    >>> result["steps"]
-    [0, 1, 2, 5]
+    >>> from keras_blur import genomes, tasks
+    >>> xor = tasks.functions("xor")
+    >>> found = compare(genomes.backprop(0.5, "tanh"), xor, (8,), steps=5, seeds=2, batch_size=16,
+    ...                 grids={"SGD": (0.5,)}, schedules=("constant",), normalize=False)
+    >>> found["steps"], list(found["curves"])
+    ([0, 1, 2, 5], ['genome', 'SGD 0.5'])
     """
-    source, at = _prepared(genome, data, hidden, steps, seeds, batch_size, seed, split, axes=1)
-    members = int(np.prod(genome.population)) if genome.population else 1
-    names = [f"genome {number}" for number in range(members)] if genome.population else ["genome"]
-    arms = [_Arm("genome", names, _of_genomes(genome, hidden, source, at))]
-    return _learn(arms, _header(data, hidden, batch_size, seeds, seed, split), at, watch)
-
-
-class _Arm(NamedTuple):
-    """Learners that run in parallel: a name, the names of their curves, and the growing curves."""
-
-    name: str
-    curves: Sequence[str]
-    learning: Iterator[list[dict[str, Any]]]
-
-
-def _header(
-    data: Images | Tasks, hidden: Sequence[int], batch_size: int, seeds: int, seed: int, split: str
-) -> dict[str, Any]:
-    """The settings stored in a result."""
-    return {
-        "data": data.name, "hidden": list(hidden), "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
+    arguments.instance("genome", genome, Genome, "a Genome")
+    if genome.population:
+        raise ValueError(f"`genome` must be a single one. Received: a population of shape {genome.population}")
+    arguments.flag("normalize", normalize)
+    chosen = _checked_grids(GRIDS if grids is None else grids, grids is None)
+    if not schedules or set(schedules) - set(SCHEDULES):
+        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}. Received: schedules={schedules!r}")
+    source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
+    if not 1 <= tuning_seeds <= seeds:
+        raise ValueError(f"`tuning_seeds` must be from 1 to {seeds}, the seeds. Received: tuning_seeds={tuning_seeds}")
+    described, build = builder(network)
+    start = _Start(source, build, activation_of(genome.rule.forward_activation))
+    header = {
+        "data": data.name, "network": described, "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
+        "activation": genome.rule.forward_activation, "steps": list(at),
     }  # fmt: skip
+    known = _known(baselines, header)
+    variants = [PLAIN, *([NORMALIZED] if normalize and normalized(start.network(0)) is not None else [])]
+    learners = {(PLAIN, "genome"): _Learner(start, PLAIN, genome=genome)}
+    for variant in variants:
+        learners |= {(variant, name): _Learner(start, variant, optimizer=name) for name in chosen}
+    run = _Runs(header, learners, known, at, tuning_seeds, watch, arms=2 + len(variants) * (len(chosen) + 1))
+    run.time()
+    run.genome(seeds)
+    for variant in variants:
+        grid = [
+            _Setting(variant, name, float(rate), schedule)
+            for name, rates in chosen.items()
+            for rate in rates
+            for schedule in schedules
+        ]
+        run.grid(grid)
+        run.leaders(grid, seeds)
+    return run.result(partial=False)
 
 
-def _learn(arms: Sequence[_Arm], header: Mapping[str, Any], at: Sequence[int], watch: Watch | None) -> dict[str, Any]:
-    """Runs all arms in turn and returns the result."""
-    curves: dict[str, Any] = {}
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """A tuned optimizer: network, name, learning rate and schedule."""
 
-    def result(curves: Mapping[str, Any], scores: int) -> dict[str, Any]:
-        summary = _summary(curves, at) if any("optimizer" in curve for curve in curves.values()) else {}
-        return {**header, "steps": list(at[:scores]), "curves": dict(curves), **summary}
+    variant: str
+    optimizer: str
+    rate: float
+    schedule: str
 
-    def tell(number: int, step: int, so_far: Mapping[str, Any], scores: int) -> None:
-        if watch is not None:
-            partial = {**result(so_far, scores), "partial": True} if so_far else None
-            watch(Progress(header["data"], arms[number].name, number + 1, len(arms), step, partial))
-
-    for number, arm in enumerate(arms):
-        tell(number, 0, curves, len(at))
-        for scores, found in enumerate(arm.learning, 1):
-            own = dict(zip(arm.curves, found, strict=True))
-            tell(number, at[scores - 1], curves or own, len(at) if curves else scores)
-        curves |= own
-    return result(curves, len(at))
+    @property
+    def name(self) -> str:
+        """The name of the curve."""
+        decayed = ", linear decay" if self.schedule == "linear" else ""
+        return f"{self.optimizer} {self.rate:g}{decayed}{', normalized' if self.variant == NORMALIZED else ''}"
 
 
-def _prepared(
-    genome: Genome, data: Images | Tasks, hidden: Sequence[int], steps: int, seeds: int, batch_size: int, seed: int,
-    split: str, axes: int = 0,
-) -> tuple[_Source, list[int]]:  # fmt: skip
-    """Checks the arguments; returns the batches and the steps to score."""
-    check_genome(genome, hidden, axes)
-    if not isinstance(data, (Images, Tasks)):
-        raise ValueError(f"`data` must be a task distribution or an image set. Received: data={data!r}")
-    if isinstance(data, Tasks) and data.kind != "classes":
-        raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
-    if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):
-        raise ValueError(f"`split` must be 'test' or, of tasks, 'validation'. Received: split={split!r} of {data.name}")
-    limit = data.available(split) - 1 if isinstance(data, Tasks) else len(data.x_train)
-    if steps < 1 or seeds < 2 or not 1 <= batch_size <= limit:
+def _checked_grids(grids: Mapping[str, Sequence[float]], default: bool) -> dict[str, Sequence[float]]:
+    """The grids, of the optimizers that this Keras has if they are the default ones."""
+    if default:
+        return {name: rates for name, rates in grids.items() if name in _OPTIMIZERS}
+    labels = [f"{name} {rate:g}" for name, rates in grids.items() for rate in rates]
+    if not all(grids.values()) or not labels or len(set(labels)) != len(labels) or set(grids) - set(_OPTIMIZERS):
         raise ValueError(
-            f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
-            f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
+            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(grids)!r}"
         )
-    if isinstance(data, Tasks):
-        check_tasks(data, batch_size, 1, split)
-    else:
-        expected = Expected(outputs=(data.classes,), labels="classes", classes=data.classes)
-        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-            checked_arrays(x, y, None, expected, within="data")
-    at = sorted({step for step in STEPS if step <= steps} | {steps})
-    if isinstance(data, Tasks):
-        Blur(tuple(hidden), genome.rule).check(data.kind, data.outputs)
-        return _Episodes(data, batch_size, seeds, seed, steps, split), at
-    return _Passes(data, batch_size, seeds, seed), at
+    return dict(grids)
 
 
-def _of_genomes(genome: Genome, hidden: Sequence[int], source: _Source, at: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the curves of a genome, or of each genome of a population, after each score."""
-    outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
-    members = outer["nu"].shape[0]
-    return _curves(Blur(tuple(hidden), genome.rule), outer, members, source, at)
+def _known(baselines: Mapping[str, Any] | None, header: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizers' curves of an earlier result."""
+    if baselines is None:
+        return {}
+    for name, wanted in header.items():
+        if name != "seeds" and baselines.get(name) != wanted:
+            raise ValueError(
+                f"`baselines` must be a comparison with {name}={wanted!r}. Received: one with {name}={baselines.get(name)!r}"
+            )
+    return {name: curve for name, curve in baselines["curves"].items() if "optimizer" in curve}
 
 
-class _Source(abc.ABC):
-    """Batches and test examples, the same for every learner.
+class _Start:
+    """Initial networks by seed."""
 
-    Attributes:
-        features, classes: numbers of inputs and outputs.
-        test_x, test_y: `[1 or seeds, examples, features]` and labels `[1 or seeds, examples]`.
+    def __init__(self, source: Source, build: Callable[..., keras.Model], activation: Any):
+        self.source, self._build, self._activation = source, build, activation
+
+    def network(self, number: int, variant: str = PLAIN) -> keras.Model:
+        """The network of a seed: with the same weights in both variants."""
+        keras.utils.set_random_seed(int(np.random.default_rng([self.source.seed, number, 1]).integers(2**31)))
+        plain = self._build(self.source.shape, self.source.classes, activation=self._activation)
+        made = plain if variant == PLAIN else normalized(plain)
+        assert made is not None  # where there is a variant
+        return made
+
+
+class _Learner:
+    """A compiled model that begins anew for each run."""
+
+    def __init__(self, start: _Start, variant: str, *, optimizer: str | None = None, genome: Genome | None = None):
+        self.source = start.source
+        self._fresh = (lambda number: start.network(number, variant)) if genome is None else (
+            lambda number: convert(start.network(number, variant), genome)
+        )  # fmt: skip
+        self.model = self._fresh(0)
+        last = getattr(self.model.layers[-1], "activation", None)
+        self._probabilities = last in (keras.activations.softmax, keras.activations.sigmoid)
+        loss = (
+            keras.losses.BinaryCrossentropy(from_logits=not self._probabilities)
+            if self.source.classes == 1
+            else keras.losses.SparseCategoricalCrossentropy(from_logits=not self._probabilities)
+        )
+        self._values: dict[int, list[np.ndarray]] = {}
+        self._predicts, self._state = self.model, []
+        if genome is not None:
+            self.model.compile(loss=loss)
+            return
+        assert optimizer is not None
+        self._optimizer = _OPTIMIZERS[optimizer]()
+        self.model.compile(self._optimizer, loss)
+        self._optimizer.build(self.model.trainable_variables)
+        self._state = [(one, np.array(one)) for one in self._optimizer.variables]
+        if any(isinstance(layer, keras.layers.BatchNormalization) for layer in self.model.layers):
+            self._predicts = _with_batch_statistics(self.model)
+
+    def begin(self, number: int) -> None:
+        """Puts the model at the start of a seed."""
+        if number not in self._values:
+            self._values[number] = [np.array(one) for one in self._fresh(number).variables]
+        for one, value in zip(self.model.variables, self._values[number], strict=True):
+            one.assign(value)
+        for one, value in self._state:
+            one.assign(value)
+
+    def step(self, x: np.ndarray, y: np.ndarray, rate: float | None = None) -> float:
+        """One step of learning. Returns the loss."""
+        if rate is not None:
+            self._optimizer.learning_rate = rate
+        return float(self.model.train_on_batch(x, self._targets(y), return_dict=True)["loss"])
+
+    def score(self, number: int) -> tuple[float, float | None]:
+        """Accuracy and cross-entropy on the test examples of a seed."""
+        x, y = self.source.test(number)
+        chunks = np.array_split(np.arange(len(x)), -(-len(x) // _CHUNK))
+        found = np.concatenate([self._predicts.predict_on_batch(x[chunk]) for chunk in chunks]).astype(np.float64)
+        finite = np.isfinite(found).all(axis=-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            losses = _cross_entropies(found, y, self._probabilities)
+        middle = 0.5 if self._probabilities else 0.0
+        chosen = found[:, 0] > middle if found.shape[-1] == 1 else np.argmax(found, axis=-1)
+        loss = float(np.mean(losses))
+        return float(np.mean((chosen == y) & finite)), loss if math.isfinite(loss) else None
+
+    def seconds(self, steps: int) -> float:
+        """Seconds a step of `fit` takes, in a block of steps after its first batch has begun."""
+        stream = self.source.batches(0)
+        drawn = [batch for batch, _ in zip(stream, range(steps), strict=False)]
+        x, y = (np.concatenate(part) for part in zip(*drawn, strict=True))
+        watch = _Stopwatch()
+        self.model.fit(
+            x, self._targets(y), batch_size=self.source.batch_size, shuffle=False, verbose=0, callbacks=[watch]
+        )  # fmt: skip
+        return watch.seconds / len(drawn)
+
+    def _targets(self, y: np.ndarray) -> np.ndarray:
+        return y[:, None].astype(np.float32) if self.source.classes == 1 else y
+
+
+class _Stopwatch(keras.callbacks.Callback):
+    """Seconds from the beginning of an epoch's first batch to its end."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if not batch:
+            self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+class _BatchStatistics(keras.layers.Layer):
+    """A layer of batch normalisation that always uses the statistics of the batch.
+
+    A Functional model passes its own `training` on, past the one that a layer was called with.
     """
 
-    features: int
-    classes: int
-    test_x: np.ndarray
-    test_y: np.ndarray
+    def __init__(self, layer: keras.layers.Layer):
+        super().__init__()
+        self.layer = layer
 
-    def __init__(self, batch_size: int, seeds: int, seed: int):
-        self.batch_size, self.seeds, self.seed = batch_size, seeds, seed
-
-    @abc.abstractmethod
-    def reader(self) -> Callable[[int], tuple[Array, Array]]:
-        """Returns a function that reads the next `count` batches.
-
-        It returns x `[1, seeds, count, batch, features]` and y of corresponding shape.
-        """
+    def call(self, x: Array) -> Array:
+        return self.layer(x, training=True)
 
 
-class _Passes(_Source):
-    """An image set, in a different order for each seed."""
+def _with_batch_statistics(model: keras.Model) -> keras.Model:
+    """The same layers in a model whose batch normalisation always uses the statistics of the batch."""
 
-    def __init__(self, images: Images, batch_size: int, seeds: int, seed: int):
-        super().__init__(batch_size, seeds, seed)
-        flat = images.x_train.reshape(len(images.x_train), -1).astype(np.float32) / images.scale
-        mean, deviation = flat.mean(), flat.std() + 1e-6
-        self.x = (flat - mean) / deviation
-        test = images.x_test.reshape(len(images.x_test), -1).astype(np.float32) / images.scale
-        self.test_x, self.test_y = ((test - mean) / deviation)[None], images.y_test[None]
-        self.signs = 2.0 * np.eye(images.classes, dtype=np.float32)[images.y_train] - 1.0
-        self.features, self.classes = self.x.shape[1], images.classes
+    def called(layer: Any, *inputs: Any, **options: Any) -> Any:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return _BatchStatistics(layer)(*inputs)
+        return layer(*inputs, **options)
 
-    def _orders(self, number: int) -> Any:
-        """Yields batches of image indices endlessly. Each pass is without repeats."""
-        rng = np.random.default_rng([self.seed, number])
-        while True:
-            order = rng.permutation(len(self.x))
-            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-                yield order[start : start + self.batch_size]
-
-    def reader(self) -> Callable[[int], tuple[Array, Array]]:
-        streams = [self._orders(number) for number in range(self.seeds)]
-
-        def read(count: int) -> tuple[Array, Array]:
-            chosen = np.stack([[next(stream) for _ in range(count)] for stream in streams])
-            return tf.constant(self.x[chosen][None]), tf.constant(self.signs[chosen][None])
-
-        return read
+    functional = keras.Model(model.inputs[0], model.outputs[0])
+    return keras.models.clone_model(functional, clone_function=lambda layer: layer, call_function=called)
 
 
-class _Episodes(_Source):
-    """Tasks, with one episode per seed."""
-
-    def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int, split: str):
-        super().__init__(batch_size, seeds, seed)
-        query = min(_CHUNK, tasks.available(split) - batch_size)
-        stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
-        drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
-        self.x, self.signs = drawn["x"], drawn["y"]
-        self.test_x, self.test_y = drawn["query_x"], classes_of(drawn["query_y"]).numpy()
-        self.features, self.classes = tasks.features, tasks.outputs
-
-    def reader(self) -> Callable[[int], tuple[Array, Array]]:
-        place = 0
-
-        def read(count: int) -> tuple[Array, Array]:
-            nonlocal place
-            cut = slice(place, place + count)
-            place += count
-            return tf.constant(self.x[None, :, cut]), tf.constant(self.signs[None, :, cut])
-
-        return read
+def _cross_entropies(found: np.ndarray, y: np.ndarray, probabilities: bool) -> np.ndarray:
+    """Cross-entropy of each example `[examples]`, from logits or probabilities `[examples, outputs]`."""
+    if probabilities:
+        found = np.log(np.clip(found, 1e-7, 1.0)) if found.shape[-1] > 1 else np.log(found / (1.0 - found))
+    if found.shape[-1] == 1:
+        return np.logaddexp(0.0, np.where(y == 1, -found[:, 0], found[:, 0]))
+    return np.logaddexp.reduce(found, axis=-1) - found[np.arange(len(y)), y]
 
 
-def _curves(
-    learner: Learner, outer: Mapping[str, Array], members: int, data: _Source, at: Sequence[int]
-) -> Iterator[list[dict[str, Any]]]:
-    """Yields the curves of each member after each score.
+class _Runs:
+    """The runs of a comparison, and what is known of them."""
 
-    Accuracy and cross-entropy are `[seeds][scores]`, seconds `[scores]`.
-    """
-    leading = (members, data.seeds)
-    state = learner.init(outer, random.seed_of(data.seed), data.features, data.classes, leading)
+    def __init__(
+        self,
+        header: Mapping[str, Any],
+        learners: Mapping[tuple[str, str], _Learner],
+        known: Mapping[str, Any],
+        at: Sequence[int],
+        tuning_seeds: int,
+        watch: Watch | None,
+        arms: int,
+    ):
+        self._header, self._learners, self._known, self._at = header, learners, known, at
+        self._tuning, self._watch, self._arms, self._arm = tuning_seeds, watch, arms, 0
+        self._curves: dict[str, Any] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
 
-    @compiled
-    def learn(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> Any:
-        count = x.shape[2]
+    def time(self) -> None:
+        """Measures all learners in turns."""
+        self._arm += 1
+        steps: dict[tuple[str, str], int] = {}
+        most = min(_BLOCK_STEPS, max(5, int(_BLOCK_NUMBERS / self._step_numbers())))
+        found: dict[tuple[str, str], list[float]] = {key: [] for key in self._learners}
+        for number in range(-1, _BLOCKS):
+            self._tell("seconds of a step", number + 1, _BLOCKS + 1)
+            for key, learner in self._learners.items():
+                if number < 0:  # the first call compiles
+                    learner.seconds(2)
+                    steps[key] = int(np.clip(_BLOCK_SECONDS / learner.seconds(5), 5, most))
+                else:
+                    found[key].append(learner.seconds(steps[key]))
+        self._seconds = {key: float(np.median(values)) for key, values in found.items()}
 
-        def body(time: Array, state: Any) -> tuple[Array, Any]:
-            state, _ = learner.step(outer, state, tf.gather(x, time, axis=2), tf.gather(y, time, axis=2))
-            return time + 1, state
+    def _step_numbers(self) -> int:
+        source = next(iter(self._learners.values())).source
+        return source.features * source.batch_size
 
-        return tf.while_loop(lambda time, _: time < count, body, (tf.constant(0), state), maximum_iterations=count)[1]
+    def genome(self, seeds: int) -> None:
+        """Runs the genome on all seeds."""
+        self._arm += 1
+        for number in range(seeds):
+            self._tell("genome", number, seeds)
+            self._add("genome", {}, (PLAIN, "genome"), self._row(self._learners[PLAIN, "genome"], number))
 
-    @compiled
-    def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
-        prediction = learner.predict(outer, state, x[None])
-        y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
-        correct = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
-        signs = tf.one_hot(y, data.classes, on_value=1.0, off_value=-1.0)
-        if data.classes == 1:  # one output tells two classes
-            signs = 2.0 * tf.cast(y, tf.float32)[..., None] - 1.0
-        losses = updates.losses("cross_entropy", prediction, signs)
-        finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
-        return tf.reduce_sum(tf.where(finite, correct, 0.0), -1), tf.reduce_sum(losses, -1)
+    def grid(self, settings: Sequence[_Setting]) -> None:
+        """Runs all settings on the first seeds."""
+        for name in dict.fromkeys(setting.optimizer for setting in settings):
+            self._arm += 1
+            own = [setting for setting in settings if setting.optimizer == name]
+            runs = [(setting, number) for setting in own for number in range(self._tuning)]
+            label = f"{name}{', normalized' if own[0].variant == NORMALIZED else ''}"
+            for done, (setting, number) in enumerate(runs):
+                self._tell(label, done, len(runs))
+                self._run(setting, number)
 
-    single = {name: value[:1] for name, value in outer.items()}
-    begin = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
-    count = min(_BLOCK, at[-1])
-    block = data.reader()(count)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        tf.nest.flatten(learn(single, begin, *block))[0].numpy()
-        times.append(time.perf_counter() - start)
-    one_step = float(np.median(times[1:])) / (count * data.seeds)  # the first compiles
-    examples = data.test_x.shape[1]
-    curves: list[dict[str, Any]] = [
-        {"accuracy": [[] for _ in range(data.seeds)], "loss": [[] for _ in range(data.seeds)], "seconds": []}
-        for _ in range(members)
-    ]
-    read, done = data.reader(), 0
-    for target in at:
-        while done < target:
-            count = min(_BLOCK, target - done)
-            x, y = read(count)
-            state = learn(outer, state, x, y)
-            done += count
-        correct, loss = np.zeros(leading), np.zeros(leading)
-        for rows in np.array_split(np.arange(examples), -(-examples // _CHUNK)):
-            label = tf.constant(data.test_y[:, rows].astype(np.int32))
-            found = score(outer, state, tf.constant(data.test_x[:, rows]), label)
-            correct, loss = correct + found[0].numpy(), loss + found[1].numpy()
-        for member, curve in enumerate(curves):
-            curve["seconds"].append(one_step * target)
-            for number in range(data.seeds):
-                curve["accuracy"][number].append(float(correct[member, number] / examples))
-                curve["loss"][number].append(_finite(loss[member, number] / examples))
-        yield copy.deepcopy(curves)
+    def leaders(self, settings: Sequence[_Setting], seeds: int) -> None:
+        """Runs the settings that lead on the first seeds on all seeds."""
+        self._arm += 1
+        means = {s: np.mean(self._curves[s.name]["accuracy"][: self._tuning], axis=0) for s in settings}
+        leading: dict[_Setting, None] = {}
+        for place in range(1, len(self._at)):
+            leading |= dict.fromkeys(sorted(settings, key=lambda s: -means[s][place])[:_LEADERS])
+        for name in dict.fromkeys(s.optimizer for s in settings):
+            leading[max((s for s in settings if s.optimizer == name), key=lambda s: means[s][-1])] = None
+        runs = [(setting, number) for setting in leading for number in range(self._tuning, seeds)]
+        for done, (setting, number) in enumerate(runs):
+            self._tell(f"leaders, {settings[0].variant}", done, len(runs))
+            self._run(setting, number)
 
+    def _run(self, setting: _Setting, number: int) -> None:
+        """One run, or the one that is known."""
+        known = self._known.get(setting.name, {"accuracy": [], "loss": []})
+        key = setting.variant, setting.optimizer
+        if number < len(known["accuracy"]):
+            row = known["accuracy"][number], known["loss"][number]
+        elif setting.schedule == "constant":
+            row = self._row(self._learners[key], number, setting.rate)
+        else:
+            row = self._decayed(self._learners[key], number, setting.rate)
+        described = {
+            "optimizer": setting.optimizer, "rate": setting.rate, "schedule": setting.schedule, "network": setting.variant,
+        }  # fmt: skip
+        self._add(setting.name, described, key, row)
 
-def _finite(value: float) -> float | None:
-    """The number, or `None` if it is not finite, for JSON."""
-    return float(value) if math.isfinite(value) else None
+    def _add(self, name: str, described: Mapping[str, Any], key: tuple[str, str], row: tuple[Any, Any]) -> None:
+        seconds = [self._seconds[key] * step for step in self._at]
+        curve = self._curves.setdefault(name, {**described, "accuracy": [], "loss": [], "seconds": seconds})
+        curve["accuracy"].append(list(row[0]))
+        curve["loss"].append(list(row[1]))
 
+    def _row(self, learner: _Learner, number: int, rate: float | None = None) -> tuple[list[float], list[float | None]]:
+        """Scores of one run at a constant rate."""
+        learner.begin(number)
+        batches = learner.source.batches(number)
+        scores, done = [], 0
+        for target in self._at:
+            lost = False
+            while done < target:
+                lost = not math.isfinite(learner.step(*next(batches), rate)) or lost
+                done += 1
+            scores.append(learner.score(number))
+            if rate is not None and lost:  # an optimizer does not come back from there
+                break
+        return self._columns(scores)
 
-def _summary(curves: Mapping[str, Any], at: Sequence[int]) -> dict[str, Any]:
-    """The envelope of all optimizers, and each optimizer's best curve at the last step."""
-    means = {name: np.mean(curve["accuracy"], axis=0) for name, curve in curves.items() if name != "genome"}
-    envelope, which = [], []
-    for index in range(len(at)):
-        name = max(means, key=lambda name: means[name][index])
-        envelope.append(float(means[name][index]))
-        which.append(name)
-    best = {}
-    for optimizer in dict.fromkeys(curve["optimizer"] for name, curve in curves.items() if name != "genome"):
-        own = [name for name, curve in curves.items() if curve.get("optimizer") == optimizer]
-        best[optimizer] = max(own, key=lambda name: means[name][-1])
-    return {"envelope": {"accuracy": envelope, "which": which}, "best": best}
+    def _decayed(self, learner: _Learner, number: int, rate: float) -> tuple[list[float], list[float | None]]:
+        """Scores of runs whose rate falls linearly to zero at each scored step."""
+        scores = []
+        for horizon in self._at:
+            learner.begin(number)
+            lost = False
+            for done, (x, y) in zip(range(horizon), learner.source.batches(number), strict=False):
+                lost = not math.isfinite(learner.step(x, y, rate * (1.0 - done / horizon))) or lost
+            scores.append(learner.score(number))
+            if lost:
+                break
+        return self._columns(scores)
 
+    def _columns(self, scores: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float | None]]:
+        """Accuracies and losses, with the worst ones where a run was lost."""
+        accuracy, loss = (list(column) for column in zip(*scores, strict=True))
+        missing = len(self._at) - len(accuracy)
+        return accuracy + [0.0] * missing, loss + [None] * missing
 
-def format_compare(result: Mapping[str, Any]) -> str:
-    """Formats a result as a table of mean accuracy and standard deviation over seeds by step."""
-    at = result["steps"]
-    width = 18
-    lines = [
-        f"{result['data']}, hidden {','.join(map(str, result['hidden']))}, batch {result['batch_size']}, "
-        f"{result['seeds']} seeds: {result['split']} accuracy by learning step, mean (and deviation over seeds)",
-        f"{'':<22}" + "".join(f"{step:>{width}}" for step in at),
-    ]
-    genomes = [name for name in result["curves"] if name.startswith("genome")]
-    if "partial" in result:
-        lines[0] += "; interrupted, so far:"
-    rows = [(label_of(result, name), name) for name in genomes]
-    rows += [(f"best {name}", name) for name in result.get("best", {}).values()]
-    for label, name in rows:
-        values = np.array(result["curves"][name]["accuracy"])
-        cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
-        lines.append(f"{label:<22}" + "".join(cell.rjust(width) for cell in cells))
-    if "envelope" not in result:
-        return "\n".join(lines)
-    envelope = result["envelope"]
-    lines.append(f"{'envelope':<22}" + "".join(f"{value:.3f}".rjust(width) for value in envelope["accuracy"]))
-    lines.append(f"{'  reached by':<22}" + "".join(name.rjust(width) for name in envelope["which"]))
-    return "\n".join(lines)
+    def _tell(self, arm: str, done: int, count: int) -> None:
+        if self._watch is not None:
+            partial = self.result(partial=True) if self._curves else None
+            self._watch(Progress(self._header["data"], arm, self._arm, self._arms, done, count, "run", partial))
 
-
-def steps_to(result: Mapping[str, Any], target: float) -> dict[str, int | None]:
-    """The first scored step with a mean accuracy of at least `target`, for genome and envelope."""
-    rows = {
-        "genome": np.mean(result["curves"]["genome"]["accuracy"], axis=0),
-        "envelope": result["envelope"]["accuracy"],
-    }
-    return {
-        name: next((step for step, value in zip(result["steps"], row, strict=True) if value >= target), None)
-        for name, row in rows.items()
-    }
-
-
-def format_several(results: Sequence[Mapping[str, Any]], step: int = 10, target: float = 0.9) -> str:
-    """Formats several comparisons as a table: accuracy at `step`, and steps to `target`.
-
-    `-` means that the target was not reached.
-    """
-    percent = f"{100 * target:g} %"
-    lines = [
-        f"{'task':<24}{f'genome at {step}':>20}{f'envelope at {step}':>20}{f'genome to {percent}':>20}"
-        f"{f'envelope to {percent}':>20}"
-    ]
-    means = []
-    for result in results:
-        nearest = max(index for index, at in enumerate(result["steps"]) if at <= step)
-        values = np.array(result["curves"]["genome"]["accuracy"])[:, nearest]
-        envelope = result["envelope"]["accuracy"][nearest]
-        means.append((float(values.mean()), envelope))
-        reached = steps_to(result, target)
-        ends = ["-" if reached[name] is None else str(reached[name]) for name in ("genome", "envelope")]
-        own = f"{values.mean():.3f} ({values.std(ddof=1):.3f})"
-        lines.append(f"{result['data']:<24}{own:>20}{envelope:>20.3f}{ends[0]:>20}{ends[1]:>20}")
-    genome, envelope = np.mean(means, axis=0)
-    lines.append(f"{'mean':<24}{genome:>20.3f}{envelope:>20.3f}")
-    return "\n".join(lines)
-
-
-def label_of(result: Mapping[str, Any], curve: str) -> str:
-    """The label of a curve. Genomes are called by `result["name"]` if it exists.
-
-    Example:
-
-    >>> label_of({"name": "mnist-4state"}, "genome"), label_of({}, "genome"), label_of({"name": "mine"}, "genome 3")
-    ('mnist-4state', 'genome', 'mine 3')
-    """
-    return curve.replace("genome", result.get("name", "genome"), 1) if curve.startswith("genome") else curve
-
-
-def plot_compare(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:
-    """Draws accuracy by step and by time.
-
-    The curves are the genomes and, for a comparison, the best rate of each optimizer and the
-    envelope.
-
-    Args:
-        result: result of `compare` or `evaluate`. Its `name`, if any, replaces "genome" in the
-            legend.
-        path: output file: .png, .pdf or .svg.
-
-    Returns:
-        The matplotlib figure.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-        ValueError: if the file has another suffix or cannot be written.
-
-    Example:
-
-    >>> import tempfile
-    >>> from keras_blur import Rule, tasks
-    >>> genome = Genome.random(Rule(batch_reduction="mean"), seed=0)
-    >>> result = evaluate(genome, tasks.functions("xor"), (8,), steps=2, seeds=2, batch_size=16)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     figure = plot_compare({**result, "name": "mine"}, f"{folder}/curves.png")
-    >>> figure.get_suptitle()
-    'mine on xor, hidden 8, mean and deviation of 2 seeds'
-    """
-    check_output("path", path, style.ENDINGS)
-    made, axes = style.figure(columns=2)
-    at = np.array(result["steps"])
-    genomes = [name for name in result["curves"] if name.startswith("genome")]
-    shown = genomes + list(result.get("best", {}).values())
-    for panel, axis in enumerate(axes[0]):
-        for index, name in enumerate(shown):
-            curve = result["curves"][name]
-            values = np.array(curve["accuracy"])
-            x = at if panel == 0 else np.array(curve["seconds"])
-            style.line(axis, index, x, values.mean(0), label_of(result, name), values.std(0, ddof=1), (0.0, 1.0))
-        if panel == 0:
-            if "envelope" in result:
-                envelope = result["envelope"]["accuracy"]
-                axis.plot(at, envelope, color="0.6", linewidth=4, zorder=0, label="best optimizer at each step")
-            style.step_axis(axis, at[-1])
-        axis.set_xlabel("learning step" if panel == 0 else "time to learn one network (s)")
-        axis.set_ylabel(f"{result['split']} accuracy")
-    style.legend(made, axes[0][0])
-    alone = f"{label_of(result, genomes[0])} on " if len(genomes) == 1 else ""
-    made.suptitle(
-        f"{alone}{result['data']}, hidden {','.join(map(str, result['hidden']))}, mean and deviation of "
-        f"{result['seeds']} seeds" + (" (interrupted)" if "partial" in result else ""),
-        fontsize=10,
-    )
-    style.save(made, path)
-    return made
+    def result(self, partial: bool) -> dict[str, Any]:
+        """The result so far."""
+        found = {**self._header, "curves": dict(self._curves)}
+        if partial:
+            return {**found, "partial": True}
+        return found | envelopes.summary(found)

@@ -48,6 +48,11 @@ def line(
         axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
 
 
+def backdrop(axis: Any, index: int, x: Any, y: Any, label: str) -> None:
+    """Draws a broad grey curve behind the others, lighter with its number."""
+    axis.plot(x, y, color=("0.45", "0.75")[index % 2], linewidth=4, zorder=0, label=label)
+
+
 def legend(made: Figure, axis: Any, columns: int = 4) -> None:
     """Adds a legend below the panels, unless there is only one curve."""
     handles, labels = axis.get_legend_handles_labels()
@@ -68,6 +73,23 @@ def step_axis(axis: Any, last: float) -> None:
     axis.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= last]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_locator(NullLocator())
+
+
+def time_axis(axis: Any, times: Any) -> None:
+    """Sets a logarithmic x axis of seconds, from the first time above 0 to the last of all curves.
+
+    Args:
+        axis: the axis.
+        times: seconds of each curve, ascending.
+    """
+    from matplotlib.ticker import NullFormatter
+
+    above = [time for curve in times for time in curve if time > 0]
+    if above:
+        axis.set_xscale("log")
+        axis.set_xlim(min(above), max(above))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(made: Figure, path: str | os.PathLike[str]) -> None:

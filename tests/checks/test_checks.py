@@ -9,8 +9,8 @@ import tensorflow as tf
 
 import keras_blur as kb
 from keras_blur import bilevel, checks, learners, meta, random, tasks
-from keras_blur.report import comparison as comparing
 from keras_blur.report import episodes as scoring
+from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.base import SPLITS
 from keras_blur.tasks.datasets import Images
 
@@ -449,7 +449,7 @@ def meta_trainer(own):
 
 def compared(own):
     genome = kb.Genome.random(kb.Rule(batch_reduction="mean"), seed=0)
-    comparing.evaluate(genome, own, (4,), steps=1, seeds=2, batch_size=4)
+    evaluate(genome, own, (4,), steps=1, seeds=2, batch_size=4)
 
 
 def scored(own):
@@ -516,4 +516,4 @@ def test_images_of_a_comparison():
     ):
         data = Images("own", bad_x, bad_y, x, y, 3, 255.0)
         with pytest.raises(ValueError, match=message):
-            comparing.evaluate(genome, data, (4,), steps=1, seeds=2, batch_size=4)
+            evaluate(genome, data, (4,), steps=1, seeds=2, batch_size=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_blur import cli, genomes, tasks
-from keras_blur.report.comparison import evaluate
+from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.datasets import load_images
 
 NAMES = genomes.names()

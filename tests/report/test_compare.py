@@ -1,4 +1,4 @@
-"""The optimizer baseline equals Keras's; a comparison is fair, tuned, and finite."""
+"""The optimizer baseline equals Keras's; a comparison is fair, tuned, and finite; an evaluation."""
 
 import json
 
@@ -10,7 +10,11 @@ import tensorflow as tf
 
 from keras_blur import Genome, Rule, cli, genomes, random, tasks
 from keras_blur.learners import BaselineLearner, Blur
-from keras_blur.report.comparison import compare, evaluate, format_compare, format_several, plot_compare, steps_to
+from keras_blur.report import comparison, envelopes
+from keras_blur.report.comparison import compare
+from keras_blur.report.curves import format_compare, format_several, plot_compare
+from keras_blur.report.evaluation import evaluate
+from keras_blur.report.networks import lenet, mlp, normalized, resnet
 from keras_blur.tasks.datasets import Images, load_images
 
 RULE = Rule(last_activation="linear", normalize_activations="both", batch_reduction="mean")
@@ -116,13 +120,26 @@ def result():
     return compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS)
 
 
-def test_every_curve_is_kept_and_the_envelope_is_the_best_of_them(result):
+def test_the_grid_runs_in_both_networks_and_with_both_schedules(result):
     assert result["steps"] == [0, 1, 2, 5, 10]
-    assert list(result["curves"]) == ["genome", "SGD 0.1", "SGD 1", "SGD 3e+38", "Adam 0.01", "Adam 0.1"]
-    means = [np.mean(curve["accuracy"], axis=0) for name, curve in result["curves"].items() if name != "genome"]
-    np.testing.assert_allclose(result["envelope"]["accuracy"], np.max(means, axis=0))
-    assert result["envelope"]["accuracy"][-1] > 0.5
-    assert set(result["best"]) == {"SGD", "Adam"}
+    settings = {(c["network"], c["optimizer"], c["rate"], c["schedule"]) for c in result["curves"].values() if "rate" in c}
+    assert len(settings) == 2 * 5 * 2 == len(result["curves"]) - 1
+    assert list(result["curves"])[:3] == ["genome", "SGD 0.1", "SGD 0.1, linear decay"]
+    assert "Adam 0.1, linear decay, normalized" in result["curves"]
+
+
+@pytest.mark.parametrize("variant", ["plain", "normalized"])
+def test_an_envelope_is_the_best_of_the_leaders_on_all_seeds(result, variant):
+    own = {n: c for n, c in result["curves"].items() if c.get("network") == variant}
+    whole = {n: c for n, c in own.items() if len(c["accuracy"]) == 2}
+    first = {n: np.array(c["accuracy"][0]) for n, c in own.items()}
+    for place in range(1, 5):  # what leads on the first seed is run on all
+        assert max(first, key=lambda n, place=place: first[n][place]) in whole
+    envelope = result["envelopes"][variant]
+    np.testing.assert_allclose(envelope["accuracy"], np.max([np.mean(c["accuracy"], 0) for c in whole.values()], axis=0))
+    assert envelope["accuracy"][-1] > 0.5
+    assert set(result["best"][variant]) == {"SGD", "Adam"}
+    assert set(result["best"][variant].values()) <= set(whole)
 
 
 def test_divergence_is_the_worst_score(result):
@@ -132,39 +149,190 @@ def test_divergence_is_the_worst_score(result):
     json.dumps(result, allow_nan=False)
 
 
-def test_first_scores_are_those_of_the_initial_networks(result):
-    accuracy = np.array([curve["accuracy"] for name, curve in result["curves"].items() if name != "genome"])[:, :, 0]
-    assert (accuracy == accuracy[0]).all()
+def test_all_learners_of_a_network_start_alike(result):
+    for variant in ("plain", "normalized"):
+        own = [c for c in result["curves"].values() if c.get("network") == variant]
+        assert len({c["accuracy"][0][0] for c in own}) == 1
+        np.testing.assert_allclose([c["loss"][0][0] for c in own], own[0]["loss"][0][0], rtol=1e-5)
 
 
 def test_equal_seeds_give_equal_comparisons(result):
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
-    again = compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids={"Adam": (0.01,)})
+    again = compare(
+        genome,
+        few(),
+        (12,),
+        steps=10,
+        seeds=2,
+        batch_size=32,
+        grids={"Adam": (0.01,)},
+        schedules=["linear"],
+        normalize=False,
+    )
     assert again["curves"]["genome"]["accuracy"] == result["curves"]["genome"]["accuracy"]
-    np.testing.assert_allclose(again["curves"]["Adam 0.01"]["accuracy"], result["curves"]["Adam 0.01"]["accuracy"])
+    name = "Adam 0.01, linear decay"
+    np.testing.assert_allclose(again["curves"][name]["loss"][0], result["curves"][name]["loss"][0], rtol=1e-5)
+
+
+def test_a_decayed_rate_falls_to_its_horizon():
+    """By hand: at horizon 2 the rates are r and r / 2, at horizon 5 r, 0.8 r, ..."""
+    images, rate = few(), 0.5
+    found = compare(
+        genomes.backprop(0.3, "tanh"), images, (7,), steps=5, seeds=2, batch_size=32, grids={"SGD": (rate,)}, normalize=False
+    )
+    decayed = found["curves"]["SGD 0.5, linear decay"]
+    start = comparison._Start(comparison.source_of(images, steps=5, seeds=2, batch_size=32, seed=0, split="test")[0],
+                              comparison.builder((7,))[1], "tanh")  # fmt: skip
+    for place, horizon in ((2, 2), (3, 5)):
+        model = start.network(1)
+        model.compile(keras.optimizers.SGD(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        batches_of = start.source.batches(1)
+        for step in range(horizon):
+            model.optimizer.learning_rate = rate * (1 - step / horizon)
+            model.train_on_batch(*next(batches_of))
+        x, y = start.source.test(1)
+        assert decayed["accuracy"][1][place] == pytest.approx(np.mean(np.argmax(model.predict(x, verbose=0), -1) == y))
+
+
+def test_batch_normalisation_is_scored_with_the_statistics_of_the_test_examples():
+    source, _ = comparison.source_of(few(), steps=5, seeds=2, batch_size=32, seed=0, split="test")
+    start = comparison._Start(source, comparison.builder((7,))[1], "relu")
+    learner = comparison._Learner(start, "normalized", optimizer="Adam")
+    learner.begin(0)
+    for (x, y), _ in zip(source.batches(0), range(5), strict=False):
+        learner.step(x, y, 0.03)
+    x, y = source.test(0)
+    wanted = np.mean(np.argmax(learner.model(x, training=True), axis=-1) == y)
+    moving = np.mean(np.argmax(learner.model(x, training=False), axis=-1) == y)
+    assert learner.score(0)[0] == pytest.approx(wanted)
+    assert abs(wanted - moving) > 0.02  # it makes a difference
+
+
+def test_baselines_are_not_run_again(result):
+    genome = Genome.random(RULE, seed=1, std=0.5, synapse_update=-0.01)
+    told = []
+
+    def watch(progress):
+        told.append(progress.arm)
+
+    marked = json.loads(json.dumps(result))
+    marked["curves"]["SGD 1"]["accuracy"][0] = [0.5, 0.625, 0.75, 0.875, 1.0]  # a run would not give this
+    again = compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS, baselines=marked, watch=watch)
+    assert again["curves"]["SGD 1"]["accuracy"][0] == [0.5, 0.625, 0.75, 0.875, 1.0]
+    assert again["curves"]["genome"]["loss"] != result["curves"]["genome"]["loss"]
+    assert told.count("SGD") == 6
+    with pytest.raises(ValueError, match="`baselines` must be a comparison with batch_size=16"):
+        compare(genome, few(), (12,), steps=10, seeds=2, batch_size=16, grids=GRIDS, baselines=result)
+
+
+def test_networks():
+    for model in (mlp((8, 8, 1), 10, (6, 5)), lenet((8, 8, 1), 10)):
+        twin = normalized(model)
+        kinds = [type(layer).__name__ for layer in twin.layers]
+        assert kinds.count("BatchNormalization") == len([one for one in model.layers if one.weights]) - 1
+        for layer in model.layers:
+            for one, other in zip(layer.weights, twin.get_layer(layer.name).weights, strict=True):
+                np.testing.assert_array_equal(one, other)
+        x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("float32")
+        shrunk = (1.0 + 1e-3) ** (-kinds.count("BatchNormalization") / 2)  # by the moving statistics at the start
+        np.testing.assert_allclose(twin(x), shrunk * np.array(model(x)), rtol=1e-4, atol=1e-6)  # relu and no biases yet
+    assert normalized(resnet((8, 8, 1), 10, (4,), 1)) is None  # it has some
+
+
+def test_a_network_of_a_file_keeps_its_activations(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(6, "gelu"), keras.layers.Dense(10)]
+    )
+    model.save(tmp_path / "own.keras")
+    found = compare(
+        genomes.backprop(0.3), few(), str(tmp_path / "own.keras"), steps=2, seeds=2, batch_size=32, grids={"SGD": (0.3,)},
+        schedules=["constant"],
+    )  # fmt: skip
+    assert found["network"] == "own.keras"
+    np.testing.assert_allclose(found["curves"]["genome"]["loss"], found["curves"]["SGD 0.3"]["loss"], rtol=1e-4)
+    assert set(found["envelopes"]) == {"plain", "normalized"}
+    with pytest.raises(ValueError, match=r"`network` must take examples of \(2,\) and have 3 outputs"):
+        compare(genomes.backprop(0.3), tasks.functions("blobs3"), model, steps=1, seeds=2, batch_size=8)
+
+
+def test_a_convolutional_and_a_residual_network_are_compared():
+    options = {"steps": 2, "seeds": 2, "batch_size": 32, "grids": {"SGD": (0.3,)}, "schedules": ["constant"]}
+    genome = genomes.backprop(0.3, "tanh")
+    found = compare(genome, few(), "lenet", normalize=False, **options)
+    np.testing.assert_allclose(found["curves"]["genome"]["loss"], found["curves"]["SGD 0.3"]["loss"], rtol=1e-4)
+    found = compare(genome, few(), resnet((8, 8, 1), 10, (4,), 1), **options)
+    assert list(found["envelopes"]) == ["plain"]  # it has batch normalisation
 
 
 def test_table_and_picture(result, tmp_path):
     table = format_compare(result)
-    assert "envelope" in table
-    assert f"{result['envelope']['accuracy'][-1]:.3f}" in table
+    for variant in ("plain", "normalized"):
+        assert f"envelope, {variant}" in table
+        assert f"{result['envelopes'][variant]['accuracy'][-1]:.3f}" in table
+    assert "of the fastest plain optimizer's time" in table
     plot_compare(result, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+def curve(accuracy, seconds, **about):
+    return {"accuracy": [accuracy], "seconds": [seconds * step for step in (0, 1, 3, 7)], **about}
+
+
+@pytest.fixture
+def made():
+    sgd = {"optimizer": "SGD", "network": "plain", "schedule": "constant"}
+    return {"steps": [0, 1, 3, 7], "curves": {
+        "genome": curve([0.1, 0.4, 0.7, 0.8], 2.0), "SGD 1": curve([0.1, 0.2, 0.5, 0.8], 1.0, rate=1.0, **sgd),
+        "SGD 2": curve([0.1, 0.3, 0.4, 0.5], 1.0, rate=2.0, **sgd),
+    }}  # fmt: skip
+
+
+def test_envelopes_by_hand(made):
+    """Steps 0, 1, 3, 7 are 0, 1, 2, 3 on the axis log2(1 + step), so that all can be read off."""
+    found = envelopes.summary(made)
+    assert found["envelopes"]["plain"]["accuracy"] == [0.1, 0.3, 0.5, 0.8]
+    assert found["envelopes"]["plain"]["which"] == ["SGD 1", "SGD 2", "SGD 1", "SGD 1"]
+    assert found["best"] == {"plain": {"SGD": "SGD 1"}}
+    assert found["edges"] == {"plain": ["SGD 2", "SGD 1"]}
+    assert found["by_seconds"]["seconds"] == [0.0, 1.0, 3.0, 7.0]
+    halfway = np.log2(1 + 0.5)  # the genome at half a step
+    np.testing.assert_allclose(found["by_seconds"]["genome"][1], 0.1 + 0.3 * halfway)
+    np.testing.assert_allclose(found["by_seconds"]["plain"], [0.1, 0.3, 0.5, 0.8])
+    assert envelopes.steps_to(made, made["curves"]["genome"], 0.55) == pytest.approx(2**1.5 - 1)
+    assert envelopes.steps_to(made, made["curves"]["SGD 2"], 0.6) == np.inf
+    # From 0.4 to 0.8: by SGD 1 at (target - 0.2) / 0.3 + 1 and more, by the genome at (target - 0.4) / 0.3 + 1 and more.
+    targets = np.linspace(0.4, 0.8, 51)[1:]
+    theirs = np.where(targets < 0.5, (targets - 0.2) / 0.3 + 1, (targets - 0.5) / 0.3 + 2)
+    ours = np.where(targets < 0.7, (targets - 0.4) / 0.3 + 1, (targets - 0.7) / 0.1 + 2)
+    ratios = np.sort((2**theirs - 1) / (2**ours - 1))[12:-12]
+    assert found["speedup"]["plain"]["steps"] == pytest.approx(ratios.mean())
+    assert found["speedup"]["plain"]["seconds"] == pytest.approx(ratios.mean() / 2)
+
+
+def test_no_accuracy_in_common_is_no_speedup(made):
+    made["curves"]["genome"]["accuracy"] = [[0.1, 0.9, 0.95, 0.99]]
+    assert envelopes.summary(made)["speedup"] == {"plain": {"steps": None, "seconds": None}}
+
+
 def test_shell(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("keras_blur.report.comparison.GRIDS", {"SGD": (0.3,)})
+    monkeypatch.setattr("keras_blur.cli.compare.GRIDS", {"SGD": (0.3,)})
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     genome.save(tmp_path / "g.json")
-    arguments = ["compare", f"--genome={tmp_path / 'g.json'}", "--hidden=8", "--steps=2", "--seeds=2",
-                 f"--json={tmp_path / 'c.json'}", f"--plot={tmp_path / 'c.png'}"]  # fmt: skip
+    arguments = ["compare", f"--genome={tmp_path / 'g.json'}", "--hidden=8", "--steps=2", "--seeds=2", "--optimizers=SGD",
+                 "--nonormalize", f"--json={tmp_path / 'c.json'}", f"--plot={tmp_path / 'c.png'}"]  # fmt: skip
     assert cli.run(arguments) == 0
     shown = capsys.readouterr()
     assert "best SGD 0.3" in shown.out
     assert f"wrote {tmp_path / 'c.png'}" in shown.out
-    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["g (1 of 2)", "SGD (2 of 2)"]
-    assert json.loads((tmp_path / "c.json").read_text())["steps"] == [0, 1, 2]
+    arms = [line.rsplit(", ", 1)[0] for line in shown.err.splitlines()]
+    assert arms == ["seconds of a step (1 of 4)", "g (2 of 4)", "SGD (3 of 4)", "leaders, plain (4 of 4)"]
+    first = json.loads((tmp_path / "c.json").read_text())
+    assert first["steps"] == [0, 1, 2]
     assert (tmp_path / "c.png").exists()
+    again = [*arguments[:-2], f"--json={tmp_path / 'd.json'}", f"--baselines={tmp_path / 'c.json'}"]
+    assert cli.run(again) == 0
+    second = json.loads((tmp_path / "d.json").read_text())
+    assert second["curves"]["SGD 0.3"]["loss"] == first["curves"]["SGD 0.3"]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +341,10 @@ def test_shell(tmp_path, capsys, monkeypatch):
         ([], "--genome must be given"),
         (["--genome=nowhere"], "Received: name='nowhere'"),
         (["--genome=backprop", "--plot=/no/such/folder/c.png"], "there is no folder"),
+        (["--genome=backprop", "--network=vgg"], "--network must be mlp, lenet, resnet20 or a .keras file"),
+        (["--genome=backprop", "--network=lenet", "--hidden=8"], "--hidden applies only to --network mlp"),
+        (["--genome=backprop", "--optimizers=Adagard"], "--optimizers must be some of SGD"),
+        (["--genome=backprop", "--baselines=nowhere.json"], "--baselines must be a file that `compare --json` wrote"),
     ],
 )
 def test_shell_mistakes(capsys, arguments, said):
@@ -189,14 +361,22 @@ def test_numbers_out_of_range():
     for grids in ({}, {"SGD": (0.1, 0.1)}, {"Adagard": (0.1,)}):
         with pytest.raises(ValueError, match="`grids` must give different rates"):
             compare(genome, few(), (8,), steps=1, seeds=2, grids=grids)
-    for odd in (Genome.random(RULE, 0, population=(2,)), Genome.random(RULE.replace(layers=3), 0)):
-        with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
-            compare(odd, few(), (8,), steps=1, seeds=2)
+    with pytest.raises(ValueError, match="`genome` must be a single one"):
+        compare(Genome.random(RULE, 0, population=(2,)), few(), (8,), steps=1, seeds=2)
+    with pytest.raises(ValueError, match="`tuning_seeds` must be from 1 to 2"):
+        compare(genome, few(), (8,), steps=1, seeds=2, tuning_seeds=3)
+    with pytest.raises(ValueError, match="`schedules` must be some of constant, linear"):
+        compare(genome, few(), (8,), steps=1, seeds=2, schedules=["cosine"])
+    with pytest.raises(ValueError, match="`genome` must be a single one or on one population axis, for 2 layers"):
+        evaluate(Genome.random(RULE.replace(layers=3), 0), few(), (8,), steps=1, seeds=2)
 
 
 def test_backprop_is_sgd():
     """A genome that learns from errors stands beside the optimizers as any other, and this one is one of them."""
-    found = compare(genomes.backprop(0.3, "tanh"), few(), (12,), steps=20, seeds=2, batch_size=16, grids={"SGD": (0.3,)})
+    found = compare(
+        genomes.backprop(0.3, "tanh"), few(), (12,), steps=20, seeds=2, batch_size=16, grids={"SGD": (0.3,)},
+        schedules=["constant"], normalize=False,
+    )  # fmt: skip
     genome, sgd = (np.array(found["curves"][name]["loss"]) for name in ("genome", "SGD 0.3"))
     assert (genome[:, -1] < 0.8 * genome[:, 0]).all()
     np.testing.assert_allclose(genome, sgd, rtol=1e-4)
@@ -215,28 +395,16 @@ def test_a_population_learns_side_by_side():
 
 def test_toy_tasks_are_compared_on_an_episode_a_seed():
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
-    of = tasks.functions("blobs3")
-    result = compare(genome, of, (12,), steps=20, seeds=3, batch_size=32, grids={"Adam": (0.03, 0.1)})
+    options = {"steps": 20, "seeds": 3, "batch_size": 32, "grids": {"Adam": (0.03, 0.1)}, "schedules": ["constant"]}
+    result = compare(genome, tasks.functions("blobs3"), (12,), normalize=False, tuning_seeds=3, **options)
     assert result["data"] == "blobs3"
     assert np.array(result["curves"]["genome"]["accuracy"]).shape == (3, len(result["steps"]))
-    assert result["envelope"]["accuracy"][-1] > 0.9  # Adam learns clouds of points in twenty steps
-    again = compare(genome, of, (12,), steps=20, seeds=3, batch_size=32, grids={"Adam": (0.03, 0.1)})
-    assert again["curves"]["Adam 0.1"]["accuracy"] == result["curves"]["Adam 0.1"]["accuracy"]
-    reached = steps_to(result, 0.9)["envelope"]
-    place = result["steps"].index(reached)
-    assert result["envelope"]["accuracy"][place] >= 0.9 > result["envelope"]["accuracy"][place - 1]
+    envelope = result["envelopes"]["plain"]["accuracy"]
+    assert envelope[-1] > 0.9  # Adam learns clouds of points in twenty steps
     table = format_several([result, result], step=5).splitlines()
     assert len(table) == 4
-    assert table[1].split()[-2:] == table[2].split()[-2:]
-    assert f"{result['envelope']['accuracy'][result['steps'].index(5)]:.3f}" in table[3]
-
-
-def test_evaluation_is_the_genome_s_part_of_a_comparison(result):
-    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
-    alone = evaluate(genome, few(), (12,), steps=10, seeds=2, batch_size=32)
-    assert alone["curves"]["genome"]["accuracy"] == result["curves"]["genome"]["accuracy"]
-    assert "envelope" not in alone
-    assert len(format_compare(alone).splitlines()) == 3
+    assert table[1] == table[2]
+    assert f"{envelope[result['steps'].index(5)]:.3f}" in table[3]
 
 
 def test_values_cannot_be_compared():
@@ -292,40 +460,41 @@ def test_shell_draws_one_genome(tmp_path, capsys):
     assert "--decisions must be a file in a folder that exists; there is no folder" in capsys.readouterr().err
 
 
-def stopping(at):
-    """A `watch` that keeps what it is told and ends the run when arm number and step are those."""
+def test_a_comparison_tells_how_far_it_is(result, tmp_path):
     told = []
 
     def watch(progress):
         told.append(progress)
-        if (progress.number, progress.step) == at:
+        if progress.arm == "Adam" and progress.done == 1:
             raise KeyboardInterrupt
 
-    return told, watch
-
-
-def test_a_comparison_tells_how_far_it_is(result, tmp_path):
-    told, watch = stopping(at=(3, 2))
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     with pytest.raises(KeyboardInterrupt):
         compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS, watch=watch)
-    assert [(one.arm, one.number, one.step) for one in told] == [
-        *(("genome", 1, step) for step in (0, 0, 1, 2, 5, 10)), *(("SGD", 2, step) for step in (0, 0, 1, 2, 5, 10)),
-        *(("Adam", 3, step) for step in (0, 0, 1, 2)),
-    ]  # fmt: skip
-    assert {one.arms for one in told} == {3}
+    arms = list(dict.fromkeys((one.arm, one.number, one.count) for one in told))
+    assert arms == [("seconds of a step", 1, 8), ("genome", 2, 2), ("SGD", 3, 6), ("Adam", 4, 4)]
+    assert [one.done for one in told if one.arm == "SGD"] == list(range(6))
+    assert {one.arms for one in told} == {8}
     assert told[0].result is None
-    begun, finished = told[3].result, told[-1].result
-    assert begun["steps"] == [0, 1, 2]  # the first arm's scores so far
-    assert begun["curves"]["genome"]["loss"] == [row[:3] for row in result["curves"]["genome"]["loss"]]
-    assert list(finished["curves"]) == ["genome", "SGD 0.1", "SGD 1", "SGD 3e+38"]
-    assert finished["curves"]["SGD 1"]["loss"] == result["curves"]["SGD 1"]["loss"]
-    assert finished["best"] == {"SGD": result["best"]["SGD"]}
+    partial = told[-1].result
+    assert len(partial["curves"]) == 1 + 6 + 1
+    assert partial["curves"]["SGD 1"]["loss"][0] == pytest.approx(result["curves"]["SGD 1"]["loss"][0], rel=1e-5)
     assert "partial" not in result
-    for partial in (begun, finished):
-        assert partial["partial"]
-        assert "interrupted" in format_compare(partial)
-        assert "(interrupted)" in plot_compare(partial, tmp_path / "c.png").get_suptitle()
+    assert partial["partial"]
+    assert "interrupted" in format_compare(partial)
+    assert "(interrupted)" in plot_compare(partial, tmp_path / "c.png").get_suptitle()
+
+
+def test_an_evaluation_tells_how_far_it_is():
+    told = []
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    whole = evaluate(genome, few(), (12,), steps=10, seeds=2, batch_size=32, watch=told.append)
+    assert [(one.arm, one.done) for one in told] == [("genome", step) for step in (0, 0, 1, 2, 5, 10)]
+    assert told[0].result is None
+    begun = told[3].result
+    assert begun["steps"] == [0, 1, 2]
+    assert begun["curves"]["genome"]["loss"] == [row[:3] for row in whole["curves"]["genome"]["loss"]]
+    assert begun["partial"]
 
 
 @pytest.mark.parametrize("command", ["compare", "evaluate"])
@@ -335,16 +504,17 @@ def test_ctrl_c_keeps_the_curves_so_far(tmp_path, capsys, monkeypatch, command):
     def ended(*arguments, watch, **options):
         def stop(progress):
             watch(progress)
-            if progress.data == "circle" and progress.step == 1:
+            if progress.data == "circle" and progress.done == 1 and progress.arm == "genome":
                 raise KeyboardInterrupt
 
         return score(*arguments, watch=stop, **options)
 
     monkeypatch.setattr(f"keras_blur.cli.{command}.{command}", ended)
-    monkeypatch.setattr("keras_blur.report.comparison.GRIDS", {"SGD": (0.3,)})
+    monkeypatch.setattr("keras_blur.cli.compare.GRIDS", {"SGD": (0.3,)})
     path, numbers = tmp_path / "mine.json", tmp_path / "n.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
     size = ["--hidden=6", "--steps=2", "--seeds=2", "--batch_size=8", f"--json={numbers}"]
+    size += ["--optimizers=SGD", "--nonormalize"] if command == "compare" else []
     assert cli.run([command, f"--genome={path}", "--functions=xor,circle,square", *size]) == 130
     shown = capsys.readouterr()
     assert "interrupted; kept the curves learned so far" in shown.err
@@ -353,4 +523,8 @@ def test_ctrl_c_keeps_the_curves_so_far(tmp_path, capsys, monkeypatch, command):
     assert document["partial"]
     whole, begun = document["results"]
     assert (whole["data"], whole["steps"], "partial" in whole) == ("xor", [0, 1, 2], False)
-    assert (begun["data"], begun["steps"], begun["partial"]) == ("circle", [0, 1], True)
+    assert (begun["data"], begun["partial"], list(begun["curves"])) == ("circle", True, ["genome"])
+    if command == "compare":
+        assert np.shape(begun["curves"]["genome"]["accuracy"]) == (1, 3)  # one seed of two
+    else:
+        assert begun["steps"] == [0, 1]

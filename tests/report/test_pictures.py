@@ -13,7 +13,7 @@ from rule_table import COVER, SINGLE
 
 from keras_blur import Genome, Rule, genomes, random, tasks
 from keras_blur.learners import BaselineLearner, Blur
-from keras_blur.report.comparison import plot_compare
+from keras_blur.report.curves import plot_compare
 from keras_blur.report.decisions import _tint, draw_decisions, trace_decisions
 from keras_blur.report.genome import _short, draw_genome
 from keras_blur.report.learning import plot_fits
@@ -363,14 +363,14 @@ def test_mistakes_about_decisions():
 def comparison(optimizers=True, steps=(0, 1, 2, 5, 10, 20, 50, 100)):
     """A result in which every curve is near its upper end."""
     rng = np.random.default_rng(0)
-    names = ["genome", *(["SGD 0.1", "momentum 0.1", "Adam 0.01", "RMSprop 0.01"] if optimizers else [])]
-    curves = {
-        name: {"accuracy": rng.choice([0.0, 0.9, 1.0], (3, len(steps))).tolist(), "seconds": [0.01 * s for s in steps]}
-        for name in names
-    }
-    best = {"best": {name.split()[0]: name for name in names[1:]}, "envelope": {"accuracy": [1.0] * len(steps)}}
-    return {"name": "mnist-4state", "data": "digits", "hidden": [64, 64], "seeds": 3, "split": "test", "steps": list(steps),
-            "curves": curves, **(best if optimizers else {})}  # fmt: skip
+    names = ["genome", *(["SGD 0.1", "Adam 0.01"] if optimizers else [])]
+    seconds = [0.01 * s for s in steps]
+    curves = {n: {"accuracy": rng.choice([0.0, 0.9, 1.0], (3, len(steps))).tolist(), "seconds": seconds} for n in names}
+    best = {"best": {"plain": {name.split()[0]: name for name in names[1:]}}}
+    best["envelopes"] = {variant: {"accuracy": [1.0] * len(steps)} for variant in ("plain", "normalized")}
+    best["by_seconds"] = {"seconds": seconds} | dict.fromkeys(("plain", "normalized"), [1.0] * len(steps))
+    return {"name": "mnist-4state", "data": "digits", "network": "hidden 64,64", "seeds": 3, "split": "test",
+            "steps": list(steps), "curves": curves, **(best if optimizers else {})}  # fmt: skip
 
 
 def covered(made):
@@ -387,7 +387,7 @@ HISTORY = {"loss": [1.0, 0.5], "val_loss": [1.1, 0.6], "accuracy": [0.5, 0.8], "
 
 def test_legends_stand_beside_the_curves(tmp_path):
     made = plot_compare(comparison(), tmp_path / "c.png")
-    names = ["mnist-4state", "SGD 0.1", "momentum 0.1", "Adam 0.01", "RMSprop 0.01", "best optimizer at each step"]
+    names = ["mnist-4state", "SGD 0.1", "Adam 0.01", "best optimizer at each step", "the same with batch normalisation"]
     assert [text.get_text() for text in made.legends[0].texts] == names
     fits = plot_fits({"genome mine.json": HISTORY, "Keras SGD 0.1": HISTORY}, tmp_path / "f.png", "digits")
     assert len(fits.legends[0].texts) == 4

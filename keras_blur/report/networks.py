@@ -1,0 +1,160 @@
+"""The networks of comparisons, as plain Keras models, and their twins with batch normalisation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import layers as kl
+
+from keras_blur import arguments
+from keras_blur.layers.base import relu_tanh
+
+NETWORKS = ("mlp", "lenet", "resnet20")
+
+_NORMALIZING = ("BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization", "UnitNormalization")
+_ACTIVATIONS = (kl.Activation, kl.ReLU, kl.LeakyReLU, kl.ELU, kl.PReLU)
+
+
+def activation_of(name: str) -> Any:
+    """A Keras activation by its name in a rule."""
+    return relu_tanh if name == "relu_tanh" else name
+
+
+def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int], activation: Any = "relu") -> keras.Model:
+    """Dense layers on flattened examples."""
+    inner = [kl.Dense(units, activation) for units in hidden]
+    return keras.Sequential([keras.Input(tuple(shape)), kl.Flatten(), *inner, kl.Dense(classes)], name="mlp")
+
+
+def lenet(shape: Sequence[int], classes: int, activation: Any = "relu") -> keras.Model:
+    """LeNet: two convolutions with average pooling, and three dense layers.
+
+    Images narrower than 14 pixels are padded at the second convolution too.
+    """
+    padding = "valid" if min(shape[:2]) >= 14 else "same"
+    return keras.Sequential(
+        [
+            keras.Input(tuple(shape)),
+            kl.Conv2D(6, 5, padding="same", activation=activation),
+            kl.AveragePooling2D(2),
+            kl.Conv2D(16, 5, padding=padding, activation=activation),
+            kl.AveragePooling2D(2),
+            kl.Flatten(),
+            kl.Dense(120, activation),
+            kl.Dense(84, activation),
+            kl.Dense(classes),
+        ],
+        name="lenet",
+    )
+
+
+def resnet(
+    shape: Sequence[int], classes: int, widths: Sequence[int] = (16, 32, 64), blocks: int = 3, activation: Any = "relu"
+) -> keras.Model:
+    """A residual network with batch normalisation; the defaults are ResNet-20.
+
+    Args:
+        shape: `[height, width, channels]` of an image.
+        classes: number of outputs.
+        widths: filters of each stage. Each stage but the first halves the image.
+        blocks: residual blocks in a stage.
+        activation: activation of all hidden neurons.
+    """
+
+    def convolved(h: Any, filters: int, size: int, stride: int = 1) -> Any:
+        return kl.Conv2D(filters, size, strides=stride, padding="same", use_bias=False)(h)
+
+    x = keras.Input(tuple(shape))
+    h = kl.Activation(activation)(kl.BatchNormalization()(convolved(x, widths[0], 3)))
+    for stage, filters in enumerate(widths):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            r = kl.Activation(activation)(kl.BatchNormalization()(convolved(h, filters, 3, stride)))
+            r = kl.BatchNormalization()(convolved(r, filters, 3))
+            h = kl.Activation(activation)(kl.Add()([convolved(h, filters, 1, stride) if stride > 1 else h, r]))
+    return keras.Model(x, kl.Dense(classes)(kl.GlobalAveragePooling2D()(h)), name="resnet")
+
+
+def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[..., Any]]:
+    """A description of a network, and a function that builds it with new weights.
+
+    Args:
+        network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
+            `.keras` file, or a built Keras model with one input and one output, the classes.
+
+    Returns:
+        The description, and `build(shape, classes, activation)`. A model keeps its own activations.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(network, str) and network in ("lenet", "resnet20"):
+        return network, lenet if network == "lenet" else resnet
+    if isinstance(network, str) and network.endswith(".keras"):
+        name = os.path.basename(network)
+        model = keras.models.load_model(network)
+    elif isinstance(network, keras.Model):
+        name, model = network.name, network
+    elif not isinstance(network, str):
+        units = arguments.counts("network", network)
+
+        def dense(shape: Sequence[int], classes: int, activation: Any = "relu") -> keras.Model:
+            return mlp(shape, classes, units, activation)
+
+        return f"hidden {','.join(map(str, units))}", dense
+    else:
+        raise ValueError(
+            "`network` must be units of hidden layers, 'lenet', 'resnet20', a .keras file or a Keras model. "
+            f"Received: network={network!r}"
+        )
+
+    def again(shape: Sequence[int], classes: int, activation: Any = None) -> keras.Model:
+        del activation
+        own = tuple(model.input_shape[1:]), tuple(model.output_shape[1:])
+        if own != (tuple(shape), (classes,)):
+            raise ValueError(
+                f"`network` must take examples of {tuple(shape)} and have {classes} outputs. "
+                f"Received: {name}, which takes {own[0]} and has {own[1]}"
+            )
+        return keras.models.clone_model(model)
+
+    return name, again
+
+
+def normalized(model: keras.Model) -> keras.Model | None:
+    """The same network with batch normalisation before each activation of its hidden neurons.
+
+    Args:
+        model: a built Sequential or Functional model.
+
+    Returns:
+        A new model with the weights of `model`; `None` if that has normalisation layers already.
+    """
+    if any(type(layer).__name__ in _NORMALIZING for layer in model._flatten_layers(include_self=False)):
+        return None
+    outputs = {tensor._keras_history.operation.name for tensor in model.outputs}
+    after: dict[str, Any] = {}
+
+    def cloned(layer: Any) -> Any:
+        config = layer.get_config()
+        inner = getattr(layer, "activation", None)
+        if layer.weights and inner not in (None, keras.activations.linear) and layer.name not in outputs:
+            after[layer.name] = inner
+            config["activation"] = "linear"
+        return type(layer).from_config(config)
+
+    def called(layer: Any, *inputs: Any, **options: Any) -> Any:
+        if isinstance(layer, _ACTIVATIONS) and layer.name not in outputs:
+            return layer(kl.BatchNormalization()(*inputs), **options)
+        found = layer(*inputs, **options)
+        return kl.Activation(after[layer.name])(kl.BatchNormalization()(found)) if layer.name in after else found
+
+    functional = keras.Model(model.inputs[0], model.outputs[0])
+    made = keras.models.clone_model(functional, clone_function=cloned, call_function=called)
+    for layer in model.layers:
+        if layer.weights:
+            made.get_layer(layer.name).set_weights(layer.get_weights())
+    return made
