@@ -139,8 +139,12 @@ def step(
         for number, one in layers.items():
             pre, post = read(below, number), rows(values[number], one)
             own = synapses[one.synapses]
-            exists = places[one.synapses].exists
-            term = terms(rule, genes[one.synapses], prefix, pre, post, own, exists, examples, weights)
+            users = sum(other.synapses == one.synapses for other in layers.values())
+            rows_of_group = None  # of a dense layer with synapses of its own
+            if rule.whitening and not one.window and not one.own and users == 1:
+                rows_of_group = rule.whitening_rows
+            gene, where = genes[one.synapses], places[one.synapses]
+            term = terms(rule, gene, prefix, pre, post, own, where, examples, weights, rows_of_group)
             known = sums[one.synapses]
             sums[one.synapses] = term if known is None else [old + new for old, new in zip(known, term, strict=True)]
         done = [
@@ -609,28 +613,58 @@ def normalized_term(rule, change, places):
     return result
 
 
-def terms(rule, gene, prefix, pre, post, own, exists, examples, weights):
-    """Sums over rows: the Hebbian terms of both kernels, and the squares for Oja's term."""
+def whitened_both(gene, changes, grams, own, places, count):
+    """Equation W1 on the terms of both kernels."""
+    damping = np.exp(gene.log_damping)
+    there = whitened(changes[0], grams[0], places, "bias" in own, damping, count)
+    back = whitened(np.swapaxes(changes[1], 0, 1), grams[1], places, "backward_bias" in own, damping, count)
+    return [there, np.swapaxes(back, 0, 1)]
+
+
+def terms(rule, gene, prefix, pre, post, own, places, examples, weights, rows_of_group):
+    """Sums over rows: the Hebbian terms of both kernels, and the squares for Oja's term.
+
+    With groups of rows the terms are whitened, equation W3: those of each group by its own rows. No
+    Gram matrices are left then.
+    """
+    exists = places.exists
     nu_tilde, mu_tilde = getattr(gene, prefix + "nu_tilde"), getattr(gene, prefix + "mu_tilde")
     share = np.ones(examples) if weights is None else np.array(weights, np.float64)
     if rule.batch_reduction == "mean":
         share = share / examples
     share = np.repeat(share, len(post) // examples)
-    changes = [hebb(nu_tilde, mu_tilde, pre, post, share), hebb(nu_tilde, mu_tilde, post, pre, share)]
     inputs = len(exists)
-    changes[0][:inputs][~exists] = 0
-    changes[1][:, :inputs][~exists.T] = 0
+    size = np.repeat(np.ones(examples) if weights is None else np.abs(weights), len(post) // examples)
+
+    def terms_and_grams(one):
+        """The terms and the Gram matrices of some of the rows."""
+        changes = [
+            hebb(nu_tilde, mu_tilde, pre[one], post[one], share[one]),
+            hebb(nu_tilde, mu_tilde, post[one], pre[one], share[one]),
+        ]
+        changes[0][:inputs][~exists] = 0
+        changes[1][:, :inputs][~exists.T] = 0
+        grams = []
+        for transform in (nu_tilde, mu_tilde.T):
+            read = np.einsum("bid,dc->bic", pre[one], transform)
+            grams.append(np.einsum("b,bic,bjc->ijc", size[one], read, read))
+        return changes, grams
+
+    if rows_of_group is None:
+        changes, grams = terms_and_grams(slice(None))
+    else:
+        changes, grams = [0.0, 0.0], [None, None]
+        for start in range(0, len(post), rows_of_group):
+            group = slice(start, start + rows_of_group)
+            count = np.sum(size[group]) * examples / len(post)
+            done = whitened_both(gene, *terms_and_grams(group), own, places, count)
+            changes = [old + new for old, new in zip(changes, done, strict=True)]
     sizes = []
     for target in (post, pre):
         squares = np.einsum("cd,bjd->bjc", mu_tilde, target) ** 2
         sizes.append(np.einsum("b,bjc->jc", share, squares)[None])
     if "bias" in own:
         sizes[1][:, -1] = 0  # the bias unit has no activation
-    size = np.repeat(np.ones(examples) if weights is None else np.abs(weights), len(post) // examples)
-    grams = []
-    for transform in (nu_tilde, mu_tilde.T):
-        read = np.einsum("bid,dc->bic", pre, transform)
-        grams.append(np.einsum("b,bic,bjc->ijc", size, read, read))
     return [*changes, *sizes, *grams]
 
 
@@ -645,12 +679,8 @@ def update(rule, gene, prefix, kernels, traces, sums, own, places, time, count):
         gate = gate * (1 + time / np.exp(gene.log_decay_steps)) ** -gene.decay_power
 
     changes, sizes, grams = sums[:2], sums[2:4], sums[4:]
-    if rule.whitening:
-        damping = np.exp(gene.log_damping)
-        changes = [whitened(change, gram, places, has, damping, count) for change, gram, has in (
-            (changes[0], grams[0], has_bias), (np.swapaxes(changes[1], 0, 1), grams[1], "backward_bias" in own),
-        )]  # fmt: skip
-        changes[1] = np.swapaxes(changes[1], 0, 1)
+    if rule.whitening and grams[0] is not None:
+        changes = whitened_both(gene, changes, grams, own, places, count)
     if rule.directions != "untied":
         changes[1] = np.swapaxes(changes[0], 0, 1)
     if rule.channels != "own":

@@ -129,6 +129,22 @@ SINGLE = {
         for norm in ("none", "frobenius", "orthogonal")
         for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
     },
+    **{
+        f"whitening_rows_{norm}_{rows}": {
+            "whitening": True,
+            "whitening_rows": rows,
+            "normalize_term": norm,
+            "batch_reduction": reduction,
+        }
+        for norm, rows, reduction in (
+            ("none", 1, "mean"),
+            ("frobenius", 2, "sum"),
+            ("frobenius", 3, "mean"),
+            ("orthogonal", 3, "sum"),
+            ("none", 4, "sum"),
+            ("orthogonal", 9, "sum"),
+        )
+    },
     "whitening_orthogonal_before": {"whitening": True, "normalize_term": "orthogonal", "momentum": "before"},
     "whitening_pair": {
         "whitening": True,
@@ -177,6 +193,7 @@ COVER = {
         "whitening": True, "normalize_term": "frobenius", "momentum": "after", "slow_synapses": True,
         "directions": "tied_updates",
     },
+    "whitened_rows": {"whitening": True, "whitening_rows": 3, "momentum": "before", "normalize_term": "frobenius"},
 }  # fmt: skip
 
 _DRAWN = {
@@ -187,6 +204,7 @@ _DRAWN = {
     "oja_factor": (1.0, 0.4),
     "supervised_every": (1, 2),
     "orthogonal_iterations": (1, 2),
+    "whitening_rows": (None, 2, 3),
     "layers": (None, len(SIZES) - 1),
 }
 
@@ -200,6 +218,7 @@ def combinations(count, seed=0):
         drawn["oja_learned"] &= drawn["oja"] != "none"
         drawn["rescale_synapses"] &= drawn["normalize_synapses"] != "none"
         drawn["separate_forward_synapse"] &= drawn["forward_synapse_update"]
+        drawn["whitening_rows"] = drawn["whitening_rows"] if drawn["whitening"] else None
         drawn["momentum"] = "none" if drawn["forward_synapse_update"] else drawn["momentum"]
         rules[f"random_{index}"] = drawn
     return rules

@@ -7,6 +7,7 @@ have the same functions:
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to float32, whether or not
   JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin` and all others whose type comes from Keras's
   `result_type`, which knows 64 bits on TensorFlow alone. `core` uses none of them;
+- `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over them;
 - `bits`: random integers from a seed, equal on both backends;
@@ -31,6 +32,7 @@ reducible = _chosen.reducible
 register = _chosen.register
 replica = _chosen.replica
 replicas = _chosen.replicas
+solve_positive = _chosen.solve_positive
 symbolic_build = _chosen.symbolic_build
 tanh = _chosen.tanh
 total = _chosen.total
@@ -48,6 +50,7 @@ __all__ = [
     "register",
     "replica",
     "replicas",
+    "solve_positive",
     "symbolic_build",
     "tanh",
     "total",

@@ -48,6 +48,15 @@ def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
     return jnp.mean(x, axis=axis if isinstance(axis, int) else tuple(axis), keepdims=keepdims)
 
 
+def solve_positive(matrix: Array, right: Array) -> Array:
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no other is harmed."""
+    lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
+    sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
+    factor, right = (jnp.broadcast_to(one, (*lead, *one.shape[-2:])) for one in (factor, right))
+    return jax.scipy.linalg.cho_solve((factor, True), right)
+
+
 def replicas() -> int:
     """Always 1: a batch on several devices is one array."""
     return 1

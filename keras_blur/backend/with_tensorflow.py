@@ -120,6 +120,16 @@ def total(values: Sequence[Array]) -> list[Array]:
     return list(context.all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
 
 
+def solve_positive(matrix: Array, right: Array) -> Array:
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no other is harmed.
+
+    Args:
+        matrix: `[..., n, n]`.
+        right: `[..., n, m]`, with leading axes that broadcast.
+    """
+    return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
+
+
 def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     """Uniform 32-bit integers of the Philox generator, from a seed of two integers."""
     return tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")

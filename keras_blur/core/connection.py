@@ -47,11 +47,13 @@ class Sums(NamedTuple):
 
     Attributes:
         arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term need.
-        settled: whether the terms are whitened already, if the rule asks for it, and orthogonal, if `Rule.orthogonal_first`.
+        whitened: whether the terms are whitened already.
+        orthogonal: whether they are orthogonal already.
     """
 
     arrays: Mapping[str, Array]
-    settled: bool = False
+    whitened: bool = False
+    orthogonal: bool = False
 
     def plus(self, other: Sums) -> Sums:
         """The sums of two layers that share their synapses: one batch, so examples count once."""
@@ -415,7 +417,10 @@ class Connection(abc.ABC):
         post = self.rows_of(post)
         weight = None if sample_weight is None else self._of_rows(sample_weight, source)
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
-        context = TermContext(genome, source, sample_weight, post.dtype, self._settles(rule, alone and batch is None))
+        groups = self._groups(rule, source, ops.shape(first_states(post, 1, 1))[-2], alone=alone, shared=batch is not None)
+        first = rule.orthogonal_first and alone and batch is None and self.few_rows and not self.penalties
+        orthogonal = first and (groups is not None or not rule.whitening)
+        context = TermContext(genome, source, sample_weight, post.dtype, groups, orthogonal)
         gate = 1.0 if rule.gates_last else self._gate(genome, prefix, step)
         gate = share * ops.convert_to_tensor(gate, dtype=post.dtype)
         # The gate multiplies what is smaller: rows, or the sums of shared synapses.
@@ -440,7 +445,7 @@ class Connection(abc.ABC):
             axes = 1 + len(self.kernel_shape(source))
             for name in [name for name in sums if name in synapses]:
                 sums[name] = equations.per_state(gate, sums[name], axes if "kernel" in name else 3) * sums[name]
-        if rule.whitening and not context.settles:
+        if rule.whitening and groups is None:
             sums["examples"] = context.examples(self, received)
         if rule.oja == "activations":
             channels = mu_tilde[..., :, slice(0, rule.synapse_channels)]
@@ -453,7 +458,7 @@ class Connection(abc.ABC):
                 sums["backward_oja"] = self._read(squares, source)
         if batch is not None:
             sums = dict(zip(sums, batch.total(list(sums.values())), strict=True))
-        return Sums(sums, context.settles)
+        return Sums(sums, groups is not None, context.orthogonal)
 
     def _term(
         self, context: TermContext, pre: Array | Parts, transform: Array, senders: Array, names: Mapping[str, str]
@@ -491,18 +496,32 @@ class Connection(abc.ABC):
             return found
 
         if context.settles:
-            return self._settled(context, read, ones, senders, whole, names)
+
+            def settled(groups: terms.Groups | None) -> dict[str, Array]:
+                return self._settled(context._replace(groups=groups), read, ones, senders, whole, names)
+
+            groups = context.groups
+            if groups is None or groups.single:
+                return settled(groups)
+            one = terms.Groups(groups.rows)
+            return _choose(groups.rows <= groups.size, lambda: settled(one), lambda: settled(groups))
         sums = whole(senders)
         if rule.whitening:
             sums[_gram_of(names["kernel"])] = self.gram(context, read, ones)
         return sums
 
-    def _settles(self, rule: Rule, alone: bool) -> bool:
-        """Whether a term is whitened and normalised with its rows at hand, because they may be few.
+    def _groups(self, rule: Rule, source: Shape, rows: Any, *, alone: bool, shared: bool) -> terms.Groups | None:
+        """The groups in which a term is whitened with its rows at hand; `None` if the whole batch's Gram matrix does it.
 
-        Several layers or devices add up their sums first, and so do penalties.
+        The latter is so where rows are many, where several layers add up their sums first, or devices
+        whose rows are not known to be whole groups; and where not all positions tell the correlations.
         """
-        return (rule.whitening or rule.orthogonal_first) and alone and self.few_rows and not self.penalties
+        most, positions = rule.whitening_rows, self.positions_of(source)
+        if not (rule.whitening and alone and self.few_rows and self.kept(source, rule.whitening_positions) == positions):
+            return None
+        if shared and (most is None or not isinstance(rows, int) or rows % most):
+            return None
+        return terms.Groups(rows, most)
 
     def _settled(
         self,
@@ -513,39 +532,69 @@ class Connection(abc.ABC):
         whole: Callable[[Array], dict[str, Array]],
         names: Mapping[str, str],
     ) -> dict[str, Array]:
-        """A term whitened and made orthogonal, as the rule asks, by the smaller one of two systems."""
-        rule = context.genome.rule
-        inputs = self.rows_read(read).shape[-1] + (ones is not None)
+        """A term whitened and made orthogonal, as the context says, each by the smaller one of two systems."""
+        rule, groups = context.genome.rule, context.groups
+        x = self.rows_read(read)
+        inputs = x.shape[-1] + (ones is not None)
+        root = context.root(self)
 
-        def by_rows() -> dict[str, Array]:
-            x, root, own = self.rows_read(read), context.root(self), senders
-            inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
+        def by_rows(groups: terms.Groups) -> tuple[Array, Array | None]:
+            """What takes the place of the senders; and the Gram matrix of the rows, if one group has them all."""
+            inner = self._inner(groups, x, ones, root)
+            found = groups.apart(senders if root is None else _over(senders, root))
+            found = terms.whitened_senders(inner, found, context.damping(inner), context.examples_of(groups, self))
+            found = groups.together(found)
+            return found if root is None else found * root, groups.together(inner) if groups.single else None
+
+        def by_features(groups: terms.Groups) -> dict[str, Array]:
+            rows, own = groups.apart(x), groups.apart(senders)
+            term = ops.matmul(ops.swapaxes(self._rounded(rows), -1, -2), self._rounded(own))
             if ones is not None:
-                inner = inner + ops.square(ones)
-            if root is not None:
-                inner = inner * root * ops.swapaxes(root, -1, -2)
-                none = root <= _LEAST
-                own = ops.where(none, ops.zeros_like(own), own / ops.where(none, ops.ones_like(root), root))
-            if rule.whitening:
-                own = terms.whitened_senders(inner, own, context.damping(inner), context.examples(self, senders))
-            if rule.orthogonal_first:
-                own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
+                bias = ops.expand_dims(ones, -3)
+                term = ops.concatenate([term, bias * ops.sum(own, axis=-2, keepdims=True)], axis=-2)
+                rows = ops.concatenate([rows, ops.broadcast_to(bias, (*ops.shape(rows)[:-1], 1))], axis=-1)
+            present = groups.apart(root) if root is not None else None if groups.full else groups.present(context.dtype)
+            rows = rows if present is None else rows * present
+            gram = ops.matmul(ops.swapaxes(rows, -1, -2), rows)
+            term = terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, self))
+            term = ops.sum(term, axis=-3)
+            found = {names["kernel"]: term[..., : x.shape[-1], :]}
+            return found if ones is None else {**found, names["bias"]: term[..., x.shape[-1] :, :]}
+
+        def whitened() -> dict[str, Array]:
+            if groups is None:
+                return whole(senders)
+            return _choose(groups.size < inputs, lambda: whole(by_rows(groups)[0]), lambda: by_features(groups))
+
+        if not context.orthogonal:
+            return whitened()
+
+        def orthogonal_by_rows() -> dict[str, Array]:
+            own, inner = (senders, None) if groups is None else by_rows(groups)
+            if inner is None:
+                every = terms.Groups(ops.shape(x)[-2])
+                inner = every.together(self._inner(every, x, ones, root))
+            own = own if root is None else _over(own, root)
+            own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
             return whole(own if root is None else own * root)
 
-        def by_features() -> dict[str, Array]:
-            raw = whole(senders)
-            sums = self._matrices(raw)
-            if rule.whitening:
-                gram = self.gram(context, read, ones)
-                sums = self.whitened(context.genome, sums, gram, names, context.examples(self, senders)[..., None])
-            if rule.orthogonal_first:
-                sums = self._normalized_term(rule, sums, names)
-            return {name: self._stored(name, matrix, raw[name]) for name, matrix in sums.items()}
+        fewer = terms.rows_are_cheaper(ops.shape(x)[-2], inputs, self.units, rule.orthogonal_iterations)
+        return _choose(fewer, orthogonal_by_rows, lambda: self._normalized_term(rule, whitened(), names))
 
-        fewer = terms.rows_are_cheaper(ops.shape(senders)[-2], inputs, self.units, rule)
-        if isinstance(fewer, bool):
-            return by_rows() if fewer else by_features()
-        return ops.cond(fewer, by_rows, by_features)
+    @staticmethod
+    def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | None) -> Array:
+        """The Gram matrices of the rows of groups, with the bias and times weights: `[..., c, groups, size, size]`."""
+        x = groups.apart(x)
+        inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
+        if ones is not None:
+            bias = ops.expand_dims(ones, -3)
+            if not groups.full and root is None:
+                bias = bias * groups.present(x.dtype)
+            inner = inner + bias * ops.swapaxes(bias, -1, -2)
+        if root is not None:
+            root = groups.apart(root)
+            inner = inner * root * ops.swapaxes(root, -1, -2)
+        return inner
 
     def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
         """The Gram matrices of inputs and bias, `[..., c, blocks, in, in]`."""
@@ -568,7 +617,10 @@ class Connection(abc.ABC):
     def _normalized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
         """Eq. N1 or N2 on a kernel's term with the bias's as its last row."""
         if rule.normalize_term == "frobenius":
-            return self.as_whole(sums, names, terms.frobenius)
+            blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
+            shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
+            parts = terms.frobenius([sums[name] for name in names.values()], shape)
+            return dict(zip(names.values(), parts, strict=True))
         return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
 
     def as_whole(
@@ -614,7 +666,7 @@ class Connection(abc.ABC):
         def copy() -> None:
             sums.update({name: sums[name.removeprefix("backward_")] for name in synapses if tied and "backward" in name})
 
-        if rule.whitening and not totals.settled:
+        if rule.whitening and not totals.whitened:
             count = sums["examples"]
             for names in pairs:
                 if "kernel" in names:
@@ -627,7 +679,7 @@ class Connection(abc.ABC):
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
             _follow(arrays["momentum"], traces, sums)
-        if rule.normalize_term != "none" and not (totals.settled and rule.orthogonal_first):
+        if rule.normalize_term != "none" and not totals.orthogonal:
             for names in pairs:
                 sums |= self._normalized_term(rule, sums, names)
             copy()
@@ -710,18 +762,25 @@ class TermContext(NamedTuple):
         source: shape of the features that enter.
         weight: weights of the examples, `[..., batch]`, or `None`.
         dtype: type of the states.
-        settles: whether terms are whitened and made orthogonal with their rows at hand.
+        groups: the groups of rows in which terms are whitened with their rows at hand, or `None`.
+        orthogonal: whether terms are made orthogonal with their rows at hand.
     """
 
     genome: Genome
     source: Shape
     weight: Array | None
     dtype: str
-    settles: bool
+    groups: terms.Groups | None
+    orthogonal: bool
+
+    @property
+    def settles(self) -> bool:
+        """Whether something is done to terms with their rows at hand."""
+        return self.groups is not None or self.orthogonal
 
     def damping(self, like: Array) -> Array:
-        """The damping of the inputs' correlations, `[..., 1, 1, 1]`."""
-        return ops.exp(equations.scalar(self.genome.log_damping, like))
+        """The damping of the inputs' correlations, `[..., 1, 1, 1, 1]`."""
+        return ops.exp(equations.per_state(self.genome.log_damping, like, 4))
 
     def root(self, connection: Connection) -> Array | None:
         """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
@@ -734,6 +793,29 @@ class TermContext(NamedTuple):
             return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
         size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
         return ops.reshape(size, (*size.shape, 1, 1, 1))
+
+    def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
+        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all have as many."""
+        positions = connection.positions_of(self.source)
+        if self.weight is None and groups.full:
+            return ops.reshape(ops.cast(groups.size / positions, self.dtype), (1, 1, 1))
+        each = groups.present(self.dtype)
+        if self.weight is not None:
+            each = groups.apart(ops.abs(ops.cast(connection._of_rows(self.weight, self.source), self.dtype)))
+        return ops.sum(each, axis=-2, keepdims=True) / positions
+
+
+def _over(senders: Array, root: Array) -> Array:
+    """Senders over the square roots of their weights; zero without weight."""
+    none = root <= _LEAST
+    return ops.where(none, ops.zeros_like(senders), senders / ops.where(none, ops.ones_like(root), root))
+
+
+def _choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """One of two functions' values, by what is known now or when the program runs."""
+    if isinstance(first, bool):
+        return one() if first else other()
+    return ops.cond(first, one, other)
 
 
 def _gram_of(kernel: str) -> str:

@@ -76,8 +76,9 @@ def _derivative(activation: str, value: Array) -> Array:
         return value * (1.0 - value)
     if activation == "linear":
         return ops.ones_like(value)
-    slope = 1.0 - value * value if activation == "relu_tanh" else ops.ones_like(value)
-    return ops.where(value > 0, slope, ops.zeros_like(value))
+    if activation == "relu":
+        return ops.cast(value > 0, value.dtype)
+    return ops.where(value > 0, 1.0 - value * value, ops.zeros_like(value))
 
 
 def per_state(number: Array, like: Array, trailing: int) -> Array:
@@ -327,7 +328,7 @@ def new_synapse(
         delta = (scalar(keep, old) - 1.0) * old + change
         damping = ops.exp(-ops.abs(old) * (rule.saturation_epsilon + ops.abs(scalar(saturation, old))))
         return old + delta * damping
-    new = scalar(keep, old) * old + change  # eq. 7
+    new = times(keep, old) + change  # eq. 7
     if rule.saturation == "tanh":
         alpha = scalar(saturation, old)
         zero = ops.abs(alpha) <= _TINY**0.5

@@ -95,6 +95,11 @@ class Rule:
             learned damping (eq. W1 of `keras_blur.core.terms`).
         whitening_positions: at most so many positions of an example, evenly spaced, tell a
             convolution or another layer with shared synapses how its inputs are correlated; 0: all.
+        whitening_rows: the rows of a batch are whitened in groups of at most so many consecutive ones,
+            each by its own correlations (eq. W3); `None`: in one. Groups are in layers that read a
+            row for each example or position, as dense ones do; convolutions, layers that share
+            their synapses and those with fewer `whitening_positions` whiten by the whole batch. On
+            several devices that is so where a device's rows are not known to be whole groups.
         normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
             `"orthogonal"`: its singular values are brought near to 1 (eq. N2); `"none"`. The bias
             is a row of the term. Only its direction counts then, and the gate is its size.
@@ -149,6 +154,7 @@ class Rule:
     update_decay: str = "none"
     whitening: bool = False
     whitening_positions: int = 0
+    whitening_rows: int | None = None
     normalize_term: str = "none"
     orthogonal_iterations: int = 5
     momentum: str = "none"
@@ -166,6 +172,8 @@ class Rule:
         arguments.integer("supervised_every", self.supervised_every, 1)
         arguments.integer("orthogonal_iterations", self.orthogonal_iterations, 1)
         arguments.integer("whitening_positions", self.whitening_positions, 0)
+        if self.whitening_rows is not None:
+            arguments.integer("whitening_rows", self.whitening_rows, 1)
         self._check_layers()
         for name in (
             "derivative_state",
@@ -203,11 +211,11 @@ class Rule:
                 "`momentum` must be 'none' with `forward_synapse_update=True`: a trace is that of one Hebbian term. "
                 f"Received: momentum={self.momentum!r}"
             )
-        if self.whitening_positions and not self.whitening:
-            raise ValueError(
-                "`whitening_positions` needs `whitening=True`. "
-                f"Received: whitening_positions={self.whitening_positions} with whitening=False"
-            )
+        for name in ("whitening_positions", "whitening_rows"):
+            if getattr(self, name) and not self.whitening:
+                raise ValueError(
+                    f"`{name}` needs `whitening=True`. Received: {name}={getattr(self, name)} with whitening=False"
+                )
         if self.loss is not None:
             if self.feedback != "error":
                 raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")

@@ -7,7 +7,9 @@ Whitening decorrelates the inputs over the batch, `H <- (X^T X / s + damping I)^
 `s = trace(X^T X) / examples` makes it independent of the inputs' scale. It is the input half of the
 Fisher information that K-FAC factorises, and local: a connection needs nothing but its own inputs.
 By the push-through identity it equals `X^T (X X^T / s + damping I)^-1 D` (eq. W2), so the smaller of
-the two systems is solved.
+the two systems is solved. The rows may be whitened in groups g, each by its own second moments and
+`s_g = trace(X_g^T X_g) / examples_g`: `H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3).
+The systems of the rows are as large as a group then.
 
 Normalisation keeps only the direction of a term, so that the gate alone is its size: `"frobenius"`
 scales it (eq. N1), `"orthogonal"` brings its singular values near to 1 (eq. N2). Either way the
@@ -23,9 +25,12 @@ computed in the type of the synapses, float32 or float64, whatever the type of t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from keras import ops
+
+from keras_blur.backend import solve_positive
 
 Array = Any
 
@@ -33,25 +38,6 @@ Array = Any
 # all values from 0.002 to 1 end between 0.68 and 1.21 after five.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _TINY = 1e-30  # stands for zero in a divisor
-
-
-def solve(matrix: Array, right: Array) -> Array:
-    """`matrix^-1 right` for symmetric positive definite matrices, by Cholesky's factorisation.
-
-    A matrix with numbers that are not finite gives NaN, and harms no other matrix beside it.
-
-    Args:
-        matrix: `[..., n, n]`.
-        right: `[..., n, m]`, with the same leading axes or ones that broadcast.
-    """
-    sound = ops.all(ops.isfinite(matrix), axis=(-2, -1), keepdims=True)
-    one = ops.eye(ops.shape(matrix)[-1], dtype=matrix.dtype)
-    factor = ops.cholesky(ops.where(sound, matrix, one))
-    lead = _broadcast(factor.shape[:-2], right.shape[:-2])
-    factor = _spread(factor, lead)
-    half = ops.solve_triangular(factor, _spread(right, lead), lower=True)
-    found = ops.solve_triangular(ops.swapaxes(factor, -1, -2), half, lower=False)
-    return ops.where(sound, found, float("nan"))
 
 
 def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array:
@@ -63,7 +49,7 @@ def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array
         damping: `[..., 1, 1]`, positive.
         examples: number of examples of the batch.
     """
-    return solve(_damped(gram, damping, examples), term)
+    return solve_positive(_damped(gram, damping, examples), term)
 
 
 def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Array) -> Array:
@@ -75,28 +61,82 @@ def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Arr
         damping: `[..., 1, 1]`, positive.
         examples: number of examples of the batch.
     """
-    return solve(_damped(inner, damping, examples), senders)
+    return solve_positive(_damped(inner, damping, examples), senders)
 
 
 def _damped(gram: Array, damping: Array, examples: Array) -> Array:
-    size = ops.shape(gram)[-1]
-    one = ops.eye(size, dtype=gram.dtype)
-    trace = ops.sum(gram * one, axis=(-2, -1), keepdims=True)
+    one = ops.eye(ops.shape(gram)[-1], dtype=gram.dtype)
+    trace = _trace(gram)
     none = trace <= _TINY  # inputs that are all zero have no direction to favour
-    scale = examples / ops.where(none, ops.ones_like(trace), trace)
-    return gram * ops.where(none, ops.ones_like(trace), scale) + damping * one
+    scale = ops.where(none, ops.ones_like(trace), examples / ops.where(none, ops.ones_like(trace), trace))
+    return gram * scale + damping * one
 
 
-def frobenius(term: Array) -> Array:
+class Groups(NamedTuple):
+    """The rows of a batch in groups of consecutive ones (eq. W3).
+
+    Attributes:
+        rows: number of rows, an integer or a scalar array.
+        most: number of rows of a group; `None` for all. Rows of zeros fill up the last group.
+    """
+
+    rows: Any
+    most: int | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether all rows are known to be one group."""
+        return self.most is None or (isinstance(self.rows, int) and self.rows <= self.most)
+
+    @property
+    def full(self) -> bool:
+        """Whether the rows are known to fill every group."""
+        return self.most is None or (isinstance(self.rows, int) and (self.single or self.rows % self.most == 0))
+
+    @property
+    def size(self) -> Any:
+        """Number of rows of a group, an integer or a scalar array."""
+        return self.rows if self.single else self.most
+
+    @property
+    def _count(self) -> Any:
+        return -(-self.rows // self.size)
+
+    def apart(self, x: Array) -> Array:
+        """`[..., rows, n]` as `[..., groups, size, n]`."""
+        if self.single:
+            return ops.expand_dims(x, -3)
+        if not self.full:
+            more = self._count * self.size - self.rows
+            x = ops.pad(x, (*((0, 0),) * (len(x.shape) - 2), (0, more), (0, 0)))
+        return ops.reshape(x, (*ops.shape(x)[:-2], self._count, self.size, x.shape[-1]))
+
+    def together(self, x: Array) -> Array:
+        """The inverse of `apart`."""
+        if self.single:
+            return ops.squeeze(x, -3)
+        shape = ops.shape(x)
+        x = ops.reshape(x, (*shape[:-3], shape[-3] * shape[-2], x.shape[-1]))
+        return x if self.full else x[..., : self.rows, :]
+
+    def present(self, dtype: str) -> Array:
+        """1 for each row, and 0 where a group is filled up: `[groups, size, 1]`."""
+        return self.apart(ops.ones((self.rows, 1), dtype=dtype))
+
+
+def frobenius(parts: Sequence[Array], shape: tuple[int, int, int]) -> list[Array]:
     """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
 
     Args:
-        term: `[..., blocks, in, units]`; the norm is that of all blocks.
+        parts: the rows of the term in parts, such as those of kernel and bias: `[..., rows, columns]`.
+        shape: number of blocks, and of the rows and columns of one, of which a term consists. The
+            norm is that of all blocks.
     """
-    blocks, rows, columns = term.shape[-3:]
-    term, _ = _scaled(term, (-3, -2, -1))
+    blocks, rows, columns = shape
     norm = (blocks * min(rows, columns)) ** 0.5 * _wide(rows, columns)
-    return term * (norm * ops.rsqrt(_energy(term, (-3, -2, -1))))
+    parts, _ = _scaled(parts, (-2, -1))
+    factor = norm * ops.rsqrt(_energy(parts, (-2, -1)))
+    return [part * factor for part in parts]
 
 
 def orthogonal(term: Array, iterations: int) -> Array:
@@ -112,8 +152,8 @@ def orthogonal(term: Array, iterations: int) -> Array:
     """
     rows, columns = term.shape[-2:]
     x = ops.swapaxes(term, -1, -2) if rows < columns else term
-    x, _ = _scaled(x, (-2, -1))
-    x = x * ops.rsqrt(_energy(x, (-2, -1)))
+    (x,), _ = _scaled([x], (-2, -1))
+    x = x * ops.rsqrt(_energy([x], (-2, -1)))
     a, b, c = _QUINTIC
     if 2 * min(rows, columns) <= max(rows, columns):  # all iterates on the small side
         gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
@@ -136,11 +176,10 @@ def orthogonal_senders(inner: Array, senders: Array, inputs: int, iterations: in
         inputs: size of X's rows, the bias counted.
         iterations: number of Newton-Schulz iterations.
     """
-    senders, _ = _scaled(senders, (-2, -1))
-    inner, size = _scaled(inner, (-2, -1))
+    (senders,), _ = _scaled([senders], (-2, -1))
+    (inner,), size = _scaled([inner], (-2, -1))
     product = ops.matmul(ops.matmul(senders, ops.swapaxes(senders, -1, -2)), inner)
-    one = ops.eye(ops.shape(product)[-1], dtype=product.dtype)
-    energy = ops.sum(product * one, axis=(-2, -1), keepdims=True)
+    energy = _trace(product)
     energy = ops.where(energy <= _TINY, ops.ones_like(energy), energy)
     found = ops.matmul(_polynomial(product / energy, iterations), senders)
     return found * (ops.rsqrt(energy * size) * _wide(inputs, senders.shape[-1]))
@@ -159,54 +198,53 @@ def _polynomial(gram: Array, iterations: int) -> Array:
     return one if whole is None else whole
 
 
-def rows_are_cheaper(rows: Any, inputs: int, units: int, rule: Any) -> Any:
-    """Whether the system of the rows costs less than that of the matrix.
+def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int) -> Any:
+    """Whether N2 by the system of the rows costs less than that of the matrix.
+
+    Whitening before it costs both the same: where the rows of a group are at least as many as the
+    inputs, so that it has no use for their systems, the matrix is cheaper anyway.
 
     Args:
         rows: number of rows, an integer or a scalar array.
         inputs: size of X's rows, the bias counted.
         units: of the target.
-        rule: the options.
+        iterations: number of Newton-Schulz iterations.
     """
-    if not rule.orthogonal_first:
-        return rows < inputs
     if not isinstance(rows, int):
         rows = ops.cast(rows, "float32")  # its third power is no 32-bit integer
-    small, large, count = min(inputs, units), max(inputs, units), rule.orthogonal_iterations
+    small, large = min(inputs, units), max(inputs, units)
     if 2 * small <= large:
-        matrix = 4 * large * small**2 + 8 * count * small**3
+        matrix = 4 * large * small**2 + 8 * iterations * small**3
     else:
-        matrix = count * (4 * large * small**2 + 2 * small**3)
-    if rule.whitening:
-        matrix += 2 * rows * inputs**2 + 2 * inputs**2 * units
-    return (8 * count + 2) * rows * rows * rows + rows * rows * (2 * inputs + 6 * units) < matrix
+        matrix = iterations * (4 * large * small**2 + 2 * small**3)
+    return (8 * iterations + 2) * rows * rows * rows + rows * rows * (2 * inputs + 6 * units) < matrix
 
 
 def _wide(rows: int, columns: int) -> float:
     return max(1.0, (columns / rows) ** 0.5)
 
 
-def _scaled(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """x over its largest entry, so that no square overflows, and that entry; zeros have a gradient of zero."""
-    largest = ops.max(ops.abs(x), axis=axes, keepdims=True)
+def _trace(matrix: Array) -> Array:
+    """`[..., n, n]` to `[..., 1, 1]`."""
+    return ops.sum(ops.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+
+
+def _scaled(parts: Sequence[Array], axes: tuple[int, ...]) -> tuple[list[Array], Array]:
+    """Parts over their largest entry, so that no square overflows, and that entry; zeros stay zero.
+
+    What is made of them does not depend on that entry, so no derivative goes through it.
+    """
+    largest = None
+    for part in parts:
+        own = ops.maximum(ops.max(part, axis=axes, keepdims=True), -ops.min(part, axis=axes, keepdims=True))
+        largest = own if largest is None else ops.maximum(largest, own)
+    largest = ops.stop_gradient(largest)
     zero = largest <= _TINY
-    largest = ops.where(zero, ops.ones_like(largest), largest)
-    return ops.where(zero, ops.zeros_like(x), x) / largest, largest
+    divisor = ops.where(zero, ops.full_like(largest, float("inf")), largest)
+    return [part / divisor for part in parts], ops.where(zero, ops.ones_like(largest), largest)
 
 
-def _energy(x: Array, axes: tuple[int, ...]) -> Array:
+def _energy(parts: Sequence[Array], axes: tuple[int, ...]) -> Array:
     """The sum of squares, or 1 of zeros."""
-    energy = ops.sum(ops.square(x), axis=axes, keepdims=True)
+    energy = sum(ops.sum(ops.square(part), axis=axes, keepdims=True) for part in parts)
     return ops.where(energy <= _TINY, ops.ones_like(energy), energy)
-
-
-def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    rank = max(len(one), len(other))
-    pairs = zip((1,) * (rank - len(one)) + tuple(one), (1,) * (rank - len(other)) + tuple(other), strict=True)
-    return tuple(max(pair) for pair in pairs)
-
-
-def _spread(x: Array, lead: tuple[int, ...]) -> Array:
-    if tuple(x.shape[:-2]) == lead:
-        return x
-    return ops.broadcast_to(x, (*lead, *ops.shape(x)[-2:]))

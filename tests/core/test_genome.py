@@ -49,6 +49,7 @@ WRONG_OPTIONS = {
     "slow_synapses": ["yes", 1],
     "orthogonal_iterations": [0, 2.5, True],
     "whitening_positions": [-1, 2.5, True],
+    "whitening_rows": [0, 2.5, True],
     "batch_reduction": ["none", "average"],
     "feedback": ["targets", None],
     "loss": ["no_such_loss", 3],
@@ -74,6 +75,7 @@ def test_every_option_has_a_wrong_value():
         ({"rescale_synapses": True}, "normalize_synapses='none'"),
         ({"loss": "mse"}, "feedback='labels'"),
         ({"whitening_positions": 4}, "whitening=False"),
+        ({"whitening_rows": 4}, "whitening=False"),
     ],
 )
 def test_options_that_need_another(options, named):

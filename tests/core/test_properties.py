@@ -20,7 +20,7 @@ from keras_blur.core.states import joined
 
 STEPS = 2
 # Rules whose batch is a plain sum over examples, so that a weight is a count.
-COUNTED = {name: options for name, options in COVER.items() if name not in ("batch", "three")}
+COUNTED = {name: options for name, options in COVER.items() if name not in ("batch", "three", "whitened_rows")}
 PLENTY = hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
@@ -83,7 +83,7 @@ def test_permuted_classes_learn_permuted_synapses(name):
     same(prediction_permuted, prediction[:, order])
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", [name for name in COVER if "whitening_rows" not in COVER[name]])  # consecutive ones
 def test_order_of_examples_does_not_matter(name):
     genome, synapses, batches = setting(Rule(**COVER[name]))
     order = np.array([3, 1, 0, 2])

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_blur as kb
+from keras_blur.backend import solve_positive
 from keras_blur.core import network, terms
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection
 from keras_blur.core.connections.dense import DenseConnection
@@ -72,17 +73,20 @@ def test_orthogonal_by_rows_is_that_of_the_matrix(shape):
 @pytest.mark.parametrize("shape", [(1, 5, 3), (4, 2, 7), (3, 1, 1)])
 def test_frobenius_has_the_norm_of_an_orthogonal_matrix(shape):
     blocks, inputs, units = shape
-    found = np.asarray(terms.frobenius(normal(*shape)))
+    term = normal(1, blocks * inputs, units)
+    found = np.asarray(terms.frobenius([term], shape)[0])
     left, _, right = np.linalg.svd(normal(inputs, units), full_matrices=False)
     wide = max(1.0, (units / inputs) ** 0.5)
     np.testing.assert_allclose(np.linalg.norm(found), wide * np.linalg.norm(left @ right) * blocks**0.5, rtol=1e-12)
-    np.testing.assert_allclose(found / np.linalg.norm(found), normal(*shape) / np.linalg.norm(normal(*shape)), rtol=1e-9)
-    assert not np.asarray(terms.frobenius(np.zeros(shape))).any()
+    np.testing.assert_allclose(found / np.linalg.norm(found), term / np.linalg.norm(term), rtol=1e-9)
+    parts = [np.asarray(one) for one in terms.frobenius([term[:, :-1], term[:, -1:]], shape)]
+    np.testing.assert_allclose(np.concatenate(parts, axis=-2), found, rtol=1e-12)
+    assert not np.asarray(terms.frobenius([np.zeros_like(term)], shape)[0]).any()
 
 
 def test_a_member_without_sound_numbers_harms_no_other():
     matrix = np.stack([np.eye(3), np.full((3, 3), np.nan), np.full((3, 3), np.inf)])
-    found = np.asarray(terms.solve(matrix, np.ones((3, 3, 2))))
+    found = np.asarray(solve_positive(matrix, np.ones((3, 3, 2))))
     np.testing.assert_array_equal(found[0], np.ones((3, 2)))
     assert np.isnan(found[1:]).all()
 
@@ -97,6 +101,121 @@ def test_few_rows_and_many_rows_learn_the_same(options):
     for name, value in few.items():
         np.testing.assert_allclose(same[name], value, rtol=1e-7, atol=1e-10)
     assert np.abs(few["kernel"]).max() > 1e-3
+
+
+def split_rows(x, y, size, weight=None):
+    """A batch as the batches of its groups."""
+    cuts = range(size, len(x), size)
+    weights = [None] * (len(cuts) + 1) if weight is None else np.split(weight, cuts)
+    return zip(np.split(x, cuts), np.split(y, cuts), weights, strict=True)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("inputs", [2, 9])
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("weight", [None, np.array([0.5, 2.0, 0.0, 1.3, 1.0, 0.7, 0.0, 0.4, 0.0, 0.0])])
+def test_groups_are_batches_of_their_own_that_add_up(use_bias, inputs, size, weight):
+    """By rows and by features; the last group of ten rows is shorter, and may have no weight."""
+    layer, x, y = DenseConnection(3, use_bias), normal(10, inputs), normal(10, 3, seed=1)
+    found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=size)
+    parts = [terms_of(layer, *one[:2], weight=one[2], whitening=True) for one in split_rows(x, y, size, weight)]
+    for name, value in found.items():
+        np.testing.assert_allclose(value, sum(part[name] for part in parts), rtol=1e-9, atol=1e-12)
+    assert np.abs(found["kernel"] - terms_of(layer, x, y, weight=weight, whitening=True)["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("inputs", [2, 30])
+@pytest.mark.parametrize("norm", ["none", "frobenius", "orthogonal"])
+def test_one_group_is_the_whole_batch(inputs, norm):
+    layer, x, y = DenseConnection(3), normal(10, inputs), normal(10, 3, seed=1)
+    options = {"whitening": True, "normalize_term": norm}
+    whole = terms_of(layer, x, y, **options)
+    for rows in (10, 11, 100):
+        for name, value in terms_of(layer, x, y, whitening_rows=rows, **options).items():
+            np.testing.assert_array_equal(value, whole[name])
+
+
+@pytest.mark.parametrize(("inputs", "units"), [(30, 40), (30, 2), (3, 7)])
+def test_groups_are_normalised_together(inputs, units):
+    """By either system of the orthogonal term, what is made orthogonal is the sum of the whitened groups."""
+    layer, x, y = DenseConnection(units), normal(10, inputs), normal(10, units, seed=1)
+    whitened = terms_of(layer, x, y, whitening=True, whitening_rows=4)
+    whole = np.concatenate([whitened["kernel"], whitened["bias"]])
+    for weight in (None, np.ones(10)):
+        found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=4, normalize_term="orthogonal")
+        wanted = np.asarray(terms.orthogonal(whole[None], 5))[0]
+        np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_positions_are_rows_of_groups_and_examples_are_counted_by_them():
+    x, y = normal(4, 3, 5), normal(4, 3, 2, seed=1)
+    layer = DenseConnection(2, positions=(3,))
+    found = terms_of(layer, x, y, whitening=True, whitening_rows=6)
+    parts = [terms_of(layer, x[one], y[one], whitening=True) for one in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_allclose(found["kernel"], parts[0]["kernel"] + parts[1]["kernel"], rtol=1e-9)
+    thinned = {"whitening": True, "whitening_positions": 1}
+    np.testing.assert_array_equal(
+        terms_of(layer, x, y, whitening_rows=6, **thinned)["kernel"], terms_of(layer, x, y, **thinned)["kernel"]
+    )
+
+
+def test_a_penalty_joins_a_term_after_its_groups_are_whitened():
+    x, y = normal(10, 9), normal(10, 3, seed=1)
+    penalised = DenseConnection(3, penalties={"kernel": lambda channel: ops.sum(channel)})
+    options = {"whitening": True, "whitening_rows": 4}
+    plain = terms_of(DenseConnection(3), x, y, **options)["kernel"]
+    np.testing.assert_allclose(terms_of(penalised, x, y, **options)["kernel"], plain + 1.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "orthogonal"])
+def test_groups_of_batches_whose_size_is_not_known(norm):
+    """A compiled `fit` does not know how many rows come; step by step they are known."""
+    x, y, synapses = normal(19, 5), normal(19, 3, seed=1), []
+    for eagerly in (False, True):
+        keras.utils.set_random_seed(0)
+        genome = genome_of(whitening=True, whitening_rows=4, normalize_term=norm)
+        layers = [keras.Input((5,)), kb.layers.Dense(2), kb.layers.Dense(9), kb.layers.Dense(3)]
+        model = kb.Sequential(layers, genome=genome)
+        model.compile(loss="mean_squared_error", run_eagerly=eagerly)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        synapses.append([np.asarray(value) for layer in model.layers for value in layer.synapses.values()])
+    for one, other in zip(*synapses, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
+class Halves:
+    """The second of two devices' halves of a batch: sums over both, in the order in which they are asked for."""
+
+    def __init__(self):
+        self.sums = []
+
+    def step(self, layer, x, y, options):
+        state = network.NetworkState(({"kernel": np.zeros((1, x.shape[-1], 3)), "bias": np.zeros((1, 1, 3))},))
+        own = []
+
+        def total(values):
+            own.append(values)
+            known = self.sums[len(own) - 1] if len(own) <= len(self.sums) else [0.0] * len(values)
+            return [value + other for value, other in zip(values, known, strict=True)]
+
+        batch = kb.core.equations.SharedBatch(8, total)
+        respond = lambda _: ops.convert_to_tensor(y)  # noqa: E731
+        result = network.step(genome_of(**options), chain([layer]), state, ops.convert_to_tensor(x), respond, batch=batch)
+        self.sums = own
+        return {name: np.asarray(value)[0] / -0.25 for name, value in result.state.synapses[0].items()}
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 20])
+@pytest.mark.parametrize("norm", ["none", "orthogonal"])
+def test_devices_with_whole_groups_learn_as_one_does(rows, norm):
+    """So too where all their rows are one group."""
+    x, y, halves = normal(8, 9), normal(8, 3, seed=1), Halves()
+    options = {"whitening": True, "whitening_rows": rows, "normalize_term": norm}
+    for half in (slice(0, 4), slice(4, 8)):
+        found = halves.step(DenseConnection(3), x[half], y[half], options)
+    wanted = terms_of(DenseConnection(3), x, y, **options)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9)
 
 
 def test_a_dense_layer_is_whitened_with_its_bias():
