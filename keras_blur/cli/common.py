@@ -47,7 +47,7 @@ def define_data_flags(flags: Flags, when: Sequence[When] = ()) -> None:
 
 
 def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None:
-    """Defines the flags of commands that score a genome, in their order but for those of one command."""
+    """Defines the flags for data and learning of commands that score a genome."""
     flags.group("Data")
     define_data_flags(flags, [without("functions")])
     flags.integer("size", None, "Image size; each seed is then an episode.", least=2, when=[without("functions")])
@@ -66,6 +66,10 @@ def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None
     flags.integer("seeds", 5, "Number of initial networks and image orders, or of episodes.", least=2)
     flags.integer("batch_size", 64, "Examples per batch.", least=1)
     flags.integer("seed", 0, "First random seed.", least=0)
+
+
+def define_scoring_outputs(flags: Flags) -> None:
+    """Defines the output flags of commands that score a genome."""
     flags.group("Outputs")
     flags.output("json", None, "File for all curves.", (".json",))
     flags.output("plot", None, "File for the figure.", PICTURES)

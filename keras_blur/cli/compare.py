@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_blur.cli.common import define_scoring_flags, score_all, stopped_early, whole_numbers
+from keras_blur.cli.common import define_scoring_flags, define_scoring_outputs, score_all, stopped_early, whole_numbers
 from keras_blur.cli.flags import Flags, When
 from keras_blur.files import read_text
 from keras_blur.report.comparison import GRIDS, OPTIMIZERS, compare
@@ -20,7 +20,7 @@ EXAMPLES = (
 )
 
 _MLP = When("to --network mlp", lambda flag: flag["network"] == "mlp", ("network",))
-_ONE = When("to one set of data", lambda flag: len(flag["functions"]) < 2, ("functions",))
+_ONE = When("with one set of data", lambda flag: len(flag["functions"]) < 2, ("functions",))
 
 
 def define_flags(flags: Flags) -> None:
@@ -32,6 +32,7 @@ def define_flags(flags: Flags) -> None:
     flags.switch("normalize", True, "Whether optimizers also learn the network with batch normalisation.")
     flags.integer("tuning_seeds", 1, "Seeds, the first ones, that the whole grid of rates runs on.", least=1)
     flags.string("baselines", None, "File of an earlier --json; its runs of optimizers are not run again.", [_ONE])
+    define_scoring_outputs(flags)
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from keras_blur import genomes
-from keras_blur.cli.common import define_scoring_flags, name_of, score_all, stopped_early, whole_numbers
+from keras_blur.cli.common import (
+    define_scoring_flags,
+    define_scoring_outputs,
+    name_of,
+    score_all,
+    stopped_early,
+    whole_numbers,
+)
 from keras_blur.cli.flags import PICTURES, Flags, with_any
 from keras_blur.cli.outputs import wrote
 from keras_blur.report.curves import format_compare, label_of
@@ -27,6 +34,7 @@ EXAMPLES = (
 def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     define_scoring_flags(flags)
+    define_scoring_outputs(flags)
     plane = [with_any("functions")]
     flags.output("decisions", None, "File for a figure of decision regions.", PICTURES, plane)
     flags.output("synapses", None, "File for a figure of norms and spectra of kernels during learning.", PICTURES)

@@ -79,11 +79,12 @@ def names() -> list[str]:
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-def load(name: str | os.PathLike[str]) -> Genome:
+def load(name: str | os.PathLike[str] = "fast") -> Genome:
     """A genome by name or from a file.
 
     Args:
-        name: `"backprop"`, a name of `names()`, or a path of a file that `Genome.save` wrote.
+        name: `"backprop"`, a name of `names()`, or a path of a file that `Genome.save` wrote. The
+            default, `"fast"`, suits any network and has nothing to tune.
 
     Returns:
         A `Genome`.
