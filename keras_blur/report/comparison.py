@@ -26,6 +26,7 @@ import numpy as np
 
 from keras_blur import arguments
 from keras_blur.core.genome import Genome
+from keras_blur.layers.base import numbers_of
 from keras_blur.models.convert import convert
 from keras_blur.report import envelopes
 from keras_blur.report.networks import activation_of, builder, normalized
@@ -256,14 +257,14 @@ class _Learner:
         self._optimizer = _OPTIMIZERS[optimizer]()
         self.model.compile(self._optimizer, loss)
         self._optimizer.build(self.model.trainable_variables)
-        self._state = [(one, np.array(one)) for one in self._optimizer.variables]
+        self._state = [(one, numbers_of(one)) for one in self._optimizer.variables]
         if any(isinstance(layer, keras.layers.BatchNormalization) for layer in self.model.layers):
             self._predicts = _with_batch_statistics(self.model)
 
     def begin(self, number: int) -> None:
         """Puts the model at the start of a seed."""
         if number not in self._values:
-            self._values[number] = [np.array(one) for one in self._fresh(number).variables]
+            self._values[number] = [numbers_of(one) for one in self._fresh(number).variables]
         for one, value in zip(self.model.variables, self._values[number], strict=True):
             one.assign(value)
         for one, value in self._state:
@@ -290,6 +291,7 @@ class _Learner:
 
     def seconds(self, steps: int) -> float:
         """Seconds a step of `fit` takes, in a block of steps after its first batch has begun."""
+        self.begin(0)
         stream = self.source.batches(0)
         drawn = [batch for batch, _ in zip(stream, range(steps), strict=False)]
         x, y = (np.concatenate(part) for part in zip(*drawn, strict=True))
