@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import layers as kl
 
+from keras_blur.models import networks
+
 Array = Any
 
 
@@ -20,50 +22,17 @@ def mlp() -> keras.Model:
 
 def lenet() -> keras.Model:
     """LeNet-5 on 28x28 images, tanh and average pooling."""
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            kl.Conv2D(6, 5, padding="same", activation="tanh"),
-            kl.AveragePooling2D(2),
-            kl.Conv2D(16, 5, activation="tanh"),
-            kl.AveragePooling2D(2),
-            kl.Flatten(),
-            kl.Dense(120, "tanh"),
-            kl.Dense(84, "tanh"),
-            kl.Dense(10),
-        ],
-        name="lenet",
-    )
-
-
-def _residual(h: Any, filters: int, stride: int) -> Any:
-    """Two 3x3 convolutions with batch normalisation, beside the identity or a 1x1 convolution."""
-    r = kl.Conv2D(filters, 3, strides=stride, padding="same", use_bias=False)(h)
-    r = kl.ReLU()(kl.BatchNormalization()(r))
-    r = kl.BatchNormalization()(kl.Conv2D(filters, 3, padding="same", use_bias=False)(r))
-    if stride > 1:
-        h = kl.Conv2D(filters, 1, strides=stride, use_bias=False)(h)
-    return kl.Activation("relu")(kl.Add()([h, r]))
-
-
-def _resnet(size: int, widths: tuple[int, ...], blocks: int) -> keras.Model:
-    x = keras.Input((size, size, 3))
-    h = kl.Conv2D(widths[0], 3, padding="same", use_bias=False)(x)
-    h = kl.ReLU()(kl.BatchNormalization()(h))
-    for number, filters in enumerate(widths):
-        for block in range(blocks):
-            h = _residual(h, filters, 2 if number and not block else 1)
-    return keras.Model(x, kl.Dense(10)(kl.GlobalAveragePooling2D()(h)), name="resnet")
+    return networks.lenet((28, 28, 1), 10, "tanh")
 
 
 def resnet() -> keras.Model:
     """A residual net of two stages on 16x16 images, with strides and 1x1 shortcuts."""
-    return _resnet(16, (8, 16), 1)
+    return networks.resnet((16, 16, 3), 10, (8, 16), 1)
 
 
 def resnet20() -> keras.Model:
     """ResNet-20 on 32x32 images."""
-    return _resnet(32, (16, 32, 64), 3)
+    return networks.resnet((32, 32, 3), 10)
 
 
 def depthwise() -> keras.Model:

@@ -9,6 +9,7 @@ from typing import Any
 from keras_blur.cli.common import define_scoring_flags, define_scoring_outputs, score_all, stopped_early, whole_numbers
 from keras_blur.cli.flags import Flags, When
 from keras_blur.files import read_text
+from keras_blur.models.networks import NETWORKS
 from keras_blur.report.comparison import GRIDS, OPTIMIZERS, compare
 from keras_blur.report.curves import format_compare, format_several
 
@@ -41,7 +42,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     unknown = [name for name in flag["optimizers"] if name not in OPTIMIZERS]
     if unknown:
         raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
-    if flag["network"] not in ("mlp", "lenet", "resnet20") and not flag["network"].endswith(".keras"):
+    if flag["network"] not in NETWORKS and not flag["network"].endswith(".keras"):
         raise ValueError(f"--network must be mlp, lenet, resnet20 or a .keras file. Received: {flag['network']}")
     network = whole_numbers("hidden", flag["hidden"]) if flag["network"] == "mlp" else flag["network"]
     results, stopped = score_all(

@@ -18,6 +18,7 @@ from keras_blur.core.genome import Genome
 from keras_blur.files import save
 from keras_blur.models import Sequential
 from keras_blur.models.convert import copy_weights
+from keras_blur.models.networks import lenet_layers, mlp_layers
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"
@@ -62,13 +63,10 @@ def build_pair(
     twin_activation = "tanh" if activation == "relu_tanh" else activation
 
     def chain(kind: Any, inner: str | None) -> list[Any]:
-        made = [keras.Input(images.x_train.shape[1:]), keras.layers.Rescaling(1 / images.scale)]
-        if network == "lenet":
-            for filters in (6, 16):
-                made += [kind.Conv2D(filters, 5, padding="same", activation=inner), keras.layers.AveragePooling2D(2)]
-        units = (120, 84) if network == "lenet" else hidden
-        made += [keras.layers.Flatten(), *(kind.Dense(count, inner) for count in units)]
-        return [*made, kind.Dense(images.classes)]
+        shape = images.x_train.shape[1:]
+        lenet = network == "lenet"
+        own = lenet_layers(shape, images.classes, inner, kind) if lenet else mlp_layers(images.classes, hidden, inner, kind)
+        return [keras.Input(shape), keras.layers.Rescaling(1 / images.scale), *own]
 
     twin = keras.Sequential(chain(keras.layers, twin_activation))
     model = Sequential(chain(blur_layers, None), genome=genome)

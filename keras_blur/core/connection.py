@@ -32,6 +32,7 @@ from keras_blur.core.companions import AVERAGE, TRACE, companions
 from keras_blur.core.derivatives import transpose, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
+from keras_blur.core.settling import TermContext, choose, settle
 from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
 
 Array = Any
@@ -197,7 +198,7 @@ class Connection(abc.ABC):
 
     def linear(self, kernel: Array, x: Array) -> Array:
         """The map, on factors of the compute type."""
-        return self.product(self._rounded(kernel), self._rounded(x))
+        return self.product(self.rounded(kernel), self.rounded(x))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
         """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
@@ -207,14 +208,14 @@ class Connection(abc.ABC):
             every = [(kernel[c : c + 1], between(y, c, c + 1, axes)) for c in range(channels)]
             parts = [self.linear_transpose(one, states, source) for one, states in every]
             return ops.concatenate(parts, axis=-2 - len(source))
-        kernel, y = self._rounded(kernel), self._rounded(y)
+        kernel, y = self.rounded(kernel), self.rounded(y)
         shape = ops.shape(y)
         shape = (*shape[: len(shape) - len(self.target(source))], *source)
         return transpose(lambda x: self.product(kernel, x), shape, y)
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         """The outer product, summed over the batch: of `[..., s, batch, *source]` and `[..., c, batch, *target]`."""
-        pre, post = self._rounded(pre), self._rounded(post)
+        pre, post = self.rounded(pre), self.rounded(post)
         leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
         shape = (*leading, *self.kernel_shape(source))
         return transpose(lambda kernel: self.product(kernel, pre), shape, post)
@@ -234,7 +235,7 @@ class Connection(abc.ABC):
         """Shape of the running statistics of a rule that normalises over the batch."""
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
 
-    def _rounded(self, factor: Array) -> Array:
+    def rounded(self, factor: Array) -> Array:
         """A factor as the compute type has it, its sums still to be formed in the type of the states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
             return factor
@@ -415,7 +416,7 @@ class Connection(abc.ABC):
             examples = ops.shape(first_states(post, 1, axes))[-1 - axes] if batch is None else batch.examples
             share = 1.0 / ops.cast(examples, post.dtype)
         post = self.rows_of(post)
-        weight = None if sample_weight is None else self._of_rows(sample_weight, source)
+        weight = None if sample_weight is None else self.of_rows(sample_weight, source)
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
         groups = self._groups(rule, source, ops.shape(first_states(post, 1, 1))[-2], alone=alone, shared=batch is not None)
         first = rule.orthogonal_first and alone and batch is None and self.few_rows and not self.penalties
@@ -498,13 +499,13 @@ class Connection(abc.ABC):
         if context.settles:
 
             def settled(groups: terms.Groups | None) -> dict[str, Array]:
-                return self._settled(context._replace(groups=groups), read, ones, senders, whole, names)
+                return settle(self, context._replace(groups=groups), read, ones, senders, whole, names)
 
             groups = context.groups
             if groups is None or groups.single:
                 return settled(groups)
             one = terms.Groups(groups.rows)
-            return _choose(groups.rows <= groups.size, lambda: settled(one), lambda: settled(groups))
+            return choose(groups.rows <= groups.size, lambda: settled(one), lambda: settled(groups))
         sums = whole(senders)
         if rule.whitening:
             sums[_gram_of(names["kernel"])] = self.gram(context, read, ones)
@@ -522,79 +523,6 @@ class Connection(abc.ABC):
         if shared and (most is None or not isinstance(rows, int) or rows % most):
             return None
         return terms.Groups(rows, most)
-
-    def _settled(
-        self,
-        context: TermContext,
-        read: Array,
-        ones: Array | None,
-        senders: Array,
-        whole: Callable[[Array], dict[str, Array]],
-        names: Mapping[str, str],
-    ) -> dict[str, Array]:
-        """A term whitened and made orthogonal, as the context says, each by the smaller one of two systems."""
-        rule, groups = context.genome.rule, context.groups
-        x = self.rows_read(read)
-        inputs = x.shape[-1] + (ones is not None)
-        root = context.root(self)
-
-        def by_rows(groups: terms.Groups) -> tuple[Array, Array | None]:
-            """What takes the place of the senders; and the Gram matrix of the rows, if one group has them all."""
-            inner = self._inner(groups, x, ones, root)
-            found = groups.apart(senders if root is None else _over(senders, root))
-            found = terms.whitened_senders(inner, found, context.damping(inner), context.examples_of(groups, self))
-            found = groups.together(found)
-            return found if root is None else found * root, groups.together(inner) if groups.single else None
-
-        def by_features(groups: terms.Groups) -> dict[str, Array]:
-            rows, own = groups.apart(x), groups.apart(senders)
-            term = ops.matmul(ops.swapaxes(self._rounded(rows), -1, -2), self._rounded(own))
-            if ones is not None:
-                bias = ops.expand_dims(ones, -3)
-                term = ops.concatenate([term, bias * ops.sum(own, axis=-2, keepdims=True)], axis=-2)
-                rows = ops.concatenate([rows, ops.broadcast_to(bias, (*ops.shape(rows)[:-1], 1))], axis=-1)
-            present = groups.apart(root) if root is not None else None if groups.full else groups.present(context.dtype)
-            rows = rows if present is None else rows * present
-            gram = ops.matmul(ops.swapaxes(rows, -1, -2), rows)
-            term = terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, self))
-            term = ops.sum(term, axis=-3)
-            found = {names["kernel"]: term[..., : x.shape[-1], :]}
-            return found if ones is None else {**found, names["bias"]: term[..., x.shape[-1] :, :]}
-
-        def whitened() -> dict[str, Array]:
-            if groups is None:
-                return whole(senders)
-            return _choose(groups.size < inputs, lambda: whole(by_rows(groups)[0]), lambda: by_features(groups))
-
-        if not context.orthogonal:
-            return whitened()
-
-        def orthogonal_by_rows() -> dict[str, Array]:
-            own, inner = (senders, None) if groups is None else by_rows(groups)
-            if inner is None:
-                every = terms.Groups(ops.shape(x)[-2])
-                inner = every.together(self._inner(every, x, ones, root))
-            own = own if root is None else _over(own, root)
-            own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
-            return whole(own if root is None else own * root)
-
-        fewer = terms.rows_are_cheaper(ops.shape(x)[-2], inputs, self.units, rule.orthogonal_iterations)
-        return _choose(fewer, orthogonal_by_rows, lambda: self._normalized_term(rule, whitened(), names))
-
-    @staticmethod
-    def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | None) -> Array:
-        """The Gram matrices of the rows of groups, with the bias and times weights: `[..., c, groups, size, size]`."""
-        x = groups.apart(x)
-        inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
-        if ones is not None:
-            bias = ops.expand_dims(ones, -3)
-            if not groups.full and root is None:
-                bias = bias * groups.present(x.dtype)
-            inner = inner + bias * ops.swapaxes(bias, -1, -2)
-        if root is not None:
-            root = groups.apart(root)
-            inner = inner * root * ops.swapaxes(root, -1, -2)
-        return inner
 
     def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
         """The Gram matrices of inputs and bias, `[..., c, blocks, in, in]`."""
@@ -614,7 +542,7 @@ class Connection(abc.ABC):
         damping = equations.per_state(genome.log_damping, gram, 4)
         return self.as_whole(sums, names, lambda term: terms.whitened(gram, term, ops.exp(damping), examples))
 
-    def _normalized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    def normalized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
         """Eq. N1 or N2 on a kernel's term with the bias's as its last row."""
         if rule.normalize_term == "frobenius":
             blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
@@ -635,7 +563,7 @@ class Connection(abc.ABC):
             start += part.shape[-2]
         return found
 
-    def _of_rows(self, weight: Array, source: Shape) -> Array:
+    def of_rows(self, weight: Array, source: Shape) -> Array:
         """Weights of examples `[..., batch]` as those of rows, `[..., 1, rows, 1]`."""
         positions = self.positions_of(source)
         return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
@@ -681,7 +609,7 @@ class Connection(abc.ABC):
             _follow(arrays["momentum"], traces, sums)
         if rule.normalize_term != "none" and not totals.orthogonal:
             for names in pairs:
-                sums |= self._normalized_term(rule, sums, names)
+                sums |= self.normalized_term(rule, sums, names)
             copy()
         if rule.momentum == "after":
             _follow(arrays["momentum"], traces, sums)
@@ -752,70 +680,6 @@ class Connection(abc.ABC):
         if "backward_kernel" in synapses:
             squares["backward_kernel"] = sums["backward_oja"]
         return {name: squares[name] for name in synapses if name in squares}
-
-
-class TermContext(NamedTuple):
-    """What the terms of a connection share.
-
-    Attributes:
-        genome: the layer's genome.
-        source: shape of the features that enter.
-        weight: weights of the examples, `[..., batch]`, or `None`.
-        dtype: type of the states.
-        groups: the groups of rows in which terms are whitened with their rows at hand, or `None`.
-        orthogonal: whether terms are made orthogonal with their rows at hand.
-    """
-
-    genome: Genome
-    source: Shape
-    weight: Array | None
-    dtype: str
-    groups: terms.Groups | None
-    orthogonal: bool
-
-    @property
-    def settles(self) -> bool:
-        """Whether something is done to terms with their rows at hand."""
-        return self.groups is not None or self.orthogonal
-
-    def damping(self, like: Array) -> Array:
-        """The damping of the inputs' correlations, `[..., 1, 1, 1, 1]`."""
-        return ops.exp(equations.per_state(self.genome.log_damping, like, 4))
-
-    def root(self, connection: Connection) -> Array | None:
-        """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
-        return None if self.weight is None else ops.sqrt(ops.abs(connection._of_rows(self.weight, self.source)))
-
-    def examples(self, connection: Connection, post: Array) -> Array:
-        """The number of examples, `[..., 1, 1, 1]`: the sum of their weights, if they have some."""
-        if self.weight is None:
-            count = ops.shape(post)[-2] / connection.positions_of(self.source)
-            return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
-        size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
-        return ops.reshape(size, (*size.shape, 1, 1, 1))
-
-    def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
-        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all have as many."""
-        positions = connection.positions_of(self.source)
-        if self.weight is None and groups.full:
-            return ops.reshape(ops.cast(groups.size / positions, self.dtype), (1, 1, 1))
-        each = groups.present(self.dtype)
-        if self.weight is not None:
-            each = groups.apart(ops.abs(ops.cast(connection._of_rows(self.weight, self.source), self.dtype)))
-        return ops.sum(each, axis=-2, keepdims=True) / positions
-
-
-def _over(senders: Array, root: Array) -> Array:
-    """Senders over the square roots of their weights; zero without weight."""
-    none = root <= _LEAST
-    return ops.where(none, ops.zeros_like(senders), senders / ops.where(none, ops.ones_like(root), root))
-
-
-def _choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
-    """One of two functions' values, by what is known now or when the program runs."""
-    if isinstance(first, bool):
-        return one() if first else other()
-    return ops.cond(first, one, other)
 
 
 def _gram_of(kernel: str) -> str:

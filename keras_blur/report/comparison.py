@@ -28,8 +28,8 @@ from keras_blur import arguments
 from keras_blur.core.genome import Genome
 from keras_blur.layers.base import numbers_of
 from keras_blur.models.convert import convert
+from keras_blur.models.networks import activation_of, builder, normalized
 from keras_blur.report import envelopes
-from keras_blur.report.networks import activation_of, builder, normalized
 from keras_blur.report.progress import Progress, Watch
 from keras_blur.report.sources import Source, source_of
 from keras_blur.tasks.base import Tasks
@@ -50,33 +50,21 @@ def _half_decades(low: int, high: int) -> tuple[float, ...]:
     return tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(low, high + 1))
 
 
-GRIDS: dict[str, tuple[float, ...]] = {
-    "SGD": _half_decades(-5, 1),
-    "momentum": _half_decades(-6, 0),
-    "Nesterov": _half_decades(-6, 0),
-    "Adam": _half_decades(-7, -2),
-    "AdamW": _half_decades(-7, -2),
-    "Nadam": _half_decades(-7, -2),
-    "RMSprop": _half_decades(-8, -2),
-    "Lion": _half_decades(-9, -4),
-    "Muon": _half_decades(-6, 0),
-    "Schedule-Free": _half_decades(-6, -1),
+_BASELINES: dict[str, tuple[Callable[[], keras.optimizers.Optimizer] | None, tuple[float, ...]]] = {
+    "SGD": (keras.optimizers.SGD, _half_decades(-5, 1)),
+    "momentum": (lambda: keras.optimizers.SGD(momentum=0.9), _half_decades(-6, 0)),
+    "Nesterov": (lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True), _half_decades(-6, 0)),
+    "Adam": (keras.optimizers.Adam, _half_decades(-7, -2)),
+    "AdamW": (keras.optimizers.AdamW, _half_decades(-7, -2)),
+    "Nadam": (keras.optimizers.Nadam, _half_decades(-7, -2)),
+    "RMSprop": (keras.optimizers.RMSprop, _half_decades(-8, -2)),
+    "Lion": (keras.optimizers.Lion, _half_decades(-9, -4)),
+    "Muon": (getattr(keras.optimizers, "Muon", None), _half_decades(-6, 0)),
+    "Schedule-Free": (getattr(keras.optimizers, "ScheduleFreeAdamW", None), _half_decades(-6, -1)),
 }
-_OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
-    "SGD": keras.optimizers.SGD,
-    "momentum": lambda: keras.optimizers.SGD(momentum=0.9),
-    "Nesterov": lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True),
-    "Adam": keras.optimizers.Adam,
-    "AdamW": keras.optimizers.AdamW,
-    "Nadam": keras.optimizers.Nadam,
-    "RMSprop": keras.optimizers.RMSprop,
-    "Lion": keras.optimizers.Lion,
-} | {
-    name: getattr(keras.optimizers, own)
-    for name, own in (("Muon", "Muon"), ("Schedule-Free", "ScheduleFreeAdamW"))
-    if hasattr(keras.optimizers, own)
-}
-OPTIMIZERS = tuple(_OPTIMIZERS)  # those that this Keras has
+_OPTIMIZERS = {name: make for name, (make, _) in _BASELINES.items() if make is not None}  # those of this Keras
+GRIDS = {name: _BASELINES[name][1] for name in _OPTIMIZERS}
+OPTIMIZERS = tuple(_OPTIMIZERS)
 
 
 def compare(
@@ -145,7 +133,7 @@ def compare(
     if genome.population:
         raise ValueError(f"`genome` must be a single one. Received: a population of shape {genome.population}")
     arguments.flag("normalize", normalize)
-    chosen = _checked_grids(GRIDS if grids is None else grids, grids is None)
+    chosen = _checked_grids(GRIDS if grids is None else grids)
     if not schedules or set(schedules) - set(SCHEDULES):
         raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}. Received: schedules={schedules!r}")
     source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
@@ -155,7 +143,7 @@ def compare(
     start = _Start(source, build, activation_of(genome.rule.forward_activation))
     header = {
         "data": data.name, "network": described, "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
-        "activation": genome.rule.forward_activation, "steps": list(at),
+        "activation": genome.rule.forward_activation, "parameters": start.network(0).count_params(), "steps": list(at),
     }  # fmt: skip
     known = _known(baselines, header)
     variants = [PLAIN, *([NORMALIZED] if normalize and normalized(start.network(0)) is not None else [])]
@@ -193,10 +181,8 @@ class _Setting:
         return f"{self.optimizer} {self.rate:g}{decayed}{', normalized' if self.variant == NORMALIZED else ''}"
 
 
-def _checked_grids(grids: Mapping[str, Sequence[float]], default: bool) -> dict[str, Sequence[float]]:
-    """The grids, of the optimizers that this Keras has if they are the default ones."""
-    if default:
-        return {name: rates for name, rates in grids.items() if name in _OPTIMIZERS}
+def _checked_grids(grids: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """The grids, or a `ValueError`."""
     labels = [f"{name} {rate:g}" for name, rates in grids.items() for rate in rates]
     if not all(grids.values()) or not labels or len(set(labels)) != len(labels) or set(grids) - set(_OPTIMIZERS):
         raise ValueError(
@@ -218,10 +204,18 @@ def _known(baselines: Mapping[str, Any] | None, header: Mapping[str, Any]) -> di
 
 
 class _Start:
-    """Initial networks by seed."""
+    """Initial networks by seed.
+
+    Attributes:
+        source: the batches.
+        probabilities: whether a network's outputs are probabilities rather than logits.
+    """
 
     def __init__(self, source: Source, build: Callable[..., keras.Model], activation: Any):
         self.source, self._build, self._activation = source, build, activation
+        last = self.network(0).outputs[0]._keras_history.operation
+        squashing = (keras.activations.softmax, keras.activations.sigmoid)
+        self.probabilities = isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) in squashing
 
     def network(self, number: int, variant: str = PLAIN) -> keras.Model:
         """The network of a seed: with the same weights in both variants."""
@@ -241,13 +235,9 @@ class _Learner:
             lambda number: convert(start.network(number, variant), genome)
         )  # fmt: skip
         self.model = self._fresh(0)
-        last = getattr(self.model.layers[-1], "activation", None)
-        self._probabilities = last in (keras.activations.softmax, keras.activations.sigmoid)
-        loss = (
-            keras.losses.BinaryCrossentropy(from_logits=not self._probabilities)
-            if self.source.classes == 1
-            else keras.losses.SparseCategoricalCrossentropy(from_logits=not self._probabilities)
-        )
+        self._probabilities = start.probabilities
+        kind = keras.losses.BinaryCrossentropy if self.source.classes == 1 else keras.losses.SparseCategoricalCrossentropy
+        loss = kind(from_logits=not self._probabilities)
         self._values: dict[int, list[np.ndarray]] = {}
         self._predicts, self._state = self.model, []
         if genome is not None:
@@ -344,8 +334,9 @@ def _with_batch_statistics(model: keras.Model) -> keras.Model:
 
 def _cross_entropies(found: np.ndarray, y: np.ndarray, probabilities: bool) -> np.ndarray:
     """Cross-entropy of each example `[examples]`, from logits or probabilities `[examples, outputs]`."""
-    if probabilities:
-        found = np.log(np.clip(found, 1e-7, 1.0)) if found.shape[-1] > 1 else np.log(found / (1.0 - found))
+    if probabilities:  # clipped as Keras does
+        found = np.clip(found, 1e-7, 1.0 - 1e-7)
+        found = np.log(found) if found.shape[-1] > 1 else np.log(found / (1.0 - found))
     if found.shape[-1] == 1:
         return np.logaddexp(0.0, np.where(y == 1, -found[:, 0], found[:, 0]))
     return np.logaddexp.reduce(found, axis=-1) - found[np.arange(len(y)), y]
@@ -373,7 +364,8 @@ class _Runs:
         """Measures all learners in turns."""
         self._arm += 1
         steps: dict[tuple[str, str], int] = {}
-        most = min(_BLOCK_STEPS, max(5, int(_BLOCK_NUMBERS / self._step_numbers())))
+        source = self._learners[PLAIN, "genome"].source
+        most = min(_BLOCK_STEPS, max(5, int(_BLOCK_NUMBERS / (source.features * source.batch_size))))
         found: dict[tuple[str, str], list[float]] = {key: [] for key in self._learners}
         for number in range(-1, _BLOCKS):
             self._tell("seconds of a step", number + 1, _BLOCKS + 1)
@@ -384,10 +376,6 @@ class _Runs:
                 else:
                     found[key].append(learner.seconds(steps[key]))
         self._seconds = {key: float(np.median(values)) for key, values in found.items()}
-
-    def _step_numbers(self) -> int:
-        source = next(iter(self._learners.values())).source
-        return source.features * source.batch_size
 
     def genome(self, seeds: int) -> None:
         """Runs the genome on all seeds."""

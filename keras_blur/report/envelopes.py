@@ -19,8 +19,6 @@ import numpy as np
 
 TARGETS = 50  # accuracies at which a speed-up is taken
 
-Curves = Mapping[str, Mapping[str, Any]]
-
 
 def variants(result: Mapping[str, Any]) -> list[str]:
     """The networks of a result's optimizers: `"plain"`, `"normalized"`."""
@@ -132,7 +130,7 @@ def _log(steps: Any) -> np.ndarray:
     return np.log1p(np.asarray(steps, np.float64))
 
 
-def _at_edge(curves: Curves, name: str) -> bool:
+def _at_edge(curves: Mapping[str, Mapping[str, Any]], name: str) -> bool:
     """Whether a curve's rate is the first or last one of several in its grid."""
     own = curves[name]
     rates = sorted({one["rate"] for one in curves.values() if one.get("optimizer") == own["optimizer"]})

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from keras_blur import Genome, Rule, cli, genomes, random, tasks
 from keras_blur.learners import BaselineLearner, Blur
+from keras_blur.models.networks import lenet, mlp, normalized, resnet
 from keras_blur.report import comparison, envelopes
 from keras_blur.report.comparison import compare
 from keras_blur.report.curves import format_compare, format_several, plot_compare
 from keras_blur.report.evaluation import evaluate
-from keras_blur.report.networks import lenet, mlp, normalized, resnet
 from keras_blur.tasks.datasets import Images, load_images
 
 RULE = Rule(last_activation="linear", normalize_activations="both", batch_reduction="mean")
@@ -221,6 +221,8 @@ def test_baselines_are_not_run_again(result):
     assert again["curves"]["SGD 1"]["accuracy"][0] == [0.5, 0.625, 0.75, 0.875, 1.0]
     assert again["curves"]["genome"]["loss"] != result["curves"]["genome"]["loss"]
     assert told.count("SGD") == 6
+    with pytest.raises(ValueError, match="`baselines` must be a comparison with parameters="):  # a network of that name
+        compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS, baselines={**result, "parameters": 5})
     with pytest.raises(ValueError, match="`baselines` must be a comparison with batch_size=16"):
         compare(genome, few(), (12,), steps=10, seeds=2, batch_size=16, grids=GRIDS, baselines=result)
 
@@ -253,6 +255,29 @@ def test_a_network_of_a_file_keeps_its_activations(tmp_path):
     assert set(found["envelopes"]) == {"plain", "normalized"}
     with pytest.raises(ValueError, match=r"`network` must take examples of \(2,\) and have 3 outputs"):
         compare(genomes.backprop(0.3), tasks.functions("blobs3"), model, steps=1, seeds=2, batch_size=8)
+
+
+@pytest.mark.parametrize("last", ["activation", "layer"])
+def test_probabilities_are_scored_as_their_logits(last):
+    """Both learn by the cross-entropy of what they give, so they learn the same."""
+
+    def network(softmax):
+        ends = {"activation": [keras.layers.Dense(10, "softmax")], "layer": [keras.layers.Dense(10), keras.layers.Softmax()]}
+        inner = [keras.layers.Flatten(), keras.layers.Dense(6, "tanh")]
+        return keras.Sequential([keras.Input((8, 8, 1)), *inner, *(ends[last] if softmax else [keras.layers.Dense(10)])])
+
+    options = {
+        "steps": 5,
+        "seeds": 2,
+        "batch_size": 32,
+        "grids": {"SGD": (0.3,)},
+        "schedules": ["constant"],
+        "normalize": False,
+    }
+    genome = genomes.backprop(0.3, "tanh")
+    one, other = (compare(genome, few(), network(softmax), **options)["curves"] for softmax in (True, False))
+    for name in ("genome", "SGD 0.3"):
+        np.testing.assert_allclose(one[name]["loss"], other[name]["loss"], rtol=1e-4)
 
 
 def test_a_convolutional_and_a_residual_network_are_compared():

@@ -55,11 +55,11 @@ class DenseConnection(Connection):
         return self._placed(_product(self.rows(x), kernel), self.units)
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
-        kernel, y = self._rounded(kernel), self._rounded(self.rows(y))
+        kernel, y = self.rounded(kernel), self.rounded(self.rows(y))
         return self._placed(_product(y, ops.swapaxes(kernel, -1, -2)), source[-1])
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
-        left, right = self._rounded(self.rows(pre)), self._rounded(self.rows(post))
+        left, right = self.rounded(self.rows(pre)), self.rounded(self.rows(post))
         return ops.matmul(ops.swapaxes(left, -1, -2), right)
 
     @property

@@ -12,9 +12,10 @@ from typing import Any
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Connection, Shape, TermContext
+from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.derivatives import transpose
 from keras_blur.core.genome import Genome
+from keras_blur.core.settling import TermContext
 from keras_blur.core.states import between
 
 Array = Any
@@ -91,10 +92,10 @@ class EmbeddingConnection(Connection):
         return self.features(ops.matmul(flat, kernel), tuple(x.shape[len(x.shape) - self.axes :]))
 
     def linear(self, kernel: Array, x: Array) -> Array:
-        return self.product(self._rounded(kernel), x)
+        return self.product(self.rounded(kernel), x)
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
-        post = self._rounded(post)
+        post = self.rounded(post)
         leading = post.shape[: len(post.shape) - self.target_axes - 1]
         return transpose(lambda kernel: self.product(kernel, pre), (*leading, self.entries, self.units), post)
 

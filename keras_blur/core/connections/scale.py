@@ -98,10 +98,10 @@ class ScaleConnection(Connection):
         return x * ops.reshape(kernel, (*lead, 1, *spread))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
-        return self.product(self._rounded(kernel), self._rounded(y))
+        return self.product(self.rounded(kernel), self.rounded(y))
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
-        summed = ops.sum(self.rows(self._rounded(pre) * self._rounded(post)), axis=-2)
+        summed = ops.sum(self.rows(self.rounded(pre) * self.rounded(post)), axis=-2)
         return ops.reshape(summed, (*ops.shape(summed)[:-1], *self.kernel_shape(source)))
 
 

@@ -1,4 +1,4 @@
-"""The networks of comparisons, as plain Keras models, and their twins with batch normalisation."""
+"""Networks of the command line and of comparisons, as plain Keras models, and their twins with batch normalisation."""
 
 from __future__ import annotations
 
@@ -23,32 +23,47 @@ def activation_of(name: str) -> Any:
     return relu_tanh if name == "relu_tanh" else name
 
 
-def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int], activation: Any = "relu") -> keras.Model:
-    """Dense layers on flattened examples."""
-    inner = [kl.Dense(units, activation) for units in hidden]
-    return keras.Sequential([keras.Input(tuple(shape)), kl.Flatten(), *inner, kl.Dense(classes)], name="mlp")
+def mlp_layers(classes: int, hidden: Sequence[int], activation: Any = "relu", kind: Any = kl) -> list[Any]:
+    """Dense layers on flattened examples.
+
+    Args:
+        classes: number of outputs.
+        hidden: units of the hidden layers.
+        activation: activation of the hidden layers.
+        kind: where layers with weights come from: `keras.layers` or `keras_blur.layers`.
+    """
+    return [kl.Flatten(), *(kind.Dense(units, activation) for units in hidden), kind.Dense(classes)]
 
 
-def lenet(shape: Sequence[int], classes: int, activation: Any = "relu") -> keras.Model:
+def lenet_layers(shape: Sequence[int], classes: int, activation: Any = "relu", kind: Any = kl) -> list[Any]:
     """LeNet: two convolutions with average pooling, and three dense layers.
 
     Images narrower than 14 pixels are padded at the second convolution too.
+
+    Args:
+        shape: `[height, width, channels]` of an image.
+        classes: number of outputs.
+        activation: activation of the hidden layers.
+        kind: where layers with weights come from: `keras.layers` or `keras_blur.layers`.
     """
     padding = "valid" if min(shape[:2]) >= 14 else "same"
-    return keras.Sequential(
-        [
-            keras.Input(tuple(shape)),
-            kl.Conv2D(6, 5, padding="same", activation=activation),
-            kl.AveragePooling2D(2),
-            kl.Conv2D(16, 5, padding=padding, activation=activation),
-            kl.AveragePooling2D(2),
-            kl.Flatten(),
-            kl.Dense(120, activation),
-            kl.Dense(84, activation),
-            kl.Dense(classes),
-        ],
-        name="lenet",
-    )
+    return [
+        kind.Conv2D(6, 5, padding="same", activation=activation),
+        kl.AveragePooling2D(2),
+        kind.Conv2D(16, 5, padding=padding, activation=activation),
+        kl.AveragePooling2D(2),
+        *mlp_layers(classes, (120, 84), activation, kind),
+    ]
+
+
+def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int], activation: Any = "relu") -> keras.Model:
+    """A model of `mlp_layers`."""
+    return keras.Sequential([keras.Input(tuple(shape)), *mlp_layers(classes, hidden, activation)], name="mlp")
+
+
+def lenet(shape: Sequence[int], classes: int, activation: Any = "relu") -> keras.Model:
+    """A model of `lenet_layers`."""
+    return keras.Sequential([keras.Input(tuple(shape)), *lenet_layers(shape, classes, activation)], name="lenet")
 
 
 def resnet(

@@ -1,0 +1,165 @@
+"""What becomes of a Hebbian term whose rows are at hand, before they are added up.
+
+Whitening by groups of rows and orthogonal terms (eq. W2, W3 and N2 of `terms`) have two systems each:
+of the rows of a group, and of the features. The rows are at hand where one layer alone, on one
+device, learns from them; then the smaller system is solved, which is chosen here. Elsewhere
+`Connection.update` takes the features' system of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from keras import ops
+
+from keras_blur.core import equations, terms
+from keras_blur.core.genome import Genome
+
+if TYPE_CHECKING:
+    from keras_blur.core.connection import Connection
+
+Array = Any
+Shape = tuple[int, ...]
+
+_LEAST = 1e-30  # stands for zero in a divisor
+
+
+class TermContext(NamedTuple):
+    """What the terms of a connection share.
+
+    Attributes:
+        genome: the layer's genome.
+        source: shape of the features that enter.
+        weight: weights of the examples, `[..., batch]`, or `None`.
+        dtype: type of the states.
+        groups: the groups of rows in which terms are whitened with their rows at hand, or `None`.
+        orthogonal: whether terms are made orthogonal with their rows at hand.
+    """
+
+    genome: Genome
+    source: Shape
+    weight: Array | None
+    dtype: str
+    groups: terms.Groups | None
+    orthogonal: bool
+
+    @property
+    def settles(self) -> bool:
+        """Whether something is done to terms with their rows at hand."""
+        return self.groups is not None or self.orthogonal
+
+    def damping(self, like: Array) -> Array:
+        """The damping of the inputs' correlations, `[..., 1, 1, 1, 1]`."""
+        return ops.exp(equations.per_state(self.genome.log_damping, like, 4))
+
+    def root(self, connection: Connection) -> Array | None:
+        """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
+        return None if self.weight is None else ops.sqrt(ops.abs(connection.of_rows(self.weight, self.source)))
+
+    def examples(self, connection: Connection, post: Array) -> Array:
+        """The number of examples, `[..., 1, 1, 1]`: the sum of their weights, if they have some."""
+        if self.weight is None:
+            count = ops.shape(post)[-2] / connection.positions_of(self.source)
+            return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
+        size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
+        return ops.reshape(size, (*size.shape, 1, 1, 1))
+
+    def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
+        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all have as many."""
+        positions = connection.positions_of(self.source)
+        if self.weight is None and groups.full:
+            return ops.reshape(ops.cast(groups.size / positions, self.dtype), (1, 1, 1))
+        each = groups.present(self.dtype)
+        if self.weight is not None:
+            each = groups.apart(ops.abs(ops.cast(connection.of_rows(self.weight, self.source), self.dtype)))
+        return ops.sum(each, axis=-2, keepdims=True) / positions
+
+
+def settle(
+    connection: Connection,
+    context: TermContext,
+    read: Array,
+    ones: Array | None,
+    senders: Array,
+    whole: Callable[[Array], dict[str, Array]],
+    names: Mapping[str, str],
+) -> dict[str, Array]:
+    """A term whitened and made orthogonal, as the context says, each by the smaller one of two systems."""
+    rule, groups = context.genome.rule, context.groups
+    x = connection.rows_read(read)
+    inputs = x.shape[-1] + (ones is not None)
+    root = context.root(connection)
+
+    def by_rows(groups: terms.Groups) -> tuple[Array, Array | None]:
+        """What takes the place of the senders; and the Gram matrix of the rows, if one group has them all."""
+        inner = _inner(groups, x, ones, root)
+        found = groups.apart(senders if root is None else _over(senders, root))
+        found = terms.whitened_senders(inner, found, context.damping(inner), context.examples_of(groups, connection))
+        found = groups.together(found)
+        return found if root is None else found * root, groups.together(inner) if groups.single else None
+
+    def by_features(groups: terms.Groups) -> dict[str, Array]:
+        rows, own = groups.apart(x), groups.apart(senders)
+        term = ops.matmul(ops.swapaxes(connection.rounded(rows), -1, -2), connection.rounded(own))
+        if ones is not None:
+            bias = ops.expand_dims(ones, -3)
+            term = ops.concatenate([term, bias * ops.sum(own, axis=-2, keepdims=True)], axis=-2)
+            rows = ops.concatenate([rows, ops.broadcast_to(bias, (*ops.shape(rows)[:-1], 1))], axis=-1)
+        if root is not None:
+            rows = rows * groups.apart(root)
+        elif not groups.full:  # the bias of rows that fill up a group counts as nothing
+            rows = rows * groups.present(context.dtype)
+        gram = ops.matmul(ops.swapaxes(rows, -1, -2), rows)
+        term = terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, connection))
+        term = ops.sum(term, axis=-3)
+        found = {names["kernel"]: term[..., : x.shape[-1], :]}
+        return found if ones is None else {**found, names["bias"]: term[..., x.shape[-1] :, :]}
+
+    def whitened() -> dict[str, Array]:
+        if groups is None:
+            return whole(senders)
+        return choose(groups.size < inputs, lambda: whole(by_rows(groups)[0]), lambda: by_features(groups))
+
+    if not context.orthogonal:
+        return whitened()
+
+    def orthogonal_by_rows() -> dict[str, Array]:
+        own, inner = (senders, None) if groups is None else by_rows(groups)
+        if inner is None:
+            every = terms.Groups(ops.shape(x)[-2])
+            inner = every.together(_inner(every, x, ones, root))
+        own = own if root is None else _over(own, root)
+        own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
+        return whole(own if root is None else own * root)
+
+    fewer = terms.rows_are_cheaper(ops.shape(x)[-2], inputs, connection.units, rule.orthogonal_iterations)
+    return choose(fewer, orthogonal_by_rows, lambda: connection.normalized_term(rule, whitened(), names))
+
+
+def choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """One of two functions' values, by what is known now or when the program runs."""
+    if isinstance(first, bool):
+        return one() if first else other()
+    return ops.cond(first, one, other)
+
+
+def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | None) -> Array:
+    """The Gram matrices of the rows of groups, with the bias and times weights: `[..., c, groups, size, size]`."""
+    x = groups.apart(x)
+    inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
+    if ones is not None:
+        bias = ops.expand_dims(ones, -3)
+        if not groups.full and root is None:
+            bias = bias * groups.present(x.dtype)
+        inner = inner + bias * ops.swapaxes(bias, -1, -2)
+    if root is not None:
+        root = groups.apart(root)
+        inner = inner * root * ops.swapaxes(root, -1, -2)
+    return inner
+
+
+def _over(senders: Array, root: Array) -> Array:
+    """Senders over the square roots of their weights; zero without weight."""
+    none = root <= _LEAST
+    return ops.where(none, ops.zeros_like(senders), senders / ops.where(none, ops.ones_like(root), root))
