@@ -180,4 +180,5 @@ def core(folder):
 
 
 if __name__ == "__main__":
+    keras.utils.set_random_seed(0)
     globals()[sys.argv[1]](sys.argv[2])
