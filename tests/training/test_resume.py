@@ -29,7 +29,7 @@ def trainer(of=None, learner=None, estimator=None, optimizer=None, **options):
     )
     if not isinstance(estimator, meta.Evolution):
         optimizer = optimizer or keras.optimizers.Adam(1e-2)
-    made.compile(optimizer, jit_compile=False)
+    made.compile(optimizer, run_eagerly=True)  # a few steps are soon done
     return made
 
 
@@ -47,7 +47,7 @@ def bilevel_trainer(model=None, meta_model=None, optimizer=None, meta_optimizer=
     made = bilevel.BilevelTrainer(model or network(), meta_model or bilevel.SampleWeightNet(3), **options)
     made.compile(
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9), meta_optimizer or keras.optimizers.Adam(1e-2), loss, metrics,
-        jit_compile=False,
+        run_eagerly=True,
     )  # fmt: skip
     return made
 
