@@ -238,7 +238,7 @@ def test_meta_training_of_nested_models_resumes(tmp_path):
         model = keras.Sequential([keras.Input((2,)), inner, outer])
         learner = learners.Warp(model, ["inner/fc"], keras.optimizers.SGD(0.1))
         made = meta.MetaTrainer(of, learner, meta.WarpGrad(2), batch_size=4, query_size=6)
-        made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+        made.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
         return made
 
     whole, first, second = trainer(), trainer(), trainer()
