@@ -306,7 +306,7 @@ def test_a_learned_model_is_any_keras_model(name, policy, tmp_path):
         learner = warp_learner_of(FEATURES, CLASSES) if name == "warp" else LEARNERS[name][0]()
         outer = {key: own[0] for key, own in learner.draw(0, 1, FEATURES, CLASSES).items()}
         model, (x, y) = learner.learned(outer), keras_inputs(learner, 5)
-        model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)
+        model.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=True)
         whole, rough = model.predict(x, verbose=0), 0.1 if policy.startswith("mixed") else 1e-5
         np.testing.assert_allclose(model.predict(x, batch_size=2, verbose=0), whole, atol=rough)
         assert np.isfinite(model.evaluate(x, y, batch_size=2, verbose=0))

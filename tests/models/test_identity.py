@@ -143,7 +143,7 @@ def learned_weights(name, estimator):
     x, y = data()
     outer = bilevel.Hyperparameters(class_weights=CLASSES)
     made = bilevel.BilevelTrainer(MODELS[name](), outer, estimator)
-    made.compile(keras.optimizers.SGD(0.5), keras.optimizers.SGD(100.0), LOSS, jit_compile=False)
+    made.compile(keras.optimizers.SGD(0.5), keras.optimizers.SGD(100.0), LOSS, run_eagerly=True)
     made.fit(x, y, meta_data=(x[::-1].copy(), y[::-1].copy()), batch_size=24, verbose=0)
     return np.array(outer.class_logits)
 

@@ -25,7 +25,7 @@ def make(genome=GENOME, layers=None, *, inputs=None, loss=LOGITS, **options):
     keras.utils.set_random_seed(0)
     layers = [Dense(6), Dense(3)] if layers is None else layers
     model = kb.Sequential([keras.Input((5,)) if inputs is None else inputs, *layers], genome=genome)
-    model.compile(loss=loss, **{"jit_compile": False, **options})
+    model.compile(loss=loss, **{"run_eagerly": "jit_compile" not in options, **options})
     return model
 
 

@@ -32,7 +32,7 @@ def make(genome=None, *first, compiled=True, **options):
     genome = kb.genomes.backprop(0.1) if genome is None else genome
     model = kb.Sequential([keras.Input((5,)), *first, Dense(6), Dense(3)], genome=genome)
     if compiled:
-        model.compile(**{"loss": LOGITS, "jit_compile": False, **options})
+        model.compile(**{"loss": LOGITS, "run_eagerly": "jit_compile" not in options, **options})
     return model
 
 
