@@ -225,7 +225,7 @@ def test_mixed_precision_learns_the_digits_as_float32_does():
     accuracies = {}
     for policy in ("float32", "mixed_bfloat16"):
         layers = [Dense(32, dtype=policy), Dense(10, dtype=policy)]
-        model = make(kb.genomes.backprop(0.2), layers, inputs=keras.Input((64,)), metrics=["accuracy"])
+        model = make(kb.genomes.backprop(0.2), layers, inputs=keras.Input((64,)), metrics=["accuracy"], jit_compile=False)
         model.fit(x, images.y_train, epochs=4, verbose=0)
         accuracies[policy] = model.evaluate(x, images.y_train, verbose=0)[1]
         assert {v.dtype for layer in model.layers for v in layer.synapses.values()} == {"float32"}

@@ -176,7 +176,7 @@ def test_compile_starts_learning_afresh():
     used, fresh = make(genome), make(genome)
     used.fit(X, Y, batch_size=8, verbose=0)
     assert np.abs(used.layers[0].synapses["kernel_trace"]).max() > 0
-    used.compile(loss=LOGITS, jit_compile=False)
+    used.compile(loss=LOGITS, run_eagerly=True)
     assert int(used.learning_step.value) == 0
     assert np.abs(used.layers[0].synapses["kernel_trace"]).max() == 0
     for layer, other in zip(used.layers, fresh.layers, strict=True):
