@@ -31,7 +31,7 @@ def trainer(estimator, of=None, *, hidden=(6,), rate=1e-2, jit_compile=False, **
         **{"batch_size": 12, "query_size": 24, "clipnorm": 1.0, **options},
     )
     optimizer = None if isinstance(estimator, meta.Evolution) else keras.optimizers.Adam(rate)
-    made.compile(optimizer, jit_compile=jit_compile, run_eagerly=not jit_compile)
+    made.compile(optimizer, jit_compile=jit_compile)
     return made
 
 

@@ -101,7 +101,7 @@ def test_recomputation_changes_nothing(steps, trajectory_loss_weight, jit):
     def gradient(recompute):
         estimator = Unroll(steps, trajectory_loss_weight=trajectory_loss_weight, recompute=recompute)
         run = lambda outer, data: estimator(learner, outer, data, seed)[0]  # noqa: E731
-        return (tf.function(run, jit_compile=jit) if recompute and jit is not None else run)(outer, data)
+        return (run if jit is None else tf.function(run, jit_compile=jit))(outer, data)
 
     plain, again = gradient(False), gradient(True)
     np.testing.assert_allclose(again.loss, plain.loss, rtol=1e-12)

@@ -293,7 +293,7 @@ def trainer(estimator, **options):
         tasks.functions("blobs2"), learners.Warp(plane(), ["bend"], keras.optimizers.SGD(0.1)), estimator,
         **{"members": 2, "meta_batch_size": 2, "batch_size": 8, "query_size": 16, **options},
     )  # fmt: skip
-    made.compile(keras.optimizers.Adam(1e-2), start_optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
+    made.compile(keras.optimizers.Adam(1e-2), start_optimizer=keras.optimizers.SGD(0.1), jit_compile=False)
     return made
 
 
