@@ -23,6 +23,9 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
         function: a function from nests of tensors to a nest of tensors.
         jit_compile: whether XLA compiles it.
 
+    Returns:
+        The compiled function. After `tf.config.run_functions_eagerly(True)` it calls `function` itself.
+
     Example:
 
     >>> double = compiled(lambda x: 2 * x)
@@ -33,6 +36,8 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
     traced: dict[Any, Any] = {}
 
     def call(*arguments: Any) -> Any:
+        if tf.config.functions_run_eagerly():
+            return function(*arguments)
         key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in tf.nest.flatten(arguments))
         if key not in traced:
             traced[key] = wrapped.get_concrete_function(*arguments)

@@ -27,17 +27,34 @@ def seed_of(number: int | Array) -> Array:
 def fold_in(seed: Array, *numbers: int | Array) -> Array:
     """Derives a seed from a seed and numbers such as a step, a member or a purpose."""
     for number in numbers:
-        seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
+        seed = tf.stack([_drawn(seed, (), tf.int32), tf.cast(number, tf.int32)])
     return seed
 
 
 def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     """Uniform 32-bit integers."""
-    return tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+    return _drawn(seed, shape, tf.uint32)
 
 
 _KEY = 0x02461E293EC8F720  # with which TensorFlow mixes a seed into Philox's key and counter
 _BLOCK = 4  # integers that Philox makes of one value of its counter
+
+
+def _philox(shape: tuple[int, ...], key: Array, counter: Array, dtype: tf.DType) -> Array:
+    """Integers of Philox, TensorFlow's algorithm 1."""
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(shape=shape, key=key, counter=counter, dtype=dtype, alg=1)
+
+
+def _mixed(seed: Array) -> tuple[Array, Array]:
+    """Philox's key `[1]` and the high half of its counter `[1]`, as in TensorFlow's own draws but in fewer operations."""
+    mixed = _philox((_BLOCK,), tf.constant([_KEY], tf.uint64), tf.cast(seed, tf.uint64), tf.uint32)
+    low, high = tf.unstack(tf.reshape(tf.cast(mixed, tf.uint64), (2, 2)), axis=1)
+    return tf.split(tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, tf.constant(32, tf.uint64))), 2)
+
+
+def _drawn(seed: Array, shape: tuple[int, ...], dtype: tf.DType) -> Array:
+    key, high = _mixed(seed)
+    return _philox(shape, key, tf.concat([tf.constant([0], tf.uint64), high], 0), dtype)
 
 
 def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
@@ -53,15 +70,11 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
     True
     """
 
-    def draw(count: int, key: Array, counter: Array) -> Array:
-        return tf.raw_ops.StatelessRandomUniformFullIntV2(shape=[count], key=key, counter=counter, dtype=tf.uint32, alg=1)
-
-    mixed = draw(_BLOCK, tf.constant([_KEY], tf.uint64), tf.cast(seed, tf.uint64))
-    key, high = tf.bitcast(mixed[:2], tf.uint64)[None], tf.bitcast(mixed[2:], tf.uint64)
+    key, high = _mixed(seed)
 
     def row(number: Array) -> Array:
         begin = tf.cast(number, tf.int64) * size
-        drawn = draw(size + _BLOCK, key, tf.stack([tf.cast(begin // _BLOCK, tf.uint64), high]))
+        drawn = _philox((size + _BLOCK,), key, tf.concat([tf.cast(begin // _BLOCK, tf.uint64)[None], high], 0), tf.uint32)
         return tf.slice(drawn, [begin % _BLOCK], [size])
 
     return tf.map_fn(row, tf.convert_to_tensor(rows), fn_output_signature=tf.TensorSpec((size,), tf.uint32))

@@ -5,9 +5,11 @@
 
 import os
 
+# Before TensorFlow or JAX is imported. Programs of tests run once or twice: LLVM need not make them fast.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # the last one counts
 JAX = os.environ.get("KERAS_BACKEND") == "jax"
 if JAX:
-    os.environ["JAX_ENABLE_X64"] = "1"  # before JAX is imported: many tests compute in float64
+    os.environ["JAX_ENABLE_X64"] = "1"  # many tests compute in float64
 
 import keras
 import pytest
@@ -41,3 +43,13 @@ def policy(request):
     keras.config.set_dtype_policy(request.param)
     yield request.param
     keras.config.set_dtype_policy(before)
+
+
+@pytest.fixture
+def eagerly():
+    """`tf.function` only calls its function: a few steps take less time than the making of a program."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

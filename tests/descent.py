@@ -33,7 +33,7 @@ def named(model):
     return {name: np.array(variable) for name, variable in found.items() if "seed" not in name}
 
 
-def assert_descends(twin, x, y, *, loss="mean_squared_error", steps=5, tolerance=1e-9, still=(), **options):
+def assert_descends(twin, x, y, *, loss="mean_squared_error", steps=3, tolerance=1e-9, still=(), **options):
     """Asserts that steps of the backprop genome are those of SGD.
 
     Args:
@@ -51,8 +51,8 @@ def assert_descends(twin, x, y, *, loss="mean_squared_error", steps=5, tolerance
     """
     weight = options.pop("sample_weight", None)
     model = kb.convert(twin, kb.genomes.backprop(RATE))
-    model.compile(loss=loss, jit_compile=JAX, **options)
-    twin.compile(keras.optimizers.SGD(RATE), loss, jit_compile=JAX, **options)
+    model.compile(loss=loss, jit_compile=JAX, run_eagerly=not JAX, **options)
+    twin.compile(keras.optimizers.SGD(RATE), loss, jit_compile=JAX, run_eagerly=not JAX, **options)
     before = named(twin)
     for _ in range(steps):
         ours, theirs = (one.train_on_batch(x, y, sample_weight=weight) for one in (model, twin))

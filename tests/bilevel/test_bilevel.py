@@ -35,7 +35,10 @@ def network(seed=0, *, extras=False):
 
 def trainer(estimator=None, *, extras=False, rate=1e-2, meta_rate=3e-3, seed=0, jit_compile=False, **options):
     made = bilevel.BilevelTrainer(network(extras=extras), bilevel.SampleWeightNet(20), estimator, seed=seed, **options)
-    made.compile(keras.optimizers.Adam(rate), keras.optimizers.Adam(meta_rate), LOSS, ["accuracy"], jit_compile=jit_compile)
+    made.compile(
+        keras.optimizers.Adam(rate), keras.optimizers.Adam(meta_rate), LOSS, ["accuracy"],
+        jit_compile=jit_compile, run_eagerly=not jit_compile,
+    )  # fmt: skip
     return made
 
 

@@ -480,12 +480,12 @@ def test_reweight_keeps_what_was_learned(tmp_path, capsys):
     assert "no output file was asked for" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("ctrl_c_after_an_epoch")
+@pytest.mark.usefixtures("ctrl_c_after_an_epoch", "eagerly")
 def test_meta_train_keeps_what_was_learned(tmp_path, capsys):
     paths = {"genome": tmp_path / "g.json", "json": tmp_path / "n.json"}
     size = ["--functions=xor", "--hidden=4", "--unroll=2", "--epochs=3", "--steps_per_epoch=2", "--members=1"]
     outputs = [f"--{name}={path}" for name, path in paths.items()]
-    assert cli.run(["meta-train", *size, "--nojit_compile", *outputs]) == 130
+    assert cli.run(["meta-train", *size, *outputs]) == 130
     assert f"interrupted; kept what was learned in {paths['genome']}" in capsys.readouterr().err
     assert genomes.load(paths["genome"]).rule.states == 2
     document = json.loads(paths["json"].read_text())

@@ -20,7 +20,7 @@ from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection
 from keras_blur.core.connections.scale import scale_connection
 
-STEPS = 5
+STEPS = 3
 BATCH = 3
 CLASSES = 3
 

@@ -183,13 +183,12 @@ def test_compiled_equals_uncompiled(make):
     learner, outer, data = Blur((5,), rule), outer_of(rule, members=2, dtype="float32"), episodes("float32")
     estimator = make()
     empty = estimator.nothing_carried(learner, outer, data)
-    results = [
-        tf.function(lambda o, d, c: estimator(learner, o, d, random.seed_of(1), c, True), jit_compile=jit)(
-            outer, data, empty
-        )
-        for jit in (False, True)
-    ]
-    for one, other in zip(tf.nest.flatten(results[0]), tf.nest.flatten(results[1]), strict=True):
+
+    def estimate(outer, data, carried):
+        return estimator(learner, outer, data, random.seed_of(1), carried, True)
+
+    plain, whole = (run(outer, data, empty) for run in (estimate, tf.function(estimate, jit_compile=True)))
+    for one, other in zip(tf.nest.flatten(plain), tf.nest.flatten(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=5e-3, atol=2e-3 * (1 + np.abs(one).max()))
 
 

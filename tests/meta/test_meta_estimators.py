@@ -30,7 +30,8 @@ def trainer(estimator, of=None, *, hidden=(6,), rate=1e-2, jit_compile=False, **
         estimator,
         **{"batch_size": 12, "query_size": 24, "clipnorm": 1.0, **options},
     )
-    made.compile(None if isinstance(estimator, meta.Evolution) else keras.optimizers.Adam(rate), jit_compile=jit_compile)
+    optimizer = None if isinstance(estimator, meta.Evolution) else keras.optimizers.Adam(rate)
+    made.compile(optimizer, jit_compile=jit_compile)
     return made
 
 
@@ -135,6 +136,7 @@ def test_kinds_cannot_be_mixed():
         tasks.mixture([(part, 1.0) for part in parts])
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_validation_is_logged_for_later_callbacks_and_the_best_genome_is_kept(tmp_path):
     made = trainer(meta.Unroll(3))
     check = meta.MetaValidate(tasks.functions("blobs3"), episodes=4, path=tmp_path / "best.json", steps=4)
@@ -146,7 +148,7 @@ def test_validation_is_logged_for_later_callbacks_and_the_best_genome_is_kept(tm
             kept.append(logs["val_accuracy"])
             genomes_seen.append(self.model.genome)
 
-    history = made.fit(4, 6, callbacks=[check, csv, Watch()], verbose=0).history
+    history = made.fit(3, 4, callbacks=[check, csv, Watch()], verbose=0).history
     assert history["val_accuracy"] == kept
     assert len(set(kept)) > 1
     assert "val_loss" in (tmp_path / "log.csv").read_text()

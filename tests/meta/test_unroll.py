@@ -8,7 +8,7 @@ from rule_table import SINGLE
 from keras_blur import Genome, Rule, compiling, random
 from keras_blur.learners import Blur
 from keras_blur.meta import Unroll
-from keras_blur.meta.estimator import accuracy, cross_entropy, start
+from keras_blur.meta.estimator import accuracy, cross_entropy
 
 TASKS, STEPS, BATCH, FEATURES, CLASSES = 2, 3, 6, 5, 3
 
@@ -55,18 +55,14 @@ def test_gradient_is_the_difference_quotient(name):
     rule = Rule(**RULES[name])
     learner = Double((7, 6), rule)
     estimator = Unroll(STEPS, trajectory_loss_weight=0.5)
-    outer, data, seed = outer_of(rule), episodes(), random.seed_of(3)
-    found = estimator(learner, outer, data, seed)[0].gradients
-    rng = np.random.default_rng(2)
+    outer, rng = outer_of(rule), np.random.default_rng(2)
     direction = {key: rng.standard_normal(value.shape) for key, value in outer.items()}
     width = 1e-6
-
-    def loss(sign):
-        moved = {key: value + sign * width * direction[key] for key, value in outer.items()}
-        return float(tf.reduce_mean(estimator.objective(learner, moved, data, start(learner, moved, data, seed))[0]))
-
-    quotient = (loss(1.0) - loss(-1.0)) / (2 * width)
-    slope = sum(float(np.sum(np.asarray(found[key]) * direction[key])) for key in outer)
+    # The ends of the quotient are two more members.
+    members = {key: tf.concat([outer[key] + sign * width * direction[key] for sign in (0, 1, -1)], 0) for key in outer}
+    found = estimator(learner, members, episodes(), random.seed_of(3))[0]
+    quotient = float(found.loss[1] - found.loss[2]) / (2 * width)
+    slope = sum(float(np.sum(np.asarray(found.gradients[key])[:1] * direction[key])) for key in outer)
     assert slope == pytest.approx(quotient, rel=2e-5, abs=1e-8)
     assert abs(quotient) > 1e-7
 
@@ -128,10 +124,11 @@ def test_the_graph_does_not_grow_with_the_unroll():
 def test_compiled_equals_uncompiled():
     rule = Rule(states=3, normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
     outer, data = outer_of(rule, members=2, dtype="float32"), episodes("float32")
-    results = [
-        tf.function(lambda o, d: Unroll(STEPS)(Blur((7,), rule), o, d, random.seed_of(0)), jit_compile=jit)(outer, data)[0]
-        for jit in (False, True)
-    ]
+
+    def gradients(outer, data):
+        return Unroll(STEPS)(Blur((7,), rule), outer, data, random.seed_of(0))[0]
+
+    results = [run(outer, data) for run in (gradients, tf.function(gradients, jit_compile=True))]
     np.testing.assert_allclose(results[0].loss, results[1].loss, rtol=1e-5)
     for key in outer:
         np.testing.assert_allclose(results[0].gradients[key], results[1].gradients[key], rtol=1e-3, atol=1e-5)

@@ -312,9 +312,9 @@ def plane():
 def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_path):
     path = tmp_path / "run.weights.h5"
     whole, first, second = (trainer(estimator, seed=1) for _ in range(3))
-    whole.fit(3, 5, verbose=0)
+    whole.fit(2, 5, verbose=0)
     first.fit(1, 5, checkpoint=path, verbose=0)  # five steps: in the middle of a buffer
-    assert second.fit(3, 5, checkpoint=path, verbose=0).epoch == [1, 2]
+    assert second.fit(2, 5, checkpoint=path, verbose=0).epoch == [1]
     every, again = ([*made.variables, *made.start_optimizer.variables] for made in (whole, second))
     for one, other in zip(every, again, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -323,7 +323,7 @@ def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_p
 
 def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
     made = trainer(meta.WarpGrad(4, start="leap"), clipnorm=1e-3)
-    made.compile(keras.optimizers.SGD(2.0), start_optimizer=keras.optimizers.SGD(5.0), jit_compile=False)
+    made.compile(keras.optimizers.SGD(2.0), start_optimizer=keras.optimizers.SGD(5.0), run_eagerly=True)
     before = [made.parameters(member) for member in range(2)]
     made.fit(1, 1, verbose=0)
     for member in range(2):
@@ -362,7 +362,7 @@ def test_errors(call, message):
 def test_a_genome_has_such_a_gradient_too():
     """The estimator asks for no more than a step: BLUR's rule, a step at a time."""
     made = meta.MetaTrainer(tasks.functions("blobs2"), learners.Blur((6,)), meta.WarpGrad(3), batch_size=8, query_size=16)
-    made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    made.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
     before = made.genome
     assert made.fit(1, 3, verbose=0).history["gradient_norm"][0] > 0
     assert np.abs(made.genome.nu - before.nu).max() > 1e-3

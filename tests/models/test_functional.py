@@ -134,7 +134,7 @@ def test_conversion_and_back_keep_names_and_weights(name, float64):
 def test_a_file_gives_the_model_back(name, tmp_path):
     make, x = GRAPHS[name]
     model = kb.convert(randomized(make()), kb.Genome.random(kb.Rule(states=3), seed=0, std=0.3, synapse_update=-0.01))
-    model.compile(loss="mean_squared_error", jit_compile=JAX)
+    model.compile(loss="mean_squared_error", jit_compile=JAX, run_eagerly=not JAX)
     model.train_on_batch(x, TWO)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")

@@ -143,7 +143,7 @@ def learned_weights(name, estimator):
     x, y = data()
     outer = bilevel.Hyperparameters(class_weights=CLASSES)
     made = bilevel.BilevelTrainer(MODELS[name](), outer, estimator)
-    made.compile(keras.optimizers.SGD(0.5), keras.optimizers.SGD(100.0), LOSS, jit_compile=False)
+    made.compile(keras.optimizers.SGD(0.5), keras.optimizers.SGD(100.0), LOSS, run_eagerly=True)
     made.fit(x, y, meta_data=(x[::-1].copy(), y[::-1].copy()), batch_size=24, verbose=0)
     return np.array(outer.class_logits)
 
@@ -238,7 +238,7 @@ def test_meta_training_of_nested_models_resumes(tmp_path):
         model = keras.Sequential([keras.Input((2,)), inner, outer])
         learner = learners.Warp(model, ["inner/fc"], keras.optimizers.SGD(0.1))
         made = meta.MetaTrainer(of, learner, meta.WarpGrad(2), batch_size=4, query_size=6)
-        made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+        made.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
         return made
 
     whole, first, second = trainer(), trainer(), trainer()

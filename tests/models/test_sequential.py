@@ -12,6 +12,7 @@ import keras_blur as kb
 from keras_blur.layers import Dense
 
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+EAGER = {"run_eagerly": True}  # for tests of a few steps
 RULES = {
     "default": kb.Rule(),
     "three states": kb.Rule(states=3, oja="weights", saturation="exp_update", batch_reduction="mean"),
@@ -114,7 +115,7 @@ def test_callbacks(tmp_path):
 def test_class_weight_is_a_sample_weight(feedback):
     x, y = data()
     share = {0: 0.5, 1: 2.0, 2: 0.0}
-    models = [make(kb.Rule(feedback=feedback)) for _ in range(3)]
+    models = [make(kb.Rule(feedback=feedback), compile_options=EAGER) for _ in range(3)]
     models[0].fit(x, y, batch_size=8, shuffle=False, class_weight=share, verbose=0)
     models[1].fit(x, y, batch_size=8, shuffle=False, sample_weight=np.vectorize(share.get)(y), verbose=0)
     models[2].fit(x, y, batch_size=8, shuffle=False, verbose=0)
@@ -137,7 +138,7 @@ def test_forms_of_labels_learn_the_same():
     ]
     models = []
     for labels, loss, targets in by_form:
-        model = make(loss=loss, compile_options={"targets": targets})
+        model = make(loss=loss, compile_options={"targets": targets, **EAGER})
         model.fit(x, labels, batch_size=8, shuffle=False, verbose=0)
         models.append(model)
     for model in models[1:]:
@@ -268,7 +269,7 @@ def test_set_random_seed_reproduces():
 @pytest.mark.parametrize("name", RULES)
 def test_save_load_continue(name, tmp_path):
     x, y = data()
-    model = make(RULES[name], compile_options={"metrics": ["accuracy"]})
+    model = make(RULES[name], compile_options={"metrics": ["accuracy"], **EAGER})
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
@@ -468,7 +469,7 @@ def test_chains_of_any_layers_learn(name, genome):
     model = kb.Sequential([keras.Input((5,)), *layers], genome=genome)
     if "softmax at" in name and genome.rule.feedback == "labels":
         loss = LOGITS  # the outputs that receive labels are the logits
-    model.compile(loss=loss, jit_compile=False)
+    model.compile(loss=loss, **EAGER)
     before = weights(model)
     losses = [model.train_on_batch(x, y) for _ in range(8)]
     assert np.isfinite(losses).all()

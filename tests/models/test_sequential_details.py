@@ -25,7 +25,7 @@ def make(genome=GENOME, layers=None, *, inputs=None, loss=LOGITS, **options):
     keras.utils.set_random_seed(0)
     layers = [Dense(6), Dense(3)] if layers is None else layers
     model = kb.Sequential([keras.Input((5,)) if inputs is None else inputs, *layers], genome=genome)
-    model.compile(loss=loss, **{"jit_compile": False, **options})
+    model.compile(loss=loss, **{"run_eagerly": "jit_compile" not in options, **options})
     return model
 
 
@@ -225,7 +225,7 @@ def test_mixed_precision_learns_the_digits_as_float32_does():
     accuracies = {}
     for policy in ("float32", "mixed_bfloat16"):
         layers = [Dense(32, dtype=policy), Dense(10, dtype=policy)]
-        model = make(kb.genomes.backprop(0.2), layers, inputs=keras.Input((64,)), metrics=["accuracy"])
+        model = make(kb.genomes.backprop(0.2), layers, inputs=keras.Input((64,)), metrics=["accuracy"], jit_compile=False)
         model.fit(x, images.y_train, epochs=4, verbose=0)
         accuracies[policy] = model.evaluate(x, images.y_train, verbose=0)[1]
         assert {v.dtype for layer in model.layers for v in layer.synapses.values()} == {"float32"}

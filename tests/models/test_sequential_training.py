@@ -32,7 +32,7 @@ def make(genome=None, *first, compiled=True, **options):
     genome = kb.genomes.backprop(0.1) if genome is None else genome
     model = kb.Sequential([keras.Input((5,)), *first, Dense(6), Dense(3)], genome=genome)
     if compiled:
-        model.compile(**{"loss": LOGITS, "jit_compile": False, **options})
+        model.compile(**{"loss": LOGITS, "run_eagerly": "jit_compile" not in options, **options})
     return model
 
 
@@ -176,7 +176,7 @@ def test_compile_starts_learning_afresh():
     used, fresh = make(genome), make(genome)
     used.fit(X, Y, batch_size=8, verbose=0)
     assert np.abs(used.layers[0].synapses["kernel_trace"]).max() > 0
-    used.compile(loss=LOGITS, jit_compile=False)
+    used.compile(loss=LOGITS, run_eagerly=True)
     assert int(used.learning_step.value) == 0
     assert np.abs(used.layers[0].synapses["kernel_trace"]).max() == 0
     for layer, other in zip(used.layers, fresh.layers, strict=True):

@@ -41,7 +41,7 @@ def test_function_names():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in [f"blobs{n}" for n in range(3, 9)]])
 def test_function_episodes_are_equal_under_every_compiler(name):
     some = tasks.functions(name)
     features, outputs = (1, 1) if name == "sine" else (2, int(name[5:]) if name.startswith("blobs") else 2)

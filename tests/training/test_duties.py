@@ -67,11 +67,12 @@ def single(kernel="zeros"):
 
 
 ONES = np.ones((8, 1), "float32")
+COMPILED = {"jit_compile", "steps_per_execution"}  # without these a few steps run eagerly
 
 
 def bilevel_trainer(model, optimizer, meta_optimizer=None, meta_model=None, estimator=None, **options):
     made = bilevel.BilevelTrainer(model, meta_model or Unchanged(), estimator)
-    options = {"loss": MSE, "jit_compile": False, **options}
+    options = {"loss": MSE, "run_eagerly": not options.keys() & COMPILED, **options}
     made.compile(optimizer, meta_optimizer or SGD(0.1), **options)
     return made
 
@@ -79,9 +80,10 @@ def bilevel_trainer(model, optimizer, meta_optimizer=None, meta_model=None, esti
 def meta_trainer(optimizer=None, learner=None, of=None, **options):
     learner = learner or learners.MAML(SGD(0.01), (4,), loss="squared")
     compiling = {name: options.pop(name) for name in ("steps_per_execution", "run_eagerly") if name in options}
+    compiling = {"run_eagerly": not compiling, "jit_compile": False, **compiling}
     options = {"estimator": meta.Unroll(1), "batch_size": 4, "query_size": 4, **options}
     made = meta.MetaTrainer(of or tasks.sines(), learner, **options)
-    made.compile(optimizer, jit_compile=False, **compiling)
+    made.compile(optimizer, **compiling)
     return made
 
 
@@ -130,7 +132,7 @@ OPTIMIZERS = {
 def assert_as_keras(optimizer, *, dtype=None, tolerance=2e-5, **options):
     x, y = data(20)  # the last batch is a short one
     plain, model = network(dtype), network(dtype)
-    plain.compile(optimizer(), MSE, jit_compile=False)
+    plain.compile(optimizer(), MSE, run_eagerly=True)
     wanted = plain.fit(batches(x, y), epochs=2, shuffle=False, verbose=0).history
     made = bilevel_trainer(model, optimizer(), estimator=bilevel.OneStep(rate=0.1), **options)
     found = made.fit(batches(x, y), meta_data=batches(x, y), epochs=2, verbose=0).history
@@ -150,8 +152,8 @@ def test_compiled_steps_are_keras_fit(name):
     assert_as_keras(OPTIMIZERS[name], jit_compile=True)
 
 
-def test_eager_steps_are_keras_fit():
-    assert_as_keras(OPTIMIZERS["accumulation"], run_eagerly=True)
+def test_steps_in_a_graph_are_keras_fit():
+    assert_as_keras(OPTIMIZERS["accumulation"], jit_compile=False)
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:], indirect=True)
@@ -495,7 +497,7 @@ def test_hooks_of_meta_training():
 
 
 def test_eager_meta_training():
-    plain, eager = meta_trainer(SGD(0.1)), meta_trainer(SGD(0.1), run_eagerly=True)
+    plain, eager = meta_trainer(SGD(0.1), run_eagerly=False), meta_trainer(SGD(0.1), run_eagerly=True)
     for made in (plain, eager):
         made.fit(1, 1, verbose=0)
     assert_close(eager.parameters().values(), plain.parameters().values(), rtol=1e-4, atol=1e-6)

@@ -29,7 +29,7 @@ def trainer(of=None, learner=None, estimator=None, optimizer=None, **options):
     )
     if not isinstance(estimator, meta.Evolution):
         optimizer = optimizer or keras.optimizers.Adam(1e-2)
-    made.compile(optimizer, jit_compile=False)
+    made.compile(optimizer, run_eagerly=True)  # a few steps are soon done
     return made
 
 
@@ -47,7 +47,7 @@ def bilevel_trainer(model=None, meta_model=None, optimizer=None, meta_optimizer=
     made = bilevel.BilevelTrainer(model or network(), meta_model or bilevel.SampleWeightNet(3), **options)
     made.compile(
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9), meta_optimizer or keras.optimizers.Adam(1e-2), loss, metrics,
-        jit_compile=False,
+        run_eagerly=True,
     )  # fmt: skip
     return made
 
@@ -363,10 +363,11 @@ def test_a_changed_curriculum_is_said(tmp_path):
         run(trainer(), path, 3, callbacks=[meta.UnrollCurriculum([(0, 2), (1, 4)])])
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_the_command_line_names_what_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--functions=xor --hidden=4 --members=1 --unroll=2 --epochs=1 --steps_per_epoch=2 --batch_size=8 --query_size=8"
-    command = ["meta-train", *flags.split(), "--nojit_compile", "--checkpoint=run.weights.h5"]
+    command = ["meta-train", *flags.split(), "--checkpoint=run.weights.h5"]
     assert cli.run(command) == 0
     before = (tmp_path / "genome.json").read_bytes()
     assert cli.run([*command, "--seed=1", "--members=2"]) == 2

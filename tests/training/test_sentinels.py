@@ -31,7 +31,7 @@ def trainer(bad=(), members=1, estimator=None, **options):
     made = meta.MetaTrainer(
         tasks.sines(), Spoiled(bad), estimator or meta.Unroll(1), members=members, batch_size=4, query_size=6, **options
     )
-    made.compile(None if isinstance(made.estimator, meta.Evolution) else keras.optimizers.SGD(1e-6), jit_compile=False)
+    made.compile(None if isinstance(made.estimator, meta.Evolution) else keras.optimizers.SGD(1e-6), run_eagerly=True)
     return made
 
 
