@@ -590,7 +590,7 @@ def whitened(change, gram, places, has_bias, damping, count):
 
 
 def normalized_term(rule, change, places):
-    """Equations N1 and N2, as numbers: singular values of each group of units, or the norm of all together."""
+    """Equations N2 and N1, as numbers: singular values of each group of units, and the norm of all together."""
     result = np.zeros_like(change)
     groups = list(blocks(places, len(change) - len(places.exists)))
     for c in range(rule.states):
@@ -605,11 +605,10 @@ def normalized_term(rule, change, places):
                 values = values / (norm if norm > 0 else 1.0)
                 for _ in range(rule.orthogonal_iterations):
                     values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-                whole = (left * values) @ right * wide
+                whole = (left * values) @ right
             result[np.ix_(there, units, [c])] = whole[..., None]
-        if rule.normalize_term == "frobenius":
-            norm = np.sqrt(np.sum(result[..., c] ** 2))
-            result[..., c] *= np.sqrt(size) / (norm if norm > 0 else 1.0)
+        norm = np.sqrt(np.sum(result[..., c] ** 2))
+        result[..., c] *= np.sqrt(size) / (norm if norm > 0 else 1.0)
     return result
 
 

@@ -49,7 +49,7 @@ class Sums(NamedTuple):
     Attributes:
         arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term need.
         whitened: whether the terms are whitened already.
-        orthogonal: whether they are orthogonal already.
+        orthogonal: whether eq. N2 was applied to them already.
     """
 
     arrays: Mapping[str, Array]
@@ -542,14 +542,16 @@ class Connection(abc.ABC):
         damping = equations.per_state(genome.log_damping, gram, 4)
         return self.as_whole(sums, names, lambda term: terms.whitened(gram, term, ops.exp(damping), examples))
 
-    def normalized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-        """Eq. N1 or N2 on a kernel's term with the bias's as its last row."""
-        if rule.normalize_term == "frobenius":
-            blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
-            shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
-            parts = terms.frobenius([sums[name] for name in names.values()], shape)
-            return dict(zip(names.values(), parts, strict=True))
+    def orthogonal_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+        """Eq. N2 on a kernel's term with the bias's as its last row."""
         return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
+
+    def sized_term(self, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+        """Eq. N1 on a kernel's term with the bias's as its last row."""
+        blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
+        shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
+        parts = terms.frobenius([sums[name] for name in names.values()], shape)
+        return dict(zip(names.values(), parts, strict=True))
 
     def as_whole(
         self, sums: Mapping[str, Array], names: Mapping[str, str], function: Callable[[Array], Array]
@@ -607,9 +609,11 @@ class Connection(abc.ABC):
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
             _follow(arrays["momentum"], traces, sums)
-        if rule.normalize_term != "none" and not totals.orthogonal:
+        if rule.normalize_term != "none":
             for names in pairs:
-                sums |= self.normalized_term(rule, sums, names)
+                if rule.normalize_term == "orthogonal" and not totals.orthogonal:
+                    sums |= self.orthogonal_term(rule, sums, names)
+                sums |= self.sized_term(sums, names)
             copy()
         if rule.momentum == "after":
             _follow(arrays["momentum"], traces, sums)

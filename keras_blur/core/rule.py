@@ -101,9 +101,11 @@ class Rule:
             their synapses and those with fewer `whitening_positions` whiten by the whole batch. On
             several devices that is so where a device's rows are not known to be whole groups.
         normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
-            `"orthogonal"`: its singular values are brought near to 1 (eq. N2); `"none"`. The bias
-            is a row of the term. Only its direction counts then, and the gate is its size.
-        orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`.
+            `"orthogonal"`: its singular values are brought nearer to each other before (eq. N2);
+            `"none"`. The bias is a row of the term. Only its direction counts then, and the gate
+            is its size.
+        orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small singular
+            values, 5 make nearly all equal.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by
             `H + beta m` in the place of `H`, with beta learned: of the terms `"before"` or
             `"after"` normalisation; `"none"`. A trace is one more array beside each kernel and bias.

@@ -130,11 +130,11 @@ def settle(
             every = terms.Groups(ops.shape(x)[-2])
             inner = every.together(_inner(every, x, ones, root))
         own = own if root is None else _over(own, root)
-        own = terms.orthogonal_senders(inner, own, inputs, rule.orthogonal_iterations)
+        own = terms.orthogonal_senders(inner, own, rule.orthogonal_iterations)
         return whole(own if root is None else own * root)
 
     fewer = terms.rows_are_cheaper(ops.shape(x)[-2], inputs, connection.units, rule.orthogonal_iterations)
-    return choose(fewer, orthogonal_by_rows, lambda: connection.normalized_term(rule, whitened(), names))
+    return choose(fewer, orthogonal_by_rows, lambda: connection.orthogonal_term(rule, whitened(), names))
 
 
 def choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:

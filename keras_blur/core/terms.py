@@ -12,8 +12,8 @@ the two systems is solved. The rows may be whitened in groups g, each by its own
 The systems of the rows are as large as a group then.
 
 Normalisation keeps only the direction of a term, so that the gate alone is its size: `"frobenius"`
-scales it (eq. N1), `"orthogonal"` brings its singular values near to 1 (eq. N2). Either way the
-result has the size that an orthogonal matrix has.
+gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings its singular
+values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly equal.
 
 Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (Martens and
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,
@@ -35,7 +35,7 @@ from keras_blur.backend import solve_positive
 Array = Any
 
 # Coefficients of the iteration x <- a x + b x^3 + c x^5 on singular values: steep at zero, so that
-# all values from 0.002 to 1 end between 0.68 and 1.21 after five.
+# all values from 0.002 to 1 end between 0.68 and 1.21 after five. N1 takes out their common size.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _TINY = 1e-30  # stands for zero in a divisor
 
@@ -133,18 +133,17 @@ def frobenius(parts: Sequence[Array], shape: tuple[int, int, int]) -> list[Array
             norm is that of all blocks.
     """
     blocks, rows, columns = shape
-    norm = (blocks * min(rows, columns)) ** 0.5 * _wide(rows, columns)
+    norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
     parts, _ = _scaled(parts, (-2, -1))
     factor = norm * ops.rsqrt(_energy(parts, (-2, -1)))
     return [part * factor for part in parts]
 
 
 def orthogonal(term: Array, iterations: int) -> Array:
-    """Eq. N2: a term with its singular values near to 1, times `max(1, sqrt(units / in))`.
+    """Eq. N2: a term at Frobenius norm 1 whose singular values went through the iterations.
 
-    So the synapses of one unit have root mean square norm 1, whatever the sizes. Products only, so
-    that it compiles everywhere and has a gradient. A term of zeros has no direction: it stays zero,
-    and so does its gradient.
+    Products only, so that it compiles everywhere and has a gradient. A term of zeros has no
+    direction: it stays zero, and so does its gradient.
 
     Args:
         term: `[..., blocks, in, units]`.
@@ -162,10 +161,10 @@ def orthogonal(term: Array, iterations: int) -> Array:
         for _ in range(iterations):
             gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
             x = a * x + ops.matmul(x, b * gram + c * ops.matmul(gram, gram))
-    return (ops.swapaxes(x, -1, -2) if rows < columns else x) * _wide(rows, columns)
+    return ops.swapaxes(x, -1, -2) if rows < columns else x
 
 
-def orthogonal_senders(inner: Array, senders: Array, inputs: int, iterations: int) -> Array:
+def orthogonal_senders(inner: Array, senders: Array, iterations: int) -> Array:
     """Eq. N2 by the system of the rows: what takes the place of D.
 
     All iterates are `X^T M D` with M a polynomial in `P = (D D^T) (X X^T)`.
@@ -173,7 +172,6 @@ def orthogonal_senders(inner: Array, senders: Array, inputs: int, iterations: in
     Args:
         inner: `X X^T`, `[..., rows, rows]`.
         senders: D, `[..., rows, units]`.
-        inputs: size of X's rows, the bias counted.
         iterations: number of Newton-Schulz iterations.
     """
     (senders,), _ = _scaled([senders], (-2, -1))
@@ -181,8 +179,7 @@ def orthogonal_senders(inner: Array, senders: Array, inputs: int, iterations: in
     product = ops.matmul(ops.matmul(senders, ops.swapaxes(senders, -1, -2)), inner)
     energy = _trace(product)
     energy = ops.where(energy <= _TINY, ops.ones_like(energy), energy)
-    found = ops.matmul(_polynomial(product / energy, iterations), senders)
-    return found * (ops.rsqrt(energy * size) * _wide(inputs, senders.shape[-1]))
+    return ops.matmul(_polynomial(product / energy, iterations), senders) * ops.rsqrt(energy * size)
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
@@ -218,10 +215,6 @@ def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int) -> Any
     else:
         matrix = iterations * (4 * large * small**2 + 2 * small**3)
     return (8 * iterations + 2) * rows * rows * rows + rows * rows * (2 * inputs + 6 * units) < matrix
-
-
-def _wide(rows: int, columns: int) -> float:
-    return max(1.0, (columns / rows) ** 0.5)
 
 
 def _trace(matrix: Array) -> Array:

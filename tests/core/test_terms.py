@@ -65,9 +65,9 @@ def test_orthogonal_by_rows_is_that_of_the_matrix(shape):
     rows, inputs, units = shape
     x, d = normal(rows, inputs), normal(rows, units, seed=1)
     wanted = np.asarray(terms.orthogonal((x.T @ d)[None], 5))[0]
-    sent = np.asarray(terms.orthogonal_senders(x @ x.T, d, inputs, 5))
+    sent = np.asarray(terms.orthogonal_senders(x @ x.T, d, 5))
     np.testing.assert_allclose(x.T @ sent, wanted, rtol=1e-7, atol=1e-10)
-    assert not np.asarray(terms.orthogonal_senders(x @ x.T, np.zeros_like(d), inputs, 5)).any()
+    assert not np.asarray(terms.orthogonal_senders(x @ x.T, np.zeros_like(d), 5)).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (4, 2, 7), (3, 1, 1)])
@@ -137,13 +137,14 @@ def test_one_group_is_the_whole_batch(inputs, norm):
 
 @pytest.mark.parametrize(("inputs", "units"), [(30, 40), (30, 2), (3, 7)])
 def test_groups_are_normalised_together(inputs, units):
-    """By either system of the orthogonal term, what is made orthogonal is the sum of the whitened groups."""
+    """By either system of the orthogonal term: what is made orthogonal is the sum of the whitened groups."""
     layer, x, y = DenseConnection(units), normal(10, inputs), normal(10, units, seed=1)
     whitened = terms_of(layer, x, y, whitening=True, whitening_rows=4)
     whole = np.concatenate([whitened["kernel"], whitened["bias"]])
     for weight in (None, np.ones(10)):
         found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=4, normalize_term="orthogonal")
-        wanted = np.asarray(terms.orthogonal(whole[None], 5))[0]
+        wanted = terms.orthogonal(whole[None], 5)
+        wanted = np.asarray(terms.frobenius([wanted], (1, inputs + 1, units))[0])[0]
         np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
 
