@@ -10,7 +10,8 @@ from keras_blur.cli.common import define_scoring_flags, define_scoring_outputs, 
 from keras_blur.cli.flags import Flags, When
 from keras_blur.files import read_text
 from keras_blur.models.networks import NETWORKS
-from keras_blur.report.comparison import GRIDS, OPTIMIZERS, compare
+from keras_blur.report.baselines import GRIDS, OPTIMIZERS
+from keras_blur.report.comparison import compare
 from keras_blur.report.curves import format_compare, format_several
 
 USAGE = "--genome NAME_OR_FILE [flags]"

@@ -1,38 +1,45 @@
-"""`keras-blur fit`: trains a network on images by a genome, next to a Keras twin trained by SGD."""
+"""`keras-blur fit`: trains a network on images by a genome, next to tuned Keras optimizers."""
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_blur import genomes
 from keras_blur import layers as blur_layers
-from keras_blur.cli.common import define_data_flags, whole_numbers
+from keras_blur.cli.common import define_data_flags, name_of, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, When
 from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.files import save
+from keras_blur.layers.base import numbers_of
 from keras_blur.models import Sequential
 from keras_blur.models.convert import copy_weights
-from keras_blur.models.networks import lenet_layers, mlp_layers
+from keras_blur.models.networks import activation_of, lenet_layers, mlp_layers
+from keras_blur.report.baselines import GRIDS, OPTIMIZERS, optimizer_of
+from keras_blur.report.scoring import score
+from keras_blur.report.sources import STEPS
 from keras_blur.tasks.datasets import Images, load_images
 
 USAGE = "[flags]"
 EXAMPLES = (
     "--plot fit.png",
-    "--network lenet --data mnist --data_dir DIR --epochs 5 --json fit.json --save mnist.keras",
-    "--genome mnist-orthogonal --hidden 64,64 --notwin",
+    "--network lenet --data mnist --data_dir DIR --epochs 2 --json fit.json --save mnist.keras",
+    "--genome backprop --learning_rate 0.1 --optimizers SGD",
 )
 
 NETWORKS = ("mlp", "lenet")
 
 _HIDDEN = When("to --network mlp", lambda flag: flag["network"] == "mlp", ("network",))
 _RATE = When(
-    "to the backprop genome and to Keras SGD", lambda flag: flag["genome"] == "backprop" or flag["twin"], ("genome",)
+    "to the backprop genome and to optimizers",
+    lambda flag: flag["genome"] == "backprop" or bool(flag["optimizers"]),
+    ("genome", "optimizers"),
 )
 
 
@@ -41,14 +48,21 @@ def define_flags(flags: Flags) -> None:
     flags.group("Data")
     define_data_flags(flags)
     flags.group("Learning")
-    flags.string("genome", "backprop", "Name or file of a genome.")
+    flags.string("genome", "fast", "Name or file of a genome.")
+    flags.words("optimizers", ["SGD", "Adam"], "Optimizers of Keras beside it; nothing for none.")
     flags.choice("network", "mlp", NETWORKS, "Dense layers, or LeNet: two convolutions and three dense layers.")
     flags.words("hidden", ["256", "128"], "Units of the hidden layers.", when=[_HIDDEN])
     flags.integer("epochs", 5, "Passes over the training images.", least=1)
     flags.integer("batch_size", 32, "Images per batch.", least=1)
-    flags.number("learning_rate", 0.1, "Learning rate of the backprop genome and of Keras SGD.", least=0.0, when=[_RATE])
+    flags.number(
+        "learning_rate",
+        None,
+        "Learning rate of the backprop genome (0.1 by default) and of optimizers (by default each "
+        "rate of a grid, of which the one with the best test accuracy at the end is shown).",
+        least=0.0,
+        when=[_RATE],
+    )
     flags.integer("seed", 0, "Random seed of weights and image order.", least=0)
-    flags.switch("twin", True, "Whether to train a Keras SGD twin from the same weights.")
     flags.group("Outputs")
     flags.output("json", None, "File for the numbers.", (".json",))
     flags.output("plot", None, "File for the learning curves.", PICTURES)
@@ -59,30 +73,94 @@ def build_pair(
     images: Images, genome: Genome, hidden: Sequence[int], network: str = "mlp"
 ) -> tuple[Sequential, keras.Sequential]:
     """A network that learns by the genome, and a Keras twin with the same initial weights."""
-    activation = genome.rule.forward_activation
-    twin_activation = "tanh" if activation == "relu_tanh" else activation
 
-    def chain(kind: Any, inner: str | None) -> list[Any]:
+    def chain(kind: Any, inner: Any) -> list[Any]:
         shape = images.x_train.shape[1:]
         lenet = network == "lenet"
         own = lenet_layers(shape, images.classes, inner, kind) if lenet else mlp_layers(images.classes, hidden, inner, kind)
         return [keras.Input(shape), keras.layers.Rescaling(1 / images.scale), *own]
 
-    twin = keras.Sequential(chain(keras.layers, twin_activation))
+    twin = keras.Sequential(chain(keras.layers, activation_of(genome.rule.forward_activation)))
     model = Sequential(chain(blur_layers, None), genome=genome)
     copy_weights(twin, model)
     return model, twin
 
 
+class _Curve(keras.callbacks.Callback):
+    """Test accuracy after 0, 1, 2, 5, ... steps and each epoch, and the seconds of learning up to there.
+
+    The first step, which compiles, counts as much as the others do on average.
+    """
+
+    def __init__(self, images: Images):
+        super().__init__()
+        self._images = images
+        self._step, self._seconds = 0, 0.0
+        self.steps: list[int] = []
+        self.accuracy: list[float] = []
+        self._after_first: list[float] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._score()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._step:
+            self._seconds += time.perf_counter() - self._begin
+        self._step += 1
+        if self._step in STEPS:
+            self._score()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.steps[-1:] != [self._step]:
+            self._score()
+
+    def _score(self) -> None:
+        self.steps.append(self._step)
+        self.accuracy.append(score(self.model, self._images.x_test, self._images.y_test)[0])
+        self._after_first.append(self._seconds)
+
+    def result(self) -> dict[str, list[Any]]:
+        """Steps, seconds and test accuracies."""
+        first = self._seconds / max(self._step - 1, 1)
+        seconds = [later + first if step else 0.0 for step, later in zip(self.steps, self._after_first, strict=True)]
+        return {"steps": self.steps, "seconds": seconds, "accuracy": self.accuracy}
+
+
+class _Tuned:
+    """A Keras optimizer in a network that begins anew for each rate."""
+
+    def __init__(self, twin: keras.Model, start: Sequence[np.ndarray], name: str, loss: keras.losses.Loss):
+        self.optimizer, self.model = optimizer_of(name), twin
+        for variable, value in zip(twin.variables, start, strict=True):
+            variable.assign(value)
+        twin.compile(optimizer=self.optimizer, loss=loss, metrics=["accuracy"])
+        self.optimizer.build(twin.trainable_variables)
+        self._start = [(one, numbers_of(one)) for one in (*twin.variables, *self.optimizer.variables)]
+
+    def begin(self, rate: float) -> keras.Model:
+        """The network at its start."""
+        for variable, value in self._start:
+            variable.assign(value)
+        self.optimizer.learning_rate = rate
+        return self.model
+
+
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Trains, prints and writes the results. Ctrl-C ends training and keeps what was learned."""
     del positional
-    if flag["learning_rate"] <= 0:
-        raise ValueError(f"--learning_rate must be above 0. Received: --learning_rate={flag['learning_rate']}")
+    rate = flag["learning_rate"]
+    if rate is not None and rate <= 0:
+        raise ValueError(f"--learning_rate must be above 0. Received: --learning_rate={rate}")
+    unknown = [name for name in flag["optimizers"] if name not in OPTIMIZERS]
+    if unknown:
+        raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
     hidden = whole_numbers("hidden", flag["hidden"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if flag["genome"] == "backprop":
-        genome = genomes.backprop(flag["learning_rate"], "tanh", loss=loss)
+        genome = genomes.backprop(0.1 if rate is None else rate, "tanh", loss=loss)
     else:
         genome = genomes.load(flag["genome"])
     images = load_images(flag["data"], flag["data_dir"])
@@ -91,43 +169,63 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
     keras.utils.set_random_seed(flag["seed"])
     model, twin = build_pair(images, genome, hidden, flag["network"])
+    start = [numbers_of(variable) for variable in twin.variables]
     model.compile(loss=loss, metrics=["accuracy"])
-    learners: dict[str, keras.Model] = {f"genome {os.path.basename(flag['genome'])}": model}
-    if flag["twin"]:
-        twin.compile(optimizer=keras.optimizers.SGD(flag["learning_rate"]), loss=loss, metrics=["accuracy"])
-        learners[f"Keras SGD {flag['learning_rate']:g}"] = twin
     results: dict[str, dict[str, Any]] = {}
-    stopped = False
-    for name, learner in learners.items():
-        print(f"\n{name}", flush=True)
-        keras.utils.set_random_seed(flag["seed"])  # the same order of images for both
-        start = time.perf_counter()
-        log = keras.callbacks.History()
+
+    def learned(learner: keras.Model, name: str, verbose: str | int) -> bool:
+        """Trains one learner. Returns whether it came to the end."""
+        keras.utils.set_random_seed(flag["seed"])  # the same order of images for all
+        log, curve = keras.callbacks.History(), _Curve(images)
+        began, whole = time.perf_counter(), True
         try:
             learner.fit(
                 images.x_train, images.y_train, batch_size=flag["batch_size"], epochs=flag["epochs"],
-                validation_data=(images.x_test, images.y_test), callbacks=[log],
+                validation_data=(images.x_test, images.y_test), callbacks=[log, curve], verbose=verbose,
             )  # fmt: skip
         except KeyboardInterrupt:
-            stopped = True
-        curves = {key: [float(value) for value in values] for key, values in log.history.items()}
-        results[name] = {"seconds": time.perf_counter() - start, "history": curves}
-        if stopped:
+            whole = False
+        results[name] = {
+            "seconds": time.perf_counter() - began,
+            "history": {key: [float(value) for value in values] for key, values in log.history.items()},
+            "curve": curve.result(),
+        }
+        if not whole:
             results[name]["partial"] = True
+        return whole
+
+    ours = f"genome {name_of(flag['genome'])}"
+    print(f"\n{ours}", flush=True)
+    stopped = not learned(model, ours, "auto")
+    shown = [ours]
+    for optimizer in flag["optimizers"]:
+        if stopped:
             break
+        print(f"\nKeras {optimizer}", flush=True)
+        tuned, names = _Tuned(twin, start, optimizer, loss), []
+        for each in GRIDS[optimizer] if rate is None else (rate,):
+            names.append(f"Keras {optimizer} {each:g}")
+            stopped = not learned(tuned.begin(each), names[-1], 0)
+            if stopped:
+                break
+            print(f"  learning rate {each:<8g} test accuracy {_last(results[names[-1]]):.4f}", flush=True)
+        ended = [name for name in names if "partial" not in results[name]]
+        shown += [max(ended or names, key=lambda name: _last(results[name]))]
     print()
-    drawn = {name: result["history"] for name, result in results.items() if result["history"]}
-    for name, history in drawn.items():
-        epochs = f"  after {len(history['loss'])} of {flag['epochs']} epochs" if "partial" in results[name] else ""
-        print(f"{name:<24} test accuracy {history['val_accuracy'][-1]:.4f}  {results[name]['seconds']:.1f} s{epochs}")
+    for name in shown:
+        done = len(results[name]["history"].get("loss", ()))
+        epochs = f"  after {done} of {flag['epochs']} epochs" if "partial" in results[name] else ""
+        if done:
+            print(f"{name:<24} test accuracy {_last(results[name]):.4f}  {results[name]['seconds']:.1f} s{epochs}")
+    drawn = {name: results[name]["curve"] for name in shown if results[name]["curve"]["steps"]}
     if flag["json"]:
-        document = {"flags": flag, "parameters": model.count_params(), "results": results}
+        document = {"flags": flag, "parameters": model.count_params(), "shown": shown, "results": results}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
     if flag["plot"] and drawn:
         from keras_blur.report.learning import plot_fits
 
         shape = "LeNet" if flag["network"] == "lenet" else f"hidden {','.join(flag['hidden'])}"
-        plot_fits(drawn, flag["plot"], f"{images.name}, {shape}")
+        plot_fits(drawn, flag["plot"], f"{images.name}, {shape}, batches of {flag['batch_size']}")
         wrote(flag["plot"])
     if flag["save"]:
         save(model, flag["save"])
@@ -136,3 +234,8 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         return 0
     kept = [flag[name] for name in ("json", "plot", "save") if flag[name] and (name != "plot" or drawn)]
     return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")
+
+
+def _last(result: Mapping[str, Any]) -> float:
+    """The test accuracy at the end, or minus infinity."""
+    return float(result["history"].get("val_accuracy", [-math.inf])[-1])

@@ -546,11 +546,12 @@ class Connection(abc.ABC):
         """Eq. N2 on a kernel's term with the bias's as its last row."""
         return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
 
-    def sized_term(self, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    def sized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
         """Eq. N1 on a kernel's term with the bias's as its last row."""
         blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
         shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
-        parts = terms.frobenius([sums[name] for name in names.values()], shape)
+        orthogonal = rule.normalize_term == "orthogonal"
+        parts = terms.frobenius([sums[name] for name in names.values()], shape, moderate=orthogonal)
         return dict(zip(names.values(), parts, strict=True))
 
     def as_whole(
@@ -613,7 +614,7 @@ class Connection(abc.ABC):
             for names in pairs:
                 if rule.normalize_term == "orthogonal" and not totals.orthogonal:
                     sums |= self.orthogonal_term(rule, sums, names)
-                sums |= self.sized_term(sums, names)
+                sums |= self.sized_term(rule, sums, names)
             copy()
         if rule.momentum == "after":
             _follow(arrays["momentum"], traces, sums)

@@ -124,17 +124,19 @@ class Groups(NamedTuple):
         return self.apart(ops.ones((self.rows, 1), dtype=dtype))
 
 
-def frobenius(parts: Sequence[Array], shape: tuple[int, int, int]) -> list[Array]:
+def frobenius(parts: Sequence[Array], shape: tuple[int, int, int], *, moderate: bool = False) -> list[Array]:
     """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
 
     Args:
         parts: the rows of the term in parts, such as those of kernel and bias: `[..., rows, columns]`.
         shape: number of blocks, and of the rows and columns of one, of which a term consists. The
             norm is that of all blocks.
+        moderate: whether no square of an entry can overflow, as after eq. N2.
     """
     blocks, rows, columns = shape
     norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
-    parts, _ = _scaled(parts, (-2, -1))
+    if not moderate:
+        parts, _ = _scaled(parts, (-2, -1))
     factor = norm * ops.rsqrt(_energy(parts, (-2, -1)))
     return [part * factor for part in parts]
 

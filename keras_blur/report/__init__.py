@@ -1,6 +1,7 @@
 """Reports: learning curves, comparisons, genomes, spectra, decision regions."""
 
-from keras_blur.report.comparison import OPTIMIZERS, compare
+from keras_blur.report.baselines import OPTIMIZERS
+from keras_blur.report.comparison import compare
 from keras_blur.report.curves import format_compare, plot_compare
 from keras_blur.report.decisions import draw_decisions, trace_decisions
 from keras_blur.report.episodes import adaptation_curve, memorization_gap, score_episodes

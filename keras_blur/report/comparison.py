@@ -30,7 +30,9 @@ from keras_blur.layers.base import numbers_of
 from keras_blur.models.convert import convert
 from keras_blur.models.networks import activation_of, builder, normalized
 from keras_blur.report import envelopes
+from keras_blur.report.baselines import GRIDS, OPTIMIZERS, optimizer_of
 from keras_blur.report.progress import Progress, Watch
+from keras_blur.report.scoring import score
 from keras_blur.report.sources import Source, source_of
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
@@ -39,32 +41,9 @@ Array = Any
 
 SCHEDULES = ("constant", "linear")
 PLAIN, NORMALIZED = "plain", "normalized"
-_CHUNK = 2000  # test examples that are predicted at once
 _LEADERS = 3  # settings at each scored step that run on all seeds
 _BLOCKS, _BLOCK_SECONDS, _BLOCK_STEPS = 7, 0.25, 50
 _BLOCK_NUMBERS = 2e7  # of the examples of a block, at most
-
-
-def _half_decades(low: int, high: int) -> tuple[float, ...]:
-    """Rates from 10^(low/2) to 10^(high/2), each about three times the last."""
-    return tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(low, high + 1))
-
-
-_BASELINES: dict[str, tuple[Callable[[], keras.optimizers.Optimizer] | None, tuple[float, ...]]] = {
-    "SGD": (keras.optimizers.SGD, _half_decades(-5, 1)),
-    "momentum": (lambda: keras.optimizers.SGD(momentum=0.9), _half_decades(-6, 0)),
-    "Nesterov": (lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True), _half_decades(-6, 0)),
-    "Adam": (keras.optimizers.Adam, _half_decades(-7, -2)),
-    "AdamW": (keras.optimizers.AdamW, _half_decades(-7, -2)),
-    "Nadam": (keras.optimizers.Nadam, _half_decades(-7, -2)),
-    "RMSprop": (keras.optimizers.RMSprop, _half_decades(-8, -2)),
-    "Lion": (keras.optimizers.Lion, _half_decades(-9, -4)),
-    "Muon": (getattr(keras.optimizers, "Muon", None), _half_decades(-6, 0)),
-    "Schedule-Free": (getattr(keras.optimizers, "ScheduleFreeAdamW", None), _half_decades(-6, -1)),
-}
-_OPTIMIZERS = {name: make for name, (make, _) in _BASELINES.items() if make is not None}  # those of this Keras
-GRIDS = {name: _BASELINES[name][1] for name in _OPTIMIZERS}
-OPTIMIZERS = tuple(_OPTIMIZERS)
 
 
 def compare(
@@ -184,9 +163,9 @@ class _Setting:
 def _checked_grids(grids: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
     """The grids, or a `ValueError`."""
     labels = [f"{name} {rate:g}" for name, rates in grids.items() for rate in rates]
-    if not all(grids.values()) or not labels or len(set(labels)) != len(labels) or set(grids) - set(_OPTIMIZERS):
+    if not all(grids.values()) or not labels or len(set(labels)) != len(labels) or set(grids) - set(OPTIMIZERS):
         raise ValueError(
-            f"`grids` must give different rates for some of {', '.join(_OPTIMIZERS)}. Received: grids={dict(grids)!r}"
+            f"`grids` must give different rates for some of {', '.join(OPTIMIZERS)}. Received: grids={dict(grids)!r}"
         )
     return dict(grids)
 
@@ -244,7 +223,7 @@ class _Learner:
             self.model.compile(loss=loss)
             return
         assert optimizer is not None
-        self._optimizer = _OPTIMIZERS[optimizer]()
+        self._optimizer = optimizer_of(optimizer)
         self.model.compile(self._optimizer, loss)
         self._optimizer.build(self.model.trainable_variables)
         self._state = [(one, numbers_of(one)) for one in self._optimizer.variables]
@@ -269,15 +248,7 @@ class _Learner:
     def score(self, number: int) -> tuple[float, float | None]:
         """Accuracy and cross-entropy on the test examples of a seed."""
         x, y = self.source.test(number)
-        chunks = np.array_split(np.arange(len(x)), -(-len(x) // _CHUNK))
-        found = np.concatenate([self._predicts.predict_on_batch(x[chunk]) for chunk in chunks]).astype(np.float64)
-        finite = np.isfinite(found).all(axis=-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            losses = _cross_entropies(found, y, self._probabilities)
-        middle = 0.5 if self._probabilities else 0.0
-        chosen = found[:, 0] > middle if found.shape[-1] == 1 else np.argmax(found, axis=-1)
-        loss = float(np.mean(losses))
-        return float(np.mean((chosen == y) & finite)), loss if math.isfinite(loss) else None
+        return score(self._predicts, x, y, self._probabilities)
 
     def seconds(self, steps: int) -> float:
         """Seconds a step of `fit` takes, in a block of steps after its first batch has begun."""
@@ -330,16 +301,6 @@ def _with_batch_statistics(model: keras.Model) -> keras.Model:
 
     functional = keras.Model(model.inputs[0], model.outputs[0])
     return keras.models.clone_model(functional, clone_function=lambda layer: layer, call_function=called)
-
-
-def _cross_entropies(found: np.ndarray, y: np.ndarray, probabilities: bool) -> np.ndarray:
-    """Cross-entropy of each example `[examples]`, from logits or probabilities `[examples, outputs]`."""
-    if probabilities:  # clipped as Keras does
-        found = np.clip(found, 1e-7, 1.0 - 1e-7)
-        found = np.log(found) if found.shape[-1] > 1 else np.log(found / (1.0 - found))
-    if found.shape[-1] == 1:
-        return np.logaddexp(0.0, np.where(y == 1, -found[:, 0], found[:, 0]))
-    return np.logaddexp.reduce(found, axis=-1) - found[np.arange(len(y)), y]
 
 
 class _Runs:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from keras_blur.files import check_output
 from keras_blur.report import style
 
@@ -15,12 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_fits(histories: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str], title: str) -> Figure:
-    """Draws training and test loss and accuracy by epoch.
+def plot_fits(curves: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str], title: str) -> Figure:
+    """Draws test accuracy by learning step and by seconds.
 
     Args:
-        histories: `history` of `fit` by learner, with `loss`, `accuracy`, `val_loss` and
-            `val_accuracy`.
+        curves: by learner, `steps` from 0, `seconds` of learning, and `accuracy` on test examples.
         path: output file: .png, .pdf or .svg.
         title: title of the figure.
 
@@ -34,26 +31,25 @@ def plot_fits(histories: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     Example:
 
     >>> import tempfile
-    >>> history = {"loss": [1.0, 0.5], "accuracy": [0.6, 0.8], "val_loss": [1.1, 0.7], "val_accuracy": [0.5, 0.7]}
+    >>> curve = {"steps": [0, 1, 2], "seconds": [0.0, 0.1, 0.2], "accuracy": [0.1, 0.6, 0.7]}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     figure = plot_fits({"mine": history}, f"{folder}/fit.png", "digits")
+    ...     figure = plot_fits({"mine": curve, "SGD": curve}, f"{folder}/fit.png", "digits")
     >>> [text.get_text() for text in figure.legends[0].texts]
-    ['mine, test', 'mine, training']
+    ['mine', 'SGD']
     """
     check_output("path", path, style.ENDINGS)
     made, axes = style.figure(columns=2)
-    for axis, key, label in zip(axes[0], ("loss", "accuracy"), ("cross-entropy (nats)", "accuracy"), strict=True):
-        for index, (name, history) in enumerate(histories.items()):
-            epochs = np.arange(1, len(history[key]) + 1)
-            style.line(axis, 2 * index, epochs, np.asarray(history["val_" + key]), f"{name}, test")
-            style.line(axis, 2 * index + 1, epochs, np.asarray(history[key]), f"{name}, training")
-            if len(epochs) == 1:  # a line of one point is not seen
-                for drawn in axis.lines[-2:]:
-                    drawn.set(marker="o", markersize=4)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    style.legend(made, axes[0][0], columns=2)
+    for axis, key in zip(axes[0], ("steps", "seconds"), strict=True):
+        for index, (name, curve) in enumerate(curves.items()):
+            style.line(axis, index, curve[key], curve["accuracy"], name)
+            if len(curve[key]) == 1:  # a line of one point is not seen
+                axis.lines[-1].set(marker="o", markersize=4)
+        axis.set_ylabel("test accuracy")
+    style.step_axis(axes[0][0], max((*(curve["steps"][-1] for curve in curves.values()), 1)))
+    axes[0][0].set_xlabel("learning step")
+    style.time_axis(axes[0][1], [curve["seconds"] for curve in curves.values()])
+    axes[0][1].set_xlabel("time to learn (s)")
+    style.legend(made, axes[0][0])
     made.suptitle(title, fontsize=10)
     style.save(made, path)
     return made

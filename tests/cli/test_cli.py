@@ -36,16 +36,22 @@ def mistake(capsys, *arguments: str) -> str:
 
 def test_fit_writes_numbers_picture_and_model(tmp_path, capsys):
     paths = {name: str(tmp_path / file) for name, file in [("json", "f.json"), ("plot", "f.png"), ("save", "f.keras")]}
-    asked = ["fit", "--hidden=32", "--epochs=4", "--seed=3", *(f"--{name}={path}" for name, path in paths.items())]
-    assert cli.run(asked) == 0
+    asked = ["fit", "--genome=backprop", "--optimizers=SGD", "--learning_rate=0.1", "--hidden=32", "--epochs=4", "--seed=3"]
+    assert cli.run([*asked, *(f"--{name}={path}" for name, path in paths.items())]) == 0
     shown = capsys.readouterr().out
     assert "test accuracy" in shown
     assert all(f"wrote {path}" in shown for path in paths.values())
     document = json.loads(pathlib.Path(paths["json"]).read_text())
     ours, theirs = document["results"].values()
+    assert list(document["results"]) == document["shown"] == ["genome backprop", "Keras SGD 0.1"]
     assert len(ours["history"]["val_accuracy"]) == 4
     assert ours["history"]["val_accuracy"][-1] > 0.9
     assert ours["history"]["loss"] == pytest.approx(theirs["history"]["loss"], rel=1e-4)  # the same learning
+    curve = ours["curve"]
+    assert curve["steps"] == [0, 1, 2, 5, 10, 20, 45, 50, 90, 100, 135, 180]
+    assert curve["accuracy"][-1] == pytest.approx(ours["history"]["val_accuracy"][-1])
+    assert curve["seconds"][0] == 0.0
+    assert np.all(np.diff(curve["seconds"]) > 0.0)
     assert document["flags"]["seed"] == 3
     assert pathlib.Path(paths["plot"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     images = load_images()
@@ -55,13 +61,32 @@ def test_fit_writes_numbers_picture_and_model(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.keras", "f.png"]  # no temporary left
 
 
-def test_fit_by_a_genome_file_without_twin(tmp_path, capsys):
+def test_fit_tunes_each_optimizer_from_the_same_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("keras_blur.cli.fit.GRIDS", {"SGD": (0.1, 1e-6), "Adam": (1e-7, 0.01, 3.0)})
+    path = tmp_path / "f.json"
+    assert cli.run(["fit", "--hidden=16", "--epochs=3", f"--json={path}"]) == 0
+    document = json.loads(path.read_text())
+    assert document["shown"] == ["genome fast", "Keras SGD 0.1", "Keras Adam 0.01"]
+    results = document["results"]
+    assert list(results) == [
+        *document["shown"][:2],
+        "Keras SGD 1e-06",
+        "Keras Adam 1e-07",
+        "Keras Adam 0.01",
+        "Keras Adam 3",
+    ]
+    assert len({result["curve"]["accuracy"][0] for result in results.values()}) == 1  # before the first step
+    assert results["Keras SGD 1e-06"]["curve"]["accuracy"][-1] == results["Keras SGD 0.1"]["curve"]["accuracy"][0]
+    assert "  learning rate 1e-06    test accuracy " in capsys.readouterr().out
+
+
+def test_fit_by_a_genome_file_alone(tmp_path, capsys):
     path = tmp_path / "mine.json"
     genomes.backprop(0.05, "relu", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)).save(path)
-    assert cli.run(["fit", f"--genome={path}", "--hidden=16,16", "--epochs=3", "--notwin"]) == 0
+    assert cli.run(["fit", f"--genome={path}", "--hidden=16,16", "--epochs=3", "--optimizers="]) == 0
     out = capsys.readouterr().out
-    assert "genome mine.json" in out
-    assert "Keras SGD" not in out
+    assert "genome mine" in out
+    assert "Keras" not in out
 
 
 def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
@@ -97,6 +122,7 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
         (["fit", "--hidden=0"], "--hidden must be positive whole numbers"),
         (["fit", "--epochs=0"], "epochs"),
         (["fit", "--learning_rate=0"], "--learning_rate must be above 0"),
+        (["fit", "--optimizers=SGD,Sgd"], "--optimizers must be some of SGD, momentum,"),
         (["fit", "--nonsense=1"], "nonsense"),
         (["fit", "extra"], "takes flags only"),
         (["fit", "--genome=nowhere"], "Received: name='nowhere'"),
@@ -208,7 +234,7 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
 
 IGNORED = [
     ("fit", "--data_dir=x", "--data_dir applies only with --data other than digits"),
-    ("fit", "--genome=functions --notwin --learning_rate=0.1", "--learning_rate applies only to the backprop genome"),
+    ("fit", "--genome=functions --optimizers= --learning_rate=0.1", "--learning_rate applies only to the backprop genome"),
     ("compare", "--size=6 --functions=xor", "--size applies only without --functions"),
     ("compare", "--data=mnist --functions=xor", "--data applies only without --functions"),
     ("compare", "--split=test", "--split applies only with --size or --functions"),

@@ -102,7 +102,7 @@ def test_shipped_genomes_take_integer_labels(name):
 
 
 def test_command_line_fits_a_shipped_genome_to_integer_labels(capsys):
-    assert cli.run(["fit", "--genome=mnist-orthogonal", "--hidden=16", "--epochs=1", "--notwin"]) == 0
+    assert cli.run(["fit", "--genome=mnist-orthogonal", "--hidden=16", "--epochs=1", "--optimizers="]) == 0
     accuracy = capsys.readouterr().out.split("test accuracy")[1].split()[0]
     assert float(accuracy) > 0.8
 

@@ -382,15 +382,16 @@ def covered(made):
     return [axis for axis in made.axes for box in boxes if axis.get_window_extent(renderer).overlaps(box)]
 
 
-HISTORY = {"loss": [1.0, 0.5], "val_loss": [1.1, 0.6], "accuracy": [0.5, 0.8], "val_accuracy": [0.4, 0.7]}
+CURVE = {"steps": [0, 1, 2], "seconds": [0.0, 0.1, 0.2], "accuracy": [0.1, 0.4, 0.7]}
 
 
 def test_legends_stand_beside_the_curves(tmp_path):
     made = plot_compare(comparison(), tmp_path / "c.png")
     names = ["mnist-4state", "SGD 0.1", "Adam 0.01", "best optimizer at each step", "the same with batch normalisation"]
     assert [text.get_text() for text in made.legends[0].texts] == names
-    fits = plot_fits({"genome mine.json": HISTORY, "Keras SGD 0.1": HISTORY}, tmp_path / "f.png", "digits")
-    assert len(fits.legends[0].texts) == 4
+    fits = plot_fits({"genome mine": CURVE, "Keras SGD 0.1": CURVE}, tmp_path / "f.png", "digits")
+    assert [text.get_text() for text in fits.legends[0].texts] == ["genome mine", "Keras SGD 0.1"]
+    assert [axis.get_xlabel() for axis in fits.axes] == ["learning step", "time to learn (s)"]
     for figure in (made, fits):
         assert covered(figure) == []
         labels = [label for axis in figure.axes for label in (axis.xaxis.label, axis.yaxis.label)]
@@ -436,8 +437,8 @@ def test_ticks_of_many_decades_are_plain_numbers(tmp_path):
     assert {"0.1", "1", "10", "100", "1000"} <= set(labels)
 
 
-def test_one_epoch_is_seen(tmp_path):
-    made = plot_fits({"mine": {key: values[:1] for key, values in HISTORY.items()}}, tmp_path / "f.png", "digits")
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    made = plot_fits({"mine": {key: values[:1] for key, values in CURVE.items()}}, tmp_path / "f.png", "digits")
     assert all(line.get_marker() == "o" for axis in made.axes for line in axis.lines)
 
 

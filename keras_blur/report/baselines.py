@@ -1,0 +1,34 @@
+"""The optimizers that a genome is compared with, and the grids of their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+
+
+def _half_decades(low: int, high: int) -> tuple[float, ...]:
+    """Rates from 10^(low/2) to 10^(high/2), each about three times the last."""
+    return tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(low, high + 1))
+
+
+_BASELINES: dict[str, tuple[Callable[[], keras.optimizers.Optimizer] | None, tuple[float, ...]]] = {
+    "SGD": (keras.optimizers.SGD, _half_decades(-5, 1)),
+    "momentum": (lambda: keras.optimizers.SGD(momentum=0.9), _half_decades(-6, 0)),
+    "Nesterov": (lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True), _half_decades(-6, 0)),
+    "Adam": (keras.optimizers.Adam, _half_decades(-7, -2)),
+    "AdamW": (keras.optimizers.AdamW, _half_decades(-7, -2)),
+    "Nadam": (keras.optimizers.Nadam, _half_decades(-7, -2)),
+    "RMSprop": (keras.optimizers.RMSprop, _half_decades(-8, -2)),
+    "Lion": (keras.optimizers.Lion, _half_decades(-9, -4)),
+    "Muon": (getattr(keras.optimizers, "Muon", None), _half_decades(-6, 0)),
+    "Schedule-Free": (getattr(keras.optimizers, "ScheduleFreeAdamW", None), _half_decades(-6, -1)),
+}
+_OPTIMIZERS = {name: make for name, (make, _) in _BASELINES.items() if make is not None}  # those of this Keras
+GRIDS = {name: _BASELINES[name][1] for name in _OPTIMIZERS}
+OPTIMIZERS = tuple(_OPTIMIZERS)
+
+
+def optimizer_of(name: str) -> keras.optimizers.Optimizer:
+    """A new optimizer, one of `OPTIMIZERS`."""
+    return _OPTIMIZERS[name]()
