@@ -4,6 +4,7 @@
 """
 
 import os
+import random
 
 # Before TensorFlow or JAX is imported. Programs of tests run once or twice: LLVM need not make them fast.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # the last one counts
@@ -12,6 +13,7 @@ if JAX:
     os.environ["JAX_ENABLE_X64"] = "1"  # many tests compute in float64
 
 import keras
+import numpy as np
 import pytest
 
 # Files about what needs TensorFlow: learners, tasks, meta-learning and its trainers, the command line, `tf.data`, TPUs;
@@ -23,6 +25,16 @@ collect_ignore = [
     "models/test_sequential_training.py", "report", "tasks", "test_claims.py", "test_compiled.py", "test_examples.py",
     "test_files.py", "test_fuzz.py", "test_jax.py", "test_random.py", "test_readme.py", "tpu", "training",
 ] if JAX else []  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same initial weights and orders of examples in every run."""
+    if not JAX:
+        keras.utils.set_random_seed(0)
+        return
+    random.seed(0)  # `set_random_seed` would import TensorFlow
+    np.random.seed(0)
 
 
 @pytest.fixture

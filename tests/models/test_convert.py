@@ -140,7 +140,7 @@ def test_types_of_the_model_and_of_layers_are_kept():
         keras.config.set_dtype_policy("float32")
     model = kb.convert(twin, GENOME)
     assert {variable.dtype for layer in model.layers for variable in layer.weights} == {"float64"}
-    np.testing.assert_allclose(model(X), twin(X), rtol=max(1e-12, ROUNDING))
+    np.testing.assert_allclose(model(X), twin(X), rtol=max(1e-12, ROUNDING), atol=max(1e-12, ROUNDING))
     mixed = kb.convert(chain(kl.Dense(4, "tanh", dtype="mixed_bfloat16"), kl.Dense(2)), GENOME)
     assert [layer.connection.compute_dtype for layer in mixed.layers] == ["bfloat16", None]
     with pytest.raises(ValueError, match="`dtype` of layer 'inner' must keep synapses in float32"):
