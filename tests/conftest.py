@@ -34,7 +34,7 @@ def seeded():
         keras.utils.set_random_seed(0)
         return
     random.seed(0)  # `set_random_seed` would import TensorFlow
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
 
 
 @pytest.fixture
