@@ -77,10 +77,8 @@ def variants(genome: Genome) -> dict[str, tuple[Genome, tuple[float, ...]]]:
     for name, options in OFF.items():
         if any(getattr(genome.rule, option) != value for option, value in options.items()):
             found[f"no {name}"] = (with_options(genome, options), WIDE if name == "normalisation" else GATES)
-    if float(genome.arrays["temperature"]) != 1.0:
-        found["temperature 1"] = (genome.replace(temperature=np.float32(1.0)), GATES)
     every = {option: value for options in OFF.values() for option, value in options.items()}
-    found["none of these"] = (with_options(genome, every).replace(temperature=np.float32(1.0)), WIDE)
+    found["none of these"] = (with_options(genome, every), WIDE)
     for name in _BESIDE.value:
         other = kb.genomes.load(name)
         found[name] = (other, GATES)

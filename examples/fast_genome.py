@@ -59,13 +59,12 @@ kept; the report has fresh seeds of these. No image set but Omniglot chooses any
 MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 # Which numbers of the genome are searched: the value set by hand, and what one unit of the search is worth.
 SEARCHED = {
-    "log_gate": (math.log(0.14), 0.5),
+    "log_gate": (math.log(0.12), 0.5),
     "momentum_logit": (0.0, 0.7),
-    "decay_power": (0.6, 0.15),
-    "log_decay_steps": (math.log(10.0), 1.0),
+    "decay_power": (0.5, 0.15),
+    "log_decay_steps": (math.log(4.0), 1.0),
     "log_damping": (math.log(0.3), 0.8),
     "log_averaging": (math.log(8.0), 0.7),
-    "log_temperature": (math.log(2.0), 0.4),
 }
 KINDS = ("convolution", "scale", "last", "hidden")  # kinds of layers, for the ablations
 
@@ -80,8 +79,8 @@ def rule():
 def genome_of(vector):
     """The genome at a point of the search; the origin is set by hand."""
     found = {name: at + unit * z for (name, (at, unit)), z in zip(SEARCHED.items(), vector, strict=True)}
-    gate, logit, log = found.pop("log_gate"), found.pop("momentum_logit"), found.pop("log_temperature")
-    found |= {"synapse_update": -math.exp(gate), "momentum": 1.0 / (1.0 + math.exp(-logit)), "temperature": math.exp(log)}
+    gate, logit = found.pop("log_gate"), found.pop("momentum_logit")
+    found |= {"synapse_update": -math.exp(gate), "momentum": 1.0 / (1.0 + math.exp(-logit))}
     return rule().replace(**{name: np.float32(value) for name, value in found.items()})
 
 
@@ -97,10 +96,7 @@ def by_kind(genome, **changes):
     return numbers
 
 
-NUMBERS = (
-    "synapse_keep", "synapse_update", "momentum", "decay_power", "log_decay_steps", "log_damping", "log_averaging",
-    "temperature",
-)  # fmt: skip
+NUMBERS = ("synapse_keep", "synapse_update", "momentum", "decay_power", "log_decay_steps", "log_damping", "log_averaging")
 
 """
 ## Tasks
@@ -489,7 +485,7 @@ def described(genome):
     return (
         f"gate {-a['synapse_update']:.3f}, momentum {a['momentum']:.3f}, power {a['decay_power']:.3f}, decay steps "
         f"{math.exp(a['log_decay_steps']):.1f}, damping {math.exp(a['log_damping']):.3f}, averaging "
-        f"{math.exp(a['log_averaging']):.1f}, temperature {a['temperature']:.2f}"
+        f"{math.exp(a['log_averaging']):.1f}"
     )
 
 
