@@ -86,7 +86,7 @@ def time_axis(axis: Any, times: Any) -> None:
 
     above = [time for curve in times for time in curve if time > 0]
     if above:
-        axis.set_xscale("log")
+        axis.set_xscale("log", nonpositive="mask")  # a clipped 0 would draw a level line up to the next point
         axis.set_xlim(min(above), max(above))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
