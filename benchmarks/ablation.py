@@ -1,13 +1,15 @@
 """What each term of a genome is worth: the genome as it is, and with one term off at a time.
 
-    python benchmarks/ablation.py --data mnist,fashion_mnist [--data_dir DIR] [--network mlp|lenet|resnet20]
-        [--hidden 256,128] [--genome fast] [--beside mnist-4state,...] [--steps 200] [--seeds 5] [--plot FILE] [--json FILE]
+    python benchmarks/ablation.py --data mnist,fashion_mnist [--data_dir DIR]
+        [--network mlp|lenet|resnet20] [--hidden 256,128] [--genome fast]
+        [--beside mnist-4state,...] [--steps 200] [--seeds 5] [--plot FILE] [--json FILE]
 
-A variant may want another gate, so each is run with several on the first seed; the one with the best mean accuracy over the
-scored steps is run on all seeds. The genome itself keeps its gate. `--beside` adds genomes as they are, and where they have
-another number of states, also with the terms of the genome: its options for terms, momentum, gate and averages, and their
-numbers. Printed are accuracies by step, and the change of the error against the genome's: the geometric mean over the
-scored steps of the ratio of the two errors of a seed, and its deviation from seed to seed.
+A variant may want another gate, so each is run with several on the first seed; the one with the
+best mean accuracy over the scored steps is run on all seeds. The genome itself keeps its gate.
+`--beside` adds genomes as they are, and where they have another number of states, also with the
+terms of the genome: its options for terms, momentum, gate and averages, and their numbers. Printed
+are accuracies by step, and the change of the error against the genome's: the geometric mean over
+the scored steps of the ratio of the two errors of a seed, and its deviation from seed to seed.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ class Learner:
 
 
 def ablate(source: Source, at: list[int], genome: Genome) -> dict[str, Any]:
-    """Test accuracies `[seeds][scored steps]` of each variant, and the gate that it was run with."""
+    """Test accuracies `[seeds][scored steps]` of each variant, and the gate that it was run
+    with."""
     found: dict[str, Any] = {}
     for name, (variant, gates) in variants(genome).items():
         runs = {}

@@ -2,10 +2,11 @@
 
     python benchmarks/bfloat16.py [--seeds 5] [--epochs 8] [--steps_per_epoch 100] [--json FILE]
 
-Genomes are meta-trained twice from each seed, on the same tasks, with all products of the inner loop (and of its derivative)
-in float32 and in bfloat16, sums in float32. Each then learns in both on test images that meta-training did not see: mean
-accuracy over seeds, its standard deviation, and what bfloat16 costs, a difference within each seed. Rounding is emulated on
-a CPU, so this says what is learned and nothing of speed.
+Genomes are meta-trained twice from each seed, on the same tasks, with all products of the inner
+loop (and of its derivative) in float32 and in bfloat16, sums in float32. Each then learns in both
+on test images that meta-training did not see: mean accuracy over seeds, its standard deviation, and
+what bfloat16 costs, a difference within each seed. Rounding is emulated on a CPU, so this says what
+is learned and nothing of speed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def trained(digits: tasks.Tasks, kind: str, seed: int) -> kb.Genome:
 
 @functools.cache
 def test(digits: tasks.Tasks, kind: str, steps: int) -> Callable[[Any], Any]:
-    """The mean accuracy of an outer nest after so many steps, with products of a type, on episodes of test images."""
+    """The mean accuracy of an outer nest after so many steps, with products of a type, on episodes
+    of test images."""
     stream = digits.dataset(1_000, steps=steps, batch=BATCH, query=QUERY, split="test")
     episodes = next(iter(stream.batch(_EPISODES.value)))
     one, inner = learner(kind), InnerLoop(steps)

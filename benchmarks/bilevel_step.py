@@ -1,16 +1,19 @@
 """What a step of `BilevelTrainer` costs over plain training: time and memory, by estimator.
 
-    python benchmarks/bilevel_step.py [--rounds 20] [--network deep|conv|lenet ...] [--nojit_compile] [--nomemory]
+    python benchmarks/bilevel_step.py [--rounds 20] [--network deep|conv|lenet ...]
+        [--nojit_compile] [--nomemory]
 
-Three networks: eight dense layers of 256 units and the small convolutional one of examples/noisy_labels.py, both with
-weights of examples, batch 100; LeNet at 28x28 with a learned rotation, batch 128. Data are random numbers. Plain training is
-Keras's own training step, without weights of examples or a rotation. It and the estimators take turns in blocks of five
-steps. Printed are medians over rounds of the time over that of plain training in the same round, the 10 % and 90 %
-quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile` neither; last
-comes the time of a step compiled the other way over this one's.
+Three networks: eight dense layers of 256 units and the small convolutional one of
+examples/noisy_labels.py, both with weights of examples, batch 100; LeNet at 28x28 with a learned
+rotation, batch 128. Data are random numbers. Plain training is Keras's own training step, without
+weights of examples or a rotation. It and the estimators take turns in blocks of five steps. Printed
+are medians over rounds of the time over that of plain training in the same round, the 10 % and 90 %
+quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile`
+neither; last comes the time of a step compiled the other way over this one's.
 
-Memory is the peak above the process before the network is built, in MB, for three steps of a large batch, so
-that what a step holds stands out from the program and its compilation; each in a process of its own.
+Memory is the peak above the process before the network is built, in MB, for three steps of a large
+batch, so that what a step holds stands out from the program and its compilation; each in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -78,7 +81,8 @@ def network(name: str) -> tuple[keras.Model, type[bilevel.TrainingLoss], int]:
 def runner(
     name: str, estimator: HypergradientEstimator | None, jit_compile: bool, batch: int | None = None
 ) -> Callable[[], Any]:
-    """A training step after the first ones, with an estimator or, for plain training, Keras's own."""
+    """A training step after the first ones, with an estimator or, for plain training, Keras's
+    own."""
     keras.utils.set_random_seed(0)
     model, of, usual = network(name)
     rng = np.random.default_rng(0)

@@ -2,16 +2,20 @@
 
     python benchmarks/compiled.py [--only TEXT] [--json FILE]
 
-A TPU runs nothing that XLA did not compile, with every shape known beforehand. For each program, compiled as a whole:
+A TPU runs nothing that XLA did not compile, with every shape known beforehand. For each program,
+compiled as a whole:
 
-- it is lowered from shapes and dtypes alone, since a lowering from values can hide that a shape hangs on one of them;
+- it is lowered from shapes and dtypes alone, since a lowering from values can hide that a shape
+  hangs on one of them;
 - all shapes, inside too, are static, and every operation has a TPU kernel;
-- three steps with different values, each from the same variables as the uncompiled step, give what that gives: results and
-  variables, relative to the largest number of each array, or of the parameters that it is one of;
+- three steps with different values, each from the same variables as the uncompiled step, give what
+  that gives: results and variables, relative to the largest number of each array, or of the
+  parameters that it is one of;
 - these steps trace nothing anew.
 
-Exit status 1 if a program fails, or if 50 unrolled steps compile in more than 1.5 times the time of 5. Left out are Keras
-layers before the first layer of synapses, which are Keras's own (its random ones draw other numbers when compiled).
+Exit status 1 if a program fails, or if 50 unrolled steps compile in more than 1.5 times the time of
+5. Left out are Keras layers before the first layer of synapses, which are Keras's own (its random
+ones draw other numbers when compiled).
 """
 
 from __future__ import annotations
@@ -113,7 +117,8 @@ def check(program: Program) -> Row:
 
 
 def _functions(program: Program) -> tuple[Any, Any, list[tf.TensorSpec]]:
-    """A program as a graph, the same compiled, of its arguments one by one, and their shapes and dtypes."""
+    """A program as a graph, the same compiled, of its arguments one by one, and their shapes and
+    dtypes."""
     plain = tf.function(program.function, autograph=False)
 
     @tf.function(autograph=False, jit_compile=True)
@@ -126,7 +131,8 @@ def _functions(program: Program) -> tuple[Any, Any, list[tf.TensorSpec]]:
 def _difference(
     plain: Callable[..., Any], whole: Callable[..., Any], variables: Sequence[tf.Variable], arguments: Any
 ) -> float:
-    """How far a compiled step is from the uncompiled one; the variables are then as the latter leaves them."""
+    """How far a compiled step is from the uncompiled one; the variables are then as the latter
+    leaves them."""
 
     def values() -> list[np.ndarray]:
         return [variable.numpy().copy() for variable in variables]  # copies: what `numpy` gives may change in place
@@ -138,8 +144,9 @@ def _difference(
     results = [*map(np.array, tf.nest.flatten(plain(*arguments)))]
     wanted = [*results, *values()]
     scales = [*map(_largest, results)]
-    # An optimizer's slots of one kind are parts of one gradient, outer parameters parts of one learner: what is small in
-    # it is small beside the whole. Prototypes' last bias has a derivative of zero: rounding is all that it moves by.
+    # An optimizer's slots of one kind are parts of one gradient, outer parameters parts of one
+    # learner: what is small in it is small beside the whole. Prototypes' last bias has a derivative
+    # of zero: rounding is all that it moves by.
     parts = [re.search(r"(?<=/)outer(?=_)|(?<=_)(momentum|velocity)(?=(:0)?$)", variable.name) for variable in variables]
     kinds = [part[0] if part else variable.name for part, variable in zip(parts, variables, strict=True)]
     for kind in kinds:
@@ -162,7 +169,8 @@ def _apart(got: np.ndarray, wanted: np.ndarray, scale: float) -> float:
     return float(np.max(np.abs(got - wanted), where=finite, initial=0.0)) / scale
 
 
-# Learning steps: the pure one, with the genome as an argument, and those of the Keras model, where it is a constant.
+# Learning steps: the pure one, with the genome as an argument, and those of the Keras model, where
+# it is a constant.
 
 
 def _constants(nest: Any) -> Any:
@@ -281,7 +289,8 @@ def meta_step(
         **{"meta_batch_size": 2, "batch_size": 6, "query_size": 9, **more}, seed=1,
         start=None if learner else draw_genome(rule, population=() if evolution else (members,), dtype="float32"),
     )  # fmt: skip
-    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
+    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
+    # decide its step.
     adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)
     trainer.compile(None if evolution else optimizer or adam, jit_compile=False)  # not a part: below the whole is
     if evolution:  # not the first generation, whose eigenvalues are equal: any vectors are theirs
@@ -323,7 +332,8 @@ def bilevel_step(estimator: Any, meta_model: str = "SampleWeightNet") -> Program
         (random.fold_in(random.seed_of(0), number), trainer._next(0, number), trainer._next(1, number))
         for number in range(CALLS)
     ]
-    # Sample weights begin equal, so that the first outer gradients are small sums of large terms; a difference rounds more.
+    # Sample weights begin equal, so that the first outer gradients are small sums of large terms; a
+    # difference rounds more.
     tolerance = 1e-2 if isinstance(estimator, bilevel.FiniteDifference) else 1e-3
     return Program(trainer._program(True).python_function, calls, tolerance)
 

@@ -1,23 +1,27 @@
-"""How exactly the backprop genome is backpropagation: weights after training, against a gradient tape and plain SGD.
+"""How exactly the backprop genome is backpropagation: weights after training, against a gradient
+tape and plain SGD.
 
     python benchmarks/exact_backprop.py [--data mnist --data_dir DIR] [--steps 50] [--json FILE]
-    python benchmarks/exact_backprop.py --architectures [--only resnet,MobileNetV2] [--float64] [--json FILE]
+    python benchmarks/exact_backprop.py --architectures [--only resnet,MobileNetV2] [--float64]
+        [--json FILE]
 
-For each loss, nonlinearity and depth, with and without sample weights, two networks start from the same weights and see
-the same batches: one under `keras_blur.Sequential.train_on_batch`, the other by `w <- w - rate * gradient` with a tape.
-Printed is the largest difference of a weight over the largest weight of its array, over all
-arrays. Exit status 1 if one is above 1e-5.
+For each loss, nonlinearity and depth, with and without sample weights, two networks start from the
+same weights and see the same batches: one under `keras_blur.Sequential.train_on_batch`, the other
+by `w <- w - rate * gradient` with a tape. Printed is the largest difference of a weight over the
+largest weight of its array, over all arrays. Exit status 1 if one is above 1e-5.
 
-`--architectures` does the same for convolutional, residual, separable and branching nets, a Transformer, several inputs
-and outputs, shared layers, and networks of keras.applications, each against Keras's own training step with SGD (a gradient
-tape on TensorFlow, `jax.grad` on JAX): 20 steps, and one for the applications, whose dropout is off. Wanted are 1e-8 in
-float64 and 1e-4 in float32. Near the kink of a ReLU, float32 rounding decides on which side a neuron is, so SGD does not
-even agree with itself: the column "reversed" is how far it is from the same SGD with the examples of each batch in reverse
-order. Ten times that is wanted where it is more.
+`--architectures` does the same for convolutional, residual, separable and branching nets, a
+Transformer, several inputs and outputs, shared layers, and networks of keras.applications, each
+against Keras's own training step with SGD (a gradient tape on TensorFlow, `jax.grad` on JAX): 20
+steps, and one for the applications, whose dropout is off. Wanted are 1e-8 in float64 and 1e-4 in
+float32. Near the kink of a ReLU, float32 rounding decides on which side a neuron is, so SGD does
+not even agree with itself: the column "reversed" is how far it is from the same SGD with the
+examples of each batch in reverse order. Ten times that is wanted where it is more.
 
-It runs on the backend that KERAS_BACKEND names: TensorFlow runs the steps as graphs, without XLA, which takes minutes to
-compile the larger applications; JAX compiles them. Seconds are those of all three networks: conversion, tracing or
-compilation, the steps, and the way back. LeNet sees real images, all others random ones.
+It runs on the backend that KERAS_BACKEND names: TensorFlow runs the steps as graphs, without XLA,
+which takes minutes to compile the larger applications; JAX compiles them. Seconds are those of all
+three networks: conversion, tracing or compilation, the steps, and the way back. LeNet sees real
+images, all others random ones.
 """
 
 from __future__ import annotations
@@ -92,8 +96,9 @@ def difference(
 def relative(ours: keras.Model, theirs: keras.Model) -> tuple[float, str]:
     """The largest relative difference of a weight that trains, and its path.
 
-    An array whose gradient is zero by the network's form (a bias before batch normalisation) holds rounding alone, so
-    the difference is relative to the largest weight of the array or to 1e-3, whichever is larger.
+    An array whose gradient is zero by the network's form (a bias before batch normalisation) holds
+    rounding alone, so the difference is relative to the largest weight of the array or to 1e-3,
+    whichever is larger.
     """
     worst, where = 0.0, ""
     for own, wanted in zip(ours.trainable_weights, theirs.trainable_weights, strict=True):
@@ -139,7 +144,8 @@ def compare(name: str, steps: int, size: int) -> dict[str, Any]:
 
 
 def images_28(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Digits as 28x28 images: MNIST where `--data mnist` says so, else the small digits three times as large."""
+    """Digits as 28x28 images: MNIST where `--data mnist` says so, else the small digits three times
+    as large."""
     if _DATA.value == "digits":
         from sklearn.datasets import load_digits
 

@@ -1,15 +1,18 @@
 """Time, arithmetic and memory of one learning step, as ratios against Keras in the same run.
 
-    python benchmarks/fit_step.py [--network mlp|lenet|resnet20|transformer] [--batch_size 128] [--repeats 15] [--json FILE]
+    python benchmarks/fit_step.py [--network mlp|lenet|resnet20|transformer] [--batch_size 128]
+        [--repeats 15] [--json FILE]
 
-The candidates, on the backend that KERAS_BACKEND names, take turns: a block of steps of `fit` each, metrics included, so
-that a change of the machine's speed meets all of them. "time" is the ratio of the medians over the blocks, beside the 10 %
-and 90 % quantiles of the ratios of single blocks; "CPU" is the same ratio of the processor time of all threads, which other
-work on the machine changes less. "arith." counts the multiplications and additions of the products with kernels that the
-equations need over those that backpropagation needs, and nothing else; "of peak" is that arithmetic over the step's time
-and over what a large matrix product reaches on this machine in the same run. "first" is the ratio of the processor times of
-the first `fit`, one block, compilation included. Peak memory, above the process before the network is built, is that of a
-process of its own for each candidate.
+The candidates, on the backend that KERAS_BACKEND names, take turns: a block of steps of `fit` each,
+metrics included, so that a change of the machine's speed meets all of them. "time" is the ratio of
+the medians over the blocks, beside the 10 % and 90 % quantiles of the ratios of single blocks;
+"CPU" is the same ratio of the processor time of all threads, which other work on the machine
+changes less. "arith." counts the multiplications and additions of the products with kernels that
+the equations need over those that backpropagation needs, and nothing else; "of peak" is that
+arithmetic over the step's time and over what a large matrix product reaches on this machine in the
+same run. "first" is the ratio of the processor times of the first `fit`, one block, compilation
+included. Peak memory, above the process before the network is built, is that of a process of its
+own for each candidate.
 """
 
 from __future__ import annotations
@@ -70,8 +73,9 @@ def data(steps: int) -> tuple[Any, Any]:
 def operations(name: str) -> int:
     """Multiplications and additions of the products with kernels that the equations of a step need.
 
-    In each of k states: forward, the Hebbian term, and back wherever feedback has to arrive. Random genomes have a kernel
-    of its own for the way back, and so one more Hebbian term there. Reading an embedding multiplies nothing.
+    In each of k states: forward, the Hebbian term, and back wherever feedback has to arrive. Random
+    genomes have a kernel of its own for the way back, and so one more Hebbian term there. Reading
+    an embedding multiplies nothing.
     """
     model = build(name if name.startswith("random") else "backprop genome")
     graph = model._graph
@@ -105,14 +109,16 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 def memory_of(name: str) -> float:
-    """Peak memory of a candidate above the process before it is built, in MB, from a process of its own."""
+    """Peak memory of a candidate above the process before it is built, in MB, from a process of its
+    own."""
     forwarded = [f"--network={_NETWORK.value}", f"--batch_size={_BATCH.value}", f"--memory_of={name}"]
     done = subprocess.run([sys.executable, __file__, *forwarded], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def measured(names: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Seconds of each block, wall and processor `[blocks, 2]`, and processor seconds of the first `fit`."""
+    """Seconds of each block, wall and processor `[blocks, 2]`, and processor seconds of the first
+    `fit`."""
     x, y = data(NETWORKS[_NETWORK.value])
     models: dict[str, keras.Model] = {}
     first: dict[str, float] = {}

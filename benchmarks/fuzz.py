@@ -1,14 +1,18 @@
-"""Damaged files and odd arguments: how many give a clear error, how many a correct result, and how many anything else.
+"""Damaged files and odd arguments: how many give a clear error, how many a correct result, and how
+many anything else.
 
-    python benchmarks/fuzz.py [--files 10000] [--arguments 2000] [--seed 0] [--show 10] [--json FILE]
+    python benchmarks/fuzz.py [--files 10000] [--arguments 2000] [--seed 0] [--show 10]
+        [--json FILE]
 
 Genome, checkpoint and vector files are damaged at random, as bytes and as documents that are well
-formed but wrong (`fuzz_files.py`). Functions and classes of the public API are called with arguments
-drawn from pools of odd values (`fuzz_arguments.py`). Each case ends in one of three ways:
+formed but wrong (`fuzz_files.py`). Functions and classes of the public API are called with
+arguments drawn from pools of odd values (`fuzz_arguments.py`). Each case ends in one of three ways:
 
-- error: a `ValueError`, `TypeError`, `OSError` or `ImportError` of one line that names the file or one of the arguments;
+- error: a `ValueError`, `TypeError`, `OSError` or `ImportError` of one line that names the file or
+  one of the arguments;
 - correct: a result that passes its check (the file's own numbers, or an object that works);
-- other: everything else, such as an exception from a lower layer, a long message, or a wrong result.
+- other: everything else, such as an exception from a lower layer, a long message, or a wrong
+  result.
 
 The exit status is 1 if there is any of the last kind.
 """

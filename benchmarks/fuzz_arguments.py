@@ -1,4 +1,5 @@
-"""Odd arguments for `fuzz.py`: public functions and classes, called with one to three odd values each."""
+"""Odd arguments for `fuzz.py`: public functions and classes, called with one to three odd values
+each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Damaged files for `fuzz.py`: genomes, checkpoints and vector files, changed as bytes and as documents."""
+"""Damaged files for `fuzz.py`: genomes, checkpoints and vector files, changed as bytes and as
+documents."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
 """Fraction of the step time that is spent waiting for data.
 
-    python benchmarks/input_pipeline.py [--data mnist --few_shot omniglot --data_dir DIR] [--steps 100] [--json FILE]
+    python benchmarks/input_pipeline.py [--data mnist --few_shot omniglot --data_dir DIR]
+        [--steps 100] [--json FILE]
 
-Meta-training as `keras-blur meta-train` does it by default, with MetaTrainer's own loop and its own iterators: the time in
-`next(iterator)` over that of the whole step, both taken in the same loop, over all steps and for the tenth of the steps that
-wait the longest. While a step runs, the pipeline prepares the next one on the same cores; what that costs a step is the
-last column, its time over that of a step that is given the same episodes again and again. Of `Sequential.fit` Keras has the
-iterator, so its fraction is the time over that of a fit to one batch, repeated: blocks of either take turns.
+Meta-training as `keras-blur meta-train` does it by default, with MetaTrainer's own loop and its own
+iterators: the time in `next(iterator)` over that of the whole step, both taken in the same loop,
+over all steps and for the tenth of the steps that wait the longest. While a step runs, the pipeline
+prepares the next one on the same cores; what that costs a step is the last column, its time over
+that of a step that is given the same episodes again and again. Of `Sequential.fit` Keras has the
+iterator, so its fraction is the time over that of a fit to one batch, repeated: blocks of either
+take turns.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ WARM_UP = 5  # steps that are not counted: the first ones compile, and start wit
 
 
 class Timed:
-    """An iterator that takes the time of each `next`; with `again`, it gives the first element again and again."""
+    """An iterator that takes the time of each `next`; with `again`, it gives the first element
+    again and again."""
 
     def __init__(self, iterator: Iterator[Any]):
         self._iterator = iterator

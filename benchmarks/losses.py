@@ -1,12 +1,14 @@
-"""Every loss of Keras, taken apart by this library, against a gradient tape on the loss of a compiled Keras model.
+"""Every loss of Keras, taken apart by this library, against a gradient tape on the loss of a
+compiled Keras model.
 
     python benchmarks/losses.py [--execution eager,graph,xla] [--every 1,29,97]
 
-A cell is a loss with its options, a reduction, a rank of labels and outputs, weights of examples, a mask, and a way of
-execution. Two parts of the library are asked in each: the derivative that a rule with `feedback="error"` learns from, and
-the losses of single examples in `BilevelTrainer`, which takes no weights. A cell is equal, refused by name, or wrong; cells
-that Keras itself refuses are left out. Numbers are float64 where a loss can be given that dtype. `--every` takes each
-so-many-th cell: tracing and compiling all of them takes hours.
+A cell is a loss with its options, a reduction, a rank of labels and outputs, weights of examples, a
+mask, and a way of execution. Two parts of the library are asked in each: the derivative that a rule
+with `feedback="error"` learns from, and the losses of single examples in `BilevelTrainer`, which
+takes no weights. A cell is equal, refused by name, or wrong; cells that Keras itself refuses are
+left out. Numbers are float64 where a loss can be given that dtype. `--every` takes each so-many-th
+cell: tracing and compiling all of them takes hours.
 """
 
 from __future__ import annotations
@@ -225,7 +227,8 @@ class Cell:
             prediction._keras_mask = tf.constant(kept)
 
     def by_keras(self, y: Array, p: Array, weight: Array) -> tuple[Array, Array]:
-        """Keras's loss, and its derivative by a tape; the sum where it has no reduction, which `fit` descends."""
+        """Keras's loss, and its derivative by a tape; the sum where it has no reduction, which
+        `fit` descends."""
         model = _compiled(self.row, self.reduction)
         with tf.GradientTape() as tape:
             tape.watch(p)
@@ -250,7 +253,8 @@ class Cell:
 
     @property
     def tolerance(self) -> float:
-        """Of the largest number: rounding of the loss's dtype, and of float32 where losses of examples are averaged."""
+        """Of the largest number: rounding of the loss's dtype, and of float32 where losses of
+        examples are averaged."""
         own = {"float64": 1e-9, "bfloat16": 2e-2}.get(as_keras(self.row.make(reduction=self.reduction)).dtype, 2e-6)
         return max(own, 3e-7) if self.part == "examples" else own
 

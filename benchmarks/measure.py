@@ -1,4 +1,5 @@
-"""What several benchmarks measure with: an unroll's arithmetic, the machine's matmul peak, peak memory."""
+"""What several benchmarks measure with: an unroll's arithmetic, the machine's matmul peak, peak
+memory."""
 
 from __future__ import annotations
 
@@ -25,17 +26,19 @@ def peak_flops() -> float:
 
 
 def operations(sizes: list[int], batch: int, steps: int, states: int) -> int:
-    """Multiplications and additions of the matrix products of the unroll, the query and their derivatives."""
+    """Multiplications and additions of the matrix products of the unroll, the query and their
+    derivatives."""
     products = [2 * batch * a * b * states for a, b in pairwise(sizes)]
     first, rest = products[0], sum(products[1:])
-    # First layer: forward and Hebbian product, one derivative each, since the input is data. Others: forward, backward and
-    # the Hebbian products of both directions, two derivatives each.
+    # First layer: forward and Hebbian product, one derivative each, since the input is data.
+    # Others: forward, backward and the Hebbian products of both directions, two derivatives each.
     step = 4 * first + 12 * rest
     return steps * step + 2 * first + 3 * rest
 
 
 class PeakMemory:
-    """Largest resident memory of this process while it is open, above that before, in MB; sampled each 2 ms."""
+    """Largest resident memory of this process while it is open, above that before, in MB; sampled
+    each 2 ms."""
 
     def __enter__(self) -> PeakMemory:
         self._before = self._largest = self._resident()

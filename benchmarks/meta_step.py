@@ -1,12 +1,16 @@
-"""Time, arithmetic, memory and compile time of a meta-gradient, as ratios against Keras in the same run.
+"""Time, arithmetic, memory and compile time of a meta-gradient, as ratios against Keras in the same
+run.
 
-    python benchmarks/meta_step.py [--sizes 784,128,10] [--batch_size 128] [--steps 10] [--states 2] [--json FILE]
+    python benchmarks/meta_step.py [--sizes 784,128,10] [--batch_size 128] [--steps 10] [--states 2]
+        [--json FILE]
 
-One episode: the gradient of the query's cross-entropy through an unroll, data in memory, as a graph that TensorFlow runs
-operation by operation (`jit_compile=False`) and as one program of XLA (`jit_compile=True`). Both and a Keras SGD step of the
-same network take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix products that
-the equations and their derivatives need and nothing else (a product has two derivatives, one where an operand is data).
-Memory is the peak above the process before the first call, compilation included, each in a process of its own.
+One episode: the gradient of the query's cross-entropy through an unroll, data in memory, as a graph
+that TensorFlow runs operation by operation (`jit_compile=False`) and as one program of XLA
+(`jit_compile=True`). Both and a Keras SGD step of the same network take turns. The fraction of the
+matmul peak counts the multiplications and additions of the matrix products that the equations and
+their derivatives need and nothing else (a product has two derivatives, one where an operand is
+data). Memory is the peak above the process before the first call, compilation included, each in a
+process of its own.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def branches() -> keras.Model:
 
 
 def transformer() -> keras.Model:
-    """Two blocks of attention on token sequences: embedding, positions, layer normalisation, gelu."""
+    """Two blocks of attention on token sequences: embedding, positions, layer normalisation,
+    gelu."""
     tokens, places = keras.Input((16,), dtype="int32"), keras.Input((16,), dtype="int32")
     h = kl.Add()([kl.Embedding(50, 32)(tokens), kl.Embedding(16, 32)(places)])
     for _ in range(2):
@@ -116,8 +117,8 @@ APPLICATIONS = {
 def application(name: str) -> keras.Model:
     """A network of keras.applications with ten classes, its weights drawn at random.
 
-    ConvNeXt's own `LayerScale` has weights and no twin, so an `EinsumDense` takes its place. The scales start
-    at 1, not at 1e-6, so that the residual branches learn as fast as the rest.
+    ConvNeXt's own `LayerScale` has weights and no twin, so an `EinsumDense` takes its place. The
+    scales start at 1, not at 1e-6, so that the residual branches learn as fast as the rest.
     """
     size = APPLICATIONS[name]
     model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)

@@ -1,16 +1,18 @@
-"""What a meta-step costs against tasks, population, width, unroll and replicas; and a model that predicts it.
+"""What a meta-step costs against tasks, population, width, unroll and replicas; and a model that
+predicts it.
 
     python benchmarks/scaling.py [--rounds 9] [--jit] [--json FILE]
 
-Every point is timed in turn with a base point, round after round, and enters as its ratio to the base; points on several
-replicas (logical CPUs of this machine) in a process of their own, beside the same base. The model is a sum with coefficients
-that are not negative:
+Every point is timed in turn with a base point, round after round, and enters as its ratio to the
+base; points on several replicas (logical CPUs of this machine) in a process of their own, beside
+the same base. The model is a sum with coefficients that are not negative:
 
     cost = fixed + a steps + b arithmetic + c bytes + (replicas - 1) (d + e steps)
 
-Arithmetic is that of the matrix products. Bytes are those of synapses and states that the unroll writes and its derivative
-reads again. Each replica dispatches a loop of its own, and what they add up is a genome's gradient, a few hundred bytes.
-Half of the points, drawn by a seed, fit the coefficients; the others are predicted.
+Arithmetic is that of the matrix products. Bytes are those of synapses and states that the unroll
+writes and its derivative reads again. Each replica dispatches a loop of its own, and what they add
+up is a genome's gradient, a few hundred bytes. Half of the points, drawn by a seed, fit the
+coefficients; the others are predicted.
 """
 
 from __future__ import annotations
@@ -131,7 +133,8 @@ def of_replicas(count: int) -> list[float]:
 
 
 def fitted(terms: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Coefficients that are not negative with the least squares of relative errors: the best over sets of terms."""
+    """Coefficients that are not negative with the least squares of relative errors: the best over
+    sets of terms."""
     scaled = terms / costs[:, None]
     best, least = np.zeros(terms.shape[1]), np.inf
     for size in range(1, terms.shape[1] + 1):

@@ -26,10 +26,11 @@ _PLOT = flags.DEFINE_string("plot", None, "File for the picture.")
 """
 ## The rule
 
-Every neuron has two states. The forward sweep leaves the value s(z) and the derivative s'(z); the backward sweep multiplies
-the second by what comes back from above; the synapse between two neurons changes by the product of the lower one's first
-state and the upper one's second. With one kernel for both directions that is backpropagation to the last bit. Nature has no
-such kernel: the feedback path has other synapses. What is lost when they are separate?
+Every neuron has two states. The forward sweep leaves the value s(z) and the derivative s'(z); the
+backward sweep multiplies the second by what comes back from above; the synapse between two neurons
+changes by the product of the lower one's first state and the upper one's second. With one kernel
+for both directions that is backpropagation to the last bit. Nature has no such kernel: the feedback
+path has other synapses. What is lost when they are separate?
 """
 
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -51,11 +52,12 @@ genomes = {
 }
 
 """
-The second has a backward kernel that starts at random and receives the forward kernel's changes: the two grow alike. The
-third applies the rule to the backward kernel with the roles of the two neurons exchanged. The fourth never sees an error,
-only the labels as +1 and -1, and climbs: it follows the gradient of a score that is linear in the output, which nothing
-tells to stop, and does not learn at any rate. That labels alone can do, with other transforms, is what meta-learning has
-to find.
+The second has a backward kernel that starts at random and receives the forward kernel's changes:
+the two grow alike. The third applies the rule to the backward kernel with the roles of the two
+neurons exchanged. The fourth never sees an error, only the labels as +1 and -1, and climbs: it
+follows the gradient of a score that is linear in the output, which nothing tells to stop, and does
+not learn at any rate. That labels alone can do, with other transforms, is what meta-learning has to
+find.
 
 ## The experiment
 """
@@ -97,8 +99,9 @@ def main(argv):
 """
 ## What to try next
 
-Change `mu` so that the backward sweep mixes the states, or let `nu_tilde` add a Hebbian product of the values themselves
-(`backprop.replace(...)`); each is a point of the space that meta-learning searches.
+Change `mu` so that the backward sweep mixes the states, or let `nu_tilde` add a Hebbian product of
+the values themselves (`backprop.replace(...)`); each is a point of the space that meta-learning
+searches.
 """
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """
 Title: Hyperparameters by a step of evolution
 Description: EvoGrad learns how training images should be rotated, with first derivatives only.
-Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021).
+Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et
+al., NeurIPS 2021).
 
     python examples/evograd.py [--quick] [--part line|rotation ...] [--plot FILE.png] [--json FILE]
         [--data mnist] [--data_dir DIR] [--seeds 5] [--seed 0] [--epochs 5]
@@ -39,10 +40,10 @@ _EPOCHS = flags.DEFINE_integer("epochs", 5, "Passes over the training images; of
 """
 ## A line
 
-A number x is trained by (x - 1)^2 + lambda x^2 and judged by (x - 1/2)^2. Trained to the end, x is 1 / (1 + lambda), so the
-derivative of the judgement by lambda is known. EvoGrad sees candidates around an x that was drawn at random, their losses,
-and nothing else. Its estimates are noisy, and biased since x is not where training ends; their mean should still point the
-right way.
+A number x is trained by (x - 1)^2 + lambda x^2 and judged by (x - 1/2)^2. Trained to the end, x is
+1 / (1 + lambda), so the derivative of the judgement by lambda is known. EvoGrad sees candidates
+around an x that was drawn at random, their losses, and nothing else. Its estimates are noisy, and
+biased since x is not where training ends; their mean should still point the right way.
 """
 
 
@@ -87,10 +88,11 @@ def line(trials, populations, seeds):
 """
 ## A rotation
 
-Training images are upright; those for validation and for testing are rotated by 30 degrees. The network sees training images
-through a rotation by a learned angle, 0 at first, which changes so that the loss on validation images would fall. A second
-arm learns the angle by the exact gradient through one step of SGD. The third has no rotation: it is Keras's own `fit`. All
-see the same batches in the same order.
+Training images are upright; those for validation and for testing are rotated by 30 degrees. The
+network sees training images through a rotation by a learned angle, 0 at first, which changes so
+that the loss on validation images would fall. A second arm learns the angle by the exact gradient
+through one step of SGD. The third has no rotation: it is Keras's own `fit`. All see the same
+batches in the same order.
 """
 
 ANGLE = 30.0

@@ -1,12 +1,14 @@
 """
 Title: A genome with nothing to tune
-Description: The numbers of the genome `fast`, found by CMA-ES over networks, batches, horizons and tasks of many kinds.
-Source: "The CMA Evolution Strategy: A Tutorial" (Hansen, 2016) on the numbers of a rule of `keras_blur.core.terms`; variety
-after "Training Learned Optimizers with Randomly Initialized Learned Optimizers" (Metz et al., 2021), which also standardises
-a score by that of a reference on the same task.
+Description: The numbers of the genome `fast`, found by CMA-ES over networks, batches, horizons and
+tasks of many kinds.
+Source: "The CMA Evolution Strategy: A Tutorial" (Hansen, 2016) on the numbers of a rule of
+`keras_blur.core.terms`; variety after "Training Learned Optimizers with Randomly Initialized
+Learned Optimizers" (Metz et al., 2021), which also standardises a score by that of a reference on
+the same task.
 
-    python examples/fast_genome.py [--quick] [--data_dir DIR] [--seed 0] [--generations 36] [--population 10] [--seeds 3]
-        [--state FILE.json] [--genome FILE.json] [--ablations]
+    python examples/fast_genome.py [--quick] [--data_dir DIR] [--seed 0] [--generations 36]
+        [--population 10] [--seeds 3] [--state FILE.json] [--genome FILE.json] [--ablations]
 """
 
 import dataclasses
@@ -44,20 +46,24 @@ _ABLATIONS = flags.DEFINE_boolean("ablations", False, "Also score variants of wh
 """
 ## The question
 
-A rule that takes nothing but the direction of a whitened, normalised Hebbian term leaves a handful of numbers open: gate,
-momentum, the power and the beginning of the gate's decay, damping of the whitening, breadth of the average that predicts.
-Set by hand on one kind of task they may suit that one. Here they are evolved on many settings at once: images, tables and
-functions; 1 to 8 hidden layers of 8 to 256, convolutions, batch normalisation, residual sums; batches of 16 to 512; 100 to
-1,000 steps. In each generation every candidate learns the same tasks from the same synapses with the same batches.
+A rule that takes nothing but the direction of a whitened, normalised Hebbian term leaves a handful
+of numbers open: gate, momentum, the power and the beginning of the gate's decay, damping of the
+whitening, breadth of the average that predicts. Set by hand on one kind of task they may suit that
+one. Here they are evolved on many settings at once: images, tables and functions; 1 to 8 hidden
+layers of 8 to 256, convolutions, batch normalisation, residual sums; batches of 16 to 512; 100 to
+1,000 steps. In each generation every candidate learns the same tasks from the same synapses with
+the same batches.
 
-A candidate's score in a setting is its gain: how much smaller its mean error over the steps 1, 2, 5, 10, ... is than that
-of the numbers set by hand, as a share of the latter. So no setting dominates, and early steps count as much as late ones.
-The mean of the distribution is scored on other settings, of other alphabets, functions, tables and networks, and the best is
-kept; the report has fresh seeds of these. No image set but Omniglot chooses anything.
+A candidate's score in a setting is its gain: how much smaller its mean error over the steps 1, 2,
+5, 10, ... is than that of the numbers set by hand, as a share of the latter. So no setting
+dominates, and early steps count as much as late ones. The mean of the distribution is scored on
+other settings, of other alphabets, functions, tables and networks, and the best is kept; the report
+has fresh seeds of these. No image set but Omniglot chooses anything.
 """
 
 MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
-# Which numbers of the genome are searched: the value set by hand, and what one unit of the search is worth.
+# Which numbers of the genome are searched: the value set by hand, and what one unit of the search
+# is worth.
 SEARCHED = {
     "log_gate": (math.log(0.12), 0.5),
     "momentum_logit": (0.0, 0.7),
@@ -70,7 +76,8 @@ KINDS = ("convolution", "scale", "last", "hidden")  # kinds of layers, for the a
 
 
 def rule():
-    """Backpropagation with relu, whitened terms of lifted singular values, momentum, a gate that falls, slow synapses."""
+    """Backpropagation with relu, whitened terms of lifted singular values, momentum, a gate that
+    falls, slow synapses."""
     start = genomes.backprop(1.0, "relu", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     added = {"whitening": True, "whitening_rows": 128, "normalize_term": "orthogonal", "orthogonal_iterations": 2}
     return start.with_rule(start.rule.replace(**added, momentum="after", update_decay="power", slow_synapses=True))
@@ -107,7 +114,8 @@ Each is a function of a random generator that gives training and test arrays of 
 
 @functools.cache
 def omniglot(data_dir):
-    """Omniglot at 28x28, ink 1 on 0: images `[n, 28, 28, 1]`, their character and their alphabet."""
+    """Omniglot at 28x28, ink 1 on 0: images `[n, 28, 28, 1]`, their character and their
+    alphabet."""
 
     def convert(x):
         return (255.0 - 255.0 * resized(x[..., :1], 28, 255.0)).astype(np.uint8)
@@ -294,7 +302,8 @@ def lasting(quick):
 """
 ## Learning, compiled once for a setting
 
-The numbers of a genome are arguments, so that candidates share the program; the transforms are known to it.
+The numbers of a genome are arguments, so that candidates share the program; the transforms are
+known to it.
 """
 
 
@@ -411,7 +420,8 @@ def reference(setting, seed):
 
 
 def gains(setting, seed, candidates):
-    """By how much of its error each candidate is better than the numbers set by hand, and all curves, theirs first."""
+    """By how much of its error each candidate is better than the numbers set by hand, and all
+    curves, theirs first."""
     drawn, hand = reference(setting, seed)
     curves = np.array([hand, *(learning(setting).curve(one, drawn) for one in candidates)])
     error = 1.0 - curves.mean(axis=1)
@@ -497,7 +507,8 @@ VARIANTS = {
 
 
 def suits(name, setting):
-    """Whether a variant is scored in a setting: it has such layers, and is not learned for very long."""
+    """Whether a variant is scored in a setting: it has such layers, and is not learned for very
+    long."""
     has = {"convolution": {"conv", "norm", "residual"}, "scale": {"norm", "residual"}}
     return setting.group != "lasting" and all(setting.body[0] in bodies for kind, bodies in has.items() if kind in name)
 
@@ -506,8 +517,9 @@ def report(valid, genome, seeds, seed, ablations):
     """Gains on fresh seeds of the held-out settings, and how the settings are learned.
 
     Returns:
-        Gains of the genome over the numbers set by hand, and of variants over the genome, by variant (`""` is the genome),
-        group and setting, one for each seed; and by setting the curves `[seeds, 2, marks]` by hand and evolved.
+        Gains of the genome over the numbers set by hand, and of variants over the genome, by
+        variant (`""` is the genome), group and setting, one for each seed; and by setting the
+        curves `[seeds, 2, marks]` by hand and evolved.
     """
     own = by_kind(genome)
     found, curves = {}, {}

@@ -1,14 +1,16 @@
 """
 Title: Feedback paths
-Description: LeNet on MNIST and Fashion-MNIST by six genomes that differ in how the error comes back.
+Description: LeNet on MNIST and Fashion-MNIST by six genomes that differ in how the error comes
+back.
 Source: "Random synaptic feedback weights support error backpropagation" (Lillicrap et al., 2016),
 "How Important Is Weight Symmetry in Backpropagation?" (Liao et al., 2016), "Direct Feedback
 Alignment Provides Learning in Deep Neural Networks" (Nokland, 2016), "Deep Learning without Weight
 Transport" (Akrout et al., 2019, after Kolen and Pollack, 1994), "Learning Without Feedback"
 (Frenkel et al., 2021).
 
-    python examples/feedback_paths.py [--quick] [--data digits] [--data_dir DIR] [--arms NAME,NAME] [--seeds 3] [--seed 0]
-        [--epochs 4] [--rates 0.02,0.05,0.1] [--momentum 0.9] [--decay 0.001] [--jit_compile] [--plot FILE.png] [--json FILE]
+    python examples/feedback_paths.py [--quick] [--data digits] [--data_dir DIR] [--arms NAME,NAME]
+        [--seeds 3] [--seed 0] [--epochs 4] [--rates 0.02,0.05,0.1] [--momentum 0.9] [--decay 0.001]
+        [--jit_compile] [--plot FILE.png] [--json FILE]
 """
 
 import json
@@ -101,7 +103,8 @@ def genome(arm, rate):
 
 
 def network(arm, rate, seed, images):
-    """LeNet, with smaller windows for small images. The forward synapses start equal in all arms."""
+    """LeNet, with smaller windows for small images. The forward synapses start equal in all
+    arms."""
     shape, classes, way = images.x_train.shape[1:], images.classes, ARMS[arm][1]
     start = [keras.initializers.GlorotUniform(1000 * seed + index) for index in range(9)]
     conv, dense, pool = kb.layers.Conv2D, kb.layers.Dense, keras.layers.AveragePooling2D
@@ -167,7 +170,8 @@ momentum and weight decay left out.
 
 
 def changes(model, x, y):
-    """Changes of the hidden kernels on a batch, without momentum and weight decay. The model stays as it was."""
+    """Changes of the hidden kernels on a batch, without momentum and weight decay. The model stays
+    as it was."""
     own = [model.get_layer(name).synapses for name in HIDDEN]
     kernels, weights = [one["kernel"] for one in own], [variable.numpy() for variable in model.weights]
     before = [kernel.numpy() for kernel in kernels]
@@ -237,7 +241,8 @@ def experiment(name, document, seeds, save):
 
 
 def time_over(model, exact, images):
-    """Time of a step over that of backpropagation: the median over blocks of steps, which take turns."""
+    """Time of a step over that of backpropagation: the median over blocks of steps, which take
+    turns."""
     blocks, size = (2, 2 * BATCH) if _QUICK.value else (25, 10 * BATCH)
     x, y, ratios = images.x_train[:size], images.y_train[:size], []
     for _ in range(1 + blocks):

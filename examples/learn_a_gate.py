@@ -1,11 +1,13 @@
 """
 Title: A gate of the genome, learned while a network learns
-Description: Derivatives of a BLUR gate during `Sequential.fit`: EvoGrad's, the same with the gate attached, the exact one.
-Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et al., NeurIPS 2021), over
-the synapse states of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
+Description: Derivatives of a BLUR gate during `Sequential.fit`: EvoGrad's, the same with the gate
+attached, the exact one.
+Source: "EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization" (Bohdal et
+al., NeurIPS 2021), over the synapse states of "Meta-Learning Bidirectional Update Rules" (Sandler
+et al., ICML 2021).
 
-    python examples/learn_a_gate.py [--quick] [--genome backprop] [--data digits] [--data_dir DIR] [--seeds 5] [--seed 0]
-        [--starts=-4,-2,0,2,3.5] [--plot FILE.png] [--json FILE]
+    python examples/learn_a_gate.py [--quick] [--genome backprop] [--data digits] [--data_dir DIR]
+        [--seeds 5] [--seed 0] [--starts=-4,-2,0,2,3.5] [--plot FILE.png] [--json FILE]
 """
 
 import json
@@ -38,13 +40,14 @@ _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 """
 ## The question
 
-The synapse update gate says how far one step goes; in the genome that is backpropagation it is minus the learning rate. Can
-it be learned in one ordinary training run, from a start that is much too small or much too large? EvoGrad perturbs the
-states of the synapses, lets each candidate take a step by the genome, and weighs candidates by their training losses after
-it: only there does the gate come in. The merged states are judged on held-out images.
+The synapse update gate says how far one step goes; in the genome that is backpropagation it is
+minus the learning rate. Can it be learned in one ordinary training run, from a start that is much
+too small or much too large? EvoGrad perturbs the states of the synapses, lets each candidate take a
+step by the genome, and weighs candidates by their training losses after it: only there does the
+gate come in. The merged states are judged on held-out images.
 
-A step by a genome has no derivative in it. So the derivative of the loss after the step, by the gate, is an ordinary first
-derivative: what EvoGrad avoids is not there. Three arms:
+A step by a genome has no derivative in it. So the derivative of the loss after the step, by the
+gate, is an ordinary first derivative: what EvoGrad avoids is not there. Three arms:
 
 - `EvoGrad`: the gate acts through the weights of the candidates alone;
 - `EvoGrad, attached`: the candidates are merged after their step, of which the gate is a part;
@@ -57,7 +60,8 @@ CrossEntropy = keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
 class Losses:
-    """Losses after a step, as functions of s, the logarithm of the gate's factor, and of a model's synapse states."""
+    """Losses after a step, as functions of s, the logarithm of the gate's factor, and of a model's
+    synapse states."""
 
     def __init__(self, genome):
         self.genome, self.learner = genome, learners.Blur((HIDDEN,), genome.rule)
@@ -131,8 +135,9 @@ def as_state(weights, count):
 """
 ## A callback
 
-The genome of a `Sequential` may hold a variable: then one compiled `fit` follows it. After each step the callback draws a
-batch of either kind, finds the derivative at the states that the model has by then, and Adam moves s against it.
+The genome of a `Sequential` may hold a variable: then one compiled `fit` follows it. After each
+step the callback draws a batch of either kind, finds the derivative at the states that the model
+has by then, and Adam moves s against it.
 """
 
 
@@ -167,7 +172,8 @@ class LearnGate(keras.callbacks.Callback):
 
 
 def run(arm, s, seed, data, epochs):
-    """Test loss and accuracy, the logarithm of the gate's factor after each step, and the fraction of correct signs."""
+    """Test loss and accuracy, the logarithm of the gate's factor after each step, and the fraction
+    of correct signs."""
     (x, labels), valid, test, classes = data
     genome = genomes.load(_GENOME.value)
     gate = tf.Variable(genome.synapse_update * np.exp(np.float32(s)))

@@ -1,10 +1,12 @@
 """
 Title: Meta-augmentation
-Description: Labels that change from episode to episode keep a meta-learner from learning its training tasks by heart.
+Description: Labels that change from episode to episode keep a meta-learner from learning its
+training tasks by heart.
 Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020).
 
-    python examples/meta_augmentation.py [--quick] [--part pose|classes|genome ...] [--plot FILE.png] [--json FILE]
-        [--data omniglot] [--images mnist --held_out fashion_mnist] [--data_dir DIR] [--seeds 3] [--seed 0]
+    python examples/meta_augmentation.py [--quick] [--part pose|classes|genome ...]
+        [--plot FILE.png] [--json FILE] [--data omniglot] [--images mnist --held_out fashion_mnist]
+        [--data_dir DIR] [--seeds 3] [--seed 0]
 """
 
 import json
@@ -36,14 +38,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "The first seed; of the genomes, one mor
 """
 ## Knowing the tasks instead of reading the support
 
-An episode of `tasks.pose` is one object, seen from some angles; x is a code of the object and the view, y the view turned by
-an angle that is the object's own. There are 80 objects to train on. A network can learn their 80 angles, and needs no
-support to predict a query: on a new object it is lost. What x tells of y has to be taken away. Turn all labels of an
-episode, support and query alike, by one random angle, the key: now the code says nothing, and five support points say all.
+An episode of `tasks.pose` is one object, seen from some angles; x is a code of the object and the
+view, y the view turned by an angle that is the object's own. There are 80 objects to train on. A
+network can learn their 80 angles, and needs no support to predict a query: on a new object it is
+lost. What x tells of y has to be taken away. Turn all labels of an episode, support and query
+alike, by one random angle, the key: now the code says nothing, and five support points say all.
 
-How much does a network know by heart? Give it objects under a key under which it has never seen them. If it takes the angle
-from the support alone, its error does not change. What the key adds to the error on known objects, and not on new ones, is
-what the network knew of them.
+How much does a network know by heart? Give it objects under a key under which it has never seen
+them. If it takes the angle from the support alone, its error does not change. What the key adds to
+the error on known objects, and not on new ones, is what the network knew of them.
 """
 
 
@@ -80,10 +83,11 @@ def pose(seeds, its):
 """
 ## Classes in fixed groups
 
-Five ways, one shot. In the *non-exclusive* setting an episode is one of ten fixed groups of five classes, each class always
-at the same output. `LabelPermutation` shuffles the outputs of a group (intra-shuffle); `ClassResample` draws any five of the
-fifty classes (inter-shuffle). New classes are always drawn the second way. Prototypes have no outputs of their own that
-could be learned by heart: what intra-shuffle mends is not broken there.
+Five ways, one shot. In the *non-exclusive* setting an episode is one of ten fixed groups of five
+classes, each class always at the same output. `LabelPermutation` shuffles the outputs of a group
+(intra-shuffle); `ClassResample` draws any five of the fifty classes (inter-shuffle). New classes
+are always drawn the second way. Prototypes have no outputs of their own that could be learned by
+heart: what intra-shuffle mends is not broken there.
 """
 
 
@@ -119,15 +123,16 @@ def classes(seeds, its):
 """
 ## A genome
 
-A genome has no weights for a class, so it cannot know one by heart, but it can know which outputs an image set favours. Is
-that so? Meta-train genomes on the same images with their labels as they are, and with the labels of each episode permuted;
-then let both learn a set that neither has seen. For BLUR a key permutes labels of +1 and -1, in the feedback and in the
-query alike.
+A genome has no weights for a class, so it cannot know one by heart, but it can know which outputs
+an image set favours. Is that so? Meta-train genomes on the same images with their labels as they
+are, and with the labels of each episode permuted; then let both learn a set that neither has seen.
+For BLUR a key permutes labels of +1 and -1, in the feedback and in the query alike.
 """
 
 
 def genomes(members, epochs, seeds):
-    """Accuracy on unseen images by arm, `[members][seeds]`, after as many steps as meta-training unrolled."""
+    """Accuracy on unseen images by arm, `[members][seeds]`, after as many steps as meta-training
+    unrolled."""
     if _HELD_OUT.value:
         both = (_IMAGES.value, _HELD_OUT.value)
         plain, other = (tasks.images(name, size=14, data_dir=_DATA_DIR.value) for name in both)

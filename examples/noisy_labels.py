@@ -1,11 +1,12 @@
 """
 Title: Labels with mistakes in them
-Description: Weights of examples, learned from a few clean ones while a network trains: Meta-Weight-Net, FaMUS and EvoGrad.
-Source: "Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strategy for Noise-Robust Deep Learning" (Xu et
-al., CVPR 2021).
+Description: Weights of examples, learned from a few clean ones while a network trains:
+Meta-Weight-Net, FaMUS and EvoGrad.
+Source: "Meta-Weight-Net" (Shu et al., NeurIPS 2019); "Faster Meta Update Strategy for Noise-Robust
+Deep Learning" (Xu et al., CVPR 2021).
 
-    python examples/noisy_labels.py [--quick] [--plot FILE.png] [--json FILE] [--data fashion_mnist] [--data_dir DIR]
-        [--noise 0.6] [--seeds 3] [--seed 0] [--arms ...]
+    python examples/noisy_labels.py [--quick] [--plot FILE.png] [--json FILE] [--data fashion_mnist]
+        [--data_dir DIR] [--noise 0.6] [--seeds 3] [--seed 0] [--arms ...]
 """
 
 import json
@@ -36,10 +37,11 @@ _ARMS = flags.DEFINE_list("arms", [], "Names of the arms; all by default.")
 """
 ## The data
 
-The data are ten Gaussian classes in 32 dimensions. Six tenths of the labels of 11,000 examples are redrawn. 10,000 of
-these examples are for training. 1,000 are held out for early stopping, with their noisy labels. A hundred more examples
-have known correct labels. Images are used in the same way, with a thousand clean ones. A network can memorise wrong
-labels, so its accuracy falls when training continues for too long. Test data are not used for any choice.
+The data are ten Gaussian classes in 32 dimensions. Six tenths of the labels of 11,000 examples are
+redrawn. 10,000 of these examples are for training. 1,000 are held out for early stopping, with
+their noisy labels. A hundred more examples have known correct labels. Images are used in the same
+way, with a thousand clean ones. A network can memorise wrong labels, so its accuracy falls when
+training continues for too long. Test data are not used for any choice.
 """
 
 
@@ -64,7 +66,8 @@ def data(seed):
 
 
 def batches(x, y, size, epochs, seed):
-    """The batches of some epochs. Their order follows from seed and epoch and is the same for all arms."""
+    """The batches of some epochs. Their order follows from seed and epoch and is the same for all
+    arms."""
     steps = len(x) // size
     order = [np.random.default_rng([seed, epoch]).permutation(len(x))[: steps * size] for epoch in epochs]
     chosen = tf.data.Dataset.from_tensor_slices(np.concatenate(order).reshape(-1, size))
@@ -88,12 +91,13 @@ def network(shape, seed):
 """
 ## The arms
 
-Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of some layers, the last two
-or those that a sampler picks; EvoGrad no second derivative. Cross-entropy is Keras's own `fit` on the noisy labels. "Clean
-data alone" is the same on the clean examples, which the other arms have too, for as many steps. The last arm has no clean
-data: the network learns by cross-entropy for two epochs, and then the examples whose loss belongs to the lower of two
-mixture components take their place. All arms have the same initial weights and the same optimizer, and see the noisy
-batches in the same order.
+Meta-Weight-Net takes the exact gradient of the weights through one step; FaMUS only the parts of
+some layers, the last two or those that a sampler picks; EvoGrad no second derivative. Cross-entropy
+is Keras's own `fit` on the noisy labels. "Clean data alone" is the same on the clean examples,
+which the other arms have too, for as many steps. The last arm has no clean data: the network learns
+by cross-entropy for two epochs, and then the examples whose loss belongs to the lower of two
+mixture components take their place. All arms have the same initial weights and the same optimizer,
+and see the noisy batches in the same order.
 """
 
 ARMS = {
@@ -108,7 +112,8 @@ ARMS = {
 
 
 class Followed(keras.callbacks.Callback):
-    """Accuracy by epoch on test data and on those that are held back, and the seconds of each step."""
+    """Accuracy by epoch on test data and on those that are held back, and the seconds of each
+    step."""
 
     def __init__(self, network, test, held):
         super().__init__()
@@ -128,7 +133,8 @@ class Followed(keras.callbacks.Callback):
 
 
 def run(name, noise, seed):
-    """Test accuracy by epoch, final weights of examples with correct and wrong labels, and time per step."""
+    """Test accuracy by epoch, final weights of examples with correct and wrong labels, and time per
+    step."""
     (x, truth), (x_held, truth_held), clean, test = data(seed)
     noisy = tasks.noisy_labels(np.concatenate([truth, truth_held]), 10, noise, seed=seed)
     y, held = noisy[: len(x)], (x_held, noisy[len(x) :])
@@ -141,7 +147,8 @@ def run(name, noise, seed):
     def optimizer():
         return keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
 
-    # All arms are TensorFlow's graph: XLA cannot compile a sampler's step, and its convolutions are slow on a CPU.
+    # All arms are TensorFlow's graph: XLA cannot compile a sampler's step, and its convolutions are
+    # slow on a CPU.
     if estimator is None or name.endswith("without clean data"):
         plain = epochs if estimator is None else min(2, epochs - 1)
         own = batches(*clean, len(clean[0]), range(epochs * steps), seed) if name == "clean data alone" else None
@@ -211,7 +218,8 @@ def main(argv):
 
 
 def draw(arms):
-    """Draws test accuracy by epoch, and histograms of Meta-Weight-Net's weights of correct and wrong labels."""
+    """Draws test accuracy by epoch, and histograms of Meta-Weight-Net's weights of correct and
+    wrong labels."""
     figure, axes = style.figure(columns=2, width=4.5)
     for index, (name, runs) in enumerate(arms.items()):
         curves = np.array([one["test"] for one in runs])

@@ -1,7 +1,9 @@
 """
 Title: A rule that learns to remember
-Description: Neurons and synapses with vector states, updated by two small shared networks, store patterns online.
-Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv 2003.03124).
+Description: Neurons and synapses with vector states, updated by two small shared networks, store
+patterns online.
+Source: "Finding online neural update rules by learning to remember" (Gregor, 2020, arXiv
+2003.03124).
 
     python examples/remember.py [--quick] [--plot FILE.png] [--json FILE] [--seeds 3] [--seed 0]
 """
@@ -29,14 +31,16 @@ _SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 """
 ## The task
 
-Four patterns of sixteen random bits are shown, one after the other. Then all activations are wiped, half the bits of a
-pattern are shown, and the other half is asked for. What was stored can only be in the synapses. There is no label and no
-error: the rule that changes a synapse sees the states of its two neurons and its own. A Hopfield network does this with one
-product a synapse. It recalls in many steps, with the bits of the cue held. A list of the patterns, searched for the one
-nearest to the cue, shows what the cue allows.
+Four patterns of sixteen random bits are shown, one after the other. Then all activations are wiped,
+half the bits of a pattern are shown, and the other half is asked for. What was stored can only be
+in the synapses. There is no label and no error: the rule that changes a synapse sees the states of
+its two neurons and its own. A Hopfield network does this with one product a synapse. It recalls in
+many steps, with the bits of the cue held. A list of the patterns, searched for the one nearest to
+the cue, shows what the cue allows.
 
-The rule here has about 1,200 numbers, however many units there are, and is meta-trained by the gradient through the four
-items and the recall. The paper's sizes and scores were not at hand, so there are none to compare with.
+The rule here has about 1,200 numbers, however many units there are, and is meta-trained by the
+gradient through the four items and the recall. The paper's sizes and scores were not at hand, so
+there are none to compare with.
 """
 
 SIZES = ((16, 4), (24, 4), (32, 4), (16, 6), (8, 4))  # units and patterns; the first is the one of meta-training
@@ -71,7 +75,8 @@ def references(units, items):
 
 
 def hopfield(patterns, cue, shown, most=20):
-    """Synapses are outer products. Hidden bits change together, step by step, until none does or `most` steps are over."""
+    """Synapses are outer products. Hidden bits change together, step by step, until none does or
+    `most` steps are over."""
     synapses = np.einsum("epi,epj->eij", patterns, patterns) * (1 - np.eye(patterns.shape[-1]))
     states = cue
     for _ in range(most):
@@ -84,7 +89,8 @@ def hopfield(patterns, cue, shown, most=20):
 
 
 def nearest(patterns, cue, shown):
-    """The pattern that agrees with most of the bits shown: it has all patterns at hand, not a square of synapses."""
+    """The pattern that agrees with most of the bits shown: it has all patterns at hand, not a
+    square of synapses."""
     del shown
     chosen = np.einsum("eqi,epi->eqp", cue, patterns).argmax(axis=-1)
     return np.take_along_axis(patterns, chosen[..., None], axis=1)
@@ -93,9 +99,9 @@ def nearest(patterns, cue, shown):
 """
 ## Controls
 
-With the synapse update off nothing is stored, and recall is a guess. A BLUR genome gets the same patterns, as inputs and as
-labels, and the cue as an input: its network has a hidden layer and a feedback path, and a step for each pattern too. It is
-meta-trained for as many meta-steps.
+With the synapse update off nothing is stored, and recall is a guess. A BLUR genome gets the same
+patterns, as inputs and as labels, and the cue as an input: its network has a hidden layer and a
+feedback path, and a step for each pattern too. It is meta-trained for as many meta-steps.
 """
 
 

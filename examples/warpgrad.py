@@ -1,6 +1,7 @@
 """
 Title: Warped gradient descent
-Description: Layers that are held while a task is learned, and bend the surface on which the others descend.
+Description: Layers that are held while a task is learned, and bend the surface on which the others
+descend.
 Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020).
 
     python examples/warpgrad.py [--quick] [--part sines|seconds|classes ...] [--arm NAME ...]
@@ -41,17 +42,18 @@ _SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 """
 ## Sines
 
-A task is a sine of random amplitude and phase, learned by 50 steps of SGD on batches of 16 points. All arms learn the start
-of the network by Reptile: after each run it moves three tenths of the way to where the run led. Two of them have two linear
-layers more, the warps, at first the identity and held while a task is learned; they learn from every theta that a run
-passes, at no more memory for fifty steps than for one. Rates are chosen for each arm alone on validation tasks: that of
-meta-training, and that of the tasks to come; once for the error after the last step and once for the area under the curve,
-since those want different rates. All are scored on other tasks.
+A task is a sine of random amplitude and phase, learned by 50 steps of SGD on batches of 16 points.
+All arms learn the start of the network by Reptile: after each run it moves three tenths of the way
+to where the run led. Two of them have two linear layers more, the warps, at first the identity and
+held while a task is learned; they learn from every theta that a run passes, at no more memory for
+fifty steps than for one. Rates are chosen for each arm alone on validation tasks: that of
+meta-training, and that of the tasks to come; once for the error after the last step and once for
+the area under the curve, since those want different rates. All are scored on other tasks.
 
-A meta-step with warps takes longer than one without. So Reptile alone is also run for four times the meta-steps, and the
-seconds of meta-training at the chosen rate are printed beside each arm. They hold the compilation,
-and whatever else the machine did meanwhile. How much longer a compiled meta-step takes is measured
-side by side, as a part of its own.
+A meta-step with warps takes longer than one without. So Reptile alone is also run for four times
+the meta-steps, and the seconds of meta-training at the chosen rate are printed beside each arm.
+They hold the compilation, and whatever else the machine did meanwhile. How much longer a compiled
+meta-step takes is measured side by side, as a part of its own.
 """
 
 LONGER = 4  # times the meta-steps
@@ -70,10 +72,12 @@ def sgd(rate):
 
 def tuned(of, network, loss, estimator, runs, start_optimizers, rates, test_rates, at, seed, *,
           batch, per_step, warp_rate, measures, jit_compile):  # fmt: skip
-    """By measure, the curve on test episodes of the optimizer of the start and the rates that are best on validation
-    episodes: by the quality or the loss after the last step (`last`), or the area under the curve of the loss (`area`).
+    """By measure, the curve on test episodes of the optimizer of the start and the rates that are
+    best on validation episodes: by the quality or the loss after the last step (`last`), or the
+    area under the curve of the loss (`area`).
 
-    A network is meta-trained for each optimizer of the start and each rate, on so many runs of `per_step` tasks.
+    A network is meta-trained for each optimizer of the start and each rate, on so many runs of
+    `per_step` tasks.
     """
     quality = "accuracy" if of.kind == "classes" else "r2"
     shape = {"at": at, "batch_size": batch, "query_size": 100, "episodes": 20 if _QUICK.value else 100}
@@ -156,7 +160,8 @@ def sines(seeds):
 
 
 def side_by_side():
-    """By arm of the sines, the time of a meta-step over that of Reptile; arms take turns, ten steps each."""
+    """By arm of the sines, the time of a meta-step over that of Reptile; arms take turns, ten steps
+    each."""
     quick, seconds, trainers = _QUICK.value, {}, {}
     for name, (warps, order, times) in ARMS.items():
         if times > 1:
@@ -183,22 +188,25 @@ def side_by_side():
 """
 ## Classes of an image set
 
-Twenty ways and fifteen shots (on the digits two and five), a hundred steps: too many for a gradient through all of them. As
-in the paper a task is an alphabet of Omniglot, twenty of its characters, and alphabets of testing are new; the network is a
-convolutional one with a warp after each block; and warps learn offline: a run fills a buffer, of which ten outer steps use
-ten places each. Images are 14x14 and there are three blocks of 32 filters in place of four of 64 at 28x28, so that two cores
-are enough, and every arm sees 60 times four tasks in place of 1,000 times twenty: only the order of arms can be compared.
+Twenty ways and fifteen shots (on the digits two and five), a hundred steps: too many for a gradient
+through all of them. As in the paper a task is an alphabet of Omniglot, twenty of its characters,
+and alphabets of testing are new; the network is a convolutional one with a warp after each block;
+and warps learn offline: a run fills a buffer, of which ten outer steps use ten places each. Images
+are 14x14 and there are three blocks of 32 filters in place of four of 64 at 28x28, so that two
+cores are enough, and every arm sees 60 times four tasks in place of 1,000 times twenty: only the
+order of arms can be compared.
 
-Leap moves the start down the path of each run, Reptile to its end. Arms without warps choose on validation alphabets the
-optimizer of their start, the rate of meta-training and that on new tasks; those with warps, whose meta-training takes six
-times as long, only the last, and begin from the settings that their start chose most often without warps. Here too Reptile
-alone has an arm with four times the meta-steps.
+Leap moves the start down the path of each run, Reptile to its end. Arms without warps choose on
+validation alphabets the optimizer of their start, the rate of meta-training and that on new tasks;
+those with warps, whose meta-training takes six times as long, only the last, and begin from the
+settings that their start chose most often without warps. Here too Reptile alone has an arm with
+four times the meta-steps.
 """
 
 
 def convolutional(features, ways, *, warps, seed):
-    """Blocks of convolution, pooling, normalisation and ReLU, a linear warp at first the identity after each; and the
-    warps' names."""
+    """Blocks of convolution, pooling, normalisation and ReLU, a linear warp at first the identity
+    after each; and the warps' names."""
     side, filters, names = math.isqrt(features), 8 if _QUICK.value else 32, []
     made = [keras.Input((features,)), keras.layers.Reshape((side, side, 1))]
     for block in range(3):

@@ -10,7 +10,8 @@ import json as _json
 import os as _os
 import sys as _sys
 
-# The command line's own process, as a script or as `python -m`: hide TensorFlow's start-up messages.
+# The command line's own process, as a script or as `python -m`: hide TensorFlow's start-up
+# messages.
 if _os.path.basename(_sys.argv[0]) in ("keras-blur", "-m"):
     _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -30,7 +31,8 @@ def _check_backend(name: str) -> None:
 
 
 def _chosen() -> str:
-    """The backend that Keras will import: of the environment, of its configuration file, or its default."""
+    """The backend that Keras will import: of the environment, of its configuration file, or its
+    default."""
     if "KERAS_BACKEND" in _os.environ:
         return _os.environ["KERAS_BACKEND"]
     home = _os.environ.get("KERAS_HOME", _os.path.join(_os.path.expanduser("~"), ".keras"))

@@ -24,7 +24,8 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
         jit_compile: whether XLA compiles it.
 
     Returns:
-        The compiled function. After `tf.config.run_functions_eagerly(True)` it calls `function` itself.
+        The compiled function. After `tf.config.run_functions_eagerly(True)` it calls `function`
+        itself.
 
     Example:
 

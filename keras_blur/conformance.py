@@ -291,7 +291,8 @@ def _genome(vectors: _Vectors, rule: Rule, given: Mapping[str, Array]) -> Genome
 
 
 def _run(vectors: _Vectors, genome: Genome) -> tuple[dict[str, Array], Array]:
-    """Runs all training steps and the query: what the file holds after each step, by key, and the prediction."""
+    """Runs all training steps and the query: what the file holds after each step, by key, and the
+    prediction."""
     sizes, steps, batch = (vectors.option(key) for key in ("sizes", "steps", "batch"))
     leading = (int(vectors.option("species")), int(vectors.option("replicas")))
     inputs = _shaped(vectors, "inputs", (steps + 1, *leading, batch, sizes[0]))

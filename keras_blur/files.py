@@ -1,8 +1,8 @@
 """Files: written whole or not at all, on a disk or in a bucket.
 
-A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, which are imported only then.
-A file is written under another name and then renamed, so no reader sees half of it, and a kill or a full disk leaves the
-old one.
+A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, which
+are imported only then. A file is written under another name and then renamed, so no reader sees
+half of it, and a kill or a full disk leaves the old one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 Path = str | os.PathLike[str]
 
-# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take them.
+# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take
+# them.
 _STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DESCRIPTOR = re.compile(r"(?:/proc/(\d+)|/dev)/fd/(\d+)")
@@ -98,7 +99,8 @@ def make_folder(path: Path) -> None:
 
 
 def _target(path: Path) -> str:
-    """The file, device or descriptor that a local path leads to through its symbolic links; checked."""
+    """The file, device or descriptor that a local path leads to through its symbolic links;
+    checked."""
     target = name = os.fspath(path)
     if os.path.isdir(name) or os.path.basename(name) == "":
         raise IsADirectoryError(errno.EISDIR, "A file is needed, not a folder", name)
@@ -120,12 +122,14 @@ def _target(path: Path) -> str:
 
 
 def _is_stream(target: str) -> bool:
-    """Whether a path is a device, a pipe or an open descriptor, which is written and not replaced."""
+    """Whether a path is a device, a pipe or an open descriptor, which is written and not
+    replaced."""
     return bool(_DESCRIPTOR.fullmatch(target)) or (os.path.exists(target) and not os.path.isfile(target))
 
 
 def _send(source: str, target: str) -> None:
-    """Writes a file's bytes to a stream; to an open descriptor of this process from where it stands."""
+    """Writes a file's bytes to a stream; to an open descriptor of this process from where it
+    stands."""
     descriptor = _DESCRIPTOR.fullmatch(target)
     own = descriptor is not None and descriptor[1] in (None, str(os.getpid()))
     for stream in (sys.stdout, sys.stderr):
@@ -136,7 +140,8 @@ def _send(source: str, target: str) -> None:
 
 
 def _code_of(error: BaseException, before: BaseException | None) -> int | None:
-    """Why there was no room, if an error or one that led to it says so; `before` was there already."""
+    """Why there was no room, if an error or one that led to it says so; `before` was there
+    already."""
     link: BaseException | None = error
     while link is not None and link is not before:
         if isinstance(link, OSError) and link.errno in _FULL:
@@ -147,11 +152,12 @@ def _code_of(error: BaseException, before: BaseException | None) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[str]:
-    """A local temporary file with the same suffix; it takes the place of `path` if the block succeeds.
+    """A local temporary file with the same suffix; it takes the place of `path` if the block
+    succeeds.
 
-    A symbolic link stays, and the file it leads to is replaced. A device or a pipe (`/dev/stdout`) is written. The new
-    file has the permissions of the old one. After an error, Ctrl-C included, the old file is as it was and the temporary
-    one is gone.
+    A symbolic link stays, and the file it leads to is replaced. A device or a pipe (`/dev/stdout`)
+    is written. The new file has the permissions of the old one. After an error, Ctrl-C included,
+    the old file is as it was and the temporary one is gone.
 
     Args:
         path: the file.
@@ -211,7 +217,8 @@ def _upload(temporary: str, target: str) -> None:
 
 
 def _keep_permissions(temporary: str, target: str) -> None:
-    """Gives a temporary file the permissions and the owner of the file it replaces, or those of a new file."""
+    """Gives a temporary file the permissions and the owner of the file it replaces, or those of a
+    new file."""
     if not os.path.exists(target):
         os.chmod(temporary, 0o666 & ~_umask())
         return
@@ -253,14 +260,15 @@ def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ..
 
     Args:
         name: the argument, or the flag with its dashes, that an error names.
-        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a path with a scheme, as in
-            `gs://bucket/file.json`, only the ending and the existence are checked.
+        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a
+            path with a scheme, as in `gs://bucket/file.json`, only the ending and the existence are
+            checked.
         endings: those that the path may have; empty for any.
         overwrite: whether the file may exist already.
 
     Raises:
-        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that is missing or cannot be
-            written, or exists and must not be overwritten.
+        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that
+            is missing or cannot be written, or exists and must not be overwritten.
 
     Example:
 

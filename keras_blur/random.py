@@ -46,7 +46,8 @@ def _philox(shape: tuple[int, ...], key: Array, counter: Array, dtype: tf.DType)
 
 
 def _mixed(seed: Array) -> tuple[Array, Array]:
-    """Philox's key `[1]` and the high half of its counter `[1]`, as in TensorFlow's own draws but in fewer operations."""
+    """Philox's key `[1]` and the high half of its counter `[1]`, as in TensorFlow's own draws but
+    in fewer operations."""
     mixed = _philox((_BLOCK,), tf.constant([_KEY], tf.uint64), tf.cast(seed, tf.uint64), tf.uint32)
     low, high = tf.unstack(tf.reshape(tf.cast(mixed, tf.uint64), (2, 2)), axis=1)
     return tf.split(tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, tf.constant(32, tf.uint64))), 2)

@@ -1,12 +1,14 @@
 """Fixtures of all tests, and what runs on which backend.
 
-`KERAS_BACKEND=jax pytest tests` runs what needs no TensorFlow: the rest is left out here, in one place.
+`KERAS_BACKEND=jax pytest tests` runs what needs no TensorFlow: the rest is left out here, in one
+place.
 """
 
 import os
 import random
 
-# Before TensorFlow or JAX is imported. Programs of tests run once or twice: LLVM need not make them fast.
+# Before TensorFlow or JAX is imported. Programs of tests run once or twice: LLVM need not make them
+# fast.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # the last one counts
 JAX = os.environ.get("KERAS_BACKEND") == "jax"
 if JAX:
@@ -16,8 +18,8 @@ import keras
 import numpy as np
 import pytest
 
-# Files about what needs TensorFlow: learners, tasks, meta-learning and its trainers, the command line, `tf.data`, TPUs;
-# and those that run JAX in processes of their own.
+# Files about what needs TensorFlow: learners, tasks, meta-learning and its trainers, the command
+# line, `tf.data`, TPUs; and those that run JAX in processes of their own.
 collect_ignore = [
     "bilevel", "bilevel_table.py", "checks", "cli", "replicas.py",
     "core/test_losses.py", "core/test_singular.py", "genomes", "learners", "meta",
@@ -59,7 +61,8 @@ def policy(request):
 
 @pytest.fixture
 def eagerly():
-    """`tf.function` only calls its function: a few steps take less time than the making of a program."""
+    """`tf.function` only calls its function: a few steps take less time than the making of a
+    program."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)

@@ -10,12 +10,14 @@ from on_backend import JAX
 import keras_blur as kb
 
 RATE = 2.0**-6  # exact in every type
-# On JAX Keras's own mean, variance, tanh and attention compute in float32: see `keras_blur.backend`.
+# On JAX Keras's own mean, variance, tanh and attention compute in float32: see
+# `keras_blur.backend`.
 ROUNDING = 1e-5 if JAX else 0.0
 
 
 def randomized(model, seed=0):
-    """The model with random weights, moving statistics included, so that none is what it starts as."""
+    """The model with random weights, moving statistics included, so that none is what it starts
+    as."""
     rng = np.random.default_rng(seed)
     for variable in model.variables:
         if variable.dtype.startswith("float"):

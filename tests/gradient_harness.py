@@ -22,7 +22,8 @@ def draw_episodes(tasks, steps, batch, query, features, classes, dtype="float64"
 
 
 def assert_difference_quotient(estimator, learner, outer, data, seed, gradients):
-    """Asserts that gradients of the mean over tasks, summed over members, are what the objective does along a direction."""
+    """Asserts that gradients of the mean over tasks, summed over members, are what the objective
+    does along a direction."""
     rng = np.random.default_rng(2)
     direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
 

@@ -81,7 +81,8 @@ def check(folder):
 
 
 def features(folder):
-    """What people do with a model on JAX: callbacks, weights, generators, a dropout, errors in one sentence."""
+    """What people do with a model on JAX: callbacks, weights, generators, a dropout, errors in one
+    sentence."""
     x, y = data()
     model = network(kb.genomes.backprop(0.02))
     model.compile(loss=LOSS, metrics=["accuracy"], weighted_metrics=["accuracy"])
@@ -144,7 +145,8 @@ def parallel(folder):
 
 
 def philox(folder):
-    """The generator's published numbers ("Parallel random numbers: as easy as 1, 2, 3", known answers of philox4x32-10)."""
+    """The generator's published numbers ("Parallel random numbers: as easy as 1, 2, 3", known
+    answers of philox4x32-10)."""
     from keras_blur.backend import with_jax
 
     del folder

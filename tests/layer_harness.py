@@ -1,7 +1,8 @@
-"""One check for every layer, in the spirit of Keras's own (private) `run_layer_test`, on public API only.
+"""One check for every layer, in the spirit of Keras's own (private) `run_layer_test`, on public API
+only.
 
-A layer that passes can be built, called, written to a config and to a file, read back, run in each dtype policy and under
-the compiler, with the same numbers each time.
+A layer that passes can be built, called, written to a config and to a file, read back, run in each
+dtype policy and under the compiler, with the same numbers each time.
 """
 
 import json
@@ -60,7 +61,8 @@ def _check_shapes(layer, input_shape, output_shape):
 
 
 def _check_config(layer_class, layer, x, y):
-    """A config survives JSON and gives an equal layer; with the same weights it gives the same numbers."""
+    """A config survives JSON and gives an equal layer; with the same weights it gives the same
+    numbers."""
     config = layer.get_config()
     clone = layer_class.from_config(json.loads(json.dumps(config)))
     assert clone.get_config() == config
@@ -86,7 +88,8 @@ def _check_saving(layer, x, y, tmp_path):
 
 
 def _check_policies(layer_class, init_kwargs, layer, x, y):
-    """Each dtype policy keeps its variables, computes in its type and comes near the float32 result."""
+    """Each dtype policy keeps its variables, computes in its type and comes near the float32
+    result."""
     for name, tolerance in POLICIES.items():
         policy = keras.DTypePolicy(name)
         other = layer_class(**init_kwargs, dtype=policy)

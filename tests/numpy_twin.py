@@ -1,15 +1,15 @@
 """A second opinion: one learning step in plain float64 numpy, as clumsy and as close to the paper
 as it can be.
 
-Written from equations 5, 6 and 7 of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML
-2021, sections 3.2 to 3.4, appendices B and C.6), not from the library. No work is saved here: every
-neuron has all k states, the input too; every synapse has all k channels in both directions, those of
-the first layer too; the bias is a unit that is always 1.
+Written from equations 5, 6 and 7 of "Meta-Learning Bidirectional Update Rules" (Sandler et al.,
+ICML 2021, sections 3.2 to 3.4, appendices B and C.6), not from the library. No work is saved here:
+every neuron has all k states, the input too; every synapse has all k channels in both directions,
+those of the first layer too; the bias is a unit that is always 1.
 
 Values are `[batch, *features, state]`. Every connection is a dense one on rows `[unit, state]`: a
 table says which neurons each position reads, and a dense layer has one position. Synapses are
-`[from, to, channel]`; the last row (in the feedback path, the last column) is the bias. Synapses that
-a connection lacks, such as those between the groups of a convolution, are zero and stay zero.
+`[from, to, channel]`; the last row (in the feedback path, the last column) is the bias. Synapses
+that a connection lacks, such as those between the groups of a convolution, are zero and stay zero.
 """
 
 import dataclasses
@@ -259,7 +259,8 @@ def reads(layer, shape):
 
 
 def stored_places(layer, inputs):
-    """The input and the unit of each number of a stored kernel `[in, units]`; which synapses exist."""
+    """The input and the unit of each number of a stored kernel `[in, units]`; which synapses
+    exist."""
     taps = math.prod(layer.window)
     channels = inputs // taps
     there, to = [], []
@@ -467,7 +468,8 @@ def unpack(rule, own, places):
 
 
 def feedback_path(rule, there, back):
-    """The backward kernel as what comes back goes through it: with the signs of the forward one, if the rule says so."""
+    """The backward kernel as what comes back goes through it: with the signs of the forward one, if
+    the rule says so."""
     if rule.directions != "signs":
         return back
     signed = np.swapaxes(back, 0, 1).copy()
@@ -568,7 +570,8 @@ def hebb(nu_tilde, mu_tilde, pre, post, share):
 
 
 def blocks(places, extra):
-    """The rows and the columns of each group of units that read the same inputs, `extra` bias rows last."""
+    """The rows and the columns of each group of units that read the same inputs, `extra` bias rows
+    last."""
     found = {}
     for unit in range(places.exists.shape[1]):
         found.setdefault(places.exists[:, unit].tobytes(), []).append(unit)
@@ -578,7 +581,8 @@ def blocks(places, extra):
 
 
 def whitened(change, gram, places, has_bias, damping, count):
-    """Equation W1 on each group of units: `(X^T X / s + damping)^-1 H` with `s = trace(X^T X) / examples`."""
+    """Equation W1 on each group of units: `(X^T X / s + damping)^-1 H` with
+    `s = trace(X^T X) / examples`."""
     result = change.copy()
     for there, units in blocks(places, int(has_bias)):
         for c in range(change.shape[-1]):
@@ -590,7 +594,8 @@ def whitened(change, gram, places, has_bias, damping, count):
 
 
 def normalized_term(rule, change, places):
-    """Equations N2 and N1, as numbers: singular values of each group of units, and the norm of all together."""
+    """Equations N2 and N1, as numbers: singular values of each group of units, and the norm of all
+    together."""
     result = np.zeros_like(change)
     groups = list(blocks(places, len(change) - len(places.exists)))
     for c in range(rule.states):

@@ -1,4 +1,5 @@
-"""What tests need of the backend and `keras.ops` cannot say: compiled functions and gradients, on TensorFlow and on JAX."""
+"""What tests need of the backend and `keras.ops` cannot say: compiled functions and gradients, on
+TensorFlow and on JAX."""
 
 import keras
 from keras import ops
@@ -9,7 +10,8 @@ if JAX:
     import jax
 
     def in_a_graph(function, jit):
-        """The function in a graph, compiled or not; on JAX there is no other graph than a compiled one."""
+        """The function in a graph, compiled or not; on JAX there is no other graph than a compiled
+        one."""
         return jax.jit(function) if jit else function
 
     def of_any_batch(function, shapes, dtype, jit):
@@ -24,7 +26,8 @@ else:
     import tensorflow as tf
 
     def in_a_graph(function, jit):
-        """The function in a graph, compiled or not; on JAX there is no other graph than a compiled one."""
+        """The function in a graph, compiled or not; on JAX there is no other graph than a compiled
+        one."""
         return tf.function(function, jit_compile=jit, autograph=False)
 
     def of_any_batch(function, shapes, dtype, jit):

@@ -1,10 +1,13 @@
-"""Trains under a strategy in a process of its own: `python replicas.py JSON`; prints one line of JSON.
+"""Trains under a strategy in a process of its own: `python replicas.py JSON`; prints one line of
+JSON.
 
-Logical devices and workers must be set up before TensorFlow starts, so that tests cannot do this in their own process.
+Logical devices and workers must be set up before TensorFlow starts, so that tests cannot do this in
+their own process.
 
-The JSON gives `what` ("meta", "fit", "bilevel"), `case`, and how it is run: `replicas` (0 for no strategy, 1 for a
-OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or `worker`, `workers` and `port` of a
-MultiWorkerMirroredStrategy. For "meta" also `epochs`, `checkpoint`, and `pause`, seconds to sleep after each epoch.
+The JSON gives `what` ("meta", "fit", "bilevel"), `case`, and how it is run: `replicas` (0 for no
+strategy, 1 for a OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or
+`worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For "meta" also `epochs`,
+`checkpoint`, and `pause`, seconds to sleep after each epoch.
 """
 
 import json
@@ -69,20 +72,23 @@ def strategy():
 
 
 class Pause(keras.callbacks.Callback):
-    """Sleeps after each epoch, before its checkpoint, so that a test can kill this process between two."""
+    """Sleeps after each epoch, before its checkpoint, so that a test can kill this process between
+    two."""
 
     def on_epoch_end(self, epoch, logs=None):
         time.sleep(asked.get("pause", 0.0))
 
 
 def trainer():
-    """A trainer with tasks for four replicas; of evolution, candidates that cannot be split evenly over four."""
+    """A trainer with tasks for four replicas; of evolution, candidates that cannot be split evenly
+    over four."""
     evolution = asked["case"] == "cma"
     made = meta.MetaTrainer(
         tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),
         members=1 if evolution else 2, meta_batch_size=3 if evolution else 4, batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
-    # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is zero.
+    # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is
+    # zero.
     made.compile(None if evolution else keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=asked.get("jit", False))
     return made
 

@@ -1,7 +1,7 @@
 """Rules for tables of tests, and random genomes, synapses and batches that go with them.
 
-`SINGLE` has every option of a `Rule` on its own, `COVER` every value of every option in few rules, and `combinations`
-draws legal mixtures.
+`SINGLE` has every option of a `Rule` on its own, `COVER` every value of every option in few rules,
+and `combinations` draws legal mixtures.
 """
 
 import itertools
@@ -265,7 +265,8 @@ def draw_genome(rule, seed=0, population=(), dtype="float64"):
 
 
 def draw_synapses(rule, seed=0, sizes=SIZES, leading=(), *, whole=False, use_bias=True, dtype="float64"):
-    """Random synapses of a chain of dense layers; with `whole` the backward arrays that nothing reads, too."""
+    """Random synapses of a chain of dense layers; with `whole` the backward arrays that nothing
+    reads, too."""
     rng = np.random.default_rng(seed)
     result = []
     for index, (inputs, units) in enumerate(itertools.pairwise(sizes)):

@@ -1,4 +1,5 @@
-"""Programs compile whole, from shapes alone, to the uncompiled numbers; and the check that says so refuses what does not."""
+"""Programs compile whole, from shapes alone, to the uncompiled numbers; and the check that says so
+refuses what does not."""
 
 import keras
 import numpy as np

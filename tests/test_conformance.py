@@ -1,4 +1,5 @@
-"""The replay of vector files: it agrees with correct ones, published or made here, and with no others."""
+"""The replay of vector files: it agrees with correct ones, published or made here, and with no
+others."""
 
 import json
 import os
@@ -164,7 +165,8 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_made_file_agrees(tmp_path, name):
-    """New mixtures of options, with numbers and meta-gradients of which none comes from the library."""
+    """New mixtures of options, with numbers and meta-gradients of which none comes from the
+    library."""
     case = dict(MADE[name])
     rule = Rule(**case.pop("rule"))
     path = tmp_path / f"{name}.npz"

@@ -1,4 +1,5 @@
-"""examples/: seeds are flags, arms see the same batches, references are strong. CI runs the examples."""
+"""examples/: seeds are flags, arms see the same batches, references are strong. CI runs the
+examples."""
 
 import ast
 import pathlib
@@ -55,7 +56,8 @@ def test_there_are_examples():
 
 
 def functions_of(name: str, *wanted: str) -> list:
-    """Functions of an example, without its flags, which two examples cannot both define in one process."""
+    """Functions of an example, without its flags, which two examples cannot both define in one
+    process."""
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
     space: dict = {"np": np, "tf": tf}
@@ -122,7 +124,8 @@ def path_setting(arm):
 
 @pytest.mark.parametrize("arm", ["direct errors", "direct labels"])
 def test_direct_paths_bring_the_output_s_error_or_labels_through_frozen_kernels(arm):
-    """Each hidden kernel changes by the gradient of its layer's sum with what the frozen kernel brings it, by a tape."""
+    """Each hidden kernel changes by the gradient of its layer's sum with what the frozen kernel
+    brings it, by a tape."""
     example, model, x, y, images = path_setting(arm)
     plain = example.network("backpropagation", 0.1, 0, images)
     prediction = model.predict(x, verbose=0)

@@ -1,4 +1,5 @@
-"""Files on a disk and in a bucket, for which TensorFlow's file system in memory stands: no function of Python reads it."""
+"""Files on a disk and in a bucket, for which TensorFlow's file system in memory stands: no function
+of Python reads it."""
 
 import contextlib
 import errno

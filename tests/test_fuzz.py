@@ -1,4 +1,5 @@
-"""A sample of the fuzzer's cases: each ends in a clear error or a correct result; and the judge tells the three apart."""
+"""A sample of the fuzzer's cases: each ends in a clear error or a correct result; and the judge
+tells the three apart."""
 
 from collections import Counter
 

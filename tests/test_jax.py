@@ -1,4 +1,5 @@
-"""The JAX backend, in processes of its own: fit, callbacks, files across backends, several devices."""
+"""The JAX backend, in processes of its own: fit, callbacks, files across backends, several
+devices."""
 
 import os
 import pathlib
@@ -46,8 +47,8 @@ def test_four_devices_are_one(made_by_jax):
 
 
 def test_core_and_models_need_no_tensorflow(tmp_path):
-    """What people do with a model, a genome as a tree of arrays and published random integers, in an interpreter in
-    which importing TensorFlow fails."""
+    """What people do with a model, a genome as a tree of arrays and published random integers, in
+    an interpreter in which importing TensorFlow fails."""
     hide = "import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', 'features,core,philox', sys.argv[1]];"
     code = f"{hide} import runpy; runpy.run_path({str(PROGRAMS)!r}, run_name='__main__')"
     done = subprocess.run(

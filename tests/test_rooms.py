@@ -9,7 +9,8 @@ import keras_blur
 
 ROOT = pathlib.Path(keras_blur.__file__).parent
 
-# Checks of plain arguments and files that are written whole: every room may import them, and they import none.
+# Checks of plain arguments and files that are written whole: every room may import them, and they
+# import none.
 SHARED = {"arguments", "files"}
 # Each room, and the rooms it may import from.
 # fmt: off

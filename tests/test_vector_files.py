@@ -1,4 +1,5 @@
-"""Vector files that are damaged, incomplete or of another kind: each an error that names the file and what is wrong."""
+"""Vector files that are damaged, incomplete or of another kind: each an error that names the file
+and what is wrong."""
 
 import json
 import re

@@ -1,7 +1,8 @@
 """Reads, alters and writes vector files of the format of `tests/conformance/README.md`.
 
-The new ones hold numbers of the plain numpy step. Nothing of the library computes them: the learning steps are those of
-`numpy_twin` in float64, and the meta-gradients are central differences of its query loss.
+The new ones hold numbers of the plain numpy step. Nothing of the library computes them: the
+learning steps are those of `numpy_twin` in float64, and the meta-gradients are central differences
+of its query loss.
 """
 
 import itertools
@@ -121,7 +122,8 @@ def build(path, rule, *, sizes, spec=None, oja=None, norm=None, batch=4, steps=3
 
 
 def draw_genome(rule, rng, species):
-    """The genome by its published names: transforms of each species, common numbers. As exact in float32."""
+    """The genome by its published names: transforms of each species, common numbers. As exact in
+    float32."""
     layers = () if rule.layers is None else (rule.layers,)
     genome = {}
     for name, rank in ARRAYS.items():

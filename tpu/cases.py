@@ -1,7 +1,9 @@
-"""The steps that `verify.py` checks, each as a strategy would run it, and steps that are wrong on purpose.
+"""The steps that `verify.py` checks, each as a strategy would run it, and steps that are wrong on
+purpose.
 
-A case is built in a strategy's scope and has the very function that training calls: for meta-training that of `MetaTrainer`,
-for `fit` the one that Keras makes around `Sequential.train_step`. Data are classes of Gaussian points, of any size.
+A case is built in a strategy's scope and has the very function that training calls: for
+meta-training that of `MetaTrainer`, for `fit` the one that Keras makes around
+`Sequential.train_step`. Data are classes of Gaussian points, of any size.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.Met
         members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
         seed=3,
     )  # fmt: skip
-    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would decide its step.
+    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
+    # decide its step.
     made.compile(None if evolution else keras.optimizers.Adam(1e-2, epsilon=1e-3), jit_compile=False)
     arguments = (made._episodes(0, 0), random.seed_of(5), tf.constant(0))
     return Case(made._step_of(0), arguments, _variables(made))
@@ -124,7 +127,8 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
 
 
 def bilevel_case(size: Size, estimator: Any) -> Case:
-    """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own; metrics included."""
+    """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own;
+    metrics included."""
     dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
     layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
     model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])

@@ -1,8 +1,9 @@
 """A `tf.distribute.TPUStrategy` on a machine without a TPU: its cores are logical CPU devices.
 
-Variables made in its scope, batches that it deals out and functions that it traces go through TensorFlow's own code for
-TPU; what is traced cannot be executed here, but `program.py` cuts out of it what each core would run. It leans on private
-names of the TensorFlow release in requirements-verify.txt.
+Variables made in its scope, batches that it deals out and functions that it traces go through
+TensorFlow's own code for TPU; what is traced cannot be executed here, but `program.py` cuts out of
+it what each core would run. It leans on private names of the TensorFlow release in
+requirements-verify.txt.
 """
 
 from __future__ import annotations

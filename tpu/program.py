@@ -1,8 +1,9 @@
 """What each TPU core would run, cut out of a function that was traced under `TPUStrategy`.
 
-The traced graph hands one computation to all cores. Its operations are copied into a function of arrays: what comes from
-the host and what variables hold before the step goes in, what the computation returns and what it writes to variables comes
-out. That function can be lowered by TensorFlow's TPU kernels without a TPU, which one with variables cannot.
+The traced graph hands one computation to all cores. Its operations are copied into a function of
+arrays: what comes from the host and what variables hold before the step goes in, what the
+computation returns and what it writes to variables comes out. That function can be lowered by
+TensorFlow's TPU kernels without a TPU, which one with variables cannot.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Program:
         return self.function.get_concrete_function(*self.specs)
 
     def lowered(self) -> bytes:
-        """The computation as XLA gets it from TensorFlow's TPU kernels, a serialised HloModuleProto."""
+        """The computation as XLA gets it from TensorFlow's TPU kernels, a serialised
+        HloModuleProto."""
         return self.function.experimental_get_compiler_ir(*self.specs)(stage="hlo_serialized", platform_name="TPU")
 
 
@@ -86,7 +88,8 @@ def cut(concrete: Any, given: Sequence[Any], variables: Sequence[keras.Variable]
         cores: number of cores.
 
     Raises:
-        ValueError: if a variable goes into a loop or a function inside the computation, or is not among those given.
+        ValueError: if a variable goes into a loop or a function inside the computation, or is not
+            among those given.
     """
     graph = concrete.graph
     inside = [op for op in graph.get_operations() if _replicated(op) and op.type != "TPUReplicateMetadata"]

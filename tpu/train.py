@@ -2,10 +2,11 @@
 
     python tpu/train.py --tpu local --out gs://BUCKET/RUN --data mnist --meta_batch_size 32
 
-It takes the flags of `keras-blur meta-train`, and where the TPU is. What a run writes goes to `--out`, a folder or a
-bucket: the checkpoint after each epoch, the genome, the history, logs for TensorBoard where that is installed. On SIGTERM
-the checkpoint is written after the present step and the process ends with status 143; the same command then goes on from it,
-to the same result. `--tpu none` runs the whole path without a TPU. README.md here is the run book.
+It takes the flags of `keras-blur meta-train`, and where the TPU is. What a run writes goes to
+`--out`, a folder or a bucket: the checkpoint after each epoch, the genome, the history, logs for
+TensorBoard where that is installed. On SIGTERM the checkpoint is written after the present step and
+the process ends with status 143; the same command then goes on from it, to the same result.
+`--tpu none` runs the whole path without a TPU. README.md here is the run book.
 """
 
 from __future__ import annotations

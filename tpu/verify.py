@@ -1,17 +1,21 @@
-"""Checks training steps for TPU without one: traced, lowered, executed on CPU devices, compiled for every chip.
+"""Checks training steps for TPU without one: traced, lowered, executed on CPU devices, compiled for
+every chip.
 
     python tpu/verify.py [--case NAME] [--cores N] [--chip KIND] [--json FILE]
 
-For each step (of `fit`; of meta-training by each estimator) and each number of cores, which here are logical CPU devices:
+For each step (of `fit`; of meta-training by each estimator) and each number of cores, which here
+are logical CPU devices:
 
 1. traced under `TPUStrategy`; every operation has a TPU kernel, every shape is static;
 2. lowered by TensorFlow's TPU kernels;
-3. what was lowered is executed on so many CPU devices with a real all-reduce, and gives what `MirroredStrategy` gives, what
-   one device gives, and the same variables on all cores;
-4. compiled by libtpu for v4, v5e, v5p and v6e, each in a process of its own, and fits into the chip's memory.
+3. what was lowered is executed on so many CPU devices with a real all-reduce, and gives what
+   `MirroredStrategy` gives, what one device gives, and the same variables on all cores;
+4. compiled by libtpu for v4, v5e, v5p and v6e, each in a process of its own, and fits into the
+  chip's memory.
 
-Exit status 0 only if everything holds. Steps that are wrong on purpose (`--case undivided` and so on) must be refused:
-tests/tpu/test_tpu_verify.py. It needs the environment of requirements-verify.txt. What it cannot show: README.md here.
+Exit status 0 only if everything holds. Steps that are wrong on purpose (`--case undivided` and so
+on) must be refused: tests/tpu/test_tpu_verify.py. It needs the environment of
+requirements-verify.txt. What it cannot show: README.md here.
 """
 
 from __future__ import annotations
@@ -125,8 +129,8 @@ def _size() -> Any:
 
 
 def _group(path: str) -> str:
-    """Which variables have one scale: a layer's synapses; carried states; what is learned outside, clipped by one norm,
-    and an optimizer's slots for it, parts of one gradient."""
+    """Which variables have one scale: a layer's synapses; carried states; what is learned outside,
+    clipped by one norm, and an optimizer's slots for it, parts of one gradient."""
     carried = re.fullmatch(r"(.*/carried_\d+)_\d+", path)
     outer = re.fullmatch(r"(.*/outer)_\w+", path)
     synapses = re.fullmatch(r"(.*)/\w*(kernel|bias)", path)

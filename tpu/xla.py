@@ -1,7 +1,9 @@
-"""Runs and compiles a lowered computation without TensorFlow: on CPU devices, and with libtpu for chips that are not here.
+"""Runs and compiles a lowered computation without TensorFlow: on CPU devices, and with libtpu for
+chips that are not here.
 
-It leans on private names of the JAX release in requirements-verify.txt. Each function is for a process of its own: how many
-CPU devices there are is settled once, and libtpu's compiler can end a process.
+It leans on private names of the JAX release in requirements-verify.txt. Each function is for a
+process of its own: how many CPU devices there are is settled once, and libtpu's compiler can end a
+process.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ def compile_for(lowered: bytes, kind: str, cores: int) -> dict[str, Any]:
         cores: number of replicas.
 
     Returns:
-        Compile time in seconds, bytes that the program needs on a core and that the chip has, reductions in the program.
+        Compile time in seconds, bytes that the program needs on a core and that the chip has,
+        reductions in the program.
     """
     from jax.experimental import topologies
 

@@ -1,13 +1,16 @@
 """
 Title: A genome against SGD at every rate
-Description: The zoo's `mnist-4state` beside SGD with and without momentum, rates over four orders of magnitude, on MNIST.
+Description: The zoo's `mnist-4state` beside SGD with and without momentum, rates over four orders
+of magnitude, on MNIST.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.3, Figure 6.
 
-The paper lets a genome of four states learn MNIST beside SGD with and without momentum, at rates of four orders of
-magnitude, for 100 steps. Here all start from the same networks and see the same batches. SGD is scored as if the best rate
-for each step were known beforehand, which no single run could be: to be above it is to be above every rate. A genome's step
-does more work than one of SGD, so the time of a step stands beside the accuracies. The genome normalises its sums over the
-batch and SGD trains a plain network, so a lead here is not one over SGD in a network with batch normalisation.
+The paper lets a genome of four states learn MNIST beside SGD with and without momentum, at rates of
+four orders of magnitude, for 100 steps. Here all start from the same networks and see the same
+batches. SGD is scored as if the best rate for each step were known beforehand, which no single run
+could be: to be above it is to be above every rate. A genome's step does more work than one of SGD,
+so the time of a step stands beside the accuracies. The genome normalises its sums over the batch
+and SGD trains a plain network, so a lead here is not one over SGD in a network with batch
+normalisation.
 
     python examples/paper/against_sgd.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

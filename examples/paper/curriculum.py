@@ -1,15 +1,19 @@
 """
 Title: A curriculum of unrolls
-Description: The same number of meta-steps at 10 unrolled steps, at a growing number, and at the last number.
-Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.2 and appendix C.4, Figure 14.
+Description: The same number of meta-steps at 10 unrolled steps, at a growing number, and at the
+last number.
+Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.2 and appendix C.4,
+Figure 14.
 
-The paper meta-trains 8 genomes for 10,000 meta-steps at 10 unrolled steps, then with 5 more in each further 10,000, and
-makes all genomes equal at each switch; here the best is copied to the others. The question is what the curriculum is worth
-beside its two ends: all meta-steps at 10 unrolled steps, which costs less, and all at the last number, which costs more.
+The paper meta-trains 8 genomes for 10,000 meta-steps at 10 unrolled steps, then with 5 more in each
+further 10,000, and makes all genomes equal at each switch; here the best is copied to the others.
+The question is what the curriculum is worth beside its two ends: all meta-steps at 10 unrolled
+steps, which costs less, and all at the last number, which costs more.
 
-Genomes that have been made equal stay equal in this package, since the members of a meta-training see the same tasks and
-initial networks. So the deviation of the table is not one of members: it is over independent meta-trainings, each with
-its own random numbers and tasks, of which the best member by its accuracy in meta-training is scored.
+Genomes that have been made equal stay equal in this package, since the members of a meta-training
+see the same tasks and initial networks. So the deviation of the table is not one of members: it is
+over independent meta-trainings, each with its own random numbers and tasks, of which the best
+member by its accuracy in meta-training is scored.
 
     python examples/paper/curriculum.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -23,7 +27,8 @@ from keras_blur.report import style
 
 
 def run(setting: Setting) -> Outcome:
-    """Meta-trains with each schedule from several seeds, and follows test accuracy past the unroll."""
+    """Meta-trains with each schedule from several seeds, and follows test accuracy past the
+    unroll."""
     runs, members, steps, seeds = setting.pick((2, 2, 6, 2), (3, 3, 400, 5))
     stages = setting.pick((2, 3), (10, 15, 20, 25, 30))
     score_at = setting.pick((2, 5), (10, 20, 50, 100))

@@ -1,12 +1,14 @@
 """
 Title: Deeper and shallower networks than those of meta-training
-Description: Genomes meta-trained on 1, 2 and 4 hidden layers learn in networks of 1 to 10, on small MNIST images.
+Description: Genomes meta-trained on 1, 2 and 4 hidden layers learn in networks of 1 to 10, on small
+MNIST images.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.5, Figure 10.
 
-The paper finds that a genome of deep networks also works in shallower ones and not the other way round: one of 2 layers
-diverges on 4, one of 4 trains even 10. Its text and its figure differ in the depths of meta-training (2, 3, 4 or 1, 2, 4)
-and in the step of the score (10 or 50); here the depths are the figure's, and both steps are scored. All hidden layers are
-equally wide, and meta-training unrolls 10 steps, so step 50 also asks a genome to hold on.
+The paper finds that a genome of deep networks also works in shallower ones and not the other way
+round: one of 2 layers diverges on 4, one of 4 trains even 10. Its text and its figure differ in the
+depths of meta-training (2, 3, 4 or 1, 2, 4) and in the step of the score (10 or 50); here the
+depths are the figure's, and both steps are scored. All hidden layers are equally wide, and
+meta-training unrolls 10 steps, so step 50 also asks a genome to hold on.
 
     python examples/paper/depth.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

@@ -1,12 +1,14 @@
 """
 Title: A genome by evolution
-Description: CMA-ES on genomes of two states, scored by their accuracy after 15 batches of 14x14 MNIST.
+Description: CMA-ES on genomes of two states, scored by their accuracy after 15 batches of 14x14
+MNIST.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.4, Figure 7.
 
-The setting is the paper's: a population of 80, one hidden layer of 512, no curriculum; a candidate learns from 15 batches
-of 128 and its fitness is the accuracy on as many images as 20 batches have. The paper reports 0.84 after 400 steps of
-CMA-ES, and no significant decay up to 100 learning steps. Fewer generations are the default here, for time. What the paper
-leaves open (size of the first step, normalisation, scale of the initial synapses) is what this package has.
+The setting is the paper's: a population of 80, one hidden layer of 512, no curriculum; a candidate
+learns from 15 batches of 128 and its fitness is the accuracy on as many images as 20 batches have.
+The paper reports 0.84 after 400 steps of CMA-ES, and no significant decay up to 100 learning steps.
+Fewer generations are the default here, for time. What the paper leaves open (size of the first
+step, normalisation, scale of the initial synapses) is what this package has.
 
     python examples/paper/evolution.py [--quick] [--generations 400] [--data_dir DIR] [--out FOLDER]
 """

@@ -1,8 +1,10 @@
-"""Common code of the experiments in this folder: flags, meta-training in one call, scores of a population, files.
+"""Common code of the experiments in this folder: flags, meta-training in one call, scores of a
+population, files.
 
-Each experiment is one file with a `run(setting)` that gives back an `Outcome`; `main(run)` does the rest: it prints the
-table and the cost and writes `NAME.md`, `NAME.json` and `NAME.png` into `--out`. `--quick` is a smaller run of the same code
-on the 8x8 digits, in a minute or less: it shows that the file works, and nothing about the paper.
+Each experiment is one file with a `run(setting)` that gives back an `Outcome`; `main(run)` does the
+rest: it prints the table and the cost and writes `NAME.md`, `NAME.json` and `NAME.png` into
+`--out`. `--quick` is a smaller run of the same code on the 8x8 digits, in a minute or less: it
+shows that the file works, and nothing about the paper.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ class Trained:
     seconds: float
 
 
-# What an experiment does not vary: sums normalised on both passes, synapses of unit norm (sections 3.4 and C.6).
+# What an experiment does not vary: sums normalised on both passes, synapses of unit norm (sections
+# 3.4 and C.6).
 RULE = kb.Rule(last_activation="linear", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
 
 
@@ -129,7 +132,8 @@ def meta_train(
         batch_size, query_size: examples of a support batch and of the query.
         learning_rate: of Adam.
         seed: random seed.
-        jit_compile: whether XLA compiles the meta-gradient; for a small network that takes longer than it saves.
+        jit_compile: whether XLA compiles the meta-gradient; for a small network that takes longer
+            than it saves.
 
     Returns:
         A `Trained`.
@@ -174,10 +178,11 @@ def accuracy_after(
     query_size: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """Test accuracy of each of a population after some steps alone, where many networks or tasks are scored.
+    """Test accuracy of each of a population after some steps alone, where many networks or tasks
+    are scored.
 
-    `accuracies` follows the whole curve, which takes a program for each stretch between two scores; this takes one. Each
-    seed is an episode of the tasks' test split.
+    `accuracies` follows the whole curve, which takes a program for each stretch between two scores;
+    this takes one. Each seed is an episode of the tasks' test split.
 
     Returns:
         Accuracies `[members, seeds]`; 0 where the loss is not finite.

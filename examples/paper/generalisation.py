@@ -1,13 +1,17 @@
 """
-Title: What a genome of small MNIST images does on larger images, other images, other networks and another kind of task
-Description: A genome of the paper's three tasks and the zoo's `mnist-4state` beside SGD at 28x28, in wider networks.
+Title: What a genome of small MNIST images does on larger images, other images, other networks and
+another kind of task
+Description: A genome of the paper's three tasks and the zoo's `mnist-4state` beside SGD at 28x28,
+in wider networks.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.2, Figure 5.
 
-The paper meta-trains four states on three tasks (MNIST, its digits 0 to 4, its digits 5 to 9, cropped to 20x20 and resized
-to 10x10), with an unroll that grows, and lets them learn 28x28 images of several sets, and xor: faster than SGD within the
-unrolls of meta-training, while SGD catches up after some 100 steps and keeps improving. Here one genome is made in that way
-with far fewer meta-steps, and one, the zoo's, had more of them on more varied tasks: classes in another order in each
-episode, four sizes, several networks. Of the paper's sets, MNIST, Fashion-MNIST and xor are there, and half of the digits.
+The paper meta-trains four states on three tasks (MNIST, its digits 0 to 4, its digits 5 to 9,
+cropped to 20x20 and resized to 10x10), with an unroll that grows, and lets them learn 28x28 images
+of several sets, and xor: faster than SGD within the unrolls of meta-training, while SGD catches up
+after some 100 steps and keeps improving. Here one genome is made in that way with far fewer
+meta-steps, and one, the zoo's, had more of them on more varied tasks: classes in another order in
+each episode, four sizes, several networks. Of the paper's sets, MNIST, Fashion-MNIST and xor are
+there, and half of the digits.
 
     python examples/paper/generalisation.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -24,7 +28,8 @@ THREE, ZOO, SGD = "three MNIST tasks", "mnist-4state (zoo)", "SGD, best rate at 
 
 
 def run(setting: Setting) -> Outcome:
-    """Meta-trains on the three tasks, then lets both genomes and SGD learn each set in each network."""
+    """Meta-trains on the three tasks, then lets both genomes and SGD learn each set in each
+    network."""
     data_dir, members = setting.data_dir, setting.pick(2, 3)
     cut = setting.pick({}, {"crop": 20, "size": 10})
     halves = setting.pick([None], [None, range(5), range(5, 10)])

@@ -1,19 +1,22 @@
 """
 Title: Is the update the gradient of some loss?
 Description: How far the Jacobian of the synapses' update is from symmetric, for several genomes.
-Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 3.5 and appendix A, Figure 2.
+Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 3.5 and appendix A,
+Figure 2.
 
-If an update is the gradient of some loss by the weights, its Jacobian by the weights is a matrix of second derivatives, and
-so symmetric. The paper takes a two-state genome, a boolean function of two inputs, two output neurons and one hidden layer
-of 20, which has 204 forward weights and biases, and finds a Jacobian that is clearly not symmetric. Here it is the exact
-Jacobian of one learning step less the weights, in double precision, and its asymmetry is |J - J'| / |J + J'| in
-Frobenius norms: 0 for the gradient of a loss, about 1 for a matrix of independent numbers.
+If an update is the gradient of some loss by the weights, its Jacobian by the weights is a matrix of
+second derivatives, and so symmetric. The paper takes a two-state genome, a boolean function of two
+inputs, two output neurons and one hidden layer of 20, which has 204 forward weights and biases, and
+finds a Jacobian that is clearly not symmetric. Here it is the exact Jacobian of one learning step
+less the weights, in double precision, and its asymmetry is |J - J'| / |J + J'| in Frobenius norms:
+0 for the gradient of a loss, about 1 for a matrix of independent numbers.
 
-Directions are tied, so that the forward weights are all there are and a step depends on nothing else. Random and
-meta-trained genomes have the rule of equations 5 to 7 with tanh and no stabiliser. The control is the genome that is
-backpropagation, with the squared error: its two states have one common channel, so it has 102 weights, and its asymmetry
-must be rounding error only. Two genomes stand between these: the control with labels instead of the error, which is the
-gradient of a linear loss, and the same with a channel for each state.
+Directions are tied, so that the forward weights are all there are and a step depends on nothing
+else. Random and meta-trained genomes have the rule of equations 5 to 7 with tanh and no stabiliser.
+The control is the genome that is backpropagation, with the squared error: its two states have one
+common channel, so it has 102 weights, and its asymmetry must be rounding error only. Two genomes
+stand between these: the control with labels instead of the error, which is the gradient of a linear
+loss, and the same with a channel for each state.
 
     python examples/paper/jacobian.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -33,7 +36,8 @@ HIDDEN = (20,)
 
 
 def jacobian(genome: kb.Genome, seed: int, before: int) -> np.ndarray:
-    """The Jacobian of the update of all weights by all weights, after some steps on xor; network and points by the seed."""
+    """The Jacobian of the update of all weights by all weights, after some steps on xor; network
+    and points by the seed."""
     rule = genome.rule
     genome = kb.Genome(rule, {name: np.asarray(array, np.float64) for name, array in genome.arrays.items()})
     learner = learners.Blur(HIDDEN, rule)

@@ -1,16 +1,20 @@
 """
 Title: Learning for 800 steps
-Description: Normalised synapses and Oja's term in runs far past meta-training, with random labels from step 500 on.
-Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 3.4, appendices C.5 and C.6, Figures 15 and 16.
+Description: Normalised synapses and Oja's term in runs far past meta-training, with random labels
+from step 500 on.
+Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 3.4, appendices C.5 and C.6,
+Figures 15 and 16.
 
-The paper lets genomes with and without synapse normalisation and with and without Oja's term learn MNIST for 800 steps, and
-from step 500 on gives them random labels: a network that still learns loses what it knew, one that keeps it has stopped
-learning. It says that without Oja's term synapses grow exponentially until they overflow.
+The paper lets genomes with and without synapse normalisation and with and without Oja's term learn
+MNIST for 800 steps, and from step 500 on gives them random labels: a network that still learns
+loses what it knew, one that keeps it has stopped learning. It says that without Oja's term synapses
+grow exponentially until they overflow.
 
-The paper normalises synapses where they are used and lets the stored ones be; this package can also normalise the stored
-ones at the start of each step, which bounds them by itself. Both are here beside none, each with and without the term, whose
-multiplier is learned. Genomes are meta-trained alike, at 10 unrolled steps. Accuracy is on test images with their true
-labels; the norm is that of all forward kernels together, as a step leaves them.
+The paper normalises synapses where they are used and lets the stored ones be; this package can also
+normalise the stored ones at the start of each step, which bounds them by itself. Both are here
+beside none, each with and without the term, whose multiplier is learned. Genomes are meta-trained
+alike, at 10 unrolled steps. Accuracy is on test images with their true labels; the norm is that of
+all forward kernels together, as a step leaves them.
 
     python examples/paper/long_runs.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -28,7 +32,8 @@ from keras_blur.report import style
 def follow(
     population: kb.Genome, images: tasks.Tasks, hidden: tuple[int, ...], steps: int, switch: int, every: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The scored steps, and by member and scored step the accuracy and the norm; of what is not finite, 0 and infinity."""
+    """The scored steps, and by member and scored step the accuracy and the norm; of what is not
+    finite, 0 and infinity."""
     learner = learners.Blur(hidden, population.rule)
     outer = {name: tf.constant(array) for name, array in population.arrays.items()}
     x, y = images.examples(random.seed_of(seed), steps * 64, "train")

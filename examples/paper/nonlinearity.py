@@ -1,12 +1,14 @@
 """
 Title: The nonlinearity of either pass
-Description: Genomes with five forward nonlinearities, and a linear or equal feedback path, on small MNIST images.
+Description: Genomes with five forward nonlinearities, and a linear or equal feedback path, on small
+MNIST images.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), appendix C.2, Figure 12.
 
-The paper meta-trains two hidden layers with each forward nonlinearity, and the same or none in the feedback path, with two
-to eight states. It finds little effect of the feedback path. Networks without any nonlinearity gain nothing from more
-states, while the others do. Here both feedback paths are tried with two states, and equal nonlinearities also with four.
-The normalisation of sums (section 3.4) is not linear, so `linear` means no nonlinearity besides it.
+The paper meta-trains two hidden layers with each forward nonlinearity, and the same or none in the
+feedback path, with two to eight states. It finds little effect of the feedback path. Networks
+without any nonlinearity gain nothing from more states, while the others do. Here both feedback
+paths are tried with two states, and equal nonlinearities also with four. The normalisation of sums
+(section 3.4) is not linear, so `linear` means no nonlinearity besides it.
 
     python examples/paper/nonlinearity.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

@@ -1,15 +1,18 @@
 """
 Title: Normalised activations
-Description: Genomes with no, backward, forward and both normalisations, on other depths and resolutions.
+Description: Genomes with no, backward, forward and both normalisations, on other depths and
+resolutions.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 3.4, Figure 8.
 
-The paper brings the summed input of each neuron to a learned mean and deviation before the nonlinearity, on the forward
-pass, the backward pass or both, and says that genomes without this generalise worse to deeper networks and to other
-resolutions. Here each of the four choices is meta-trained alike in networks of two hidden layers on images of 10x10, and is
-scored in networks of one to three hidden layers on test images of 10x10 and of 28x28.
+The paper brings the summed input of each neuron to a learned mean and deviation before the
+nonlinearity, on the forward pass, the backward pass or both, and says that genomes without this
+generalise worse to deeper networks and to other resolutions. Here each of the four choices is
+meta-trained alike in networks of two hidden layers on images of 10x10, and is scored in networks of
+one to three hidden layers on test images of 10x10 and of 28x28.
 
-Everything else of the rule is the same for all four, the unit norm of the stored synapses too. That norm alone bounds the
-sums of a forward pass, so the rule without normalised activations has a help here that the paper's may not have had.
+Everything else of the rule is the same for all four, the unit norm of the stored synapses too. That
+norm alone bounds the sums of a forward pass, so the rule without normalised activations has a help
+here that the paper's may not have had.
 
     python examples/paper/normalisation.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -65,7 +68,8 @@ def run(setting: Setting) -> Outcome:
         for axis, name in zip(axes[0], names, strict=True):
             for index, choice in enumerate(choices):
                 values = np.stack([found[choice, depth, name] for depth in depths])
-                # Side by side, not on one another: a band around each of four lines would hide the others.
+                # Side by side, not on one another: a band around each of four lines would hide the
+                # others.
                 place = np.array(depths) + 0.06 * (index - 1.5)
                 style.line(axis, index, place, values.mean(1), f"normalised: {choice}")
                 axis.errorbar(place, values.mean(1), values.std(1, ddof=1), color=style.COLOURS[index], fmt="o", ms=4)

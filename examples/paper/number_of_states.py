@@ -3,9 +3,9 @@ Title: How many states a neuron needs
 Description: Genomes of 2, 4 and 8 states, meta-trained alike, on MNIST.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.5, Figure 13.
 
-The paper meta-trains genomes of 2, 4, 8 and 16 states, finds that more states help, and leaves the gain to future work. Here
-each number of states has the same meta-steps on small MNIST images, and is scored on the test images at 28x28 with a network
-that is wider than those of meta-training.
+The paper meta-trains genomes of 2, 4, 8 and 16 states, finds that more states help, and leaves the
+gain to future work. Here each number of states has the same meta-steps on small MNIST images, and
+is scored on the test images at 28x28 with a network that is wider than those of meta-training.
 
     python examples/paper/number_of_states.py [--quick] [--data_dir DIR] [--out FOLDER]
 """

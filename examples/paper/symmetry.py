@@ -1,17 +1,21 @@
 """
 Title: Symmetry, channels, the backward update and the start
-Description: 24 variants of the rule, and backpropagation's own among them, on MNIST and on few-shot omniglot.
-Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.5 and appendix C.7, Figures 9 and 17.
+Description: 24 variants of the rule, and backpropagation's own among them, on MNIST and on few-shot
+omniglot.
+Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.5 and appendix C.7,
+Figures 9 and 17.
 
-The paper crosses three backward updates (additive, multiplicative, and multiplicative on all states but the first), tied and
-untied directions, one channel of synapses for all states or one for each, and a start from random numbers or from the
-transforms of backpropagation. It names three as the best: tied directions and channels from backpropagation's
-transforms; tied directions and own channels from random numbers; and the same with untied directions.
+The paper crosses three backward updates (additive, multiplicative, and multiplicative on all states
+but the first), tied and untied directions, one channel of synapses for all states or one for each,
+and a start from random numbers or from the transforms of backpropagation. It names three as the
+best: tied directions and channels from backpropagation's transforms; tied directions and own
+channels from random numbers; and the same with untied directions.
 
-Here each of the twelve rules is meta-trained once with the genomes of both starts side by side, on the same small MNIST
-tasks. Backpropagation's transforms have a little noise, or all genomes of that start would be one. All neurons use
-tanh on every state, as the general rule of the paper does; one more rule, marked (s, s'), has the value and the derivative
-in its two states and a linear feedback path, as the paper's variant that is backpropagation has them.
+Here each of the twelve rules is meta-trained once with the genomes of both starts side by side, on
+the same small MNIST tasks. Backpropagation's transforms have a little noise, or all genomes of that
+start would be one. All neurons use tanh on every state, as the general rule of the paper does; one
+more rule, marked (s, s'), has the value and the derivative in its two states and a linear feedback
+path, as the paper's variant that is backpropagation has them.
 
     python examples/paper/symmetry.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
@@ -30,7 +34,8 @@ STARTS = ("random", "backprop")
 
 
 def first_genomes(rule: kb.Rule, count: int, seed: int) -> kb.Genome:
-    """As many genomes of each start, on one population axis; gates are the same, only the four transforms differ."""
+    """As many genomes of each start, on one population axis; gates are the same, only the four
+    transforms differ."""
     drawn = kb.Genome.random(rule, seed, std=0.5, synapse_update=-0.01, population=(count,))
     noise = kb.Genome.random(rule, seed + 1, std=0.05, population=(count,))
     known = genomes.backprop()
@@ -54,7 +59,8 @@ def run(setting: Setting) -> Outcome:
     rules = dict(list(rules.items())[:: setting.pick(12, 1)])
     family = tasks.images(setting.data, size=size, relabel=True, data_dir=setting.data_dir)
     images = tasks.images(setting.data, size=size, data_dir=setting.data_dir)
-    # A batch is the whole support: 5 shots of each of 10 classes that no meta-training saw, and 15 more in the query.
+    # A batch is the whole support: 5 shots of each of 10 classes that no meta-training saw, and 15
+    # more in the query.
     ways, query = setting.pick((2, 50), (10, 150))
     few = tasks.episodes(setting.pick("digits", "omniglot"), ways, 5, size=size, data_dir=setting.data_dir)
     results = []

@@ -1,12 +1,14 @@
 """
 Title: Toy tasks in the plane: do genomes that learn better also learn other things better?
-Description: Genomes of 2 and 4 states, found by evolution on five functions, on these and on three others.
+Description: Genomes of 2 and 4 states, found by evolution on five functions, on these and on three
+others.
 Source: "Meta-Learning Bidirectional Update Rules" (ICML 2021), section 4.1, Figures 3 and 4.
 
-The paper meta-trains on xor, and, two moons "and several others", validates on five blobs, a cross and a triangle, and finds
-over its runs that accuracy on the one goes with accuracy on the other, both after 10 steps. Here the others are a circle and
-a slice of the plane. Its genomes have two states and come from the gradient; here there are genomes of four states too, and
-all come from evolution, as in its section 4.4. Every network has one hidden layer of 20.
+The paper meta-trains on xor, and, two moons "and several others", validates on five blobs, a cross
+and a triangle, and finds over its runs that accuracy on the one goes with accuracy on the other,
+both after 10 steps. Here the others are a circle and a slice of the plane. Its genomes have two
+states and come from the gradient; here there are genomes of four states too, and all come from
+evolution, as in its section 4.4. Every network has one hidden layer of 20.
 
     python examples/paper/toy_tasks.py [--quick] [--out FOLDER]
 """
@@ -24,7 +26,8 @@ HIDDEN, UNROLL = (20,), 10
 
 
 def found_by_evolution(rule: kb.Rule, seed: int, generations: int, episodes: int) -> kb.Genome:
-    """The centre of the last distribution: nothing is selected. Classes change places, so that no one knows theirs."""
+    """The centre of the last distribution: nothing is selected. Classes change places, so that no
+    one knows theirs."""
     trainer = meta.MetaTrainer(
         tasks.functions(TRAINED_ON, relabel=True), learners.Blur(HIDDEN, rule),
         meta.Evolution(UNROLL, trajectory_loss_weight=1.0, population=16, fitness="loss"),

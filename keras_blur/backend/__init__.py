@@ -4,16 +4,18 @@ Every other file of the package that runs on both backends asks this one. The tw
 have the same functions:
 
 - `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a function at a point;
-- `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to float32, whether or not
-  JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin` and all others whose type comes from Keras's
-  `result_type`, which knows 64 bits on TensorFlow alone. `core` uses none of them;
+- `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
+  float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
+  and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
+  alone. `core` uses none of them;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
-- `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over them;
+- `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over
+  them;
 - `bits`: random integers from a seed, equal on both backends;
 - `training_elsewhere`: whether a gradient tape of another model records;
-- `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers of
-  the two backends ask of a model in different ways.
+- `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
+  of the two backends ask of a model in different ways.
 """
 
 import importlib

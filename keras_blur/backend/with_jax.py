@@ -1,7 +1,7 @@
 """The backend's functions on JAX; see `keras_blur.backend`.
 
-Devices need no sums of ours here: a batch that `keras.distribution` lays over several devices is one
-array to a program, and the compiler forms the sums.
+Devices need no sums of ours here: a batch that `keras.distribution` lays over several devices is
+one array to a program, and the compiler forms the sums.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
 
 
 def tanh(x: Array) -> Array:
-    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
+    JAX."""
     return jnp.tanh(x)
 
 
@@ -49,7 +50,8 @@ def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
 
 
 def solve_positive(matrix: Array, right: Array) -> Array:
-    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no other is harmed."""
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
+    other is harmed."""
     lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
     sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
     factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
@@ -99,13 +101,15 @@ def after(values: Sequence[Array]) -> Any:
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether a value is a `tf.data.Dataset`, which JAX's trainer takes where TensorFlow is installed."""
+    """Whether a value is a `tf.data.Dataset`, which JAX's trainer takes where TensorFlow is
+    installed."""
     tensorflow = sys.modules.get("tensorflow")
     return tensorflow is not None and isinstance(value, tensorflow.data.Dataset)
 
 
-# Philox 4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011), with the key and
-# counter that TensorFlow's stateless generators make of a seed, so both backends draw the same integers.
+# Philox 4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011), with the key
+# and counter that TensorFlow's stateless generators make of a seed, so both backends draw the same
+# integers.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SCRAMBLE = (0x3EC8F720, 0x02461E29)
@@ -113,7 +117,8 @@ _ROUNDS = 10
 
 
 def _multiply(a: Array, b: int) -> tuple[Array, Array]:
-    """Upper and lower 32 bits of a product, from 16-bit halves: JAX has no 64-bit integers by default."""
+    """Upper and lower 32 bits of a product, from 16-bit halves: JAX has no 64-bit integers by
+    default."""
     mask = jnp.uint32(0xFFFF)
     low, high = a & mask, a >> 16
     b_low, b_high = jnp.uint32(b & 0xFFFF), jnp.uint32(b >> 16)

@@ -92,7 +92,8 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
 
 
 def tanh(x: Array) -> Array:
-    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
+    JAX."""
     return tf.math.tanh(x)
 
 
@@ -121,7 +122,8 @@ def total(values: Sequence[Array]) -> list[Array]:
 
 
 def solve_positive(matrix: Array, right: Array) -> Array:
-    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no other is harmed.
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
+    other is harmed.
 
     Args:
         matrix: `[..., n, n]`.
@@ -141,7 +143,8 @@ def training_elsewhere() -> bool:
 
 
 def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
-    """A replica's logs for the `fit` of Keras, whose mean over several workers needs an axis to run over."""
+    """A replica's logs for the `fit` of Keras, whose mean over several workers needs an axis to run
+    over."""
     if not _several_workers():
         return dict(logs)
     return {name: value[None] for name, value in logs.items()}

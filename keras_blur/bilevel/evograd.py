@@ -6,8 +6,9 @@ candidates around the weights are averaged with softmax weights of their trainin
 weights depend on losses and not on their gradients, so the derivative of the meta loss with respect
 to the outer parameters needs no second derivatives:
 
-    theta_k = theta + sigma eps_k,   w = softmax(-[l_1 .. l_K] / tau),  l_k = L_train(theta_k, lambda),
-    theta* = sum_k w_k theta_k,      d L_meta(theta*) / d lambda = sum_k < v, sigma eps_k > dw_k / d lambda,
+    theta_k = theta + sigma eps_k,   l_k = L_train(theta_k, lambda),
+    w = softmax(-[l_1 .. l_K] / tau),   theta* = sum_k w_k theta_k,
+    d L_meta(theta*) / d lambda = sum_k < v, sigma eps_k > dw_k / d lambda,
 
 with v = grad L_meta(theta*).
 

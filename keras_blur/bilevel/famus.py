@@ -187,7 +187,8 @@ class LayerwiseMetaGradient(VirtualStep):
             for gate, own_names in zip(tf.unstack(gates), parts, strict=True)
             for name in own_names
         }
-        # The third loss is another product with the last layer's training gradient: 2 (pooled difference) / size.
+        # The third loss is another product with the last layer's training gradient: 2 (pooled
+        # difference) / size.
         distance = {}
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])

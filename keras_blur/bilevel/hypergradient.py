@@ -9,7 +9,8 @@ A model with weights w minimises a training loss with outer parameters lambda, s
 weights, the strength of an augmentation, or another hyperparameter. The goal is a lambda for which
 the model does well on meta data, by another loss. One SGD step stands for the whole training:
 
-    w^ = w - alpha grad_w L_train(w, lambda),   d L_meta(w^) / d lambda = -alpha grad_lambda < grad_w L_train(w, lambda), v >
+    w^ = w - alpha grad_w L_train(w, lambda),
+    d L_meta(w^) / d lambda = -alpha grad_lambda < grad_w L_train(w, lambda), v >
 
 with v = grad L_meta(w^). Only this product with v is needed, never the matrix of mixed derivatives.
 Neither w^ nor v has to be differentiated again. The second derivative is therefore a single
@@ -166,7 +167,8 @@ class LookAhead:
         self._outer = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
         with tf.GradientTape(persistent=True) as self._above:
             self._above.watch(self._outer)
-            # Scaled: dividing here would start the backward pass with numbers too small for float16.
+            # Scaled: dividing here would start the backward pass with numbers too small for
+            # float16.
             self._first = gradient(lambda values: scaled(problem.train(self._outer, values), problem.scale), weights)[1]
         self.training: dict[str, Array] = problem.mean(unscaled(self._first, problem.scale))
         self.weights = {n: value - tf.cast(alpha, value.dtype) * self.training[n] for n, value in weights.items()}

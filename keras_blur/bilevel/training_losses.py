@@ -93,7 +93,8 @@ class SampleWeightNet(TrainingLoss):
         each = losses(y, model(x, training=True))
         check_weighable(each)
         weights = ops.cast(self(ops.stop_gradient(each)), each.dtype)
-        # Over replicas the sum is that of the whole batch, and has a derivative; each has its part of a mean.
+        # Over replicas the sum is that of the whole batch, and has a derivative; each has its part
+        # of a mean.
         replicas = shard().count
         whole = total([ops.sum(weights)])[0] if replicas > 1 else ops.sum(weights)
         return replicas * ops.sum(weights * each) / ops.maximum(whole, 1e-8)
@@ -254,7 +255,8 @@ def rotated(images: Array, angle: Array) -> Array:
     angle = ops.cast(angle, images.dtype)
     cosine, sine = ops.cos(angle), ops.sin(angle)
     rows, columns = (ops.convert_to_tensor(one.reshape(-1), images.dtype) for one in (rows, columns))
-    # Where each pixel comes from: rows run downwards, so a counterclockwise turn has the sine with this sign.
+    # Where each pixel comes from: rows run downwards, so a counterclockwise turn has the sine with
+    # this sign.
     row = cosine * rows + sine * columns + (height - 1) / 2
     column = cosine * columns - sine * rows + (width - 1) / 2
     flat = ops.reshape(images, (-1, height * width, images.shape[3]))

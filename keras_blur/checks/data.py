@@ -1,8 +1,9 @@
-"""Data checks: arrays, PyDatasets and generators, before a model uses them; `tf.data` in `datasets.py`.
+"""Data checks: arrays, PyDatasets and generators, before a model uses them; `tf.data` in
+`datasets.py`.
 
-Each check raises a `ValueError` of one sentence with the argument, the expected value and the received
-one. Arrays are checked before any work, batches of a stream as they arrive. TensorFlow is not imported:
-a value can be one of its kind only where it is imported already.
+Each check raises a `ValueError` of one sentence with the argument, the expected value and the
+received one. Arrays are checked before any work, batches of a stream as they arrive. TensorFlow is
+not imported: a value can be one of its kind only where it is imported already.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Expected:
     Attributes:
         features: shape of one input; `None` if it is not known.
         outputs: shape of one output; `None` if it is not known.
-        labels: `"classes"`, `"indicators"`, `"signs"`, `"hinge"` or `"values"`, as in `feedback.target_kind`; `None` for a
-            loss that may take labels of any shape.
+        labels: `"classes"`, `"indicators"`, `"signs"`, `"hinge"` or `"values"`, as in
+            `feedback.target_kind`; `None` for a loss that may take labels of any shape.
         classes: number of classes of integer labels; `None` if it is not known.
         ignored: the label that the loss leaves out (`ignore_class`).
         text: whether inputs may be strings.
@@ -99,18 +100,22 @@ def checked(
     """Data for a Keras model, checked: arrays at once, batches of other sources as they arrive.
 
     Args:
-        x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of batches.
+        x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of
+            batches.
         y: labels or targets of arrays.
         sample_weight: weights of arrays, or `None`.
-        expected: gives the data that the model takes; called at each check, since the first batch may build a model.
+        expected: gives the data that the model takes; called at each check, since the first batch
+            may build a model.
         within: the argument that holds the data, if it isn't `x` itself, as `"validation_data"`.
         labelled: whether the data must have labels.
 
     Returns:
-        The three, ready for Keras: lists as arrays, booleans and small integers as a dtype that losses and metrics take.
+        The three, ready for Keras: lists as arrays, booleans and small integers as a dtype that
+        losses and metrics take.
 
     Raises:
-        ValueError: if shapes, dtypes, numbers, labels or weights don't fit. A stream raises it inside `plain_errors`.
+        ValueError: if shapes, dtypes, numbers, labels or weights don't fit. A stream raises it
+            inside `plain_errors`.
     """
     check = Check(expected, within, labelled)
     if expected().several:
@@ -144,7 +149,8 @@ def checked_arrays(
 
 
 def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
-    """The argument `validation_data`, checked as by `checked`: arrays `(x, y)` or `(x, y, sample_weight)`, or a stream."""
+    """The argument `validation_data`, checked as by `checked`: arrays `(x, y)` or
+    `(x, y, sample_weight)`, or a stream."""
     if not isinstance(data, (tuple, list)):
         return checked(data, None, None, expected, within="validation_data")[0]
     if not 2 <= len(data) <= 3:
@@ -170,7 +176,8 @@ def plain_errors() -> Iterator[None]:
 
 
 def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected) -> None:
-    """Raises a `ValueError` unless `class_weight` is `None` or maps classes to finite weights of 0 or more."""
+    """Raises a `ValueError` unless `class_weight` is `None` or maps classes to finite weights of 0
+    or more."""
     if class_weight is None:
         return
     if sample_weight is not None:
@@ -278,7 +285,8 @@ class Check:
         return ready(expected, *kept) if self.labelled else (ready(expected, kept[0], None, None)[0], y, kept[2])
 
     def structures(self, x: Any, y: Any, sample_weight: Any) -> None:
-        """Several inputs or outputs: their arrays are finite and of one length. Keras checks their structure."""
+        """Several inputs or outputs: their arrays are finite and of one length. Keras checks their
+        structure."""
         length = None
         for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
             for array in keras.tree.flatten(value):
@@ -347,7 +355,8 @@ class Check:
             self.refuse(name, "hold numbers", f"{dtype if dtype.kind != 'O' else 'objects or strings'}")
 
     def check_shapes(self, expected: Expected, x: Any, y: Any = None, weight: Any = None) -> None:
-        """Checks shapes; a size that isn't known is `None`, as is the shape of an absent array or of one of unknown rank."""
+        """Checks shapes; a size that isn't known is `None`, as is the shape of an absent array or
+        of one of unknown rank."""
         if x is not None and not (x and _fits(x[1:], *_input_shapes(expected.features))):
             self.refuse("x", f"have shape {text_of(expected.features)}", f"an array of shape {_plain(x)}")
         if x is not None and x[0] == 0:

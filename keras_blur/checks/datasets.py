@@ -1,7 +1,7 @@
 """Checks of `tf.data` datasets: their element specs at once, their batches as they arrive.
 
-A dataset reduces each batch to one boolean in its own graph. Only a batch that looks wrong goes through
-the numpy checks, which raise.
+A dataset reduces each batch to one boolean in its own graph. Only a batch that looks wrong goes
+through the numpy checks, which raise.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _mapped(check: Check, batch: Any) -> Any:
 
 
 def _sound(expected: Expected, x: Array, y: Array = None, weight: Array = None) -> Array:
-    """Whether a batch of tensors looks right: exact but for sums that overflow, which the numpy checks look at again."""
+    """Whether a batch of tensors looks right: exact but for sums that overflow, which the numpy
+    checks look at again."""
     found = []
     for value in (x, y, weight):
         if value is not None and value.dtype.is_floating:

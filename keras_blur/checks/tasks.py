@@ -24,8 +24,9 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         split: the split to draw from.
 
     Raises:
-        ValueError: if an attribute is missing or wrong, or an array of the episode has a wrong shape or dtype, isn't finite,
-            or holds labels other than +1 and -1 for `kind="classes"` (with 0 where unscored, for `"bits"`).
+        ValueError: if an attribute is missing or wrong, or an array of the episode has a wrong
+            shape or dtype, isn't finite, or holds labels other than +1 and -1 for `kind="classes"`
+            (with 0 where unscored, for `"bits"`).
     """
     named = f"`tasks` ({getattr(tasks, 'name', type(tasks).__name__)})"
     for attribute in ("features", "outputs"):

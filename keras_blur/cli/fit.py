@@ -87,7 +87,8 @@ def build_pair(
 
 
 class _Curve(keras.callbacks.Callback):
-    """Test accuracy after 0, 1, 2, 5, ... steps and each epoch, and the seconds of learning up to there.
+    """Test accuracy after 0, 1, 2, 5, ... steps and each epoch, and the seconds of learning up to
+    there.
 
     The first step, which compiles, counts as much as the others do on average.
     """

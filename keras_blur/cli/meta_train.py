@@ -48,7 +48,8 @@ RULE: dict[str, Any] = {
 
 
 METHODS = ("blur", "maml", "prototypes", "neural_process", "warp", "online")
-# Default numbers of unrolled steps, and trajectory loss weights. Some learners need only one pass over the support.
+# Default numbers of unrolled steps, and trajectory loss weights. Some learners need only one pass
+# over the support.
 _UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"], "online": ["4"]}
 _TRAJECTORY_LOSS_WEIGHT = {"blur": 1.0}
 

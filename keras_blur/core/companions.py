@@ -1,6 +1,7 @@
 """Arrays that a rule keeps beside synapses: traces of their terms, and averages over the steps.
 
-A companion is known by the name of its synapse array with an ending, so it goes wherever synapses go.
+A companion is known by the name of its synapse array with an ending, so it goes wherever synapses
+go.
 """
 
 from __future__ import annotations

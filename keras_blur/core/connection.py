@@ -1,18 +1,21 @@
-"""A connection between two layers of neurons: one bilinear map and the rule around it, as pure functions of arrays.
+"""A connection between two layers of neurons: one bilinear map and the rule around it, as pure
+functions of arrays.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 7 and 8.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 7 and
+8.
 
-A kind of layer supplies one map, `product` of a kernel and an array of states, and how it looks as a matrix product. Its
-transpose and its outer product follow by automatic differentiation, unless a kind has faster ones. What the rule does with
-them stands here once, for every kind, on *rows*: states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A
-convolution is a dense connection on patches: its positions join the batch as rows, so that bias sums, statistics and
-stabilisers keep their meaning, since sharing weights is a sum over rows. What counts examples (the mean over the batch,
-sample weights) counts examples, not rows.
+A kind of layer supplies one map, `product` of a kernel and an array of states, and how it looks as
+a matrix product. Its transpose and its outer product follow by automatic differentiation, unless a
+kind has faster ones. What the rule does with them stands here once, for every kind, on *rows*:
+states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A convolution is a dense
+connection on patches: its positions join the batch as rows, so that bias sums, statistics and
+stabilisers keep their meaning, since sharing weights is a sum over rows. What counts examples (the
+mean over the batch, sample weights) counts examples, not rows.
 
-Work that no later result depends on is not done: the input layer has one non-zero state, so its sums are formed once a
-channel and mixed afterwards; nothing flows back into the input, so the first connection has no backward kernel; the bias
-has none either, since nothing would read it. A backward array that is given all the same (a replay of published numbers
-does) is updated like the others.
+Work that no later result depends on is not done: the input layer has one non-zero state, so its
+sums are formed once a channel and mixed afterwards; nothing flows back into the input, so the first
+connection has no backward kernel; the bias has none either, since nothing would read it. A backward
+array that is given all the same (a replay of published numbers does) is updated like the others.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Sums(NamedTuple):
     """What a connection learns from a batch.
 
     Attributes:
-        arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term need.
+        arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term
+            need.
         whitened: whether the terms are whitened already.
         orthogonal: whether eq. N2 was applied to them already.
     """
@@ -66,17 +70,19 @@ class Sums(NamedTuple):
 class Connection(abc.ABC):
     """The synapses between a layer and the one before it.
 
-    Synapses are a mapping of arrays with the channel axis first: `kernel` `[..., c, *kernel_shape]`, `bias`
-    `[..., c, 1, units]`, and for the feedback path `backward_kernel` `[..., c, *kernel_shape]`; c is k, or 1 if the rule
-    ties channels.
+    Synapses are a mapping of arrays with the channel axis first: `kernel`
+    `[..., c, *kernel_shape]`, `bias` `[..., c, 1, units]`, and for the feedback path
+    `backward_kernel` `[..., c, *kernel_shape]`; c is k, or 1 if the rule ties channels.
 
     Args:
         units: number of units that a row has, that is of synapses' targets.
         use_bias: whether a constant 1 in every state stands beside the inputs.
-        activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function; `None` takes the rule's.
-        compute_dtype: type of the factors of the map and of the outer product, whose sums stay float32; `None`
-            takes the type of the states.
-        penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to the Hebbian term.
+        activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function;
+            `None` takes the rule's.
+        compute_dtype: type of the factors of the map and of the outer product, whose sums stay
+            float32; `None` takes the type of the states.
+        penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to
+            the Hebbian term.
         limits: for `"kernel"` and `"bias"`, functions of a channel that a changed one goes through.
     """
 
@@ -116,12 +122,13 @@ class Connection(abc.ABC):
     def product(self, kernel: Array, x: Array) -> Array:
         """The map: `[..., s, batch, *source]` to `[..., s, batch, *target]`.
 
-        The kernel `[..., c, *kernel_shape]` has one channel for each state, or one for all; x may have one state for all
-        channels.
+        The kernel `[..., c, *kernel_shape]` has one channel for each state, or one for all; x may
+        have one state for all channels.
         """
 
     def rows(self, states: Array) -> Array:
-        """States `[..., s, batch, *target]` as `[..., s, rows, units]`: positions join the batch."""
+        """States `[..., s, batch, *target]` as `[..., s, rows, units]`: positions join the
+        batch."""
         return states
 
     def features(self, rows: Array, source: Shape) -> Array:
@@ -129,7 +136,8 @@ class Connection(abc.ABC):
         return rows
 
     def matrix(self, kernel: Array) -> Array:
-        """A kernel `[..., c, *kernel_shape]` as `[..., c, in, units]`: a column is what one unit reads."""
+        """A kernel `[..., c, *kernel_shape]` as `[..., c, in, units]`: a column is what one unit
+        reads."""
         return kernel
 
     def kernel(self, matrix: Array, like: Array) -> Array:
@@ -137,10 +145,11 @@ class Connection(abc.ABC):
         return matrix
 
     def over_readers(self, matrix: Array) -> Array:
-        """A matrix `[..., c, in, units]`, each entry added up over the units that read the same input.
+        """A matrix `[..., c, in, units]`, each entry added up over the units that read the same
+        input.
 
-        Of size 1 or of the number of units along the last axis. Every unit of a row reads every input,
-        unless a kind of connection says otherwise, as one with groups does.
+        Of size 1 or of the number of units along the last axis. Every unit of a row reads every
+        input, unless a kind of connection says otherwise, as one with groups does.
         """
         return ops.sum(matrix, axis=-1, keepdims=True)
 
@@ -169,7 +178,8 @@ class Connection(abc.ABC):
         return min(positions, most) if most else positions
 
     def split(self, matrix: Array) -> Array:
-        """A matrix or bias `[..., in, units]` as those of the blocks, `[..., blocks, in, units of a block]`."""
+        """A matrix or bias `[..., in, units]` as those of the blocks,
+        `[..., blocks, in, units of a block]`."""
         return ops.expand_dims(matrix, -3)
 
     def joined(self, blocks: Array) -> Array:
@@ -214,14 +224,16 @@ class Connection(abc.ABC):
         return transpose(lambda x: self.product(kernel, x), shape, y)
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
-        """The outer product, summed over the batch: of `[..., s, batch, *source]` and `[..., c, batch, *target]`."""
+        """The outer product, summed over the batch: of `[..., s, batch, *source]` and
+        `[..., c, batch, *target]`."""
         pre, post = self.rounded(pre), self.rounded(post)
         leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
         shape = (*leading, *self.kernel_shape(source))
         return transpose(lambda kernel: self.product(kernel, pre), shape, post)
 
     def shapes(self, rule: Rule, source: int | Shape, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
-        """Shapes of the synapse arrays for features of shape `source`; with a backward kernel if `feeds_back`."""
+        """Shapes of the synapse arrays for features of shape `source`; with a backward kernel if
+        `feeds_back`."""
         channels = rule.synapse_channels
         kernel = (channels, *self.kernel_shape(_shape(source)))
         shapes: dict[str, tuple[int, ...]] = {"kernel": kernel}
@@ -236,12 +248,14 @@ class Connection(abc.ABC):
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
 
     def rounded(self, factor: Array) -> Array:
-        """A factor as the compute type has it, its sums still to be formed in the type of the states."""
+        """A factor as the compute type has it, its sums still to be formed in the type of the
+        states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
             return factor
         if self.compute_dtype != "float16":
             return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
-        # float16 holds 6e-8 to 65504 only: the factor is brought to a largest entry near 1 first, by a power of 2.
+        # float16 holds 6e-8 to 65504 only: the factor is brought to a largest entry near 1 first,
+        # by a power of 2.
         largest = ops.max(ops.abs(factor), axis=(-2, -1), keepdims=True)
         scale = ops.stop_gradient(ops.exp2(ops.floor(ops.log2(ops.maximum(largest, _LEAST)))))
         return ops.cast(ops.cast(factor / scale, self.compute_dtype), factor.dtype) * scale
@@ -252,8 +266,10 @@ class Connection(abc.ABC):
         Args:
             rule: the options.
             source: shape of the features that enter, or their number.
-            draw: called with the name of an array, the channel and the shape of one channel; returns its values.
-            feeds_back: whether something before this connection learns, so that it needs a feedback path.
+            draw: called with the name of an array, the channel and the shape of one channel;
+                returns its values.
+            feeds_back: whether something before this connection learns, so that it needs a feedback
+                path.
 
         Returns:
             The synapses.
@@ -302,8 +318,8 @@ class Connection(abc.ABC):
         Args:
             genome: the layer's genome.
             synapses: the layer's synapses.
-            pre: states before the connection `[..., s, batch, *source]`; states that are left out are zero, as those of an
-                input layer are.
+            pre: states before the connection `[..., s, batch, *source]`; states that are left out
+                are zero, as those of an input layer are.
             old: this layer's states before the step, or `None` for zeros.
             last: whether this is an output layer.
             statistics: mean and variance to normalise with; `None` takes those of the batch.
@@ -351,10 +367,12 @@ class Connection(abc.ABC):
         return math.prod(self.target(source)) // self.units
 
     def backward(self, genome: Genome, synapses: Synapses, post: Array | Parts, source: Shape) -> Array:
-        """The sums of equation 6: what the neurons before the connection receive from this layer's states.
+        """The sums of equation 6: what the neurons before the connection receive from this layer's
+        states.
 
         Returns:
-            `[..., k, batch, *source]`; without state 1 if the rule's backward update does not read it.
+            `[..., k, batch, *source]`; without state 1 if the rule's backward update does not read
+            it.
         """
         rule, mu = genome.rule, genome.mu
         skip_first = rule.backward_update == "multiplicative_after_first"
@@ -391,7 +409,8 @@ class Connection(abc.ABC):
         batch: equations.SharedBatch | None = None,
         alone: bool = True,
     ) -> Sums:
-        """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`; and those of Oja's term.
+        """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`;
+        and those of Oja's term.
 
         Args:
             genome: the layer's genome.
@@ -402,7 +421,8 @@ class Connection(abc.ABC):
             step: the learning step, from 0.
             sample_weight: `[..., batch]` or `None`.
             batch: the batch, if devices share it; the sums are then over all of it.
-            alone: whether these rows are all that the synapses learn from: no other layer shares them.
+            alone: whether these rows are all that the synapses learn from: no other layer shares
+                them.
 
         Returns:
             `Sums` by the names of the synapses, and of what else `update` needs of the batch.
@@ -464,7 +484,8 @@ class Connection(abc.ABC):
     def _term(
         self, context: TermContext, pre: Array | Parts, transform: Array, senders: Array, names: Mapping[str, str]
     ) -> dict[str, Array]:
-        """The sum in equation 7 over rows, with the bias's; and the Gram matrix of the inputs, if they are whitened.
+        """The sum in equation 7 over rows, with the bias's; and the Gram matrix of the inputs, if
+        they are whitened.
 
         Args:
             context: what all terms of a connection share.
@@ -512,10 +533,12 @@ class Connection(abc.ABC):
         return sums
 
     def _groups(self, rule: Rule, source: Shape, rows: Any, *, alone: bool, shared: bool) -> terms.Groups | None:
-        """The groups in which a term is whitened with its rows at hand; `None` if the whole batch's Gram matrix does it.
+        """The groups in which a term is whitened with its rows at hand; `None` if the whole batch's
+        Gram matrix does it.
 
-        The latter is so where rows are many, where several layers add up their sums first, or devices
-        whose rows are not known to be whole groups; and where not all positions tell the correlations.
+        The latter is so where rows are many, where several layers add up their sums first, or
+        devices whose rows are not known to be whole groups; and where not all positions tell the
+        correlations.
         """
         most, positions = rule.whitening_rows, self.positions_of(source)
         if not (rule.whitening and alone and self.few_rows and self.kept(source, rule.whitening_positions) == positions):
@@ -557,7 +580,8 @@ class Connection(abc.ABC):
     def as_whole(
         self, sums: Mapping[str, Array], names: Mapping[str, str], function: Callable[[Array], Array]
     ) -> dict[str, Array]:
-        """A function of `[..., c, blocks, in, units]` on the matrix of a kernel's sum with the bias's as its last row."""
+        """A function of `[..., c, blocks, in, units]` on the matrix of a kernel's sum with the
+        bias's as its last row."""
         parts = [self.split(sums[name]) for name in names.values()]
         whole = function(parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-2))
         found, start = {}, 0
@@ -572,7 +596,8 @@ class Connection(abc.ABC):
         return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
 
     def _read(self, states: Array, source: Shape) -> Array:
-        """States `[..., s, batch, *source]` added up over the rows in which each entry of a kernel reads them.
+        """States `[..., s, batch, *source]` added up over the rows in which each entry of a kernel
+        reads them.
 
         Returns:
             `[..., s, in, units]`, or one column where all units read the same inputs.
@@ -646,7 +671,8 @@ class Connection(abc.ABC):
         return {**stored, **changed}
 
     def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
-        """The sums, as matrices, with the gradients of the penalties, times the gate where the sums have it too."""
+        """The sums, as matrices, with the gradients of the penalties, times the gate where the sums
+        have it too."""
         sums = dict(sums)
         for name in synapses:
             if name not in sums:
@@ -666,8 +692,9 @@ class Connection(abc.ABC):
         return equations.update_gate(genome.rule, genome, number, step)
 
     def _energies(self, synapses: Synapses) -> dict[str, Array]:
-        """Sum of squares over the input axis of each matrix: that of a forward kernel runs over its inputs and bias, that
-        of a backward kernel, whose inputs are this layer's units, over those that send to the same neuron."""
+        """Sum of squares over the input axis of each matrix: that of a forward kernel runs over its
+        inputs and bias, that of a backward kernel, whose inputs are this layer's units, over those
+        that send to the same neuron."""
         squares = [ops.square(synapses["bias"])] if "bias" in synapses else []
         if "kernel" in synapses:
             squares.insert(0, ops.sum(ops.square(synapses["kernel"]), axis=-2, keepdims=True))
@@ -680,7 +707,8 @@ class Connection(abc.ABC):
         return {name: energy for name, energy in energies.items() if name in synapses}
 
     def _squares(self, synapses: Synapses, sums: Mapping[str, Array]) -> dict[str, Array]:
-        """The same for Oja's term on activations; the bias unit has none, so its backward synapses do not shrink."""
+        """The same for Oja's term on activations; the bias unit has none, so its backward synapses
+        do not shrink."""
         squares = {"kernel": sums["oja"], "bias": sums["oja"]}
         if "backward_kernel" in synapses:
             squares["backward_kernel"] = sums["backward_oja"]
@@ -703,12 +731,14 @@ def _pairs(synapses: Synapses) -> list[dict[str, str]]:
 
 
 def _reads_first_alone(transform: Array) -> bool:
-    """Whether the numbers of a transform `[..., source, target]` are known, and all but those of state 1 zero."""
+    """Whether the numbers of a transform `[..., source, target]` are known, and all but those of
+    state 1 zero."""
     return isinstance(transform, np.ndarray) and not np.any(transform[..., 1:, :])
 
 
 def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -> None:
-    """Moves the traces by the terms, and puts Nesterov's form in the terms' place: a term counts at once."""
+    """Moves the traces by the terms, and puts Nesterov's form in the terms' place: a term counts at
+    once."""
     for name in traces:
         own = name.removesuffix(TRACE)
         beta = equations.scalar(momentum, sums[own])

@@ -1,7 +1,8 @@
 """Jacobians of functions of arrays, and transposes of linear ones.
 
-A kind of connection states one bilinear map, and its transpose and outer product follow from it here,
-as each backend's own kernels for them: a convolution's transpose is the backend's, not one of ours.
+A kind of connection states one bilinear map, and its transpose and outer product follow from it
+here, as each backend's own kernels for them: a convolution's transpose is the backend's, not one of
+ours.
 
 `tanh` and `mean` stand here because those of `keras.ops` round float64 to float32 on JAX.
 """

@@ -1,14 +1,16 @@
-"""How one connection behaves: equations 5, 6 and 7 and the stabilising options, as pure functions of arrays.
+"""How one connection behaves: equations 5, 6 and 7 and the stabilising options, as pure functions
+of arrays.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and 3.4, appendices B and
-C.6. Equation numbers are the paper's.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
+3.4, appendices B and C.6. Equation numbers are the paper's.
 
-Neuron states are `[..., k, batch, units]`, synapse kernels `[..., k, in, out]`; genome arrays `[..., k, k]` or `[...]`.
-Leading axes (a population of genomes, replicas) broadcast. The state axis stands before the batch, so that a layer is one
-batched matrix product over k channels, which is as fast as one product k times as wide, and needs no transposition.
+Neuron states are `[..., k, batch, units]`, synapse kernels `[..., k, in, out]`; genome arrays
+`[..., k, k]` or `[...]`. Leading axes (a population of genomes, replicas) broadcast. The state axis
+stands before the batch, so that a layer is one batched matrix product over k channels, which is as
+fast as one product k times as wide, and needs no transposition.
 
-The paper writes a transform with the source state as its second index and backpropagation needs it as its first; here
-`nu` and `mu` are `[source, target]` throughout.
+The paper writes a transform with the source state as its second index and backpropagation needs it
+as its first; here `nu` and `mu` are `[source, target]` throughout.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ SYNAPSE_EPSILON = 1e-9
 
 
 def activate(activation: Activation, z: Array) -> Array:
-    """The nonlinearity of the summed input z: one of `ACTIVATIONS` by name, or an elementwise function."""
+    """The nonlinearity of the summed input z: one of `ACTIVATIONS` by name, or an elementwise
+    function."""
     if callable(activation):
         return ops.cast(activation(z), z.dtype)
     if activation == "tanh":
@@ -60,7 +63,8 @@ def activate(activation: Activation, z: Array) -> Array:
 
 
 def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Callable[[], Array]]:
-    """The nonlinearity of the summed input z, and its derivative there, computed from the value when it is asked for."""
+    """The nonlinearity of the summed input z, and its derivative there, computed from the value
+    when it is asked for."""
     if callable(activation):
         value, pull = vjp(lambda one: activate(activation, one), z)
         return value, lambda: pull(ops.ones_like(value))[0]
@@ -82,7 +86,8 @@ def _derivative(activation: str, value: Array) -> Array:
 
 
 def per_state(number: Array, like: Array, trailing: int) -> Array:
-    """A genome number `[...]` or `[..., k]` as an array of the type of `like`, followed by `trailing` axes of size one."""
+    """A genome number `[...]` or `[..., k]` as an array of the type of `like`, followed by
+    `trailing` axes of size one."""
     number = ops.convert_to_tensor(number, dtype=like.dtype)
     return ops.reshape(number, tuple(number.shape) + (1,) * trailing)
 
@@ -93,7 +98,8 @@ def scalar(number: Array, like: Array) -> Array:
 
 
 def times(number: Array, states: Array) -> Array:
-    """Arrays `[..., k, rows, columns]` times a genome number; as they are, if it is known to be 1."""
+    """Arrays `[..., k, rows, columns]` times a genome number; as they are, if it is known to be
+    1."""
     if isinstance(number, (np.ndarray, np.generic)) and np.all(number == 1.0):
         return states
     return scalar(number, states) * states
@@ -102,8 +108,9 @@ def times(number: Array, states: Array) -> Array:
 def mix(states: Array | Parts, transform: Array) -> Array:
     """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
 
-    An array of fewer states, such as the input layer, stands for one whose other states are zero. Of a transform whose
-    numbers are known, only those that are not zero cost anything, if they are few.
+    An array of fewer states, such as the input layer, stands for one whose other states are zero.
+    Of a transform whose numbers are known, only those that are not zero cost anything, if they are
+    few.
     """
     count = states.shape[-3]
     if count == 1:
@@ -120,7 +127,8 @@ def mix(states: Array | Parts, transform: Array) -> Array:
 
 
 def mix_one(states: Array, transform: Array) -> Array:
-    """`[..., s, batch, units]`, one state or what each target makes of it, times the first row of a transform."""
+    """`[..., s, batch, units]`, one state or what each target makes of it, times the first row of a
+    transform."""
     row = transform[..., 0, :]
     if isinstance(row, np.ndarray) and row.shape == (1,) and row[0] == 1.0:
         return states
@@ -150,7 +158,8 @@ def swapped(transform: Array) -> Array:
 
 
 def sources(*transforms: Array) -> int:
-    """How many states transforms `[..., source, target]` read: up to the last source with a number that is not zero.
+    """How many states transforms `[..., source, target]` read: up to the last source with a number
+    that is not zero.
 
     Of a transform whose numbers are not known, a tensor, all.
     """
@@ -164,7 +173,8 @@ def sources(*transforms: Array) -> int:
 
 
 def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Array, Array]:
-    """Mean and variance of the summed input over the normalisation axis: of all the batch, where devices share it."""
+    """Mean and variance of the summed input over the normalisation axis: of all the batch, where
+    devices share it."""
     axis = -2 if rule.normalization_axis == "batch" else -1
     if axis == -2 and batch is not None:
         count = ops.cast(batch.examples, z.dtype)
@@ -175,14 +185,16 @@ def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Arr
 
 
 def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tuple[Array, Array]) -> Array:
-    """Section 3.4: the summed input brought to a learned mean and deviation, before the nonlinearity."""
+    """Section 3.4: the summed input brought to a learned mean and deviation, before the
+    nonlinearity."""
     mean, variance = statistics
     deviation = ops.sqrt(variance + rule.normalization_epsilon)
     return per_state(scale, z, 2) * ((z - mean) / deviation) + per_state(shift, z, 2)
 
 
 def select(rule: Rule, values: Array, axis: int) -> Array:
-    """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of size k."""
+    """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of
+    size k."""
     take = np.take if isinstance(values, np.ndarray) else ops.take
     return take(values, [0, *range(2, rule.states)], axis=axis)
 
@@ -208,8 +220,8 @@ def forward_neurons(
         batch: the batch, if z is of a part of it.
 
     Returns:
-        The states, in parts if `rule.derivative_state`, and the statistics that were used (`None` if this pass does not
-        normalise).
+        The states, in parts if `rule.derivative_state`, and the statistics that were used (`None`
+        if this pass does not normalise).
     """
     if rule.normalize_activations in ("forward", "both"):
         statistics = moments(rule, z, batch) if statistics is None else statistics
@@ -236,7 +248,8 @@ def backward_neurons(
 ) -> Array | Parts:
     """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
 
-    z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read it.
+    z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read
+    it.
     """
     skip_first = rule.backward_update == "multiplicative_after_first"
     if rule.normalize_activations in ("backward", "both"):
@@ -258,9 +271,11 @@ def backward_neurons(
 
 
 def inverse_norm(genome: Genome, energy: Array) -> Array:
-    """What brings synapses of this energy (sum of squares) to unit norm, times the learned rescaling.
+    """What brings synapses of this energy (sum of squares) to unit norm, times the learned
+    rescaling.
 
-    A kernel normalised "where it is used" is never formed: the sums it gives are multiplied by this instead.
+    A kernel normalised "where it is used" is never formed: the sums it gives are multiplied by this
+    instead.
     """
     inverse = ops.rsqrt(energy + SYNAPSE_EPSILON)
     if genome.rule.rescale_synapses:
@@ -278,9 +293,11 @@ def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
 
 
 def averaging_share(genome: Genome, step: Array) -> Array:
-    """The share of the new value in an average of polynomial decay, at a learning step: 1 at step 0.
+    """The share of the new value in an average of polynomial decay, at a learning step: 1 at step
+    0.
 
-    Source: "Stochastic Gradient Descent for Non-smooth Optimization" (Shamir and Zhang, 2013), section 4.
+    Source: "Stochastic Gradient Descent for Non-smooth Optimization" (Shamir and Zhang, 2013),
+    section 4.
     """
     breadth = ops.exp(ops.convert_to_tensor(genome.log_averaging))  # e in (e + 1) / (t + 1 + e)
     time = ops.cast(step, breadth.dtype)
@@ -291,7 +308,8 @@ _TINY = 1e-30  # stands for zero in a divisor
 
 
 def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | float:
-    """The factors of Oja's term that do not depend on the synapse, as they multiply arrays like `like`."""
+    """The factors of Oja's term that do not depend on the synapse, as they multiply arrays like
+    `like`."""
     if multiplier is None:
         return rule.oja_factor
     return rule.oja_factor * ops.abs(scalar(multiplier, like))
@@ -322,7 +340,8 @@ def new_synapse(
         The new kernel.
     """
     if shrink is not None:
-        # eq. 8: the published term carries the sign of eta~, so that it shrinks a synapse whatever that sign is.
+        # eq. 8: the published term carries the sign of eta~, so that it shrinks a synapse whatever
+        # that sign is.
         change = change - ops.abs(scalar(gate, old)) * shrink * old
     if rule.saturation == "exp_update":
         delta = (scalar(keep, old) - 1.0) * old + change

@@ -1,8 +1,9 @@
-"""What the output layer receives between the two sweeps: labels as +1 and -1, or the derivative of a loss.
+"""What the output layer receives between the two sweeps: labels as +1 and -1, or the derivative of
+a loss.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 (labels) and 3.2, eq. 1 to 4
-(error). The derivatives of the Keras losses are written out, one line each: they are the only calculus that a network needs
-to descend a loss, and no tape is recorded for it.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 (labels)
+and 3.2, eq. 1 to 4 (error). The derivatives of the Keras losses are written out, one line each:
+they are the only calculus that a network needs to descend a loss, and no tape is recorded for it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
     """The `keras.losses.Loss` that Keras makes of a loss, or that a JSON text describes.
 
     Args:
-        loss: a `Loss`, its name, a function of labels and predictions, or the JSON text of a serialized loss. A function
-            of Keras, or a `functools.partial` of one, gives the class that wraps it.
+        loss: a `Loss`, its name, a function of labels and predictions, or the JSON text of a
+            serialized loss. A function of Keras, or a `functools.partial` of one, gives the class
+            that wraps it.
 
     Raises:
         ValueError: if it is none of these.
@@ -95,8 +97,9 @@ def target_kind(loss: keras.losses.Loss) -> str:
     """How labels are written that go with a loss.
 
     Returns:
-        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (0 and 1 if the batch has no other
-        labels, else -1 and 1, as in Keras) or `"values"` (numbers to be fed as they are).
+        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (0 and 1 if
+        the batch has no other labels, else -1 and 1, as in Keras) or `"values"` (numbers to be fed
+        as they are).
     """
     name = type(loss).__name__
     if name.startswith("Sparse") or name in ("CategoricalGeneralizedCrossEntropy", "Circle", "CTC"):
@@ -107,10 +110,12 @@ def target_kind(loss: keras.losses.Loss) -> str:
 
 
 def encode(y: Array, units: int, kind: str) -> Array:
-    """Labels as the output layer receives them: `[batch, units]`, +1 for the true class and -1 for others.
+    """Labels as the output layer receives them: `[batch, units]`, +1 for the true class and -1 for
+    others.
 
     Args:
-        y: labels: `[batch]` or `[batch, 1]` integers for `"classes"`, else `[batch, units]` (`[batch]` if units is 1).
+        y: labels: `[batch]` or `[batch, 1]` integers for `"classes"`, else `[batch, units]`
+            (`[batch]` if units is 1).
         units: size of the output layer.
         kind: one of `"classes"`, `"indicators"`, `"hinge"`, `"signs"`, `"values"`.
 
@@ -148,8 +153,8 @@ def check_loss(loss: keras.losses.Loss) -> None:
         loss: from `resolve_loss`.
 
     Raises:
-        ValueError: if the loss is not one of `differentiable()`, works on probabilities of many classes
-            (`from_logits=False`), or runs over another axis than the last.
+        ValueError: if the loss is not one of `differentiable()`, works on probabilities of many
+            classes (`from_logits=False`), or runs over another axis than the last.
 
     Example:
 
@@ -204,14 +209,14 @@ def error(
 ) -> Array:
     """The derivative of a Keras loss by the prediction, weights, masks and reduction included.
 
-    It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a reduction it is that of
-    the sum, which Keras's `fit` descends then.
+    It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a
+    reduction it is that of the sum, which Keras's `fit` descends then.
 
     Args:
         loss: one of the losses of `differentiable()`, from `resolve_loss`.
         y: labels as that loss takes them.
-        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one; without weights, leading axes stand for
-            networks with a batch each.
+        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one; without weights,
+            leading axes stand for networks with a batch each.
         sample_weight: `[batch]` or `[batch, 1]`, or `None`.
         total: gives the sum of a number over the devices that share the batch, if several do.
 

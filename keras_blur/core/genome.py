@@ -1,15 +1,15 @@
 """What evolves: a rule and its numbers.
 
-A `Genome` is a `Rule`, every discrete choice of how a network learns, plus its arrays, the
-"genome" G = {f, eta, f~, eta~, nu, mu, nu~, mu~} of "Meta-Learning Bidirectional Update Rules"
-(Sandler et al., ICML 2021, section 3.2, Table 1), with the learned numbers of the stabilising options
-of sections 3.4, B and C.6. It is shared by all neurons and, unless `Rule.layers` says otherwise, by
+A `Genome` is a `Rule`, every discrete choice of how a network learns, plus its arrays, the "genome"
+G = {f, eta, f~, eta~, nu, mu, nu~, mu~} of "Meta-Learning Bidirectional Update Rules" (Sandler et
+al., ICML 2021, section 3.2, Table 1), with the learned numbers of the stabilising options of
+sections 3.4, B and C.6. It is shared by all neurons and, unless `Rule.layers` says otherwise, by
 all layers.
 
 Why two objects: the rule decides shapes and which code runs, so it must be known when a graph is
 traced and is hashable; the arrays may be numpy constants (inside `fit`) or tensors (inside a
-meta-gradient). Files are JSON with exact floats and a checksum: a genome is an experimental result, so
-a file that was cut short or edited by hand must not pass for one.
+meta-gradient). Files are JSON with exact floats and a checksum: a genome is an experimental result,
+so a file that was cut short or edited by hand must not pass for one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from keras_blur.files import check_output, read_text, write_text
 FORMAT = "keras_blur.genome"
 VERSION = 1
 
-# Where a random genome starts. Matrices are drawn; these numbers are not. The published code starts so.
+# Where a random genome starts. Matrices are drawn; these numbers are not. The published code starts
+# so.
 _START = {
     "neuron_keep": 1.0,
     "neuron_update": 1.0,
@@ -64,14 +65,16 @@ _START = {
 class Genome:
     """A rule and its arrays: all that a network needs to learn.
 
-    Arrays are attributes (`genome.nu`). The transforms `nu`, `mu` (neurons) and `nu_tilde` (synapses) are indexed
-    `[source state, target state]`; `mu_tilde` is `[synapse channel, source state]`. Each may carry a leading layer axis
-    (`Rule.layers`) and then population axes, the same for all arrays.
+    Arrays are attributes (`genome.nu`). The transforms `nu`, `mu` (neurons) and `nu_tilde`
+    (synapses) are indexed `[source state, target state]`; `mu_tilde` is
+    `[synapse channel, source state]`. Each may carry a leading layer axis (`Rule.layers`) and then
+    population axes, the same for all arrays.
 
     Args:
         rule: a `Rule`.
-        arrays: a mapping from the names of `rule.shapes()` to arrays, of those shapes after the shared leading axes.
-            Numbers are taken as float32 unless they are float64 arrays; tensors are kept as they are.
+        arrays: a mapping from the names of `rule.shapes()` to arrays, of those shapes after the
+            shared leading axes. Numbers are taken as float32 unless they are float64 arrays;
+            tensors are kept as they are.
 
     Raises:
         ValueError: if a name is missing or unknown, a shape is wrong, or a number is not finite.
@@ -111,7 +114,8 @@ class Genome:
 
     @classmethod
     def unchecked(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
-        """A genome of arrays that are known to fit, or of what a transformation of trees puts in their place."""
+        """A genome of arrays that are known to fit, or of what a transformation of trees puts in
+        their place."""
         made = object.__new__(cls)
         made.__dict__.update(_rule=rule, _arrays=MappingProxyType(dict(arrays)))
         return made
@@ -182,7 +186,8 @@ class Genome:
         return Genome(self.rule, {**self.arrays, **arrays})
 
     def with_rule(self, rule: Rule) -> Genome:
-        """The same numbers under another rule of as many states; numbers that only the new rule has start as in `random`.
+        """The same numbers under another rule of as many states; numbers that only the new rule has
+        start as in `random`.
 
         Raises:
             ValueError: if the new rule lacks one of the arrays, or has a matrix more.
@@ -196,7 +201,8 @@ class Genome:
         return Genome(rule, {**self.arrays, **new})
 
     def by_member(self) -> dict[str, Any]:
-        """The arrays by name with members first, `[members, (layers,) ...]`; a single genome is one member.
+        """The arrays by name with members first, `[members, (layers,) ...]`; a single genome is one
+        member.
 
         Raises:
             ValueError: if there is more than one population axis.
@@ -251,7 +257,8 @@ class Genome:
         synapse_update: float = -1e-3,
         population: tuple[int, ...] = (),
     ) -> Genome:
-        """A genome whose four transforms are drawn from a normal distribution; gates start as published.
+        """A genome whose four transforms are drawn from a normal distribution; gates start as
+        published.
 
         Args:
             rule: a `Rule`.
@@ -308,7 +315,8 @@ class Genome:
             source: what to call it in an error.
 
         Raises:
-            ValueError: if it is of another format or version, incomplete, or altered since it was written.
+            ValueError: if it is of another format or version, incomplete, or altered since it was
+                written.
         """
         if not isinstance(document, Mapping) or document.get("format") != FORMAT:
             raise ValueError(f"{source} is not a genome: expected a JSON object with format {FORMAT!r}.")
@@ -354,7 +362,8 @@ class Genome:
             path: the file, with the ending `.json`.
 
         Raises:
-            ValueError: if the path has another ending, is a folder, or lies in no folder that can be written.
+            ValueError: if the path has another ending, is a folder, or lies in no folder that can
+                be written.
         """
         check_output("path", path, (".json",))
         write_text(path, self.to_json() + "\n")

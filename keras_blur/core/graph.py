@@ -1,9 +1,11 @@
-"""The plan of a network: layers of neurons, connections that end in them, and maps without synapses between.
+"""The plan of a network: layers of neurons, connections that end in them, and maps without synapses
+between.
 
-A plan is read once, from a chain of connections or from Keras's Functional graph, and knows no Keras
-model. Every array of states is a *value* with a number: the inputs come first, then what each
-operation gives. No order stands for topology: an operation names the values that it reads, so residual
-sums, concatenations, layers used twice, several inputs and several outputs need nothing of their own.
+A plan is read once, from a chain of connections or from Keras's Functional graph, and knows no
+Keras model. Every array of states is a *value* with a number: the inputs come first, then what each
+operation gives. No order stands for topology: an operation names the values that it reads, so
+residual sums, concatenations, layers used twice, several inputs and several outputs need nothing of
+their own.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Graph:
         features: number of feature axes of each input.
         operations: what is computed.
         outputs: numbers of the values that receive feedback.
-        groups: for each holder, which of the genome's layers it learns by (`Rule.layers`); `()` for each its own.
+        groups: for each holder, which of the genome's layers it learns by (`Rule.layers`); `()` for
+            each its own.
     """
 
     features: tuple[int, ...]
@@ -110,7 +113,8 @@ class Graph:
         )
 
     def holder_of(self, number: int) -> int:
-        """The synapses of the layer of neurons that a value is, or of the first one that it comes from."""
+        """The synapses of the layer of neurons that a value is, or of the first one that it comes
+        from."""
         one = self.operations[number - len(self.features)]
         return one.holder if isinstance(one, Connect) else self.holder_of(one.sources[0])
 
@@ -150,7 +154,8 @@ class Graph:
 
     @functools.cached_property
     def feeds_back(self) -> tuple[bool, ...]:
-        """For each holder, whether something before it has synapses, so that it needs a feedback path."""
+        """For each holder, whether something before it has synapses, so that it needs a feedback
+        path."""
         found = [False] * len(self.holders)
         for one in self.connects:
             found[one.holder] |= one.source in self.after_synapses
@@ -187,7 +192,8 @@ class Builder:
         Args:
             connection: its operations.
             source: number of the value that it reads.
-            key: what its synapses are known by; connections of one key share them. `None`: none shares these.
+            key: what its synapses are known by; connections of one key share them. `None`: none
+                shares these.
             learns: whether its synapses are updated.
         """
         holder = self._holders.setdefault(object() if key is None else key, len(self._holders))

@@ -1,7 +1,9 @@
-"""Keras losses as Keras's `fit` takes them: functions and objects, label ranks, masks, dtypes and reductions.
+"""Keras losses as Keras's `fit` takes them: functions and objects, label ranks, masks, dtypes and
+reductions.
 
-Source: `keras.losses.Loss.__call__` and `keras.Model.compile` of Keras 3. A loss is taken apart here and nowhere else:
-the mean of the losses that `per_example` gives is the number that `fit` minimises.
+Source: `keras.losses.Loss.__call__` and `keras.Model.compile` of Keras 3. A loss is taken apart
+here and nowhere else: the mean of the losses that `per_example` gives is the number that `fit`
+minimises.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
     """The loss of each example: its mean over the batch is the loss that Keras's `fit` minimises.
 
     Args:
-        loss: from `as_keras`. A `sum`, or no reduction, multiplies each loss by the number of examples.
+        loss: from `as_keras`. A `sum`, or no reduction, multiplies each loss by the number of
+            examples.
         y: labels as the loss takes them.
         prediction: `[batch, ...]`, with Keras's mask if it has one.
 
@@ -107,7 +110,8 @@ def mask_of(array: Array) -> Array | None:
 
 
 def same_rank(one: Array, other: Array) -> tuple[Array, Array]:
-    """Two arrays, the last axis of one squeezed or added, as Keras does where ranks differ by an axis of size 1.
+    """Two arrays, the last axis of one squeezed or added, as Keras does where ranks differ by an
+    axis of size 1.
 
     Example:
 
@@ -176,7 +180,8 @@ def ignored_class(loss: keras.losses.Loss) -> int | None:
 
 
 def check_weighable(losses: Array) -> None:
-    """Raises a `ValueError` if a loss has no number for each example, so that examples cannot be weighted."""
+    """Raises a `ValueError` if a loss has no number for each example, so that examples cannot be
+    weighted."""
     if len(losses.shape) != 1:
         raise ValueError(
             "`loss` must give a number for each example where examples are weighted. Received: a loss of the whole batch"

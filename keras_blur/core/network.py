@@ -1,15 +1,19 @@
-"""How a network takes a learning step: forward, feedback, backward, synapse update. Pure functions of arrays.
+"""How a network takes a learning step: forward, feedback, backward, synapse update. Pure functions
+of arrays.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 and equations 5 to 7.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 and
+equations 5 to 7.
 
-This is the only loop over layers in the project. `Model.fit`, the learners of meta-training and the replay of published
-numbers all call it, with variables' values, tensors of an unroll, or arrays of a file. Order inside a step, as published:
-neurons start at zero (or where they were), stored synapses are normalised, forward pass, optional synapse update, feedback
-into the outputs, backward pass, synapse update.
+This is the only loop over layers in the project. `Model.fit`, the learners of meta-training and the
+replay of published numbers all call it, with variables' values, tensors of an unroll, or arrays of
+a file. Order inside a step, as published: neurons start at zero (or where they were), stored
+synapses are normalised, forward pass, optional synapse update, feedback into the outputs, backward
+pass, synapse update.
 
-In the backward pass what comes back to a value that several operations read is summed, the transpose of a copy, before
-equation 6. Synapses that several connections share change by the sum of their Hebbian terms. With a genome for each layer,
-neurons change in the backward pass by the genome of the connection that reads them, as published; of several, the first.
+In the backward pass what comes back to a value that several operations read is summed, the
+transpose of a copy, before equation 6. Synapses that several connections share change by the sum of
+their Hebbian terms. With a genome for each layer, neurons change in the backward pass by the genome
+of the connection that reads them, as published; of several, the first.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ class Sweep(NamedTuple):
     """What a forward pass leaves.
 
     Attributes:
-        values: states of each value of the graph, as arrays or in parts; an input is `[..., 1, batch, *features]`.
+        values: states of each value of the graph, as arrays or in parts; an input is
+            `[..., 1, batch, *features]`.
         statistics: those that normalised each connection's sums, or `None`s.
         contexts: what each map drew, by the number of its value.
     """
@@ -82,7 +87,8 @@ def predicting(genome: Genome, graph: Graph, state: NetworkState) -> tuple[Synap
 
 
 def stored(genome: Genome, graph: Graph, synapses: Sequence[Synapses]) -> tuple[Synapses, ...]:
-    """The synapses as a step starts with them: normalised if the rule normalises the stored ones."""
+    """The synapses as a step starts with them: normalised if the rule normalises the stored
+    ones."""
     if genome.rule.normalize_synapses not in ("stored", "both"):
         return tuple(synapses)
     return tuple(
@@ -145,7 +151,8 @@ def forward(
 
 
 def output(genome: Genome, graph: Graph, values: Sequence[Array]) -> Any:
-    """The network's prediction `[..., batch, *features]`: state 1 of an output over the genome's temperature.
+    """The network's prediction `[..., batch, *features]`: state 1 of an output over the genome's
+    temperature.
 
     Returns:
         An array, or a tuple of them if there are several outputs.
@@ -177,11 +184,12 @@ def step(
         graph: the network.
         state: synapses, step counter and kept neurons.
         x: inputs `[..., batch, *features]`; a tuple of them if there are several.
-        feedback: maps the output `[..., batch, *features]` to what state 2 of that layer receives, of the same shape; a
-            tuple of outputs to a tuple.
+        feedback: maps the output `[..., batch, *features]` to what state 2 of that layer receives,
+            of the same shape; a tuple of outputs to a tuple.
         sample_weight: weight of each example in the Hebbian term, `[..., batch]`, or `None`.
-        batch: the batch, if x is the part of it that one of several devices holds: statistics and Hebbian sums are added
-            up over devices, before saturation and the other stabilisers, and every device comes to the same synapses.
+        batch: the batch, if x is the part of it that one of several devices holds: statistics and
+            Hebbian sums are added up over devices, before saturation and the other stabilisers, and
+            every device comes to the same synapses.
         training: whether dropout drops.
 
     Returns:
@@ -352,7 +360,8 @@ def _propagated(
     prefix: str,
     batch: equations.SharedBatch | None,
 ) -> Sequence[Array]:
-    """The values as connections read them for the Hebbian term: new states of the neurons, through the maps again."""
+    """The values as connections read them for the Hebbian term: new states of the neurons, through
+    the maps again."""
     read = _read_hebbian(genome, prefix)
     same = below is sweep.values
     if (same and read <= _read_forward(genome)) or (read == 1 and _keeps_first(genome)):
@@ -372,7 +381,8 @@ def _keeps_first(genome: Genome) -> bool:
 
 
 def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
-    """The feedback as an array of one state; an error is divided by the temperature, as the output is."""
+    """The feedback as an array of one state; an error is divided by the temperature, as the output
+    is."""
     signal = ops.cast(ops.expand_dims(signal, -2 - features), like.dtype)
     if genome.rule.feedback == "error":  # dL/da_L: the prediction is state 1 over the temperature
         signal = signal / equations.per_state(genome.temperature, signal, 2 + features)
@@ -380,7 +390,8 @@ def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
 
 
 def _with_feedback(genome: Genome, last: Array | Parts, signal: Array, features: int) -> Parts:
-    """An output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the rest zero."""
+    """An output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the
+    rest zero."""
     signal = _signal(genome, signal, last, features)
     if genome.rule.feedback == "error" and genome.rule.derivative_state:  # with the pair, times s' as eq. 2 asks
         signal = signal * between(last, 1, 2, features)
@@ -400,7 +411,8 @@ def _as_states(rule: Any, signal: Array, like: Array, features: int) -> Array:
 
 
 def _without_first(rule: Any, states: Array, features: int) -> Array:
-    """States without the first, where the backward update leaves it alone and what comes back does not have it."""
+    """States without the first, where the backward update leaves it alone and what comes back does
+    not have it."""
     if rule.backward_update != "multiplicative_after_first":
         return states
     return later_states(states, features)

@@ -1,4 +1,5 @@
-"""The patches that a convolution or a pooling reads, by strided slices: no gather, static shapes, any number of axes."""
+"""The patches that a convolution or a pooling reads, by strided slices: no gather, static shapes,
+any number of axes."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ Shape = tuple[Any, ...]
 
 
 def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, outside: float = 0.0) -> Array:
-    """The patches that a convolution reads, `[..., *positions, taps, channels]`, of `[..., *spatial, channels]`.
+    """The patches that a convolution reads, `[..., *positions, taps, channels]`, of
+    `[..., *spatial, channels]`.
 
-    Taps run in the order of the kernel's spatial axes, the last one fastest. Outside of x stands `outside`.
+    Taps run in the order of the kernel's spatial axes, the last one fastest. Outside of x stands
+    `outside`.
 
     Example:
 
@@ -57,7 +60,8 @@ def positions(length: int, size: int, stride: int, padding: str, rate: int) -> i
 
 
 def thinned(rows: Array, positions: int, most: int) -> Array:
-    """At most so many of the positions of each example, evenly spaced: of `[..., batch * positions, features]`.
+    """At most so many of the positions of each example, evenly spaced: of
+    `[..., batch * positions, features]`.
 
     Example:
 
@@ -74,7 +78,8 @@ def thinned(rows: Array, positions: int, most: int) -> Array:
 
 
 def coarser(counts: Shape, most: int) -> Shape:
-    """By what to multiply the strides, so that at most so many of the positions along the axes are left.
+    """By what to multiply the strides, so that at most so many of the positions along the axes are
+    left.
 
     Example:
 

@@ -1,8 +1,8 @@
 """What becomes of a Hebbian term whose rows are at hand, before they are added up.
 
-Whitening by groups of rows and orthogonal terms (eq. W2, W3 and N2 of `terms`) have two systems each:
-of the rows of a group, and of the features. The rows are at hand where one layer alone, on one
-device, learns from them; then the smaller system is solved, which is chosen here. Elsewhere
+Whitening by groups of rows and orthogonal terms (eq. W2, W3 and N2 of `terms`) have two systems
+each: of the rows of a group, and of the features. The rows are at hand where one layer alone, on
+one device, learns from them; then the smaller system is solved, which is chosen here. Elsewhere
 `Connection.update` takes the features' system of the whole batch.
 """
 
@@ -66,7 +66,8 @@ class TermContext(NamedTuple):
         return ops.reshape(size, (*size.shape, 1, 1, 1))
 
     def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
-        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all have as many."""
+        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all
+        have as many."""
         positions = connection.positions_of(self.source)
         if self.weight is None and groups.full:
             return ops.reshape(ops.cast(groups.size / positions, self.dtype), (1, 1, 1))
@@ -85,14 +86,16 @@ def settle(
     whole: Callable[[Array], dict[str, Array]],
     names: Mapping[str, str],
 ) -> dict[str, Array]:
-    """A term whitened and made orthogonal, as the context says, each by the smaller one of two systems."""
+    """A term whitened and made orthogonal, as the context says, each by the smaller one of two
+    systems."""
     rule, groups = context.genome.rule, context.groups
     x = connection.rows_read(read)
     inputs = x.shape[-1] + (ones is not None)
     root = context.root(connection)
 
     def by_rows(groups: terms.Groups) -> tuple[Array, Array | None]:
-        """What takes the place of the senders; and the Gram matrix of the rows, if one group has them all."""
+        """What takes the place of the senders; and the Gram matrix of the rows, if one group has
+        them all."""
         inner = _inner(groups, x, ones, root)
         found = groups.apart(senders if root is None else _over(senders, root))
         found = terms.whitened_senders(inner, found, context.damping(inner), context.examples_of(groups, connection))
@@ -145,7 +148,8 @@ def choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
 
 
 def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | None) -> Array:
-    """The Gram matrices of the rows of groups, with the bias and times weights: `[..., c, groups, size, size]`."""
+    """The Gram matrices of the rows of groups, with the bias and times weights:
+    `[..., c, groups, size, size]`."""
     x = groups.apart(x)
     inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
     if ones is not None:

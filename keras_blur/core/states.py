@@ -1,9 +1,10 @@
-"""Arrays of states `[..., k, batch, *features]`: their parts by slices, and states that are kept in parts.
+"""Arrays of states `[..., k, batch, *features]`: their parts by slices, and states that are kept in
+parts.
 
 A slice and not a gather: XLA merges equal slices and looks through a concatenation at them, so that
-what two passes take of the same array is formed once. A backend without such a compiler joins what it
-is told to join. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: no array joins
-what the way back reads apart, and a derivative takes no memory until it is read.
+what two passes take of the same array is formed once. A backend without such a compiler joins what
+it is told to join. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: no array
+joins what the way back reads apart, and a derivative takes no memory until it is read.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Parts:
 
     Args:
         features: number of feature axes.
-        parts: arrays, the first one of a single state; and functions that give an array of a single state when they
-            are called.
+        parts: arrays, the first one of a single state; and functions that give an array of a single
+            state when they are called.
 
     Example:
 
@@ -68,7 +69,8 @@ class Parts:
         return found[0] if len(found) == 1 else ops.concatenate(found, axis=-2 - self.features)
 
     def mapped(self, function: Callable[[Array], Array], features: int) -> Parts:
-        """The states after a function of arrays that treats all states alike and leaves so many feature axes."""
+        """The states after a function of arrays that treats all states alike and leaves so many
+        feature axes."""
 
         def later(part: Callable[[], Array]) -> Callable[[], Array]:
             return lambda: function(part())
@@ -82,7 +84,8 @@ def joined(states: Array | Parts) -> Array:
 
 
 def mapped(function: Callable[[Array], Array], states: Array | Parts, features: int) -> Array | Parts:
-    """The states after a function of arrays that treats all states alike and leaves so many feature axes."""
+    """The states after a function of arrays that treats all states alike and leaves so many feature
+    axes."""
     return states.mapped(function, features) if isinstance(states, Parts) else function(states)
 
 

@@ -3,17 +3,19 @@
 A term is `H = X^T D`: X, `[rows, in]`, holds what comes in, with a column for the bias, and D,
 `[rows, units]`, what the units send.
 
-Whitening decorrelates the inputs over the batch, `H <- (X^T X / s + damping I)^-1 H` (eq. W1), where
-`s = trace(X^T X) / examples` makes it independent of the inputs' scale. It is the input half of the
-Fisher information that K-FAC factorises, and local: a connection needs nothing but its own inputs.
-By the push-through identity it equals `X^T (X X^T / s + damping I)^-1 D` (eq. W2), so the smaller of
-the two systems is solved. The rows may be whitened in groups g, each by its own second moments and
-`s_g = trace(X_g^T X_g) / examples_g`: `H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3).
-The systems of the rows are as large as a group then.
+Whitening decorrelates the inputs over the batch, `H <- (X^T X / s + damping I)^-1 H` (eq. W1),
+where `s = trace(X^T X) / examples` makes it independent of the inputs' scale. It is the input half
+of the Fisher information that K-FAC factorises, and local: a connection needs nothing but its own
+inputs. By the push-through identity it equals `X^T (X X^T / s + damping I)^-1 D` (eq. W2), so the
+smaller of the two systems is solved. The rows may be whitened in groups g, each by its own second
+moments and `s_g = trace(X_g^T X_g) / examples_g`:
+`H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3). The systems of the rows are as
+large as a group then.
 
 Normalisation keeps only the direction of a term, so that the gate alone is its size: `"frobenius"`
 gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings its singular
-values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly equal.
+values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly
+equal.
 
 Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (Martens and
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,
@@ -128,7 +130,8 @@ def frobenius(parts: Sequence[Array], shape: tuple[int, int, int], *, moderate: 
     """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
 
     Args:
-        parts: the rows of the term in parts, such as those of kernel and bias: `[..., rows, columns]`.
+        parts: the rows of the term in parts, such as those of kernel and bias:
+            `[..., rows, columns]`.
         shape: number of blocks, and of the rows and columns of one, of which a term consists. The
             norm is that of all blocks.
         moderate: whether no square of an entry can overflow, as after eq. N2.
@@ -185,7 +188,8 @@ def orthogonal_senders(inner: Array, senders: Array, iterations: int) -> Array:
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
-    """M, of which `x M` is what the iterations make of x, from `x^T x`: all its iterates commute."""
+    """M, of which `x M` is what the iterations make of x, from `x^T x`: all its iterates
+    commute."""
     a, b, c = _QUINTIC
     one = ops.eye(ops.shape(gram)[-1], dtype=gram.dtype)
     whole = None

@@ -1,15 +1,17 @@
 """Maps without synapses between layers of neurons: how states go forward through them, and back.
 
-One definition serves all: state 1 goes through the map f, every other state through the Jacobian of f
-at state 1, and what comes back goes through the transposed Jacobian. Then the feedback path stays the
-transpose of what the forward pass did, and the genome that is backpropagation stays backpropagation
-through any map. For a linear f, the Jacobian is f itself, so every state goes through it.
+One definition serves all: state 1 goes through the map f, every other state through the Jacobian of
+f at state 1, and what comes back goes through the transposed Jacobian. Then the feedback path stays
+the transpose of what the forward pass did, and the genome that is backpropagation stays
+backpropagation through any map. For a linear f, the Jacobian is f itself, so every state goes
+through it.
 
-Source: the chain rule; eq. 5 and 6 of "Meta-Learning Bidirectional Update Rules" (2021) need no more.
+Source: the chain rule; eq. 5 and 6 of "Meta-Learning Bidirectional Update Rules" (2021) need no
+more.
 
-The Jacobians come from automatic differentiation of that one map. Those of dropout and normalisation
-are written by hand: dropout draws one mask for all states, and normalisation adds up over the devices
-that share a batch.
+The Jacobians come from automatic differentiation of that one map. Those of dropout and
+normalisation are written by hand: dropout draws one mask for all states, and normalisation adds up
+over the devices that share a batch.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class WeightlessMap(abc.ABC):
     def backward(
         self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
     ) -> tuple[Array, ...]:
-        """What comes back, `[..., k, batch, *target]`, through the transposed Jacobian at state 1 of `states`."""
+        """What comes back, `[..., k, batch, *target]`, through the transposed Jacobian at state 1
+        of `states`."""
 
 
 class Linear(WeightlessMap):
@@ -88,7 +91,8 @@ class Linear(WeightlessMap):
 
 
 class Jacobian(WeightlessMap):
-    """Any differentiable function of whole batches: the other states go through its Jacobian at state 1.
+    """Any differentiable function of whole batches: the other states go through its Jacobian at
+    state 1.
 
     Args:
         function: of arrays `[batch, *features]`, to an array `[batch, *target]`.
@@ -135,7 +139,8 @@ class Jacobian(WeightlessMap):
 
 
 class Softmax(Jacobian):
-    """A softmax over the last axis. A cross-entropy of probabilities looks through it, to the logits."""
+    """A softmax over the last axis. A cross-entropy of probabilities looks through it, to the
+    logits."""
 
     def __init__(self, shape: Shape):
         super().__init__(ops.softmax, [shape], shape)
@@ -222,8 +227,8 @@ class Dropout(WeightlessMap):
     Args:
         shape: of the features.
         rate: share of the entries that are dropped.
-        noise_shape: sizes of the axes, batch included, on which what is dropped differs; `None` for all
-            of an axis, 1 where an axis is dropped as one.
+        noise_shape: sizes of the axes, batch included, on which what is dropped differs; `None` for
+            all of an axis, 1 where an axis is dropped as one.
         draw: gives a seed, two integers, at each call.
     """
 
@@ -250,10 +255,11 @@ class Dropout(WeightlessMap):
 
 
 class Normalize(WeightlessMap):
-    """Centring and scaling by statistics of the values themselves: that of batch, layer and group normalisation.
+    """Centring and scaling by statistics of the values themselves: that of batch, layer and group
+    normalisation.
 
-    With y = (x - mean) / deviation, the Jacobian takes v to (v - mean(v) - y mean(y v)) / deviation.
-    It is symmetric, so it is its own transpose.
+    With y = (x - mean) / deviation, the Jacobian takes v to (v - mean(v) - y mean(y v)) /
+    deviation. It is symmetric, so it is its own transpose.
 
     Args:
         shape: of the features.
@@ -261,8 +267,10 @@ class Normalize(WeightlessMap):
         epsilon: added to the variance.
         center: whether the mean is subtracted; without, the second moment stands for the variance.
         groups: shape into which the features are brought for the statistics, and back.
-        given: gives mean and variance to use instead, as in prediction; `None` takes those of the values.
-        active: whether training takes the statistics of the values; a frozen layer takes the given ones.
+        given: gives mean and variance to use instead, as in prediction; `None` takes those of the
+            values.
+        active: whether training takes the statistics of the values; a frozen layer takes the given
+            ones.
     """
 
     def __init__(
@@ -345,7 +353,8 @@ class Normalize(WeightlessMap):
 
 
 def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function whose value has the type of its first argument, which a layer of another policy may change."""
+    """A function whose value has the type of its first argument, which a layer of another policy
+    may change."""
 
     def cast(*arrays: Array) -> Array:
         return ops.cast(function(*arrays), arrays[0].dtype)
@@ -385,7 +394,8 @@ def _merged(states: Array, features: int) -> Array:
 
 
 def _split(flat: Array, like: Array, known: int, features: Shape) -> Array:
-    """The inverse of `_merged`: leading axes and batch are those of `like`, which has `known` feature axes."""
+    """The inverse of `_merged`: leading axes and batch are those of `like`, which has `known`
+    feature axes."""
     shape = ops.shape(like)
     return ops.reshape(flat, (*shape[: len(shape) - known], *features))
 

@@ -1,7 +1,7 @@
 """Multi-head attention: four dense connections around scaled dot products.
 
-Source: "Attention is all you need" (Vaswani et al., 2017). The dot products and their softmax have no
-synapses: states go through their Jacobian at state 1 of queries, keys and values together.
+Source: "Attention is all you need" (Vaswani et al., 2017). The dot products and their softmax have
+no synapses: states go through their Jacobian at state 1 of queries, keys and values together.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class _DotProducts(Jacobian):
 
     def _attend(self, mask: Array | None, *three: Array) -> Array:
         query, key, value = three
-        # Not by `ops.dot_product_attention`: on JAX it computes in float32, and takes only values as wide as the keys.
+        # Not by `ops.dot_product_attention`: on JAX it computes in float32, and takes only values
+        # as wide as the keys.
         scale = 1.0 / math.sqrt(query.shape[-1])
         scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
         if self.causal:

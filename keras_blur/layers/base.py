@@ -1,4 +1,5 @@
-"""What all layers with synapses share: channels of weights, the part in a network, and use in a plain Keras model."""
+"""What all layers with synapses share: channels of weights, the part in a network, and use in a
+plain Keras model."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Plan(Protocol):
 
 
 def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises a `ValueError` if a keyword argument is not known, since Keras's base class would take some silently.
+    """Raises a `ValueError` if a keyword argument is not known, since Keras's base class would take
+    some silently.
 
     Args:
         kind: what the arguments are of, for the message.
@@ -63,7 +65,8 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
 
 
 def refuse_outer_training(layer: keras.Layer) -> None:
-    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under a gradient tape.
+    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under
+    a gradient tape.
 
     Args:
         layer: a layer or model that is not frozen, inside its `call`.
@@ -89,7 +92,8 @@ def refuse_activity(regularizer: Any) -> None:
 
 
 def numbers_of(variable: Any) -> np.ndarray:
-    """A copy of a variable's numbers. Not by `ops.convert_to_numpy`, at which numpy 2 warns on TensorFlow."""
+    """A copy of a variable's numbers. Not by `ops.convert_to_numpy`, at which numpy 2 warns on
+    TensorFlow."""
     return np.asarray(ops.convert_to_tensor(variable)).copy()
 
 
@@ -110,15 +114,17 @@ class BlurLayer(keras.layers.Layer):
         """
 
     def parts(self) -> list[SynapticLayer]:
-        """The layers with synapses of their own that it consists of: a method, since Keras saves what properties hold."""
+        """The layers with synapses of their own that it consists of: a method, since Keras saves
+        what properties hold."""
         return [layer for layer in self._flatten_layers() if isinstance(layer, SynapticLayer)]
 
 
 class SynapticLayer(BlurLayer):
     """A layer of one connection. A subclass says which, and what its Keras twin takes.
 
-    Inside a model that learns by a genome it holds the synapses of the model's rule: a channel of weights for each state,
-    and a backward kernel where the rule has one. Elsewhere it is the Keras layer on state 1.
+    Inside a model that learns by a genome it holds the synapses of the model's rule: a channel of
+    weights for each state, and a backward kernel where the rule has one. Elsewhere it is the Keras
+    layer on state 1.
     """
 
     _keywords = ("name", "dtype", "trainable")
@@ -175,7 +181,8 @@ class SynapticLayer(BlurLayer):
     def join(self, rule: Rule, *, feeds_back: bool, default: str) -> None:
         """Takes the part of a layer in a network: called by a model that reads its graph.
 
-        A built layer gets the synapses of the rule; its first channel keeps the weights that it has.
+        A built layer gets the synapses of the rule; its first channel keeps the weights that it
+        has.
 
         Args:
             rule: the rule whose synapses to hold.
@@ -275,7 +282,8 @@ class SynapticLayer(BlurLayer):
             "bias": self.bias_initializer,
             "backward_kernel": self.backward_initializer or self.kernel_initializer,
         }
-        # Under a mixed policy the connection rounds the factors of a product, and nothing else is rounded.
+        # Under a mixed policy the connection rounds the factors of a product, and nothing else is
+        # rounded.
         add = functools.partial(self.add_weight, autocast=False)
         connection = self.connection_for(source)
         shapes = connection.shapes(rule, source, feeds_back=self._feeds_back)
@@ -284,7 +292,8 @@ class SynapticLayer(BlurLayer):
             penalty, limit = self._penalties.get(name), self._limits.get(name)
             variable = add(
                 name=name, shape=shape, initializer=stacked,
-                # For the loss that is shown and for a plain Keras model; a genome's network asks the connection.
+                # For the loss that is shown and for a plain Keras model; a genome's network asks
+                # the connection.
                 regularizer=None if penalty is None else lambda value, penalty=penalty: penalty(value[0]),
                 constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],
             )  # fmt: skip
@@ -335,7 +344,8 @@ class SynapticLayer(BlurLayer):
         return {**super().get_config(), **config}
 
     def save_own_variables(self, store: Any) -> None:
-        """As in Keras, but by name: a layer that joins a network after it is built makes its variables in another order."""
+        """As in Keras, but by name: a layer that joins a network after it is built makes its
+        variables in another order."""
         for variable in self._trainable_variables + self._non_trainable_variables:
             store[variable.name] = variable
 
@@ -370,7 +380,8 @@ class SynapticLayer(BlurLayer):
 class _Channels(initializers.Initializer):
     """Draws each channel of a kernel on its own, as if it were the kernel of a Keras layer.
 
-    A Keras initializer gives the same values at each call; so each channel has a copy of it with another seed.
+    A Keras initializer gives the same values at each call; so each channel has a copy of it with
+    another seed.
     """
 
     def __init__(self, initializer: initializers.Initializer, place: int):

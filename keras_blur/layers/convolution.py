@@ -296,7 +296,8 @@ class DepthwiseConv2D(_Depthwise):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Conv2DTranspose(_Convolution):
-    """A transposed convolution that learns by a genome: put it where `keras.layers.Conv2DTranspose` was.
+    """A transposed convolution that learns by a genome: put it where `keras.layers.Conv2DTranspose`
+    was.
 
     Args:
         filters: number of units at each position.
@@ -383,7 +384,8 @@ class Conv2DTranspose(_Convolution):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class SeparableConv2D(BlurLayer):
-    """A separable convolution that learns by a genome: put it where `keras.layers.SeparableConv2D` was.
+    """A separable convolution that learns by a genome: put it where `keras.layers.SeparableConv2D`
+    was.
 
     It is a `DepthwiseConv2D` without bias and nonlinearity, and a 1x1 `Conv2D`; both have neurons.
 

@@ -1,7 +1,7 @@
 """The densely connected layers: `Dense` and `EinsumDense`.
 
-Source: "Meta-Learning Bidirectional Update Rules" (2021), equations 5 to 7. Arguments and shapes are
-those of `keras.layers.Dense` and `keras.layers.EinsumDense`.
+Source: "Meta-Learning Bidirectional Update Rules" (2021), equations 5 to 7. Arguments and shapes
+are those of `keras.layers.Dense` and `keras.layers.EinsumDense`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ Array = Any
 class Dense(SynapticLayer):
     """A densely connected layer that learns by a genome: put it where `keras.layers.Dense` was.
 
-    Inside a model that learns by a genome it holds the synapses of the model's rule: k channels, and a
-    kernel for the feedback path. Inside an ordinary Keras model it is a Dense layer on state 1, trained
-    by that model's optimizer; there a layer that a genome trains already is refused when training begins.
+    Inside a model that learns by a genome it holds the synapses of the model's rule: k channels,
+    and a kernel for the feedback path. Inside an ordinary Keras model it is a Dense layer on state
+    1, trained by that model's optimizer; there a layer that a genome trains already is refused when
+    training begins.
 
     Args:
         units: positive integer, number of neurons.
-        activation: nonlinearity of the layer: a name (`"relu_tanh"` is one of the rule's own) or any
-            Keras activation. `None` takes the rule's, or none where a normalisation, activation or
-            merging layer follows, and none in a plain Keras model.
+        activation: nonlinearity of the layer: a name (`"relu_tanh"` is one of the rule's own) or
+            any Keras activation. `None` takes the rule's, or none where a normalisation, activation
+            or merging layer follows, and none in a plain Keras model.
         use_bias: whether a constant 1 stands beside the inputs.
         kernel_initializer: Keras initializer of each channel of the kernel.
         bias_initializer: Keras initializer of each channel of the bias.
@@ -110,13 +111,15 @@ class Dense(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class EinsumDense(SynapticLayer):
-    """A dense layer of an einsum that learns by a genome: put it where `keras.layers.EinsumDense` was.
+    """A dense layer of an einsum that learns by a genome: put it where `keras.layers.EinsumDense`
+    was.
 
     Args:
         equation: the einsum, as in Keras. Input and output begin with the letter of the batch.
         output_shape: shape of the output without the batch; `None` for an axis of the input.
         activation: as of `Dense`.
-        bias_axes: letters of the output that have a bias of their own: `None`, or all that the kernel has.
+        bias_axes: letters of the output that have a bias of their own: `None`, or all that the
+            kernel has.
         kernel_initializer: as of `Dense`.
         bias_initializer: as of `Dense`.
         kernel_regularizer: as of `Dense`.

@@ -1,8 +1,9 @@
 """The normalisation layers: statistics by a map without synapses, scale and offset by a connection.
 
-Source: "Batch normalization" (Ioffe and Szegedy, 2015), "Layer normalization" (Ba et al., 2016), "Group
-normalization" (Wu and He, 2018), "Root mean square layer normalization" (Zhang and Sennrich, 2019). The
-map's Jacobian, statistics included, takes feedback through them: `keras_blur.core.weightless.Normalize`.
+Source: "Batch normalization" (Ioffe and Szegedy, 2015), "Layer normalization" (Ba et al., 2016),
+"Group normalization" (Wu and He, 2018), "Root mean square layer normalization" (Zhang and Sennrich,
+2019). The map's Jacobian, statistics included, takes feedback through them:
+`keras_blur.core.weightless.Normalize`.
 """
 
 from __future__ import annotations
@@ -106,10 +107,11 @@ class _Normalization(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class BatchNormalization(_Normalization):
-    """Batch normalisation that learns by a genome: put it where `keras.layers.BatchNormalization` was.
+    """Batch normalisation that learns by a genome: put it where `keras.layers.BatchNormalization`
+    was.
 
-    The moving statistics are those of Keras, but without the bias of their start: after t batches they
-    are the weighted mean of t, so that `evaluate` is right after a few steps as well.
+    The moving statistics are those of Keras, but without the bias of their start: after t batches
+    they are the weighted mean of t, so that `evaluate` is right after a few steps as well.
 
     Args:
         axis: integer, the axis of the features.
@@ -205,7 +207,8 @@ class BatchNormalization(_Normalization):
         return super().trace(plan, *values, **arguments)
 
     def follow(self, mean: Array, variance: Array, share: Array | None = None) -> None:
-        """Moves the statistics towards those of a batch, `[..., features, ...]` with axes of size 1.
+        """Moves the statistics towards those of a batch, `[..., features, ...]` with axes of size
+        1.
 
         Args:
             mean: of the batch.
@@ -223,7 +226,8 @@ class BatchNormalization(_Normalization):
         self.updates.assign(ops.minimum(self.updates + 1, _ESTABLISHED))
 
     def settle(self) -> None:
-        """Counts the moving statistics as those of a trained network, which later batches change by their share only."""
+        """Counts the moving statistics as those of a trained network, which later batches change by
+        their share only."""
         self.updates.assign(_ESTABLISHED)
 
     def call(self, inputs: Array, training: bool | None = None, mask: None = None) -> Array:
@@ -248,7 +252,8 @@ class BatchNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class LayerNormalization(_Normalization):
-    """Layer normalisation that learns by a genome: put it where `keras.layers.LayerNormalization` was.
+    """Layer normalisation that learns by a genome: put it where `keras.layers.LayerNormalization`
+    was.
 
     Args:
         axis: integer or integers, the axes that the statistics run over.
@@ -307,7 +312,8 @@ class LayerNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class GroupNormalization(_Normalization):
-    """Group normalisation that learns by a genome: put it where `keras.layers.GroupNormalization` was.
+    """Group normalisation that learns by a genome: put it where `keras.layers.GroupNormalization`
+    was.
 
     Args:
         groups: number of groups of channels; -1 for one channel a group.
@@ -324,7 +330,8 @@ class GroupNormalization(_Normalization):
         **kwargs: as of `Dense`.
 
     Raises:
-        ValueError: if an argument is not one of the above, or the groups do not divide the channels.
+        ValueError: if an argument is not one of the above, or the groups do not divide the
+            channels.
 
     Example:
 
@@ -381,7 +388,8 @@ class GroupNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class RMSNormalization(_Normalization):
-    """Root mean square normalisation that learns by a genome: put it where `keras.layers.RMSNormalization` was.
+    """Root mean square normalisation that learns by a genome: put it where
+    `keras.layers.RMSNormalization` was.
 
     Args:
         axis: integer, the axis that the mean square runs over.

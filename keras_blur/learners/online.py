@@ -8,8 +8,9 @@ embedding. Everything is trained by short backpropagation to remember past snipp
 equations and sizes were not available; the following are ours:
 
     message   m_j  = mean over i of M(w_ij, x_i)
-    neuron    x_j  <- tanh F(x_j, m_j, v_j, k_j, phase, e_type(j))                         some ticks for each item
-    synapse   g, u = G(w_ij, x_i, x_j);  w_ij <- (1 - s(g - 1)) w_ij + s(g - 1) tanh u     once for each item
+    neuron    x_j  <- tanh F(x_j, m_j, v_j, k_j, phase, e_type(j))    some ticks for each item
+    synapse   g, u = G(w_ij, x_i, x_j)                                once for each item
+              w_ij <- (1 - s(g - 1)) w_ij + s(g - 1) tanh u
     read-out  R(x_j)
 
 Here v are the shown bits and k marks where they are shown. The mean instead of a sum makes a rule

@@ -192,7 +192,8 @@ class InnerLoop:
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
-            # Data need no gradient. Without this, every step of the backward loop would form that of all batches.
+            # Data need no gradient. Without this, every step of the backward loop would form that
+            # of all batches.
             batch_x, batch_y = (tf.stop_gradient(tf.gather(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.trajectory_loss_weight:
@@ -233,8 +234,8 @@ class InnerLoop:
 
         dtype = total.dtype
 
-        # Arguments and results of a segment are floating-point tensors. Other dtypes have no gradient, and captured
-        # tensors would get none.
+        # Arguments and results of a segment are floating-point tensors. Other dtypes have no
+        # gradient, and captured tensors would get none.
         def run_flat(start: Array, flat: list[Array]) -> list[Array]:
             given, state, total = tf.nest.pack_sequence_as((outer, state_before, total_before), flat)
             state = tf.nest.map_structure(lambda leaf, like: tf.cast(leaf, like.dtype), state, state_before)

@@ -142,7 +142,8 @@ class WarpGrad(Estimator):
             tape.watch(watched)
             new, _ = learner.step(over_tasks(watched), state, x, y)
             detached = tf.nest.map_structure(tf.stop_gradient, new)
-            # The prediction of a step, not `predict`, so that layers such as dropout are in training mode.
+            # The prediction of a step, not `predict`, so that layers such as dropout are in
+            # training mode.
             _, prediction = learner.step(over_tasks(watched), detached if self.order == "first" else new, other_x, other_y)
             loss, correct = (tf.reduce_mean(value, axis=1) for value in self.scores(prediction, other_y))
             total = tf.reduce_sum(loss)

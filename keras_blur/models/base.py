@@ -1,9 +1,10 @@
 """The Keras face of a network: what models that learn by a genome under `fit` share.
 
-Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021). The model keeps the
-synapses as Keras variables and calls the one network step of `keras_blur.core.network`; no gradient of the network is taken
-anywhere. The genome is a constant of the compiled step: it does not change while a network learns, and a constant lets the
-plan drop what its zeros make vanish.
+Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
+The model keeps the synapses as Keras variables and calls the one network step of
+`keras_blur.core.network`; no gradient of the network is taken anywhere. The genome is a constant of
+the compiled step: it does not change while a network learns, and a constant lets the plan drop what
+its zeros make vanish.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ _OPTIMIZER_CALLBACKS = (
     keras.callbacks.ReduceLROnPlateau,
     keras.callbacks.SwapEMAWeights,
 )
-# Running statistics average over about `1 + step / _FORGETTING` batches, until the rule's momentum caps that: synapses
-# change most in the first steps, and older statistics are those of another network.
+# Running statistics average over about `1 + step / _FORGETTING` batches, until the rule's momentum
+# caps that: synapses change most in the first steps, and older statistics are those of another
+# network.
 _FORGETTING = 20.0
 
 
@@ -237,7 +239,8 @@ class BlurModel(WholeFiles, CheckedModel):
         """The prediction: state 1 of the outputs over the genome's temperature.
 
         Raises:
-            ValueError: if another Keras model calls this one under a gradient tape, to train it by an optimizer.
+            ValueError: if another Keras model calls this one under a gradient tape, to train it by
+                an optimizer.
         """
         refuse_outer_training(self)
         graph = self._graph
@@ -253,7 +256,8 @@ class BlurModel(WholeFiles, CheckedModel):
         return self._predicted(network.output(self._genome, graph, sweep.values))
 
     def _read(self, graph: Graph, synapses: Any, step: Array, training: bool) -> tuple[Any, ...]:
-        """The synapses as a forward pass reads them: slow ones, if the rule has them, unless in training."""
+        """The synapses as a forward pass reads them: slow ones, if the rule has them, unless in
+        training."""
         if training:
             return network.stored(self._genome, graph, synapses)
         state = network.NetworkState(synapses, ops.convert_to_tensor(step))
@@ -294,31 +298,36 @@ class BlurModel(WholeFiles, CheckedModel):
         *,
         targets: str = "auto",
     ) -> None:
-        """Configures learning and starts it afresh: the learning step and the traces of momentum become 0.
+        """Configures learning and starts it afresh: the learning step and the traces of momentum
+        become 0.
 
         There is no optimizer: the genome takes its place.
 
         Args:
             optimizer: must be `None`; stands where Keras has it.
-            loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss, its name, or a
-                function of labels and predictions; of several outputs a list of them, or a dict by the outputs' names.
-                Labels are written as it takes them. `None` takes the rule's.
-            loss_weights: weight of the loss of each output, in a list or a dict; `None` for one output.
+            loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
+                its name, or a function of labels and predictions; of several outputs a list of
+                them, or a dict by the outputs' names. Labels are written as it takes them. `None`
+                takes the rule's.
+            loss_weights: weight of the loss of each output, in a list or a dict; `None` for one
+                output.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
-            jit_compile: as in Keras, whose `"auto"` is `False` on TensorFlow without an accelerator.
-                There XLA's factorisation is slow, so leave it to a rule with `whitening`.
-            auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no effect. Layers with
-                float16 products scale each factor to the range of float16.
-            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers), `"indicators"` (0 and 1),
-                `"signs"` (-1 and +1), `"values"` (numbers fed as they are); `"auto"` takes what goes with the loss: integers
-                with a sparse one, 0 and 1 with a cross-entropy, either with a hinge loss, values with others.
+            jit_compile: as in Keras, whose `"auto"` is `False` on TensorFlow without an
+                accelerator. There XLA's factorisation is slow, so leave it to a rule with
+                `whitening`.
+            auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no
+                effect. Layers with float16 products scale each factor to the range of float16.
+            targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers),
+                `"indicators"` (0 and 1), `"signs"` (-1 and +1), `"values"` (numbers fed as they
+                are); `"auto"` takes what goes with the loss: integers with a sparse one, 0 and 1
+                with a cross-entropy, either with a hinge loss, values with others.
 
         Raises:
-            ValueError: if an optimizer is given, no loss is known, the losses don't fit the outputs, or a derivative is
-                needed and `feedback.check_loss` refuses it.
+            ValueError: if an optimizer is given, no loss is known, the losses don't fit the
+                outputs, or a derivative is needed and `feedback.check_loss` refuses it.
         """
         if optimizer is not None:
             raise ValueError(
@@ -512,7 +521,8 @@ class BlurModel(WholeFiles, CheckedModel):
         return tuple(found)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Keras's, which metrics are made in, looks at a batch; of a batch over several workers it cannot."""
+        """Keras's, which metrics are made in, looks at a batch; of a batch over several workers it
+        cannot."""
         with backend.symbolic_build(self, iterator, data_batch) as (iterator, data_batch):
             super()._maybe_symbolic_build(iterator, data_batch)
 
@@ -525,7 +535,8 @@ class BlurModel(WholeFiles, CheckedModel):
     def _follow_layers(self, sweep: network.Sweep, shared: SharedBatch | None) -> None:
         """Moves the moving statistics of normalisation layers towards those of this batch.
 
-        Beside slow synapses they are averages of the same kind, so that they fit the network that predicts.
+        Beside slow synapses they are averages of the same kind, so that they fit the network that
+        predicts.
         """
         slow = self.rule.slow_synapses
         share = averaging_share(self._genome.layer(0), self.learning_step) if slow else None
@@ -534,9 +545,11 @@ class BlurModel(WholeFiles, CheckedModel):
                 layer.follow(*normalize.moments((sweep.values[value],), shared), share)
 
     def _follow(self, state: network.NetworkState, prepared: Any, shared: SharedBatch | None) -> None:
-        """Moves the running statistics of `predict` towards those that the new synapses give on this batch.
+        """Moves the running statistics of `predict` towards those that the new synapses give on
+        this batch.
 
-        The first batch replaces them, so that they have no bias. No input is dropped, as in prediction.
+        The first batch replaces them, so that they have no bias. No input is dropped, as in
+        prediction.
         """
         graph = self._graph
         synapses = self._read(graph, state.synapses, state.step, False)
@@ -573,10 +586,11 @@ class BlurModel(WholeFiles, CheckedModel):
         validation_batch_size: int | None = None,
         validation_freq: Any = 1,
     ) -> keras.callbacks.History:
-        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that aren't finite.
+        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that
+        aren't finite.
 
-        Arrays and the element specs of datasets are checked before the first step, the batches of a `tf.data.Dataset`, a
-        `PyDataset` or a generator as they arrive; so are `validation_data`.
+        Arrays and the element specs of datasets are checked before the first step, the batches of a
+        `tf.data.Dataset`, a `PyDataset` or a generator as they arrive; so are `validation_data`.
 
         Raises:
             ValueError: if data don't fit the model or the loss.
@@ -604,7 +618,8 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @staticmethod
     def _check_callbacks(callbacks: Any) -> None:
-        """Raises a `ValueError` if one of the callbacks reads or sets what only an optimizer has."""
+        """Raises a `ValueError` if one of the callbacks reads or sets what only an optimizer
+        has."""
         for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
             counts = isinstance(callback, keras.callbacks.TensorBoard) and callback.write_steps_per_second
             if counts or isinstance(callback, _OPTIMIZER_CALLBACKS):

@@ -1,4 +1,5 @@
-"""Conversion of Keras networks to networks that learn by a genome, and of these to Keras networks."""
+"""Conversion of Keras networks to networks that learn by a genome, and of these to Keras
+networks."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from keras_blur.models.model import Model
 from keras_blur.models.reading import check_weightless
 from keras_blur.models.sequential import Sequential
 
-# Of each kind of Keras layer with weights: for each part of its twin, the attribute path to the Keras layer that has its
-# weights, and the names of kernel and bias there.
+# Of each kind of Keras layer with weights: for each part of its twin, the attribute path to the
+# Keras layer that has its weights, and the names of kernel and bias there.
 _SELF = ((), "kernel", "bias")
 _NORMAL = ((), "gamma", "beta")
 _PARTS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
@@ -56,18 +57,20 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
     """A Keras model as one that learns by a genome.
 
     Args:
-        model: a built Functional or Sequential model. Its layers with weights have a twin in `keras_blur.layers`; all
-            others are taken as they are. Nested models are unfolded by the plan; a layer used twice stays one layer.
+        model: a built Functional or Sequential model. Its layers with weights have a twin in
+            `keras_blur.layers`; all others are taken as they are. Nested models are unfolded by the
+            plan; a layer used twice stays one layer.
         genome: the genome of the new model.
 
     Returns:
-        A `Sequential` for a `keras.Sequential`, else a `Model`, with the same weights in each forward channel, the same
-        names and moving statistics; backward synapses that the rule updates with the same terms as the forward ones
-        (`directions="tied_updates"`) start equal to them, independent ones at random.
+        A `Sequential` for a `keras.Sequential`, else a `Model`, with the same weights in each
+        forward channel, the same names and moving statistics; backward synapses that the rule
+        updates with the same terms as the forward ones (`directions="tied_updates"`) start equal to
+        them, independent ones at random.
 
     Raises:
-        ValueError: if the model is not built, holds another layer with weights, or an option without a place in the twin:
-            LoRA, quantization, an activity regularizer.
+        ValueError: if the model is not built, holds another layer with weights, or an option
+            without a place in the twin: LoRA, quantization, an activity regularizer.
 
     Example:
 
@@ -106,7 +109,8 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
 
 
 def copy_weights(source: keras.Model, target: BlurModel) -> None:
-    """Copies the weights of a Keras model into each forward channel of a model with the same layers in the same order.
+    """Copies the weights of a Keras model into each forward channel of a model with the same layers
+    in the same order.
 
     Args:
         source: a built model.
@@ -210,7 +214,8 @@ def _twin(layer: Any) -> Any:
 
 
 def _copied(layer: Any) -> Any:
-    """Another layer without weights like one; a config knows a function by its name, or not at all."""
+    """Another layer without weights like one; a config knows a function by its name, or not at
+    all."""
     if isinstance(layer, keras.layers.Lambda):
         return layer
     copy = type(layer).from_config(layer.get_config())
@@ -239,7 +244,8 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
         for name, variable in part.synapses.items():
             if name.endswith((TRACE, AVERAGE)) or (name == "backward_kernel" and not equal):
                 continue
-            # By way of numpy: models that shared arrays would lose them when JAX's trainer donates one's.
+            # By way of numpy: models that shared arrays would lose them when JAX's trainer donates
+            # one's.
             value = numbers_of(bias if name == "bias" else kernel)
             value = value.reshape(variable.shape[2:]) if name == "bias" else value
             variable.assign(np.broadcast_to(value, variable.shape))
@@ -252,13 +258,15 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
 
 
 def to_keras(model: BlurModel) -> keras.Model:
-    """A model that learned by a genome as a plain Keras model, with the first channel of its synapses.
+    """A model that learned by a genome as a plain Keras model, with the first channel of its
+    synapses.
 
     Args:
         model: a built model whose genome predicts from state 1 alone, as backpropagation does.
 
     Returns:
-        A `keras.Model` (a `keras.Sequential` of a `Sequential`) with the same names and predictions.
+        A `keras.Model` (a `keras.Sequential` of a `Sequential`) with the same names and
+        predictions.
 
     Raises:
         ValueError: if the prediction needs more than state 1 or the plain weights.

@@ -16,9 +16,10 @@ class Model(BlurModel):
 
     Args:
         inputs: Keras inputs: one, a list or a dict.
-        outputs: what layers made of them. Layers with weights are `keras_blur.layers`; all others are Keras's. Layers
-            before the first one with synapses prepare the input and may be any without weights that train; between and
-            after, states also go back through them, so they must have no weights and draw no random numbers (dropout may).
+        outputs: what layers made of them. Layers with weights are `keras_blur.layers`; all others
+            are Keras's. Layers before the first one with synapses prepare the input and may be any
+            without weights that train; between and after, states also go back through them, so they
+            must have no weights and draw no random numbers (dropout may).
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.

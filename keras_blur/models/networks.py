@@ -1,4 +1,5 @@
-"""Networks of the command line and of comparisons, as plain Keras models, and their twins with batch normalisation."""
+"""Networks of the command line and of comparisons, as plain Keras models, and their twins with
+batch normalisation."""
 
 from __future__ import annotations
 

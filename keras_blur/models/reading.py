@@ -1,12 +1,12 @@
 """Keras's Functional graph read as a plan of the core: once, when a model is made.
 
-Three parts come out. What stands before the first layer with synapses prepares the input: Keras runs it
-as it is. What stands between the first such layer and the outputs is the `core.graph.Graph`. A chain of
-maps after the last layer of neurons is a head: it turns the network's output into the prediction, and a
-loss's derivative goes back through it.
+Three parts come out. What stands before the first layer with synapses prepares the input: Keras
+runs it as it is. What stands between the first such layer and the outputs is the
+`core.graph.Graph`. A chain of maps after the last layer of neurons is a head: it turns the
+network's output into the prediction, and a loss's derivative goes back through it.
 
-Layers are known by themselves, not by name or place: a layer called twice is one set of synapses, and
-nested models are unfolded.
+Layers are known by themselves, not by name or place: a layer called twice is one set of synapses,
+and nested models are unfolded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class _Map:
 
 
 def _is_function(one: _Map) -> bool:
-    """Whether a map is a function of one array alone: it draws nothing, and takes no statistics of a batch."""
+    """Whether a map is a function of one array alone: it draws nothing, and takes no statistics of
+    a batch."""
     return len(one.sources) == 1 and isinstance(one.map, (Linear, Jacobian))
 
 
@@ -94,7 +95,8 @@ class Reading:
         preparations: what comes before.
         entries: numbers of the prepared arrays that enter the graph.
         heads: the maps after each output.
-        follows: layers with moving statistics, the maps that normalise by them, and the values that these read.
+        follows: layers with moving statistics, the maps that normalise by them, and the values that
+            these read.
         shapes: shape of the features of each layer of neurons.
     """
 
@@ -231,7 +233,8 @@ class Plan:
         return sorted(found)
 
     def _is_taken_over(self, number: int, readers: Mapping[int, list[int]]) -> bool:
-        """Whether a normalisation, a nonlinearity or a merging layer reads a layer, which then has none of its own."""
+        """Whether a normalisation, a nonlinearity or a merging layer reads a layer, which then has
+        none of its own."""
         read_by = [self._operations[reader] for reader in readers.get(number, ())]
         return any(
             isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax)))
@@ -358,7 +361,8 @@ def _check_call(layer: BlurLayer, node: Any) -> None:
 
 
 def check_weightless(layer: Any) -> None:
-    """Raises a `ValueError` if an operation that has no synapses has weights or a penalty, or makes a mask."""
+    """Raises a `ValueError` if an operation that has no synapses has weights or a penalty, or makes
+    a mask."""
     if not isinstance(layer, keras.Layer):
         return
     if layer.activity_regularizer is not None or isinstance(layer, kl.ActivityRegularization):

@@ -1,9 +1,10 @@
-"""What the outputs of a network receive in a learning step: losses, labels and weights of each, and the way through heads.
+"""What the outputs of a network receive in a learning step: losses, labels and weights of each, and
+the way through heads.
 
-Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule for
-errors. A head is a chain of maps after an output, which turns it into the prediction: a loss's derivative
-goes back through it, and a cross-entropy of probabilities looks through a softmax to the logits, as a
-gradient of both together would.
+Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule
+for errors. A head is a chain of maps after an output, which turns it into the prediction: a loss's
+derivative goes back through it, and a cross-entropy of probabilities looks through a softmax to the
+logits, as a gradient of both together would.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
 
 
 def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:
-    """A loss and the head that its derivative goes through, without a softmax that a cross-entropy looks through."""
+    """A loss and the head that its derivative goes through, without a softmax that a cross-entropy
+    looks through."""
     if head and isinstance(head[-1], Softmax):
         logits = of_logits(loss)
         if logits is not None:
@@ -139,7 +141,8 @@ def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[
 
 
 def signs(wanted: Sequence[Wanted], outputs: Sequence[Array], kind_of: Callable[[Any], str]) -> list[Array]:
-    """The labels of each output as +1 and -1, back through the maps of its head that change the shape.
+    """The labels of each output as +1 and -1, back through the maps of its head that change the
+    shape.
 
     Args:
         wanted: what each output is to learn.

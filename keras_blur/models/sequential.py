@@ -18,16 +18,17 @@ class Sequential(BlurModel):
     """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
 
     Args:
-        layers: a list of Keras layers: `keras_blur` layers, which hold synapses, and Keras layers without weights. Those
-            before the first `keras_blur` layer prepare the input and may be any; states also go back through the others,
-            so they must draw no random numbers (dropout may). It may start with a `keras.Input`.
+        layers: a list of Keras layers: `keras_blur` layers, which hold synapses, and Keras layers
+            without weights. Those before the first `keras_blur` layer prepare the input and may be
+            any; states also go back through the others, so they must draw no random numbers
+            (dropout may). It may start with a `keras.Input`.
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Raises:
-        ValueError: if there is no genome, if it is a population, a layer does not fit in the chain, or an argument is
-            unknown.
+        ValueError: if there is no genome, if it is a population, a layer does not fit in the chain,
+            or an argument is unknown.
 
     Example:
 

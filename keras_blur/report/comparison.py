@@ -292,7 +292,8 @@ class _BatchStatistics(keras.layers.Layer):
 
 
 def _with_batch_statistics(model: keras.Model) -> keras.Model:
-    """The same layers in a model whose batch normalisation always uses the statistics of the batch."""
+    """The same layers in a model whose batch normalisation always uses the statistics of the
+    batch."""
 
     def called(layer: Any, *inputs: Any, **options: Any) -> Any:
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -182,7 +182,8 @@ def _finite(value: float) -> float | None:
 
 
 def _reader(data: Source) -> Callable[[int], tuple[Array, Array]]:
-    """A function that reads the next batches: x `[1, seeds, count, batch, features]`, y as +1/-1."""
+    """A function that reads the next batches: x `[1, seeds, count, batch, features]`, y as
+    +1/-1."""
     streams = [data.batches(number) for number in range(data.seeds)]
 
     def read(count: int) -> tuple[Array, Array]:

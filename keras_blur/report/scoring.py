@@ -14,7 +14,8 @@ def score(model: keras.Model, x: np.ndarray, y: np.ndarray, probabilities: bool 
     """Scores what `predict` gives.
 
     Args:
-        model: its outputs are `[examples, classes]`, or `[examples, 1]` for two classes told by a sign.
+        model: its outputs are `[examples, classes]`, or `[examples, 1]` for two classes told by a
+            sign.
         x: `[examples, *shape]`.
         y: integer labels `[examples]`.
         probabilities: whether the outputs are probabilities rather than logits.
@@ -35,7 +36,8 @@ def score(model: keras.Model, x: np.ndarray, y: np.ndarray, probabilities: bool 
 
 
 def _cross_entropies(found: np.ndarray, y: np.ndarray, probabilities: bool) -> np.ndarray:
-    """Cross-entropy of each example `[examples]`, from logits or probabilities `[examples, outputs]`."""
+    """Cross-entropy of each example `[examples]`, from logits or probabilities
+    `[examples, outputs]`."""
     if probabilities:  # clipped as Keras does
         found = np.clip(found, 1e-7, 1.0 - 1e-7)
         found = np.log(found) if found.shape[-1] > 1 else np.log(found / (1.0 - found))

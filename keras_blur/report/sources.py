@@ -39,7 +39,8 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def test(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The test examples of a seed: x `[examples, *shape]` float32, labels `[examples]` int32."""
+        """The test examples of a seed: x `[examples, *shape]` float32, labels `[examples]`
+        int32."""
 
     @property
     def features(self) -> int:

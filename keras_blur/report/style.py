@@ -12,7 +12,8 @@ from keras_blur.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; each with a line style of its own for print.
+# Okabe and Ito's colours, told apart by colour-blind readers; each with a line style of its own for
+# print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ENDINGS = (".png", ".pdf", ".svg")
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 3)), "-")

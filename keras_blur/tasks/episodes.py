@@ -88,7 +88,8 @@ class EpisodeTasks(Tasks):
             chosen = group * self.outputs + tf.range(self.outputs)
         else:
             chosen = self._drawn(random.fold_in(seed, 0), known)
-        # The images of a class in random order; the places that only larger classes fill are missing.
+        # The images of a class in random order; the places that only larger classes fill are
+        # missing.
         most = int(known.counts.max())
         missing = tf.range(most) >= tf.gather(tf.constant(known.counts, tf.int32), chosen)[:, None]
         order = _first_of_random_order(random.fold_in(seed, 1), missing, each)

@@ -147,7 +147,8 @@ def _angle(task: Array) -> Array:
     return random.uniform(random.fold_in(task, 0), (), 0.0, 2.0 * math.pi)
 
 
-# Whether points `[n, 2]` are of class 1; the second argument is the episode's seed. Sizes halve the square nearly.
+# Whether points `[n, 2]` are of class 1; the second argument is the episode's seed. Sizes halve the
+# square nearly.
 
 
 def _and(x: Array, task: Array) -> Array:
@@ -217,7 +218,8 @@ _SIDES: dict[str, Callable[[Array, Array], Array]] = {
     "random_xor": _random_xor,
 }
 
-# Examples of the episode `task` at the points that the seed `points` draws: x, and labels `[n]` or values `[n, 1]`.
+# Examples of the episode `task` at the points that the seed `points` draws: x, and labels `[n]` or
+# values `[n, 1]`.
 _Draw = Callable[[Array, Array, int], tuple[Array, Array]]
 
 

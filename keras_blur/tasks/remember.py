@@ -54,7 +54,8 @@ class RememberTasks(Tasks):
         stored = steps * batch
         x, y = self.examples(seed, stored, split)
         asked = tf.gather(y, tf.range(query) % stored)
-        # So many bits are shown, whichever they are: those with the least numbers of a random order.
+        # So many bits are shown, whichever they are: those with the least numbers of a random
+        # order.
         order = random.permutation(random.fold_in(seed, 1), self.units, (query,))
         shown = tf.cast(order < round(self.cue * self.units), tf.float32)
         return {

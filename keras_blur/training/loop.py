@@ -1,30 +1,33 @@
 """The training loop of both trainers: epochs, progress, callbacks, checkpoints and resumption.
 
 Keras's own loop does not run under every strategy, and outer loops have other data. This loop keeps
-Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so a
-run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted run.
+Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so
+a run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted
+run.
 
 Keras's `fit` does more around a step than apply an optimizer. Both trainers cover:
 
-==========================  ==================================================================================
+==========================  ====================================================================
 Duty                        Here
-==========================  ==================================================================================
-loss scaling                `loss_scale` before a loss is differentiated, `apply_scaled` after; BilevelTrainer
-                            wraps its optimizers under mixed_float16, MetaTrainer computes in float32
+==========================  ====================================================================
+loss scaling                `loss_scale` before a loss is differentiated, `apply_scaled` after;
+                            BilevelTrainer wraps its optimizers under mixed_float16, MetaTrainer
+                            computes in float32
 use_ema                     averages start at the weights and replace them at the end of `fit`
 regularization, `add_loss`  added to the training loss of BilevelTrainer
 steps_per_execution         batch callbacks run once per execution
 run_eagerly                 steps run without `tf.function`
-validation                  BilevelTrainer: arrays or datasets, sample weights, steps, frequency, batch size;
-                            MetaTrainer: the callback `MetaValidate`
-metrics                     BilevelTrainer: `metrics` and `weighted_metrics`, reset at the start of an epoch
-callbacks                   in the order of Keras; `on_train_end` gets the logs of the last epoch; unsupported
-                            callbacks raise before training
+validation                  BilevelTrainer: arrays or datasets, sample weights, steps, frequency,
+                            batch size; MetaTrainer: the callback `MetaValidate`
+metrics                     BilevelTrainer: `metrics` and `weighted_metrics`, reset at the start of
+                            an epoch
+callbacks                   in the order of Keras; `on_train_end` gets the logs of the last epoch;
+                            unsupported callbacks raise before training
 stop_training               checked after each execution and each epoch
 initial_epoch               from `fit`, a checkpoint or BackupAndRestore
 verbose, history            `CallbackList` of Keras
 debugging limits            `keras.config.max_epochs` and `keras.config.max_steps_per_epoch`
-==========================  ==================================================================================
+==========================  ====================================================================
 """
 
 from __future__ import annotations
@@ -454,7 +457,8 @@ def apply_scaled(
 
 
 def check_frequency(frequency: Any) -> None:
-    """Raises a `ValueError` if `validation_freq` is neither a positive integer nor a list of them."""
+    """Raises a `ValueError` if `validation_freq` is neither a positive integer nor a list of
+    them."""
     several = list(frequency) if isinstance(frequency, Sequence) and not isinstance(frequency, str) else [frequency]
     if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in several):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Outer parameters learned inside one training run: it learns, it resumes, it touches nothing that it should not."""
+"""Outer parameters learned inside one training run: it learns, it resumes, it touches nothing that
+it should not."""
 
 import math
 import signal
@@ -345,7 +346,8 @@ class SmallLoss(bilevel.TrainingLoss):
 
 
 def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses():
-    """A network that was taught the mistakes: a rule that trusts small losses keeps them, a learned one turns around."""
+    """A network that was taught the mistakes: a rule that trusts small losses keeps them, a learned
+    one turns around."""
     x, truth, _ = blobs(600, 0)
     y = tasks.noisy_labels(truth, 6, 0.4, "flip", seed=0)
     wrong, losses = y != truth, {}

@@ -1,4 +1,5 @@
-"""Estimators of the hypergradient: against differences of the loss itself, against each other, and where they cannot go."""
+"""Estimators of the hypergradient: against differences of the loss itself, against each other, and
+where they cannot go."""
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def once(x):
 
 
 def problem(dtype="float64", activation=tf.tanh):
-    """A network of three layers, a training loss with weights of examples and a scalar, and a meta loss."""
+    """A network of three layers, a training loss with weights of examples and a scalar, and a meta
+    loss."""
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -195,7 +197,8 @@ def test_a_population_of_one_has_no_gradient():
 
 
 def test_small_perturbations_move_as_theory_says():
-    """The mean over draws of the merged displacement is -sigma^2 (K - 1) / (K tau) times the gradient."""
+    """The mean over draws of the merged displacement is -sigma^2 (K - 1) / (K tau) times the
+    gradient."""
     sigma, tau, population = 0.02, 0.5, 3
     slope = tf.constant([1.0, -2.0, 0.5], tf.float64)
     size = 200_000
@@ -226,8 +229,9 @@ def test_small_perturbations_move_as_theory_says():
 
 
 def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
-    """Of a step of size a on theta' H theta / 2 it is 2 a_eff theta' H (I - a H) H^2 theta, positive where a is small; the
-    loss after the step falls with a. examples/learn_a_gate.py shows it in a network."""
+    """Of a step of size a on theta' H theta / 2 it is 2 a_eff theta' H (I - a H) H^2 theta,
+    positive where a is small; the loss after the step falls with a. examples/learn_a_gate.py shows
+    it in a network."""
     sigma, tau, population, size = 0.02, 0.5, 2, 100_000
     h, theta = np.array([1.0, 0.5, 2.0]), np.array([1.0, -1.0, 0.5])
 
@@ -307,8 +311,9 @@ def test_a_branch_of_the_sampler_computes_its_own_layers_alone():
                 ahead += [value.split(":")[0].lstrip("^") for value in nodes[name].input]
         return sum(nodes[name].op == "MatMul" for name in reached)
 
-    # Of the meta loss, from the head: a product for its weights; then one for what goes below it and one for weights again.
-    # Of the mixed derivative, in the other direction: of each layer its change of outputs, and what comes from below.
+    # Of the meta loss, from the head: a product for its weights; then one for what goes below it
+    # and one for weights again. Of the mixed derivative, in the other direction: of each layer its
+    # change of outputs, and what comes from below.
     assert [[products(branch) for branch in branches] for branches in cases] == [[5, 3, 1], [5, 3, 1]]
 
 

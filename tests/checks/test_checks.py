@@ -1,4 +1,5 @@
-"""Data checks: each fault gives one sentence whatever holds the data and whatever takes them; no sound data are refused."""
+"""Data checks: each fault gives one sentence whatever holds the data and whatever takes them; no
+sound data are refused."""
 
 import re
 

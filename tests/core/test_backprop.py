@@ -1,4 +1,5 @@
-"""The backprop genome is backpropagation: its weights follow a Keras model under plain SGD to 1e-5."""
+"""The backprop genome is backpropagation: its weights follow a Keras model under plain SGD to
+1e-5."""
 
 import keras
 import numpy as np
@@ -26,7 +27,8 @@ def batches(classes=10, steps=STEPS):
 
 
 def differences(twin, genome, loss, data, weighted=False, rate=RATE, start=None):
-    """Largest difference of each weight array over its largest weight, after each batch; `start` may alter the model."""
+    """Largest difference of each weight array over its largest weight, after each batch; `start`
+    may alter the model."""
     model = kb.convert(twin, genome)
     if start is not None:
         start(model)
@@ -148,8 +150,9 @@ def test_separate_synapses_are_exact_for_one_step_only(option):
     "option",
     [
         {"directions": "tied_updates", "channels": "tied_updates"},
-        # Channel 1 of the forward path takes (state 1 before) x (state 2 after); so does channel 2 of the feedback path, the
-        # one that carries the error; the other two channels, which take state 2 x state 1, are not read.
+        # Channel 1 of the forward path takes (state 1 before) x (state 2 after); so does channel 2
+        # of the feedback path, the one that carries the error; the other two channels, which take
+        # state 2 x state 1, are not read.
         {"directions": "untied", "channels": "own"},
     ],
 )

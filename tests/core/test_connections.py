@@ -1,4 +1,5 @@
-"""Connections by each other: convolutions as dense layers on patches, permuted channels, populations as loops."""
+"""Connections by each other: convolutions as dense layers on patches, permuted channels,
+populations as loops."""
 
 import keras
 import numpy as np
@@ -95,7 +96,8 @@ def test_a_convolution_of_single_pixels_is_dense(states):
 def test_a_convolution_is_dense_on_patches(states, size, strides, padding, dilation, shape):
     """Patches are rows of the batch: the same Hebbian sums, statistics and stabilisers.
 
-    What counts examples, the mean and the damping, does not count rows: there the dense layer has positions.
+    What counts examples, the mean and the damping, does not count rows: there the dense layer has
+    positions.
     """
     genome = genome_of(states)
     genome = genome.with_rule(genome.rule.replace(batch_reduction="sum"))
@@ -168,7 +170,8 @@ POPULATIONS = {
     ],
 )
 def test_a_population_is_a_loop_over_members(name, states):
-    """Members have genomes, synapses and data of their own; two connections, so that feedback passes the second."""
+    """Members have genomes, synapses and data of their own; two connections, so that feedback
+    passes the second."""
     connection, shape = POPULATIONS[name]
     builder = Builder([connection.axes])
     value, shapes = 0, [shape]

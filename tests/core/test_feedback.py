@@ -1,4 +1,5 @@
-"""What the output layer receives: labels in every spelling, and written-out derivatives against automatic ones."""
+"""What the output layer receives: labels in every spelling, and written-out derivatives against
+automatic ones."""
 
 import json
 
@@ -280,7 +281,8 @@ def test_no_tape_is_needed_in_a_compiled_graph():
 
 
 def test_text_of_a_loss_is_the_same_while_a_model_is_saved():
-    """Keras adds a memory address to what it saves twice, and to what happens to lie where another object lay."""
+    """Keras adds a memory address to what it saves twice, and to what happens to lie where another
+    object lay."""
     loss = losses.MeanSquaredError()
     expected = feedback.loss_text(loss)
     with serialization_lib.ObjectSharingScope():  # as inside `save` and `load_model`

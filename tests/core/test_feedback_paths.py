@@ -1,4 +1,5 @@
-"""`Rule.directions`: what the backward synapses of dense and convolutional layers are, and what becomes of them."""
+"""`Rule.directions`: what the backward synapses of dense and convolutional layers are, and what
+becomes of them."""
 
 import keras
 import numpy as np
@@ -43,7 +44,8 @@ def both(model):
 
 
 def test_with_tied_updates_and_weight_decay_the_kernels_come_to_agree():
-    """Kolen and Pollack: equal updates leave the difference to weight decay, which takes the same share of it each step."""
+    """Kolen and Pollack: equal updates leave the difference to weight decay, which takes the same
+    share of it each step."""
     rate, decay, epochs = 0.1, 0.1, 20
     model = network(genome("tied_updates", rate=rate, decay=decay))
     before = both(model)
@@ -114,7 +116,8 @@ def test_each_path_learns_the_digits(directions, least):
 
 
 def test_meta_learning_goes_through_the_signs():
-    """The step of a rule with signs has a derivative by the genome, and holds backward synapses in a learner, too."""
+    """The step of a rule with signs has a derivative by the genome, and holds backward synapses in
+    a learner, too."""
     rule = kb.Rule(directions="signs")
     learner = kb.learners.Blur((6,), rule)
     rng = np.random.default_rng(0)

@@ -1,4 +1,5 @@
-"""`Rule` and `Genome`: what they refuse, their shapes and types, and that nothing changes behind one's back."""
+"""`Rule` and `Genome`: what they refuse, their shapes and types, and that nothing changes behind
+one's back."""
 
 import copy
 import json
@@ -244,7 +245,8 @@ def test_with_rule_starts_what_is_new_as_random_does(layers, population):
 
 @pytest.mark.parametrize("layers", [None, 3])
 def test_members_and_populations(layers):
-    """Stacking singles and populations keeps each genome; members come first in `by_member`, whatever the layers do."""
+    """Stacking singles and populations keeps each genome; members come first in `by_member`,
+    whatever the layers do."""
     rule = Rule(layers=layers)
     singles = [Genome.random(rule, seed) for seed in range(3)]
     pair = Genome.stack(singles[:2])

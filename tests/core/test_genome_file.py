@@ -1,4 +1,5 @@
-"""Genome files: exact to the last bit, whole or not there, and an error that says so where one was damaged."""
+"""Genome files: exact to the last bit, whole or not there, and an error that says so where one was
+damaged."""
 
 import json
 import os
@@ -55,7 +56,8 @@ def test_round_trip(tmp_path, genome):
 
 
 def test_any_changed_digit_is_found(tmp_path, genome):
-    """Each digit of each number, rule and arrays: it is an error, unless it spells the very same number."""
+    """Each digit of each number, rule and arrays: it is an error, unless it spells the very same
+    number."""
     text = genome.to_json()
     end = text.index('"checksum"')
     digits = [place for place in re.finditer(r"\d", text[:end]) if text[: place.start()].count('"') % 2 == 0]

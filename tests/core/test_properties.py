@@ -1,4 +1,5 @@
-"""What must hold for every genome: symmetries of a network, and what a population or a compiler may not change.
+"""What must hold for every genome: symmetries of a network, and what a population or a compiler may
+not change.
 
 Tensors are float64 unless a test is about compiled code, which `fit` runs in float32.
 """
@@ -51,7 +52,8 @@ def same(actual, expected, rtol=1e-9, atol=1e-11):
 
 
 def permuted(synapses, layer, order):
-    """The same network with the units of a layer of neurons (1: the first hidden one) in another order."""
+    """The same network with the units of a layer of neurons (1: the first hidden one) in another
+    order."""
     new = [dict(own) for own in synapses]
     new[layer - 1] = {name: value[..., order] for name, value in new[layer - 1].items()}
     if layer < len(new):
@@ -109,15 +111,18 @@ def test_population_is_a_loop_over_genomes_and_replicas(name):
             same(keras.tree.map_structure(lambda value, g=g, r=r: value[g, r], together), alone)
 
 
-# A state more, which nothing reads and which reads nothing: these arrays of k = 2 go into the corner of k = 3.
+# A state more, which nothing reads and which reads nothing: these arrays of k = 2 go into the
+# corner of k = 3.
 WIDER = [name for name, options in COVER.items() if "states" not in options]
 
 
 @pytest.mark.parametrize("name", WIDER)
 def test_smaller_genome_embeds_in_a_larger_one(name):
-    """Rows of zeros: no other state reads state 3. Its own column may hold anything, since it is read nowhere.
+    """Rows of zeros: no other state reads state 3. Its own column may hold anything, since it is
+    read nowhere.
 
-    The bias is 1 in every state, the third too: the zero row of nu and nu~ cuts that off, so nothing has to be made up.
+    The bias is 1 in every state, the third too: the zero row of nu and nu~ cuts that off, so
+    nothing has to be made up.
     """
     small_rule = Rule(**COVER[name])
     rule = small_rule.replace(states=3)
@@ -183,7 +188,8 @@ def test_weight_zero_is_the_example_left_out(name):
 
 @pytest.mark.parametrize("name", COVER)
 def test_zero_update_gate_and_full_keep_leave_synapses(name):
-    """f~ = 1 and eta~ = 0: nothing but normalisation and saturation is left of equation 7, and those are removed."""
+    """f~ = 1 and eta~ = 0: nothing but normalisation and saturation is left of equation 7, and
+    those are removed."""
     rule = Rule(**COVER[name]).replace(normalize_synapses="none", rescale_synapses=False, saturation="none")
     genome, synapses, batches = setting(rule)
     still = {}
@@ -216,7 +222,8 @@ def test_step_may_be_a_tensor(step, every):
 
 
 def compiled_step(rule, chain):
-    """A compiled function of one step, of all that a step reads, and a list that grows when it is traced."""
+    """A compiled function of one step, of all that a step reads, and a list that grows when it is
+    traced."""
     traces = []
 
     def run(arrays, state, x, y):
@@ -229,7 +236,8 @@ def compiled_step(rule, chain):
 
 @pytest.mark.parametrize("name", COVER)
 def test_compiler_changes_nothing_and_traces_once(name):
-    """XLA gives the eager numbers, and no argument that changes from step to step makes a new trace."""
+    """XLA gives the eager numbers, and no argument that changes from step to step makes a new
+    trace."""
     rule, sizes = Rule(**COVER[name]), (4, 5, 4, 3)
     synapses = draw_synapses(rule, 1, sizes, dtype="float32")
     neurons = tuple(np.zeros((rule.states, rule_table.BATCH, size), "float32") for size in sizes)
@@ -252,7 +260,8 @@ def test_compiler_changes_nothing_and_traces_once(name):
 @pytest.mark.parametrize("states_type", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["plain", "three", "batch", "effective"])
 def test_results_have_the_type_of_the_states(name, states_type, genome_type):
-    """A genome of any type works with states of any type; the states' type is that of the result."""
+    """A genome of any type works with states of any type; the states' type is that of the
+    result."""
     rule = Rule(**COVER[name])
     genome = draw_genome(rule, dtype=genome_type)
     synapses = draw_synapses(rule, 1, dtype=states_type)
@@ -297,7 +306,8 @@ def test_normalised_sums_have_the_mean_and_deviation_of_the_genome(axis):
 
 @pytest.mark.parametrize("shape", [(3, 40, 12), (2, 12, 40), (1, 9, 9)])
 def test_orthogonal_leaves_directions_and_levels_their_sizes(shape):
-    """Singular vectors stay, singular values come near 1 (times the width's factor), whatever the scale was."""
+    """Singular vectors stay, singular values come near 1 (times the width's factor), whatever the
+    scale was."""
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal(shape)
     left, values, right = np.linalg.svd(matrix, full_matrices=False)

@@ -1,4 +1,5 @@
-"""Derivatives where a formula has a root or a quotient at 0: finite, and the same compiled and not."""
+"""Derivatives where a formula has a root or a quotient at 0: finite, and the same compiled and
+not."""
 
 import keras
 import numpy as np
@@ -33,7 +34,8 @@ def both(function, *arguments):
 
 
 def dead(steps=2, tasks=2, batch=5, query=4):
-    """Episodes with an input that is always 0, as a pixel at a border: its weights have gradients of exactly 0."""
+    """Episodes with an input that is always 0, as a pixel at a border: its weights have gradients
+    of exactly 0."""
     rng = np.random.default_rng(0)
 
     def x(*shape):
@@ -162,7 +164,8 @@ def test_a_rule_that_orthogonalises_has_a_meta_gradient_of_dead_layers():
 
 
 def flat_problem():
-    """A two-layer network with one output, on inputs of zeros: only the bias has a gradient that is not 0."""
+    """A two-layer network with one output, on inputs of zeros: only the bias has a gradient that is
+    not 0."""
     x = tf.zeros((4, 3))
 
     def predict(w):

@@ -34,7 +34,8 @@ def genome_of(**options):
 
 
 def terms_of(connection, x, y, *, weight=None, kernel=None, **options):
-    """What a step adds to kernel and bias of one layer from zeros, over the gate: the finished term."""
+    """What a step adds to kernel and bias of one layer from zeros, over the gate: the finished
+    term."""
     genome = genome_of(**options)
     graph = chain([connection], features=len(x.shape) - 1)
     source = tuple(x.shape[1:])
@@ -93,7 +94,8 @@ def test_a_member_without_sound_numbers_harms_no_other():
 
 @pytest.mark.parametrize("options", [{}, {"normalize_term": "orthogonal"}, {"normalize_term": "frobenius"}])
 def test_few_rows_and_many_rows_learn_the_same(options):
-    """A batch in parts that are given twice: the rows are more than the inputs, the examples as many in weight."""
+    """A batch in parts that are given twice: the rows are more than the inputs, the examples as
+    many in weight."""
     x, y = normal(4, 6), normal(4, 3, seed=1)
     few = terms_of(DenseConnection(3), x, y, whitening=True, **options)
     many = np.repeat(np.arange(4), 5)
@@ -137,7 +139,8 @@ def test_one_group_is_the_whole_batch(inputs, norm):
 
 @pytest.mark.parametrize(("inputs", "units"), [(30, 40), (30, 2), (3, 7)])
 def test_groups_are_normalised_together(inputs, units):
-    """By either system of the orthogonal term: what is made orthogonal is the sum of the whitened groups."""
+    """By either system of the orthogonal term: what is made orthogonal is the sum of the whitened
+    groups."""
     layer, x, y = DenseConnection(units), normal(10, inputs), normal(10, units, seed=1)
     whitened = terms_of(layer, x, y, whitening=True, whitening_rows=4)
     whole = np.concatenate([whitened["kernel"], whitened["bias"]])
@@ -185,7 +188,8 @@ def test_groups_of_batches_whose_size_is_not_known(norm):
 
 
 class Halves:
-    """The second of two devices' halves of a batch: sums over both, in the order in which they are asked for."""
+    """The second of two devices' halves of a batch: sums over both, in the order in which they are
+    asked for."""
 
     def __init__(self):
         self.sums = []
@@ -273,7 +277,8 @@ def test_groups_and_depthwise_convolutions_are_layers_of_their_own():
 
 
 def test_a_transposed_convolution_reads_what_it_multiplies():
-    """Its term is the transposed system's: the Gram matrix of patches that a kernel of single ones passes on."""
+    """Its term is the transposed system's: the Gram matrix of patches that a kernel of single ones
+    passes on."""
     layer = TransposedConnection(3, size=(2, 2), strides=(2, 1), dilation=(1, 1), padding="valid")
     x = normal(4, 3, 2, 2)
     y = normal(4, *layer.target((3, 2, 2)), seed=1)
@@ -330,7 +335,8 @@ def image_model(**options):
 
 
 def test_slow_synapses_predict(tmp_path):
-    """`predict` reads averages: those of a convolution, of a dense layer, and of the statistics of a normalisation."""
+    """`predict` reads averages: those of a convolution, of a dense layer, and of the statistics of
+    a normalisation."""
     x, y = normal(32, 6, 6, 1).astype("float64"), normal(32, 4, seed=1)
     model, fast = image_model(slow_synapses=True), image_model()
     assert model.predict(x, verbose=0).shape == (32, 4)
@@ -359,7 +365,8 @@ def test_slow_synapses_predict(tmp_path):
 
 
 def test_whitening_learns_a_damping():
-    """The derivative of a loss after a step by the damping's logarithm is that of finite differences."""
+    """The derivative of a loss after a step by the damping's logarithm is that of finite
+    differences."""
     x, y = normal(6, 9), normal(6, 3, seed=1)
     genome = genome_of(whitening=True, normalize_term="frobenius")
     graph = chain([DenseConnection(4), DenseConnection(3)])

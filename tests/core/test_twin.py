@@ -1,6 +1,8 @@
-"""The network step against a plain numpy step that was written from the paper on its own (`numpy_twin`).
+"""The network step against a plain numpy step that was written from the paper on its own
+(`numpy_twin`).
 
-Everything is float64, so that agreement is to rounding: a term that is left out cannot hide in a tolerance.
+Everything is float64, so that agreement is to rounding: a term that is left out cannot hide in a
+tolerance.
 """
 
 import keras
@@ -87,7 +89,8 @@ def test_step_agrees(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_first_backward_arrays_are_updated_when_given(name):
-    """Nothing reads the backward kernel of the first layer, nor any backward bias; published numbers have them."""
+    """Nothing reads the backward kernel of the first layer, nor any backward bias; published
+    numbers have them."""
     compare(Rule(**rule_table.SINGLE[name]), whole=True)
 
 
@@ -127,7 +130,8 @@ def test_feedback_goes_where_the_paper_says():
 
 
 def test_twin_with_the_backpropagation_genome_descends_the_loss():
-    """The twin itself is checked against calculus: its change is the finite difference of a squared error."""
+    """The twin itself is checked against calculus: its change is the finite difference of a squared
+    error."""
     given = genomes.backprop(0.1, last_activation="tanh")
     genome = Genome(given.rule, {name: np.asarray(value, np.float64) for name, value in given.arrays.items()})
     synapses = rule_table.draw_synapses(genome.rule)

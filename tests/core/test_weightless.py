@@ -1,4 +1,5 @@
-"""Maps without synapses: state 1 goes through the function, the others through its Jacobian, and all back transposed.
+"""Maps without synapses: state 1 goes through the function, the others through its Jacobian, and
+all back transposed.
 
 References are central differences of the function along each state, and its gradients.
 """
@@ -66,7 +67,8 @@ def target_of(function, shapes):
 
 
 def assert_is_the_jacobian(made, function, states, tolerance=1e-7, rounded=False):
-    """Both passes of a map are a function's Jacobian at state 1; `rounded` says that the function computes in float32."""
+    """Both passes of a map are a function's Jacobian at state 1; `rounded` says that the function
+    computes in float32."""
     context = made.context(states, False)
     forward = made.forward(states, context)
     first = [value[0] for value in states]
@@ -136,7 +138,8 @@ def test_what_comes_back_may_have_another_number_of_states():
 
 @pytest.mark.parametrize("name", ["bilinear", "nearest", "bicubic"])
 def test_a_resized_image(name):
-    """TensorFlow resizes in float32, and has no derivative of the transpose: `Linear` needs none."""
+    """TensorFlow resizes in float32, and has no derivative of the transpose: `Linear` needs
+    none."""
     resize = kl.UpSampling2D(2, interpolation=name, dtype="float32")
     made = Linear(resize, [(2, 3, 2)], (4, 6, 2))
     states = tuple(ops.cast(value, "float32") for value in states_of([(2, 3, 2)]))

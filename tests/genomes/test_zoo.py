@@ -1,4 +1,5 @@
-"""The trained genomes of the package: they load, they have cards, they learn and keep what they learned."""
+"""The trained genomes of the package: they load, they have cards, they learn and keep what they
+learned."""
 
 import json
 

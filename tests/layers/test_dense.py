@@ -1,4 +1,5 @@
-"""`keras_blur.layers.Dense` as a Keras layer, next to `keras.layers.Dense`, and the pure operations of its connection."""
+"""`keras_blur.layers.Dense` as a Keras layer, next to `keras.layers.Dense`, and the pure operations
+of its connection."""
 
 import itertools
 import re

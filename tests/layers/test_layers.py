@@ -1,4 +1,5 @@
-"""Every layer next to its Keras twin: arguments, output, config, the map that it is, and learning."""
+"""Every layer next to its Keras twin: arguments, output, config, the map that it is, and
+learning."""
 
 import dataclasses
 import inspect

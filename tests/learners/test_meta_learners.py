@@ -1,4 +1,5 @@
-"""Learners with outer parameters: a row of the table for each, and what all have to do; and each against numpy or Keras."""
+"""Learners with outer parameters: a row of the table for each, and what all have to do; and each
+against numpy or Keras."""
 
 import shutil
 

@@ -1,4 +1,5 @@
-"""Gregor's learned online rules: what is shared, what is local, what is wiped; the memory task; the Keras cell."""
+"""Gregor's learned online rules: what is shared, what is local, what is wiped; the memory task; the
+Keras cell."""
 
 import keras
 import numpy as np
@@ -218,7 +219,8 @@ def hopfield(units, items, episodes=500):
 
 @pytest.mark.slow
 def test_a_rule_learns_to_remember():
-    """Three starts side by side: recall, the control without plasticity, and another size without training."""
+    """Three starts side by side: recall, the control without plasticity, and another size without
+    training."""
     learner = learners.OnlineRule()
     of, shape = tasks.remember(16), {"steps": 4, "batch_size": 1, "query_size": 4, "episodes": 500}
     made = meta.MetaTrainer(

@@ -1,4 +1,5 @@
-"""Two classes told by one output: every learner, estimator and score takes the logistic loss, or refuses by name."""
+"""Two classes told by one output: every learner, estimator and score takes the logistic loss, or
+refuses by name."""
 
 import keras
 import numpy as np

@@ -1,4 +1,5 @@
-"""CMA-ES beside the library `cma`, beside the tutorial written out in numpy, and on its invariances."""
+"""CMA-ES beside the library `cma`, beside the tutorial written out in numpy, and on its
+invariances."""
 
 import dataclasses
 import functools
@@ -56,7 +57,8 @@ def run(search, function, generations, seed=0, state=None, start=3.0, jit=True):
 
 
 def shape_of(state):
-    """The covariance that candidates are drawn with, whatever the signs and order of the eigenvectors."""
+    """The covariance that candidates are drawn with, whatever the signs and order of the
+    eigenvectors."""
     return (state.B.numpy() * state.D.numpy() ** 2) @ state.B.numpy().T
 
 
@@ -91,7 +93,8 @@ def test_constants_are_those_of_the_library(size, population):
 
 
 def test_constants_of_table_1_that_the_library_has_otherwise():
-    """The library has other c_sigma, and other d_sigma for large populations; below 6 candidates, other c_1."""
+    """The library has other c_sigma, and other d_sigma for large populations; below 6 candidates,
+    other c_1."""
     one = CMAES(10)
     assert one.population == 10
     assert one.c_sigma == pytest.approx((one.mu_eff + 2) / (10 + one.mu_eff + 5), rel=1e-14)
@@ -120,7 +123,8 @@ def test_weights(population):
 
 
 class Twin:
-    """The tutorial in numpy, candidate by candidate, sorted; of the guards, only that of the growth of sigma."""
+    """The tutorial in numpy, candidate by candidate, sorted; of the guards, only that of the growth
+    of sigma."""
 
     def __init__(self, mean, sigma, population):
         n = self.n = len(mean)
@@ -185,7 +189,8 @@ def test_thirty_generations_are_those_of_the_tutorial(size, population, gap, jit
 
 @pytest.mark.parametrize(("size", "population"), [(2, None), (10, 40), (20, 80)])
 def test_forty_generations_are_those_of_the_library(size, population):
-    """On its candidates, its two rates of sigma set to the tutorial's and its start exactly round."""
+    """On its candidates, its two rates of sigma set to the tutorial's and its start exactly
+    round."""
     search, theirs = CMAES(size, population, sigma=0.5), elsewhere(size, population)
     theirs.sm.C, theirs.sm.B, theirs.sm.D = np.eye(size), np.eye(size), np.ones(size)
     theirs.sm.lazy_update_gap = 0
@@ -223,7 +228,8 @@ def evaluations_to_arrive(place, start, seed):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_evaluations_to_the_optimum_beside_the_library(name):
-    """Medians of seven seeds, at most the factor in the table apart; a run that does not arrive counts as infinite."""
+    """Medians of seven seeds, at most the factor in the table apart; a run that does not arrive
+    counts as infinite."""
     function, start, factor = FUNCTIONS[name]
     plain = {
         "sphere": lambda x: float(x @ x),

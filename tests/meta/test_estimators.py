@@ -17,7 +17,8 @@ STEPS, SIGMA, THETA = 3, 0.4, 0.25
 
 
 class Drift(Learner):
-    """Adds theta to a number at each step and predicts its square: all expectations are polynomials."""
+    """Adds theta to a number at each step and predicts its square: all expectations are
+    polynomials."""
 
     def init(self, outer, seed, features, outputs, leading=(), shard=ALL):
         return {"s": tf.ones(leading)}
@@ -45,13 +46,15 @@ def nothing(steps=STEPS):
 
 
 def true_gradient(window):
-    """d/dtheta E[s^4] after `window` windows, s normal with mean m and deviation steps sigma sqrt(window)."""
+    """d/dtheta E[s^4] after `window` windows, s normal with mean m and deviation steps sigma
+    sqrt(window)."""
     mean, variance = 1.0 + STEPS * window * THETA, window * (STEPS * SIGMA) ** 2
     return 4 * STEPS * window * (mean**3 + 3 * mean * variance)
 
 
 def within_errors(found, wanted):
-    """Asserts that the mean is the wanted number within its standard error, which must be small enough to tell."""
+    """Asserts that the mean is the wanted number within its standard error, which must be small
+    enough to tell."""
     mean, error = np.mean(found), np.std(found, ddof=1) / len(found) ** 0.5
     assert abs(mean - wanted) < 4 * error
     assert error < 0.02 * wanted

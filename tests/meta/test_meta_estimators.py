@@ -1,4 +1,5 @@
-"""MetaTrainer with every estimator: it learns, resumes bit for bit after a kill, validates, mixes tasks, learns values."""
+"""MetaTrainer with every estimator: it learns, resumes bit for bit after a kill, validates, mixes
+tasks, learns values."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""The outer loop: it learns, resumes bit for bit after a kill, and a member that diverges is skipped and counted."""
+"""The outer loop: it learns, resumes bit for bit after a kill, and a member that diverges is
+skipped and counted."""
 
 import os
 import signal
@@ -125,7 +126,8 @@ class Terminate(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(("folder", "step"), [("disk", 3), pytest.param("bucket", 4, marks=pytest.mark.slow)])
 def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp_path):
-    # TensorFlow's file system in memory stands for a bucket: nothing but its own functions can read it.
+    # TensorFlow's file system in memory stands for a bucket: nothing but its own functions can read
+    # it.
     path = f"{tmp_path if folder == 'disk' else f'ram://{step}'}/run.weights.h5"
     handler, rows = signal.getsignal(signal.SIGTERM), tmp_path / "rows.csv"
     curriculum = [(0, 2), (1, 3)]  # the best member is copied to all where the second epoch begins, and only there
@@ -259,7 +261,8 @@ def test_errors_of_values_need_a_loss_of_values():
 
 
 def test_a_rule_that_learns_from_errors_is_meta_trained(tmp_path):
-    """From the backprop genome, its rule made richer on the way in: on test images the new numbers learn faster."""
+    """From the backprop genome, its rule made richer on the way in: on test images the new numbers
+    learn faster."""
     path = tmp_path / "g.json"
     arguments = ["--start=backprop", "--rule=momentum=before,update_decay=power", "--unroll=5", "--members=1", "--hidden=16"]
     sizes = ["--epochs=1", "--steps_per_epoch=30", "--batch_size=32", "--query_size=64", "--learning_rate=1e-3"]

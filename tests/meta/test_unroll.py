@@ -1,4 +1,5 @@
-"""The gradient through the unroll: finite differences for every rule option, members apart, one loop of any length."""
+"""The gradient through the unroll: finite differences for every rule option, members apart, one
+loop of any length."""
 
 import numpy as np
 import pytest

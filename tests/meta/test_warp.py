@@ -1,4 +1,5 @@
-"""WarpGrad: the gradient at constant thetas, its two orders and its buffer, starts, warps that are held, and controls."""
+"""WarpGrad: the gradient at constant thetas, its two orders and its buffer, starts, warps that are
+held, and controls."""
 
 import re
 from itertools import pairwise
@@ -102,7 +103,8 @@ def test_the_online_gradient_is_the_mean_of_the_terms():
 
 
 def test_a_buffer_in_any_order_gives_the_online_gradient():
-    """Thetas are constants, so the whole buffer at once is the sum over the run; each part of it is used once."""
+    """Thetas are constants, so the whole buffer at once is the sum over the run; each part of it is
+    used once."""
     learner, data = warp(), episodes()
     outer = drawn(learner)
     online = meta.WarpGrad(STEPS)(learner, outer, data, SEED)[0].gradients
@@ -370,7 +372,8 @@ def test_a_genome_has_such_a_gradient_too():
 
 @pytest.mark.slow
 def test_warps_learn_sines_better_than_their_start_alone():
-    """Reptile's start in both; the rate on new tasks is chosen for each arm, on validation tasks."""
+    """Reptile's start in both; the rate on new tasks is chosen for each arm, on validation
+    tasks."""
     of, shape = tasks.functions("sine"), {"at": [0, 1, 2, 5, 10, 20, 50], "batch_size": 16}
     found = {}
     for warps in (False, True):

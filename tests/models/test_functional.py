@@ -1,4 +1,5 @@
-"""Functional models: the backprop genome on any graph is SGD of the Keras model that it came from."""
+"""Functional models: the backprop genome on any graph is SGD of the Keras model that it came
+from."""
 
 import keras
 import numpy as np

@@ -1,4 +1,5 @@
-"""Layers are known by their path: equal names in models inside a model, layers that are used twice, wrapped models."""
+"""Layers are known by their path: equal names in models inside a model, layers that are used twice,
+wrapped models."""
 
 import keras
 import numpy as np
@@ -50,7 +51,8 @@ def crossed():
 
 
 class Twins(keras.Model):
-    """A subclass with two layers of one name, which Keras allows, and a weight beside its layers."""
+    """A subclass with two layers of one name, which Keras allows, and a weight beside its
+    layers."""
 
     output_shape = (None, CLASSES)  # which Keras does not know of a subclass
 

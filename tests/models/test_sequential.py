@@ -1,4 +1,5 @@
-"""`Sequential` as Keras users meet it: fit in all its forms, saving, options, and errors before any work is lost."""
+"""`Sequential` as Keras users meet it: fit in all its forms, saving, options, and errors before any
+work is lost."""
 
 import contextlib
 

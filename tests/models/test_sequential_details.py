@@ -1,4 +1,5 @@
-"""`Sequential` in its details: a step computed by hand, weights of examples, freezing, formats, and late bad data."""
+"""`Sequential` in its details: a step computed by hand, weights of examples, freezing, formats, and
+late bad data."""
 
 import keras
 import numpy as np
@@ -321,7 +322,8 @@ def test_a_kept_batch_takes_no_other_size():
 
 
 def test_traces_are_saved_and_learning_goes_on_from_them(tmp_path):
-    """A rule with momentum keeps a trace beside each array; without it a loaded model would learn otherwise."""
+    """A rule with momentum keeps a trace beside each array; without it a loaded model would learn
+    otherwise."""
     rule = kb.Rule(momentum="before", normalize_term="orthogonal")
     model = make(kb.Genome.random(rule, seed=1, std=0.5, synapse_update=-0.05).replace(momentum=np.float32(0.8)))
     traces = [name for name in model.layers[0].synapses if name.endswith("_trace")]

@@ -1,4 +1,5 @@
-"""`Sequential` beside Keras: the loss of `compile`, learning afresh, running statistics, callbacks, nesting and files."""
+"""`Sequential` beside Keras: the loss of `compile`, learning afresh, running statistics, callbacks,
+nesting and files."""
 
 import errno
 import functools
@@ -65,7 +66,8 @@ LOSSES = {
 @pytest.mark.parametrize("pinned", [None, "huber"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_of_compile_is_learned_from_and_shown(name, pinned):
-    """The genome that is backpropagation ends where Keras's `fit` with SGD does, whatever loss its rule names."""
+    """The genome that is backpropagation ends where Keras's `fit` with SGD does, whatever loss its
+    rule names."""
     loss, labels = LOSSES[name]
     rate = 0.01
     keras.utils.set_random_seed(0)
@@ -91,7 +93,8 @@ def test_the_loss_of_the_rule_is_the_default():
 
 @pytest.mark.parametrize("name", kb.genomes.names())
 def test_shipped_genomes_take_integer_labels(name):
-    """With integers and a sparse loss the same is learned as with indicators and the categorical one."""
+    """With integers and a sparse loss the same is learned as with indicators and the categorical
+    one."""
     models = [
         make(kb.genomes.load(name), loss=kind(from_logits=True), metrics=["accuracy"]) for kind in (SPARSE, CATEGORICAL)
     ]
@@ -280,7 +283,8 @@ def test_each_type_policy_learns_predicts_and_saves(policy, tmp_path):
 
 
 def test_small_errors_are_not_lost_in_float16():
-    """A loss of 1e-6 times another moves the synapses by 1e-6 times as much: float16 alone would round it to 0."""
+    """A loss of 1e-6 times another moves the synapses by 1e-6 times as much: float16 alone would
+    round it to 0."""
     keras.config.set_dtype_policy("mixed_float16")
     try:
         models = [make(kb.genomes.backprop(rate), loss="mse") for rate in (0.1, 1e-7)]

@@ -325,7 +325,8 @@ def test_envelopes_by_hand(made):
     np.testing.assert_allclose(found["by_seconds"]["plain"], [0.1, 0.3, 0.5, 0.8])
     assert envelopes.steps_to(made, made["curves"]["genome"], 0.55) == pytest.approx(2**1.5 - 1)
     assert envelopes.steps_to(made, made["curves"]["SGD 2"], 0.6) == np.inf
-    # From 0.4 to 0.8: by SGD 1 at (target - 0.2) / 0.3 + 1 and more, by the genome at (target - 0.4) / 0.3 + 1 and more.
+    # From 0.4 to 0.8: by SGD 1 at (target - 0.2) / 0.3 + 1 and more, by the genome at (target -
+    # 0.4) / 0.3 + 1 and more.
     targets = np.linspace(0.4, 0.8, 51)[1:]
     theirs = np.where(targets < 0.5, (targets - 0.2) / 0.3 + 1, (targets - 0.5) / 0.3 + 2)
     ours = np.where(targets < 0.7, (targets - 0.4) / 0.3 + 1, (targets - 0.7) / 0.1 + 2)
@@ -397,7 +398,8 @@ def test_numbers_out_of_range():
 
 
 def test_backprop_is_sgd():
-    """A genome that learns from errors stands beside the optimizers as any other, and this one is one of them."""
+    """A genome that learns from errors stands beside the optimizers as any other, and this one is
+    one of them."""
     found = compare(
         genomes.backprop(0.3, "tanh"), few(), (12,), steps=20, seeds=2, batch_size=16, grids={"SGD": (0.3,)},
         schedules=["constant"], normalize=False,

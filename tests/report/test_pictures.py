@@ -1,4 +1,5 @@
-"""Pictures show what is there: every rule can be drawn, and traces hold the numbers that numpy and the learners give."""
+"""Pictures show what is there: every rule can be drawn, and traces hold the numbers that numpy and
+the learners give."""
 
 import itertools
 import struct
@@ -30,7 +31,8 @@ DRAWN = {
     **{f"stable_{states}": {**STABLE, "states": states} for states in (8, 9)},
     "stable_layers": {**STABLE, "layers": 2, "states": 3},
 }
-# Rules that differ in other things than their arrays have the same picture: one of each kind is drawn.
+# Rules that differ in other things than their arrays have the same picture: one of each kind is
+# drawn.
 KINDS = {}
 for name, options in DRAWN.items():
     KINDS.setdefault((tuple(Rule(**options).shapes().items()), Rule(**options).layers), name)
@@ -271,7 +273,8 @@ def test_normalised_rules_decide_with_the_statistics_of_the_query():
     genome, of = Genome.random(rule, seed=0, synapse_update=-0.1), tasks.functions("blobs3")
     wide = trace_decisions(genome, of, (8,), **SMALL)["rows"][0]
     fine = trace_decisions(genome, of, (8,), **{**SMALL, "resolution": 17})["rows"][0]
-    # Other points beside it change nothing about a point: the coarse square is every second point of the fine one.
+    # Other points beside it change nothing about a point: the coarse square is every second point
+    # of the fine one.
     np.testing.assert_array_equal(wide["regions"], fine["regions"][:, ::2, ::2])
     learner, outer = learner_of(genome, (8,))
     state = learner.init({}, random.seed_of(2), 2, 3)

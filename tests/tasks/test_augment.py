@@ -1,4 +1,5 @@
-"""Meta-augmentation: one key an episode for support and query, of a stream of its own, never outside meta-training."""
+"""Meta-augmentation: one key an episode for support and query, of a stream of its own, never
+outside meta-training."""
 
 import functools
 import math
@@ -136,7 +137,8 @@ def test_no_key_is_no_change_at_all():
 
 
 def test_signs_of_labels_and_examples_agree_with_episodes():
-    """BLUR's labels are +1 and -1: each example keeps one of the first and the others of the second."""
+    """BLUR's labels are +1 and -1: each example keeps one of the first and the others of the
+    second."""
     of = tasks.augment(tasks.images("digits"), tasks.LabelPermutation())
     assert set(np.unique(labels(episode(of, 0)))) == {-1.0, 1.0}
     np.testing.assert_array_equal(labels(episode(of, 0)).sum(-1), -8.0)
@@ -397,7 +399,8 @@ def test_a_curve_is_the_score_after_each_number_of_steps():
 
 @pytest.mark.slow
 def test_a_shared_key_saves_pose_from_memorisation():
-    """The claim of the paper on the synthetic pose set: a key of the episode helps, one of each point does not."""
+    """The claim of the paper on the synthetic pose set: a key of the episode helps, one of each
+    point does not."""
     plain, seed = tasks.pose(), 0
     arms = {
         "none": plain,
@@ -419,7 +422,8 @@ def test_a_shared_key_saves_pose_from_memorisation():
 
 @pytest.mark.slow
 def test_shuffles_help_as_in_the_paper():
-    """Five ways, one shot, MAML on the made classes: non-exclusive below intra-shuffle, not above inter-shuffle."""
+    """Five ways, one shot, MAML on the made classes: non-exclusive below intra-shuffle, not above
+    inter-shuffle."""
     found = {}
     plain = tasks.classes(exclusive=False)
     settings = {"non": tasks.Compose([]), "intra": tasks.LabelPermutation(), "inter": tasks.ClassResample()}

@@ -1,4 +1,5 @@
-"""Images from scikit-learn and from prepared tensorflow_datasets folders, and what is said where they are missing."""
+"""Images from scikit-learn and from prepared tensorflow_datasets folders, and what is said where
+they are missing."""
 
 import numpy as np
 import pytest

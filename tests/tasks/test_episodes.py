@@ -1,4 +1,5 @@
-"""Few-shot episodes: classes of the splits are apart, support and query are balanced and disjoint."""
+"""Few-shot episodes: classes of the splits are apart, support and query are balanced and
+disjoint."""
 
 import os
 
@@ -16,7 +17,8 @@ SPLITS = ("train", "validation", "test")
 
 
 def numbered(sizes, ways=2, shots=1):
-    """Classes of the given sizes in each split; an image is two numbers, its class and its place in it."""
+    """Classes of the given sizes in each split; an image is two numbers, its class and its place in
+    it."""
     splits = {}
     for place, split in enumerate(SPLITS):
         labels = np.repeat(np.arange(len(sizes)) + 100 * place, sizes)
@@ -27,7 +29,8 @@ def numbered(sizes, ways=2, shots=1):
 
 
 def write_set(folder, train, test, shape=(6, 6, 3), kin=None):
-    """A prepared set with the given labels, an image each, and the feature `kin`, a function of a label, if there is one."""
+    """A prepared set with the given labels, an image each, and the feature `kin`, a function of a
+    label, if there is one."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
@@ -89,7 +92,8 @@ def test_splits_of_digits_share_no_class_and_cover_the_set(digits):
     classes = [digits.classes(split) for split in SPLITS]
     assert [len(some) for some in classes] == [6, 2, 2]
     assert sorted(sum(classes, ())) == list(range(10))
-    # Fixed by the set alone, so that other episodes of it test on classes that these never trained on.
+    # Fixed by the set alone, so that other episodes of it test on classes that these never trained
+    # on.
     assert classes == [tasks.episodes("digits", ways=2, shots=1, size=4).classes(split) for split in SPLITS]
 
 

@@ -1,4 +1,5 @@
-"""Functions of the plane as tasks: their shapes, and episodes that follow from seed and number alone."""
+"""Functions of the plane as tasks: their shapes, and episodes that follow from seed and number
+alone."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The launcher for a TPU, without one: it trains, stops on SIGTERM, goes on to the same result, names mistakes."""
+"""The launcher for a TPU, without one: it trains, stops on SIGTERM, goes on to the same result,
+names mistakes."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The check of TPU programs: it holds for a correct step, and refuses steps that are wrong on purpose.
+"""The check of TPU programs: it holds for a correct step, and refuses steps that are wrong on
+purpose.
 
 It needs the environment of tpu/requirements-verify.txt: `.venv-verify/bin/pytest -m tpu`.
 """

@@ -1,4 +1,5 @@
-"""What Keras's trainer does around a step, both trainers do: its own `fit` is the oracle wherever it has one."""
+"""What Keras's trainer does around a step, both trainers do: its own `fit` is the oracle wherever
+it has one."""
 
 import keras
 import numpy as np

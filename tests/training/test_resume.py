@@ -1,4 +1,5 @@
-"""A checkpoint knows the settings of its run: another one is named, another learning rate is used and said."""
+"""A checkpoint knows the settings of its run: another one is named, another learning rate is used
+and said."""
 
 import functools
 import json
@@ -288,7 +289,8 @@ def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
 
 
 def test_the_state_goes_on_under_another_rate(tmp_path):
-    """After a resume, steps are those of the old moments at the new rate, be it a number or a schedule."""
+    """After a resume, steps are those of the old moments at the new rate, be it a number or a
+    schedule."""
     path, unbroken = tmp_path / "run.weights.h5", trainer()
     run(trainer(), path, 1)
     content = path.read_bytes()
@@ -377,7 +379,8 @@ def test_the_command_line_names_what_differs(tmp_path, capsys, monkeypatch):
 
 
 def test_equal_settings_are_described_alike_in_another_place():
-    """Automatic layer names, which count up in a process, and the order of a mapping make no difference."""
+    """Automatic layer names, which count up in a process, and the order of a mapping make no
+    difference."""
     keras.layers.Dense(2)
     one, other = (json.loads(json.dumps(settings.described(network()))) for _ in range(2))
     assert list(settings.differences(one, other)) == []

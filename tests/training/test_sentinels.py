@@ -1,4 +1,5 @@
-"""Numbers that stand for the worst or for nothing: what diverged is last and is logged as NaN, never as 0."""
+"""Numbers that stand for the worst or for nothing: what diverged is last and is logged as NaN,
+never as 0."""
 
 import os
 
@@ -162,7 +163,8 @@ def test_callbacks_of_keras_keep_the_sound_epoch(monitor, mode, bad, tmp_path):
     keep = keras.callbacks.ModelCheckpoint(path, monitor, mode=mode, save_best_only=True, save_weights_only=True)
     slow = keras.callbacks.ReduceLROnPlateau(monitor, mode=mode, patience=10)
     made = trainer()
-    # What spoils the weights comes last, so that those before it see the spoiled ones at the end of an epoch.
+    # What spoils the weights comes last, so that those before it see the spoiled ones at the end of
+    # an epoch.
     history = made.fit(4, 2, callbacks=[stop, keep, slow, Turns(bad)], verbose=0).history
     values = np.array(history[monitor])
     assert np.isnan(values).tolist() == [epoch in bad for epoch in range(4)]

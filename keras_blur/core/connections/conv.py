@@ -160,7 +160,8 @@ class Convolution(Connection):
         return ops.reshape(together, (*ops.shape(together)[:-2], self.units))
 
     def _unfolded(self, kernel: Array, x: Array) -> Array:
-        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`, one matrix product."""
+        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`,
+        one matrix product."""
         spatial = self._shape_last(self.target(self._shape_stored(tuple(x.shape[len(x.shape) - self.axes :]))))[:-1]
         patches = self._grouped(x, self.strides)
         kernel = self._by_group(kernel, math.prod(self.size), x.shape[-1] // self.groups)
@@ -183,7 +184,8 @@ class ConvConnection(Convolution):
 
 @dataclasses.dataclass(frozen=True)
 class DepthwiseConnection(Convolution):
-    """The operations of DepthwiseConv1D and DepthwiseConv2D: each input channel has kernels of its own.
+    """The operations of DepthwiseConv1D and DepthwiseConv2D: each input channel has kernels of its
+    own.
 
     Args:
         multiplier: number of kernels of each channel; `units` is the number of channels times it.
@@ -208,7 +210,8 @@ class DepthwiseConnection(Convolution):
 
 @dataclasses.dataclass(frozen=True)
 class TransposedConnection(Convolution):
-    """The operations of Conv2DTranspose: the transpose of a convolution, with kernels `[*size, out, in]`.
+    """The operations of Conv2DTranspose: the transpose of a convolution, with kernels
+    `[*size, out, in]`.
 
     Args:
         output_padding: as in Keras, or `None`.
@@ -246,7 +249,8 @@ class TransposedConnection(Convolution):
         return Connection.kept(self, source, most)
 
     def patches(self, states: Array, source: Shape, most: int) -> Array:
-        """By a kernel for each tap and channel that passes it on: a transposed convolution has no patches to gather."""
+        """By a kernel for each tap and channel that passes it on: a transposed convolution has no
+        patches to gather."""
         inputs = self._shape_last(source)[-1]
         count = math.prod(self.size) * inputs
         every = ops.reshape(ops.eye(count, dtype=states.dtype), (1, *self.size, inputs, count))

@@ -1,7 +1,7 @@
 """The connection of an `EinsumDense`: a dense one whose inputs and units have several axes.
 
-Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021). A letter of the equation that
-stands in input, kernel and output gives each of its entries synapses of its own.
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021). A letter of the
+equation that stands in input, kernel and output gives each of its entries synapses of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class EinsumConnection(Connection):
         inputs: letters of the input, the batch first.
         weights: letters of the kernel.
         outputs: letters of the output, the batch first.
-        sizes: size of each letter but the batch's, in the order of inputs, then the new ones of the output.
+        sizes: size of each letter but the batch's, in the order of inputs, then the new ones of the
+            output.
     """
 
     inputs: str = ""
@@ -182,7 +183,8 @@ def einsum_connection(
         activation: nonlinearity.
 
     Raises:
-        ValueError: if the equation's first letter is not that of the batch, or `bias_axes` are not the units.
+        ValueError: if the equation's first letter is not that of the batch, or `bias_axes` are not
+            the units.
     """
     left, outputs = equation.replace(" ", "").split("->")
     inputs, weights = left.split(",")

@@ -59,7 +59,8 @@ class EmbeddingConnection(Connection):
         return ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *source, self.units))
 
     def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
-        """How often each entry came, `[..., s, 1, entries, 1]`: one-hot rows have a Gram matrix of a diagonal alone."""
+        """How often each entry came, `[..., s, 1, entries, 1]`: one-hot rows have a Gram matrix of
+        a diagonal alone."""
         shape = (*ops.shape(read), 1)
         weight = ops.ones(shape, dtype=context.dtype)
         if context.weight is not None:
@@ -101,6 +102,7 @@ class EmbeddingConnection(Connection):
 
 
 def _behind(weight: Array, axes: int) -> tuple[int, ...]:
-    """The shape of weights `[..., batch]` with a state axis before the batch and so many axes of size one after it."""
+    """The shape of weights `[..., batch]` with a state axis before the batch and so many axes of
+    size one after it."""
     shape = ops.shape(weight)
     return (*shape[:-1], 1, shape[-1], *(1,) * axes)
