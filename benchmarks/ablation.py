@@ -4,12 +4,12 @@
         [--network mlp|lenet|resnet20] [--hidden 256,128] [--genome fast]
         [--beside mnist-4state,...] [--steps 200] [--seeds 5] [--plot FILE] [--json FILE]
 
-A variant may want another gate, so each is run with several on the first seed; the one with the
-best mean accuracy over the scored steps is run on all seeds. The genome itself keeps its gate.
-`--beside` adds genomes as they are, and where they have another number of states, also with the
-terms of the genome: its options for terms, momentum, gate and averages, and their numbers. Printed
-are accuracies by step, and the change of the error against the genome's: the geometric mean over
-the scored steps of the ratio of the two errors of a seed, and its deviation from seed to seed.
+A variant may want another gate, so each runs with several on the first seed. The gate with the best
+mean test accuracy over the scored steps then runs on all seeds, which favours the variants: the
+genome itself keeps its gate. `--beside` adds other genomes. One with another number of states is
+also run with the terms of the genome and their numbers. The command prints accuracies by step and
+the change of the error against the genome's: the geometric mean over the scored steps of the ratio
+of the errors of a seed, and its deviation from seed to seed.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ NUMBERS = ("decay_power", "log_decay_steps", "log_damping", "momentum", "log_ave
 
 
 def with_options(genome: Genome, options: dict[str, Any]) -> Genome:
-    """A genome without the numbers that other options do not have."""
+    """A genome with other options, less the numbers that only the old ones need."""
     rule = genome.rule.replace(**options)
     kept = {name: array for name, array in genome.arrays.items() if name in rule.shapes()}
     return Genome(rule, kept)
 
 
 def variants(genome: Genome) -> dict[str, tuple[Genome, tuple[float, ...]]]:
-    """The genome and its variants by name, each with the gates that it may have, as factors."""
+    """The genome and its variants by name, each with the factors of its gate to try."""
     found: dict[str, tuple[Genome, tuple[float, ...]]] = {AS_IT_IS: (genome, (1.0,))}
     for name, options in OFF.items():
         if any(getattr(genome.rule, option) != value for option, value in options.items()):
@@ -121,8 +121,7 @@ class Learner:
 
 
 def ablate(source: Source, at: list[int], genome: Genome) -> dict[str, Any]:
-    """Test accuracies `[seeds][scored steps]` of each variant, and the gate that it was run
-    with."""
+    """Each variant's test accuracies `[seeds][scored steps]` and the gate it ran with."""
     found: dict[str, Any] = {}
     for name, (variant, gates) in variants(genome).items():
         runs = {}

@@ -1,7 +1,8 @@
 """
 Title: A genome with nothing to tune
-Description: The numbers of the genome `fast`, found by CMA-ES over networks, batches, horizons and
-tasks of many kinds.
+Description: A search by CMA-ES for better numbers of the genome `fast`, over networks, batches,
+horizons and tasks of many kinds. The genome in the package has the numbers that the search begins
+with.
 Source: "The CMA Evolution Strategy: A Tutorial" (Hansen, 2016) on the numbers of a rule of
 `keras_blur.core.terms`; variety after "Training Learned Optimizers with Randomly Initialized
 Learned Optimizers" (Metz et al., 2021), which also standardises a score by that of a reference on

@@ -10,6 +10,7 @@ from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
 from keras_blur.cli.outputs import interrupted, save_json, write_json, wrote
 from keras_blur.cli.progress import ProgressLine
+from keras_blur.report.baselines import OPTIMIZERS
 from keras_blur.report.curves import plot_compare
 from keras_blur.report.progress import Progress
 from keras_blur.tasks import functions, images
@@ -28,6 +29,13 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"--{name} must be positive whole numbers with commas, as in 256,128. Received: {','.join(texts)}")
     return numbers
+
+
+def check_optimizers(names: Sequence[str]) -> None:
+    """Raises a `ValueError` if a name of --optimizers is unknown."""
+    unknown = [name for name in names if name not in OPTIMIZERS]
+    if unknown:
+        raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
 
 
 def name_of(genome: str) -> str:

@@ -6,7 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_blur.cli.common import define_scoring_flags, define_scoring_outputs, score_all, stopped_early, whole_numbers
+from keras_blur.cli.common import (
+    check_optimizers,
+    define_scoring_flags,
+    define_scoring_outputs,
+    score_all,
+    stopped_early,
+    whole_numbers,
+)
 from keras_blur.cli.flags import Flags, When
 from keras_blur.files import read_text
 from keras_blur.models.networks import NETWORKS
@@ -40,9 +47,7 @@ def define_flags(flags: Flags) -> None:
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Compares, prints and writes the results."""
     del positional
-    unknown = [name for name in flag["optimizers"] if name not in OPTIMIZERS]
-    if unknown:
-        raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
+    check_optimizers(flag["optimizers"])
     if flag["network"] not in NETWORKS and not flag["network"].endswith(".keras"):
         raise ValueError(f"--network must be mlp, lenet, resnet20 or a .keras file. Received: {flag['network']}")
     network = whole_numbers("hidden", flag["hidden"]) if flag["network"] == "mlp" else flag["network"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_blur import genomes
 from keras_blur import layers as blur_layers
-from keras_blur.cli.common import define_data_flags, name_of, whole_numbers
+from keras_blur.cli.common import check_optimizers, define_data_flags, name_of, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, When
 from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.core.genome import Genome
@@ -21,7 +21,7 @@ from keras_blur.layers.base import numbers_of
 from keras_blur.models import Sequential
 from keras_blur.models.convert import copy_weights
 from keras_blur.models.networks import activation_of, lenet_layers, mlp_layers
-from keras_blur.report.baselines import GRIDS, OPTIMIZERS, optimizer_of
+from keras_blur.report.baselines import GRIDS, optimizer_of
 from keras_blur.report.scoring import score
 from keras_blur.report.sources import STEPS
 from keras_blur.tasks.datasets import Images, load_images
@@ -57,8 +57,8 @@ def define_flags(flags: Flags) -> None:
     flags.number(
         "learning_rate",
         None,
-        "Learning rate of the backprop genome (0.1 by default) and of optimizers (by default each "
-        "rate of a grid, of which the one with the best test accuracy at the end is shown).",
+        "Learning rate of the backprop genome (default 0.1) and of the optimizers (default: a grid; "
+        "the rate with the best final test accuracy is shown).",
         least=0.0,
         when=[_RATE],
     )
@@ -131,22 +131,21 @@ class _Curve(keras.callbacks.Callback):
 
 
 class _Tuned:
-    """A Keras optimizer in a network that begins anew for each rate."""
+    """A Keras optimizer and the network that it trains, from the same start for each rate."""
 
     def __init__(self, twin: keras.Model, start: Sequence[np.ndarray], name: str, loss: keras.losses.Loss):
-        self.optimizer, self.model = optimizer_of(name), twin
-        for variable, value in zip(twin.variables, start, strict=True):
-            variable.assign(value)
-        twin.compile(optimizer=self.optimizer, loss=loss, metrics=["accuracy"])
-        self.optimizer.build(twin.trainable_variables)
-        self._start = [(one, numbers_of(one)) for one in (*twin.variables, *self.optimizer.variables)]
+        self._optimizer, self._twin = optimizer_of(name), twin
+        twin.compile(optimizer=self._optimizer, loss=loss, metrics=["accuracy"])
+        self._optimizer.build(twin.trainable_variables)
+        slots = [(variable, numbers_of(variable)) for variable in self._optimizer.variables]
+        self._start = [*zip(twin.variables, start, strict=True), *slots]
 
     def begin(self, rate: float) -> keras.Model:
-        """The network at its start."""
+        """Returns the network at its start."""
         for variable, value in self._start:
             variable.assign(value)
-        self.optimizer.learning_rate = rate
-        return self.model
+        self._optimizer.learning_rate = rate
+        return self._twin
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
@@ -155,9 +154,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     rate = flag["learning_rate"]
     if rate is not None and rate <= 0:
         raise ValueError(f"--learning_rate must be above 0. Received: --learning_rate={rate}")
-    unknown = [name for name in flag["optimizers"] if name not in OPTIMIZERS]
-    if unknown:
-        raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
+    check_optimizers(flag["optimizers"])
     hidden = whole_numbers("hidden", flag["hidden"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if flag["genome"] == "backprop":

@@ -2,11 +2,14 @@
 learned."""
 
 import json
+import re
 
+import keras
 import numpy as np
 import pytest
 
 from keras_blur import cli, genomes, tasks
+from keras_blur.models import convert
 from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.datasets import load_images
 
@@ -36,6 +39,27 @@ def test_holds_to_a_thousand_steps(name):
     assert all(loss is not None for losses in curve["loss"] for loss in losses)
     assert means.max() > floor
     assert means.max() - means[means.argmax() :].min() < 0.02
+
+
+def test_the_command_on_the_card_makes_fast(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r'python -c "\n(.*?)"\n```', genomes.card("fast"), re.S)
+    exec(code, {})
+    assert genomes.load(tmp_path / "fast.json") == genomes.load("fast")
+
+
+def test_fast_predicts_what_the_keras_model_does():
+    """Before learning; and after it, once it is a plain Keras model again."""
+    body = [keras.layers.Dense(6, activation="relu"), keras.layers.Dense(3, activation="softmax")]
+    twin = keras.Sequential([keras.Input((4,)), *body])
+    model = convert(twin, genomes.load())
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    np.testing.assert_allclose(model.predict(x, verbose=0), twin.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    model.compile(loss="sparse_categorical_crossentropy")
+    model.fit(x, np.arange(16) % 3, epochs=2, verbose=0)
+    back = model.to_keras()
+    assert np.abs(back.predict(x, verbose=0) - twin.predict(x, verbose=0)).max() > 1e-2
+    np.testing.assert_allclose(back.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
 def test_shell(tmp_path, capsys):

@@ -395,6 +395,8 @@ def test_legends_stand_beside_the_curves(tmp_path):
     fits = plot_fits({"genome mine": CURVE, "Keras SGD 0.1": CURVE}, tmp_path / "f.png", "digits")
     assert [text.get_text() for text in fits.legends[0].texts] == ["genome mine", "Keras SGD 0.1"]
     assert [axis.get_xlabel() for axis in fits.axes] == ["learning step", "time to learn (s)"]
+    with np.errstate(divide="ignore"):
+        assert fits.axes[1].xaxis.get_transform().transform([0.0])[0] == -np.inf  # not drawn
     for figure in (made, fits):
         assert covered(figure) == []
         labels = [label for axis in figure.axes for label in (axis.xaxis.label, axis.yaxis.label)]
