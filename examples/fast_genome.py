@@ -48,8 +48,8 @@ _ABLATIONS = flags.DEFINE_boolean("ablations", False, "Also score variants of wh
 ## The question
 
 A rule that takes nothing but the direction of a whitened, normalised Hebbian term leaves a handful
-of numbers open: gate, momentum, the power and the beginning of the gate's decay, damping of the
-whitening, breadth of the average that predicts. Set by hand on one kind of task they may suit that
+of numbers open: gate, the power and the beginning of the gate's decay, damping of the whitening,
+breadth of the average that predicts. Set by hand on one kind of task they may suit that
 one. Here they are evolved on many settings at once: images, tables and functions; 1 to 8 hidden
 layers of 8 to 256, convolutions, batch normalisation, residual sums; batches of 16 to 512; 100 to
 1,000 steps. In each generation every candidate learns the same tasks from the same synapses with
@@ -66,8 +66,7 @@ MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 # Which numbers of the genome are searched: the value set by hand, and what one unit of the search
 # is worth.
 SEARCHED = {
-    "log_gate": (math.log(0.12), 0.5),
-    "momentum_logit": (0.0, 0.7),
+    "log_gate": (math.log(0.2), 0.5),
     "decay_power": (0.5, 0.15),
     "log_decay_steps": (math.log(4.0), 1.0),
     "log_damping": (math.log(0.3), 0.8),
@@ -77,18 +76,17 @@ KINDS = ("convolution", "scale", "last", "hidden")  # kinds of layers, for the a
 
 
 def rule():
-    """Backpropagation with relu, whitened terms of lifted singular values, momentum, a gate that
-    falls, slow synapses."""
+    """Backpropagation with relu, whitened terms of lifted singular values, a gate that falls, slow
+    synapses."""
     start = genomes.backprop(1.0, "relu", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     added = {"whitening": True, "whitening_rows": 128, "normalize_term": "orthogonal", "orthogonal_iterations": 2}
-    return start.with_rule(start.rule.replace(**added, momentum="after", update_decay="power", slow_synapses=True))
+    return start.with_rule(start.rule.replace(**added, update_decay="power", slow_synapses=True))
 
 
 def genome_of(vector):
     """The genome at a point of the search; the origin is set by hand."""
     found = {name: at + unit * z for (name, (at, unit)), z in zip(SEARCHED.items(), vector, strict=True)}
-    gate, logit = found.pop("log_gate"), found.pop("momentum_logit")
-    found |= {"synapse_update": -math.exp(gate), "momentum": 1.0 / (1.0 + math.exp(-logit))}
+    found["synapse_update"] = -math.exp(found.pop("log_gate"))
     return rule().replace(**{name: np.float32(value) for name, value in found.items()})
 
 
@@ -104,7 +102,7 @@ def by_kind(genome, **changes):
     return numbers
 
 
-NUMBERS = ("synapse_keep", "synapse_update", "momentum", "decay_power", "log_decay_steps", "log_damping", "log_averaging")
+NUMBERS = ("synapse_keep", "synapse_update", "decay_power", "log_decay_steps", "log_damping", "log_averaging")
 
 """
 ## Tasks
@@ -494,7 +492,7 @@ def described(genome):
     """The searched numbers, readable."""
     a = {name: float(array) for name, array in genome.arrays.items() if not array.shape}
     return (
-        f"gate {-a['synapse_update']:.3f}, momentum {a['momentum']:.3f}, power {a['decay_power']:.3f}, decay steps "
+        f"gate {-a['synapse_update']:.3f}, power {a['decay_power']:.3f}, decay steps "
         f"{math.exp(a['log_decay_steps']):.1f}, damping {math.exp(a['log_damping']):.3f}, averaging "
         f"{math.exp(a['log_averaging']):.1f}"
     )

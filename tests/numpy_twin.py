@@ -593,28 +593,37 @@ def whitened(change, gram, places, has_bias, damping, count):
     return result
 
 
-def normalized_term(rule, change, places):
-    """Equations N2 and N1, as numbers: singular values of each group of units, and the norm of all
-    together."""
+def orthogonal_term(rule, change, places):
+    """Equation N2 on the singular values of each group of units."""
     result = np.zeros_like(change)
-    groups = list(blocks(places, len(change) - len(places.exists)))
-    for c in range(rule.states):
-        size = 0.0
-        for there, units in groups:
-            whole = change[np.ix_(there, units)][..., c]
-            wide = max(1.0, np.sqrt(len(units) / len(there)))
-            size += min(whole.shape) * wide**2
-            if rule.normalize_term == "orthogonal":
-                left, values, right = np.linalg.svd(whole, full_matrices=False)
-                norm = np.sqrt(np.sum(values**2))
-                values = values / (norm if norm > 0 else 1.0)
-                for _ in range(rule.orthogonal_iterations):
-                    values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-                whole = (left * values) @ right
-            result[np.ix_(there, units, [c])] = whole[..., None]
-        norm = np.sqrt(np.sum(result[..., c] ** 2))
-        result[..., c] *= np.sqrt(size) / (norm if norm > 0 else 1.0)
+    for there, units in blocks(places, len(change) - len(places.exists)):
+        for c in range(rule.states):
+            left, values, right = np.linalg.svd(change[np.ix_(there, units)][..., c], full_matrices=False)
+            norm = np.sqrt(np.sum(values**2))
+            values = values / (norm if norm > 0 else 1.0)
+            values = 2.8 * values - 2.2 * values**3
+            for _ in range(rule.orthogonal_iterations - 1):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            result[np.ix_(there, units, [c])] = ((left * values) @ right)[..., None]
     return result
+
+
+def sized_term(change, places):
+    """Equation N1: the norm of all groups of units together."""
+    size = 0.0
+    for there, units in blocks(places, len(change) - len(places.exists)):
+        size += min(len(there), len(units)) * max(1.0, len(units) / len(there))
+    norm = np.sqrt(np.sum(change**2, axis=(0, 1), keepdims=True))
+    return change * np.sqrt(size) / np.where(norm > 0, norm, 1.0)
+
+
+def each_way(function, changes, own):
+    """A function of the terms of both kernels, that of the way back as it is stored, `[in, out]`:
+    with the bias only if it has one."""
+    rows = None if "backward_bias" in own or "bias" not in own else -1
+    back = np.swapaxes(changes[1], 0, 1).copy()
+    back[:rows] = function(back[:rows])
+    return [function(changes[0]), np.swapaxes(back, 0, 1)]
 
 
 def whitened_both(gene, changes, grams, own, places, count):
@@ -629,7 +638,7 @@ def terms(rule, gene, prefix, pre, post, own, places, examples, weights, rows_of
     """Sums over rows: the Hebbian terms of both kernels, and the squares for Oja's term.
 
     With groups of rows the terms are whitened, equation W3: those of each group by its own rows. No
-    Gram matrices are left then.
+    Gram matrices are left then. Momentum before N2 aside, they also went through N2, equation N3.
     """
     exists = places.exists
     nu_tilde, mu_tilde = getattr(gene, prefix + "nu_tilde"), getattr(gene, prefix + "mu_tilde")
@@ -662,6 +671,8 @@ def terms(rule, gene, prefix, pre, post, own, places, examples, weights, rows_of
             group = slice(start, start + rows_of_group)
             count = np.sum(size[group]) * examples / len(post)
             done = whitened_both(gene, *terms_and_grams(group), own, places, count)
+            if rule.normalize_term == "orthogonal" and rule.momentum != "before":
+                done = each_way(lambda change: orthogonal_term(rule, change, places), done, own)
             changes = [old + new for old, new in zip(changes, done, strict=True)]
     sizes = []
     for target in (post, pre):
@@ -674,7 +685,6 @@ def terms(rule, gene, prefix, pre, post, own, places, examples, weights, rows_of
 
 def update(rule, gene, prefix, kernels, traces, sums, own, places, time, count):
     """Equation 7 with its stabilisers for both kernels of a set of synapses; and their traces."""
-    has_bias = "bias" in own
     numbers = {name: getattr(gene, prefix + name, None) for name in (
         "nu_tilde", "mu_tilde", "synapse_keep", "synapse_update", "oja_multiplier", "saturation",
     )}  # fmt: skip
@@ -697,15 +707,13 @@ def update(rule, gene, prefix, kernels, traces, sums, own, places, time, count):
 
     if rule.momentum == "before":
         traces, changes = follow(traces, changes)
+    in_groups = rule.whitening and grams[0] is None
+    if rule.normalize_term == "orthogonal" and not (in_groups and rule.momentum != "before"):
+        changes = each_way(lambda change: orthogonal_term(rule, change, places), changes, own)
     if rule.normalize_term != "none":
-        forward = normalized_term(rule, changes[0], places)
-        if rule.directions != "untied":
-            changes = [forward, np.swapaxes(forward, 0, 1)]
-        else:  # as the way back is stored, [in, out]: with the bias only if it has one
-            rows = None if "backward_bias" in own or not has_bias else -1
-            way_back = np.swapaxes(changes[1], 0, 1).copy()
-            way_back[:rows] = normalized_term(rule, way_back[:rows], places)
-            changes = [forward, np.swapaxes(way_back, 0, 1)]
+        changes = each_way(lambda change: sized_term(change, places), changes, own)
+    if rule.directions != "untied":
+        changes[1] = np.swapaxes(changes[0], 0, 1)
     if rule.momentum == "after":
         traces, changes = follow(traces, changes)
 

@@ -439,8 +439,8 @@ class Connection(abc.ABC):
         weight = None if sample_weight is None else self.of_rows(sample_weight, source)
         synapses = {name: value for name, value in synapses.items() if rule.changes(name)}
         groups = self._groups(rule, source, ops.shape(first_states(post, 1, 1))[-2], alone=alone, shared=batch is not None)
-        first = rule.orthogonal_first and alone and batch is None and self.few_rows and not self.penalties
-        orthogonal = first and (groups is not None or not rule.whitening)
+        at_hand = groups is not None or (not rule.whitening and alone and batch is None and self.few_rows)
+        orthogonal = rule.orthogonal_first and at_hand and not self.penalties
         context = TermContext(genome, source, sample_weight, post.dtype, groups, orthogonal)
         gate = 1.0 if rule.gates_last else self._gate(genome, prefix, step)
         gate = share * ops.convert_to_tensor(gate, dtype=post.dtype)
@@ -569,12 +569,16 @@ class Connection(abc.ABC):
         """Eq. N2 on a kernel's term with the bias's as its last row."""
         return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
 
-    def sized_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-        """Eq. N1 on a kernel's term with the bias's as its last row."""
+    def sized_term(
+        self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str], gate: Array | None = None
+    ) -> dict[str, Array]:
+        """Eq. N1 on a kernel's term with the bias's as its last row; times the gate, if given."""
         blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
         shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
         orthogonal = rule.normalize_term == "orthogonal"
-        parts = terms.frobenius([sums[name] for name in names.values()], shape, moderate=orthogonal)
+        found = [sums[name] for name in names.values()]
+        times = 1.0 if gate is None else equations.scalar(gate, found[0])
+        parts = terms.frobenius(found, shape, times=times, moderate=orthogonal)
         return dict(zip(names.values(), parts, strict=True))
 
     def as_whole(
@@ -635,15 +639,19 @@ class Connection(abc.ABC):
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
             _follow(arrays["momentum"], traces, sums)
-        if rule.normalize_term != "none":
+        sized = rule.normalize_term != "none"
+        gates = rule.gates_last
+        if sized:
+            times = gate if gates and rule.momentum != "after" else None
             for names in pairs:
                 if rule.normalize_term == "orthogonal" and not totals.orthogonal:
                     sums |= self.orthogonal_term(rule, sums, names)
-                sums |= self.sized_term(rule, sums, names)
+                sums |= self.sized_term(rule, sums, names, times)
+            gates = gates and times is None
             copy()
         if rule.momentum == "after":
             _follow(arrays["momentum"], traces, sums)
-        if rule.gates_last:
+        if gates:
             sums |= {name: equations.scalar(gate, sums[name]) * sums[name] for name in synapses}
         shrinks: dict[str, Array | None] = dict.fromkeys(synapses)
         if rule.oja != "none":

@@ -1,9 +1,9 @@
 """What becomes of a Hebbian term whose rows are at hand, before they are added up.
 
-Whitening by groups of rows and orthogonal terms (eq. W2, W3 and N2 of `terms`) have two systems
-each: of the rows of a group, and of the features. The rows are at hand where one layer alone, on
-one device, learns from them; then the smaller system is solved, which is chosen here. Elsewhere
-`Connection.update` takes the features' system of the whole batch.
+Whitening by groups of rows and orthogonal terms (eq. W2, W3, N2 and N3 of `terms`) have two systems
+each: of the rows of a group, and of the features. The rows are at hand where one layer alone learns
+from them, and where a device has whole groups of them; then the smaller system is solved, which is
+chosen here. Elsewhere `Connection.update` takes the features' system of the whole batch.
 """
 
 from __future__ import annotations
@@ -88,56 +88,71 @@ def settle(
 ) -> dict[str, Array]:
     """A term whitened and made orthogonal, as the context says, each by the smaller one of two
     systems."""
-    rule, groups = context.genome.rule, context.groups
+    rule = context.genome.rule
     x = connection.rows_read(read)
+    groups = context.groups or terms.Groups(ops.shape(x)[-2])
     inputs = x.shape[-1] + (ones is not None)
     root = context.root(connection)
 
-    def by_rows(groups: terms.Groups) -> tuple[Array, Array | None]:
-        """What takes the place of the senders; and the Gram matrix of the rows, if one group has
-        them all."""
+    def by_rows(*, orthogonal: bool) -> Array:
+        """What takes the place of the senders: `[..., groups, size, units]`."""
         inner = _inner(groups, x, ones, root)
-        found = groups.apart(senders if root is None else _over(senders, root))
-        found = terms.whitened_senders(inner, found, context.damping(inner), context.examples_of(groups, connection))
-        found = groups.together(found)
-        return found if root is None else found * root, groups.together(inner) if groups.single else None
+        own = found = groups.apart(senders if root is None else _over(senders, root))
+        if rule.whitening:
+            numbers = context.damping(inner), context.examples_of(groups, connection)
+            found = terms.whitened_senders(inner, own, *numbers)
+        if orthogonal:
+            responses = terms.responses(inner, own, found, *numbers) if rule.whitening else ops.matmul(inner, found)
+            found = terms.orthogonal_senders(found, responses, rule.orthogonal_iterations)
+        return found if root is None else found * groups.apart(root)
 
-    def by_features(groups: terms.Groups) -> dict[str, Array]:
-        rows, own = groups.apart(x), groups.apart(senders)
+    def term_of(own: Array) -> Array:
+        """The groups' terms, `[..., groups, in, units]`, of their senders."""
+        rows = groups.apart(x)
         term = ops.matmul(ops.swapaxes(connection.rounded(rows), -1, -2), connection.rounded(own))
+        if ones is None:
+            return term
+        bias = ops.expand_dims(ones, -3) * ops.sum(own, axis=-2, keepdims=True)
+        return ops.concatenate([term, bias], axis=-2)
+
+    def by_features() -> Array:
+        """The groups' terms, whitened by the systems of the features."""
+        rows = groups.apart(x)
         if ones is not None:
-            bias = ops.expand_dims(ones, -3)
-            term = ops.concatenate([term, bias * ops.sum(own, axis=-2, keepdims=True)], axis=-2)
-            rows = ops.concatenate([rows, ops.broadcast_to(bias, (*ops.shape(rows)[:-1], 1))], axis=-1)
+            bias = ops.broadcast_to(ops.expand_dims(ones, -3), (*ops.shape(rows)[:-1], 1))
+            rows = ops.concatenate([rows, bias], axis=-1)
         if root is not None:
             rows = rows * groups.apart(root)
         elif not groups.full:  # the bias of rows that fill up a group counts as nothing
             rows = rows * groups.present(context.dtype)
         gram = ops.matmul(ops.swapaxes(rows, -1, -2), rows)
-        term = terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, connection))
-        term = ops.sum(term, axis=-3)
+        term = term_of(groups.apart(senders))
+        return terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, connection))
+
+    def added(term: Array) -> dict[str, Array]:
+        """The groups' terms as the sums of the kernel and the bias."""
+        term = ops.squeeze(term, -3) if groups.single else ops.sum(term, axis=-3)
         found = {names["kernel"]: term[..., : x.shape[-1], :]}
         return found if ones is None else {**found, names["bias"]: term[..., x.shape[-1] :, :]}
 
-    def whitened() -> dict[str, Array]:
-        if groups is None:
-            return whole(senders)
-        return choose(groups.size < inputs, lambda: whole(by_rows(groups)[0]), lambda: by_features(groups))
+    def sent(*, orthogonal: bool) -> dict[str, Array]:
+        return whole(groups.together(by_rows(orthogonal=orthogonal)))
 
+    few = groups.size < inputs
     if not context.orthogonal:
-        return whitened()
+        return choose(few, lambda: sent(orthogonal=False), lambda: added(by_features()))
 
-    def orthogonal_by_rows() -> dict[str, Array]:
-        own, inner = (senders, None) if groups is None else by_rows(groups)
-        if inner is None:
-            every = terms.Groups(ops.shape(x)[-2])
-            inner = every.together(_inner(every, x, ones, root))
-        own = own if root is None else _over(own, root)
-        own = terms.orthogonal_senders(inner, own, rule.orthogonal_iterations)
-        return whole(own if root is None else own * root)
+    def by_matrix() -> dict[str, Array]:
+        if not rule.whitening:
+            term = term_of(groups.apart(senders))
+        else:
+            term = choose(few, lambda: term_of(by_rows(orthogonal=False)), by_features)
+        return added(terms.orthogonal(term, rule.orthogonal_iterations))
 
-    fewer = terms.rows_are_cheaper(ops.shape(x)[-2], inputs, connection.units, rule.orthogonal_iterations)
-    return choose(fewer, orthogonal_by_rows, lambda: connection.orthogonal_term(rule, whitened(), names))
+    fewer = terms.rows_are_cheaper(
+        groups.size, inputs, connection.units, rule.orthogonal_iterations, whitened=rule.whitening
+    )  # fmt: skip
+    return choose(fewer, lambda: sent(orthogonal=True), by_matrix)
 
 
 def choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:

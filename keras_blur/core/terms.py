@@ -10,12 +10,14 @@ inputs. By the push-through identity it equals `X^T (X X^T / s + damping I)^-1 D
 smaller of the two systems is solved. The rows may be whitened in groups g, each by its own second
 moments and `s_g = trace(X_g^T X_g) / examples_g`:
 `H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3). The systems of the rows are as
-large as a group then.
+large as a group then, so that the price of a large batch grows with its size, not with its cube.
 
 Normalisation keeps only the direction of a term, so that the gate alone is its size: `"frobenius"`
 gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings its singular
 values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly
-equal.
+equal. Where the rows are whitened in groups, each group's term is (eq. N3):
+`H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a group, a
+device can do its own groups, and no group outweighs the others.
 
 Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (Martens and
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,
@@ -36,9 +38,11 @@ from keras_blur.backend import solve_positive
 
 Array = Any
 
-# Coefficients of the iteration x <- a x + b x^3 + c x^5 on singular values: steep at zero, so that
-# all values from 0.002 to 1 end between 0.68 and 1.21 after five. N1 takes out their common size.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
+# Coefficients of the iterations x <- a x + b x^3 + c x^5 on singular values, the first one and the
+# others: steep at zero, so that all values from 0.002 to 1 end between 0.68 and 1.21 after five. N1
+# takes out their common size. The first one meets mostly small values, so it does without c and its
+# product.
+_FIRST, _OTHERS = (2.8, -2.2, 0.0), (3.4445, -4.7750, 2.0315)
 _TINY = 1e-30  # stands for zero in a divisor
 
 
@@ -66,12 +70,29 @@ def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Arr
     return solve_positive(_damped(inner, damping, examples), senders)
 
 
+def responses(inner: Array, senders: Array, whitened: Array, damping: Array, examples: Array) -> Array:
+    """`X X^T W` of whitened senders W without the product: by eq. W2 it is `s (D - damping W)`.
+
+    Args:
+        inner: `X X^T`, `[..., rows, rows]`.
+        senders: D, `[..., rows, units]`.
+        whitened: W, `[..., rows, units]`: `whitened_senders` of D.
+        damping: `[..., 1, 1]`, positive.
+        examples: number of examples of the batch.
+    """
+    return (senders - damping * whitened) / _to_unit(inner, examples)
+
+
 def _damped(gram: Array, damping: Array, examples: Array) -> Array:
     one = ops.eye(ops.shape(gram)[-1], dtype=gram.dtype)
+    return gram * _to_unit(gram, examples) + damping * one
+
+
+def _to_unit(gram: Array, examples: Array) -> Array:
+    """1 / s, and 1 of inputs that are all zero: they have no direction to favour."""
     trace = _trace(gram)
-    none = trace <= _TINY  # inputs that are all zero have no direction to favour
-    scale = ops.where(none, ops.ones_like(trace), examples / ops.where(none, ops.ones_like(trace), trace))
-    return gram * scale + damping * one
+    none = trace <= _TINY
+    return ops.where(none, ops.ones_like(trace), examples / ops.where(none, ops.ones_like(trace), trace))
 
 
 class Groups(NamedTuple):
@@ -126,7 +147,9 @@ class Groups(NamedTuple):
         return self.apart(ops.ones((self.rows, 1), dtype=dtype))
 
 
-def frobenius(parts: Sequence[Array], shape: tuple[int, int, int], *, moderate: bool = False) -> list[Array]:
+def frobenius(
+    parts: Sequence[Array], shape: tuple[int, int, int], *, times: Array | float = 1.0, moderate: bool = False
+) -> list[Array]:
     """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
 
     Args:
@@ -134,13 +157,14 @@ def frobenius(parts: Sequence[Array], shape: tuple[int, int, int], *, moderate: 
             `[..., rows, columns]`.
         shape: number of blocks, and of the rows and columns of one, of which a term consists. The
             norm is that of all blocks.
+        times: what the result is multiplied by, a number or `[..., 1, 1]`: one pass for both.
         moderate: whether no square of an entry can overflow, as after eq. N2.
     """
     blocks, rows, columns = shape
     norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
     if not moderate:
         parts, _ = _scaled(parts, (-2, -1))
-    factor = norm * ops.rsqrt(_energy(parts, (-2, -1)))
+    factor = times * norm * ops.rsqrt(_energy(parts, (-2, -1)))
     return [part * factor for part in parts]
 
 
@@ -158,69 +182,75 @@ def orthogonal(term: Array, iterations: int) -> Array:
     x = ops.swapaxes(term, -1, -2) if rows < columns else term
     (x,), _ = _scaled([x], (-2, -1))
     x = x * ops.rsqrt(_energy([x], (-2, -1)))
-    a, b, c = _QUINTIC
     if 2 * min(rows, columns) <= max(rows, columns):  # all iterates on the small side
         gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
         x = ops.matmul(x, _polynomial(gram, iterations))
     else:
-        for _ in range(iterations):
+        for done in range(iterations):
             gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
-            x = a * x + ops.matmul(x, b * gram + c * ops.matmul(gram, gram))
+            x = ops.matmul(x, _factor(gram, first=not done))
     return ops.swapaxes(x, -1, -2) if rows < columns else x
 
 
-def orthogonal_senders(inner: Array, senders: Array, iterations: int) -> Array:
+def orthogonal_senders(senders: Array, responses: Array, iterations: int) -> Array:
     """Eq. N2 by the system of the rows: what takes the place of D.
 
-    All iterates are `X^T M D` with M a polynomial in `P = (D D^T) (X X^T)`.
+    All iterates are `X^T M D` with M a polynomial in `P = D (X X^T D)^T`.
 
     Args:
-        inner: `X X^T`, `[..., rows, rows]`.
         senders: D, `[..., rows, units]`.
+        responses: `X X^T D`, `[..., rows, units]`.
         iterations: number of Newton-Schulz iterations.
     """
-    (senders,), _ = _scaled([senders], (-2, -1))
-    (inner,), size = _scaled([inner], (-2, -1))
-    product = ops.matmul(ops.matmul(senders, ops.swapaxes(senders, -1, -2)), inner)
+    (senders,), size = _scaled([senders], (-2, -1))
+    (responses,), response = _scaled([responses], (-2, -1))
+    product = ops.matmul(senders, ops.swapaxes(responses, -1, -2))
     energy = _trace(product)
     energy = ops.where(energy <= _TINY, ops.ones_like(energy), energy)
-    return ops.matmul(_polynomial(product / energy, iterations), senders) * ops.rsqrt(energy * size)
+    return ops.matmul(_polynomial(product / energy, iterations), senders) * ops.sqrt(size / response / energy)
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
     """M, of which `x M` is what the iterations make of x, from `x^T x`: all its iterates
     commute."""
-    a, b, c = _QUINTIC
-    one = ops.eye(ops.shape(gram)[-1], dtype=gram.dtype)
-    whole = None
-    for left in reversed(range(iterations)):
-        factor = a * one + b * gram + c * ops.matmul(gram, gram)
-        whole = factor if whole is None else ops.matmul(whole, factor)
-        if left:
-            gram = ops.matmul(ops.matmul(factor, gram), factor)
-    return one if whole is None else whole
+    whole = factor = _factor(gram, first=True)
+    for _ in range(iterations - 1):
+        gram = ops.matmul(ops.matmul(factor, gram), factor)
+        factor = _factor(gram, first=False)
+        whole = ops.matmul(whole, factor)
+    return whole
 
 
-def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int) -> Any:
+def _factor(gram: Array, *, first: bool) -> Array:
+    """What an iteration multiplies x by, from `x^T x`."""
+    a, b, c = _FIRST if first else _OTHERS
+    factor = a * ops.eye(ops.shape(gram)[-1], dtype=gram.dtype) + b * gram
+    return factor + c * ops.matmul(gram, gram) if c else factor
+
+
+def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int, *, whitened: bool) -> Any:
     """Whether N2 by the system of the rows costs less than that of the matrix.
 
     Whitening before it costs both the same: where the rows of a group are at least as many as the
     inputs, so that it has no use for their systems, the matrix is cheaper anyway.
 
     Args:
-        rows: number of rows, an integer or a scalar array.
+        rows: number of rows of a group, an integer or a scalar array.
         inputs: size of X's rows, the bias counted.
         units: of the target.
         iterations: number of Newton-Schulz iterations.
+        whitened: whether whitening forms the system of the rows anyway.
     """
     if not isinstance(rows, int):
         rows = ops.cast(rows, "float32")  # its third power is no 32-bit integer
     small, large = min(inputs, units), max(inputs, units)
+    polynomial = 8 * (iterations - 1)  # of `_polynomial`
     if 2 * small <= large:
-        matrix = 4 * large * small**2 + 8 * iterations * small**3
+        matrix = 4 * large * small**2 + polynomial * small**3
     else:
-        matrix = iterations * (4 * large * small**2 + 2 * small**3)
-    return (8 * iterations + 2) * rows * rows * rows + rows * rows * (2 * inputs + 6 * units) < matrix
+        matrix = iterations * 4 * large * small**2 + (iterations - 1) * 2 * small**3
+    inner = 4 * units if whitened else 4 * units + 2 * inputs
+    return (polynomial + 2) * rows * rows * rows + inner * rows * rows < matrix
 
 
 def _trace(matrix: Array) -> Array:

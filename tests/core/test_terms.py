@@ -66,9 +66,22 @@ def test_orthogonal_by_rows_is_that_of_the_matrix(shape):
     rows, inputs, units = shape
     x, d = normal(rows, inputs), normal(rows, units, seed=1)
     wanted = np.asarray(terms.orthogonal((x.T @ d)[None], 5))[0]
-    sent = np.asarray(terms.orthogonal_senders(x @ x.T, d, 5))
+    sent = np.asarray(terms.orthogonal_senders(d, x @ x.T @ d, 5))
     np.testing.assert_allclose(x.T @ sent, wanted, rtol=1e-7, atol=1e-10)
-    assert not np.asarray(terms.orthogonal_senders(x @ x.T, np.zeros_like(d), 5)).any()
+    nothing = np.zeros_like(d)
+    assert not np.asarray(terms.orthogonal_senders(nothing, nothing, 5)).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.01, 0.3, 10.0])
+def test_responses_are_the_product(shape, damping):
+    rows, inputs, units = shape
+    x, d, one = normal(rows, inputs), normal(rows, units, seed=1), np.full((1, 1), damping)
+    inner = x @ x.T
+    whitened = np.asarray(terms.whitened_senders(inner, d, one, rows))
+    found = terms.responses(inner, d, whitened, one, rows)
+    np.testing.assert_allclose(found, inner @ whitened, rtol=1e-7, atol=1e-10)
+    assert np.isfinite(np.asarray(terms.responses(0.0 * inner, d, d / damping, one, rows))).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (4, 2, 7), (3, 1, 1)])
@@ -138,17 +151,28 @@ def test_one_group_is_the_whole_batch(inputs, norm):
 
 
 @pytest.mark.parametrize(("inputs", "units"), [(30, 40), (30, 2), (3, 7)])
-def test_groups_are_normalised_together(inputs, units):
-    """By either system of the orthogonal term: what is made orthogonal is the sum of the whitened
-    groups."""
+def test_groups_are_orthogonal_each_and_normalised_together(inputs, units):
+    """Eq. N3, by either system of the orthogonal term."""
     layer, x, y = DenseConnection(units), normal(10, inputs), normal(10, units, seed=1)
-    whitened = terms_of(layer, x, y, whitening=True, whitening_rows=4)
-    whole = np.concatenate([whitened["kernel"], whitened["bias"]])
-    for weight in (None, np.ones(10)):
+    for weight in (None, np.ones(10), np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 0.2, 0.7])):
+        groups = [terms_of(layer, *one[:2], weight=one[2], whitening=True) for one in split_rows(x, y, 4, weight)]
+        whole = sum(terms.orthogonal(np.concatenate([one["kernel"], one["bias"]])[None], 5) for one in groups)
+        wanted = np.asarray(terms.frobenius([whole], (1, inputs + 1, units))[0])[0]
         found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=4, normalize_term="orthogonal")
-        wanted = terms.orthogonal(whole[None], 5)
-        wanted = np.asarray(terms.frobenius([wanted], (1, inputs + 1, units))[0])[0]
         np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("joins", ["trace", "penalty"])
+def test_what_joins_a_term_joins_it_before_it_is_orthogonal(joins):
+    """So the sum of the groups is made orthogonal, with the trace or the penalty in it."""
+    x, y = normal(10, 6), normal(10, 3, seed=1)
+    layer = DenseConnection(3, penalties={"kernel": lambda channel: ops.sum(channel)} if joins == "penalty" else {})
+    rule = {"whitening": True, "whitening_rows": 4, "momentum": "before" if joins == "trace" else "none"}
+    whitened = terms_of(layer, x, y, **{**rule, "momentum": "none"})
+    whole = np.concatenate([whitened["kernel"], whitened["bias"]])
+    wanted = np.asarray(terms.frobenius([terms.orthogonal(whole[None], 5)], (1, 7, 3))[0])[0]
+    found = terms_of(layer, x, y, normalize_term="orthogonal", **rule)
+    np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_positions_are_rows_of_groups_and_examples_are_counted_by_them():
