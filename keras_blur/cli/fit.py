@@ -148,6 +148,53 @@ class _Tuned:
         return self._twin
 
 
+class _Fits:
+    """Trains learners one after another until Ctrl-C, and keeps what each one gives.
+
+    Attributes:
+        data: name of the image set.
+        results: by learner: seconds, Keras's history, the curve, and whether it is partial.
+        stopped: whether Ctrl-C came.
+    """
+
+    def __init__(self, images: Images, flag: Mapping[str, Any]):
+        self._images, self._flag, self.data = images, flag, images.name
+        self.results: dict[str, dict[str, Any]] = {}
+        self.stopped = False
+
+    def learn(self, learner: keras.Model, name: str, verbose: str | int) -> None:
+        """Trains one learner."""
+        keras.utils.set_random_seed(self._flag["seed"])  # the same order of images for all
+        images, log, curve = self._images, keras.callbacks.History(), _Curve(self._images)
+        began = time.perf_counter()
+        try:
+            learner.fit(
+                images.x_train, images.y_train, batch_size=self._flag["batch_size"], epochs=self._flag["epochs"],
+                validation_data=(images.x_test, images.y_test), callbacks=[log, curve], verbose=verbose,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            self.stopped = True
+        self.results[name] = {
+            "seconds": time.perf_counter() - began,
+            "history": {key: [float(value) for value in values] for key, values in log.history.items()},
+            "curve": curve.result(),
+        }
+        if self.stopped:
+            self.results[name]["partial"] = True
+
+    def tune(self, tuned: _Tuned, optimizer: str, rates: Sequence[float]) -> str:
+        """Trains by an optimizer at each rate. Returns the name of the run that ends best."""
+        names: list[str] = []
+        for rate in rates:
+            names.append(f"Keras {optimizer} {rate:g}")
+            self.learn(tuned.begin(rate), names[-1], 0)
+            if self.stopped:
+                break
+            print(f"  learning rate {rate:<8g} test accuracy {_last(self.results[names[-1]]):.4f}", flush=True)
+        ended = [name for name in names if "partial" not in self.results[name]]
+        return max(ended or names, key=lambda name: _last(self.results[name]))
+
+
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     """Trains, prints and writes the results. Ctrl-C ends training and keeps what was learned."""
     del positional
@@ -169,46 +216,22 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     model, twin = build_pair(images, genome, hidden, flag["network"])
     start = [numbers_of(variable) for variable in twin.variables]
     model.compile(loss=loss, metrics=["accuracy"])
-    results: dict[str, dict[str, Any]] = {}
-
-    def learned(learner: keras.Model, name: str, verbose: str | int) -> bool:
-        """Trains one learner. Returns whether it came to the end."""
-        keras.utils.set_random_seed(flag["seed"])  # the same order of images for all
-        log, curve = keras.callbacks.History(), _Curve(images)
-        began, whole = time.perf_counter(), True
-        try:
-            learner.fit(
-                images.x_train, images.y_train, batch_size=flag["batch_size"], epochs=flag["epochs"],
-                validation_data=(images.x_test, images.y_test), callbacks=[log, curve], verbose=verbose,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            whole = False
-        results[name] = {
-            "seconds": time.perf_counter() - began,
-            "history": {key: [float(value) for value in values] for key, values in log.history.items()},
-            "curve": curve.result(),
-        }
-        if not whole:
-            results[name]["partial"] = True
-        return whole
-
-    ours = f"genome {name_of(flag['genome'])}"
+    fits, ours = _Fits(images, flag), f"genome {name_of(flag['genome'])}"
     print(f"\n{ours}", flush=True)
-    stopped = not learned(model, ours, "auto")
+    fits.learn(model, ours, "auto")
     shown = [ours]
     for optimizer in flag["optimizers"]:
-        if stopped:
+        if fits.stopped:
             break
         print(f"\nKeras {optimizer}", flush=True)
-        tuned, names = _Tuned(twin, start, optimizer, loss), []
-        for each in GRIDS[optimizer] if rate is None else (rate,):
-            names.append(f"Keras {optimizer} {each:g}")
-            stopped = not learned(tuned.begin(each), names[-1], 0)
-            if stopped:
-                break
-            print(f"  learning rate {each:<8g} test accuracy {_last(results[names[-1]]):.4f}", flush=True)
-        ended = [name for name in names if "partial" not in results[name]]
-        shown += [max(ended or names, key=lambda name: _last(results[name]))]
+        rates = GRIDS[optimizer] if rate is None else (rate,)
+        shown.append(fits.tune(_Tuned(twin, start, optimizer, loss), optimizer, rates))
+    return _write(fits, shown, model, flag)
+
+
+def _write(fits: _Fits, shown: Sequence[str], model: keras.Model, flag: Mapping[str, Any]) -> int:
+    """Prints how the runs ended and writes the files asked for. Returns the exit status."""
+    results = fits.results
     print()
     for name in shown:
         done = len(results[name]["history"].get("loss", ()))
@@ -218,17 +241,17 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     drawn = {name: results[name]["curve"] for name in shown if results[name]["curve"]["steps"]}
     if flag["json"]:
         document = {"flags": flag, "parameters": model.count_params(), "shown": shown, "results": results}
-        write_json(flag["json"], {**document, "partial": True} if stopped else document)
+        write_json(flag["json"], {**document, "partial": True} if fits.stopped else document)
     if flag["plot"] and drawn:
         from keras_blur.report.learning import plot_fits
 
         shape = "LeNet" if flag["network"] == "lenet" else f"hidden {','.join(flag['hidden'])}"
-        plot_fits(drawn, flag["plot"], f"{images.name}, {shape}, batches of {flag['batch_size']}")
+        plot_fits(drawn, flag["plot"], f"{fits.data}, {shape}, batches of {flag['batch_size']}")
         wrote(flag["plot"])
     if flag["save"]:
         save(model, flag["save"])
         wrote(flag["save"])
-    if not stopped:
+    if not fits.stopped:
         return 0
     kept = [flag[name] for name in ("json", "plot", "save") if flag[name] and (name != "plot" or drawn)]
     return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")
