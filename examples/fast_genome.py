@@ -60,6 +60,10 @@ A candidate's score in a setting is its gain: how much smaller its mean error ov
 dominates, and early steps count as much as late ones. The mean of the distribution is scored on
 other settings, of other alphabets, functions, tables and networks, and the best is kept; the report
 has fresh seeds of these. No image set but Omniglot chooses anything.
+
+The package keeps the numbers set by hand. Those of 35 generations are better in most groups of the
+report, by 3 % of the error in all, but worse in deep networks and where a small set is learned for
+very long: nothing in the search looks that far.
 """
 
 MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
@@ -79,7 +83,8 @@ def rule():
     """Backpropagation with relu, whitened terms of lifted singular values, a gate that falls, slow
     synapses."""
     start = genomes.backprop(1.0, "relu", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    added = {"whitening": True, "whitening_rows": 128, "normalize_term": "orthogonal", "orthogonal_iterations": 2}
+    added = {"whitening": True, "whitening_positions": 16, "whitening_rows": 128}
+    added |= {"normalize_term": "orthogonal", "orthogonal_iterations": 2}
     return start.with_rule(start.rule.replace(**added, update_decay="power", slow_synapses=True))
 
 
