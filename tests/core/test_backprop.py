@@ -133,7 +133,7 @@ def both_ways_equal(model):
     """The feedback path starts with the numbers of the forward path."""
     for layer in model.layers:
         if "backward_kernel" in layer.synapses:
-            layer.synapses["backward_kernel"].assign(layer.synapses["kernel"])
+            layer.synapses["backward_kernel"].assign(np.array(layer.synapses["kernel"].value))
 
 
 @pytest.mark.parametrize("option", [{"directions": "untied"}, {"channels": "own"}])

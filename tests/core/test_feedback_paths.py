@@ -4,7 +4,6 @@ becomes of them."""
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_blur as kb
 from keras_blur.core.connections.dense import DenseConnection
@@ -113,24 +112,3 @@ def test_what_comes_back_has_the_signs_of_the_forward_kernel_and_the_sizes_of_th
 @pytest.mark.parametrize(("directions", "least"), [("tied", 0.94), ("tied_updates", 0.94), ("signs", 0.94), ("fixed", 0.85)])
 def test_each_path_learns_the_digits(directions, least):
     assert learn(network(genome(directions, rate=0.3, decay=1e-3)), 15) > least
-
-
-def test_meta_learning_goes_through_the_signs():
-    """The step of a rule with signs has a derivative by the genome, and holds backward synapses in
-    a learner, too."""
-    rule = kb.Rule(directions="signs")
-    learner = kb.learners.Blur((6,), rule)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(8, 4)).astype("float32"), 2.0 * np.eye(3, dtype="float32")[rng.integers(3, size=8)] - 1.0
-    outer = {name: tf.constant(value) for name, value in kb.Genome.random(rule, 0, synapse_update=-0.1).arrays.items()}
-    with tf.GradientTape() as tape:
-        tape.watch(outer)
-        state = learner.init(outer, kb.random.seed_of(0), 4, 3)
-        start = state.synapses[1]["backward_kernel"].numpy()
-        for _ in range(3):
-            state, output = learner.step(outer, state, x, y)
-        loss = tf.reduce_mean(tf.square(output - y))
-    slopes = tape.gradient(loss, outer)
-    assert np.abs(slopes["mu"]).max() > 1e-4
-    assert all(np.isfinite(value).all() for value in slopes.values() if value is not None)
-    np.testing.assert_array_equal(state.synapses[1]["backward_kernel"], start)

@@ -79,8 +79,13 @@ class Net:
                 lambda x: ops.reshape(x, (-1, int(np.prod(shapes[0])))), shapes, (int(np.prod(shapes[0])),)
             ),
             "relu": lambda: weightless.Elementwise(ops.relu, shapes, shapes[0]),
-            "pool": lambda: weightless.Jacobian(
-                lambda x: ops.max_pool(x, 2, 1, "same", data_format="channels_last"), shapes, shapes[0]
+            "pool": lambda: weightless.MaxPooling(
+                lambda x: ops.max_pool(x, 2, 1, "same", data_format="channels_last"),
+                shapes[0],
+                shapes[0],
+                (2, 2),
+                (1, 1),
+                "same",
             ),
             "centre": lambda: weightless.Normalize(shapes[0], range(len(shapes[0])), numpy_twin.BATCH_EPSILON),
         }

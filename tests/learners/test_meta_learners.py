@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from gradient_harness import assert_difference_quotient, draw_episodes
 
-from keras_blur import learners, meta, random, tasks
+from keras_blur import Genome, Rule, learners, meta, random, tasks
 from keras_blur.distribution import Shard
 from keras_blur.meta.estimator import over_tasks, start
 
@@ -337,3 +337,24 @@ def test_a_warped_model_of_another_precision_is_meta_trained(policy):
     history = made.fit(1, 3, verbose=0).history
     assert history["skipped"] == [0.0]
     assert 0.0 < history["loss"][0] < 2.0
+
+
+def test_meta_learning_goes_through_the_signs():
+    """The step of a rule with signs has a derivative by the genome, and holds backward synapses in
+    a learner, too."""
+    rule = Rule(directions="signs")
+    learner = learners.Blur((6,), rule)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 4)).astype("float32"), 2.0 * np.eye(3, dtype="float32")[rng.integers(3, size=8)] - 1.0
+    outer = {name: tf.constant(value) for name, value in Genome.random(rule, 0, synapse_update=-0.1).arrays.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(outer)
+        state = learner.init(outer, random.seed_of(0), 4, 3)
+        start = state.synapses[1]["backward_kernel"].numpy()
+        for _ in range(3):
+            state, output = learner.step(outer, state, x, y)
+        loss = tf.reduce_mean(tf.square(output - y))
+    slopes = tape.gradient(loss, outer)
+    assert np.abs(slopes["mu"]).max() > 1e-4
+    assert all(np.isfinite(value).all() for value in slopes.values() if value is not None)
+    np.testing.assert_array_equal(state.synapses[1]["backward_kernel"], start)
