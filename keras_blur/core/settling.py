@@ -149,9 +149,8 @@ def settle(
             term = choose(few, lambda: term_of(by_rows(orthogonal=False)), by_features)
         return added(terms.orthogonal(term, rule.orthogonal_iterations))
 
-    fewer = terms.rows_are_cheaper(
-        groups.size, inputs, connection.units, rule.orthogonal_iterations, whitened=rule.whitening
-    )  # fmt: skip
+    iterations = rule.orthogonal_iterations
+    fewer = terms.rows_are_cheaper(groups.size, inputs, connection.units, iterations, whitened=rule.whitening)
     return choose(fewer, lambda: sent(orthogonal=True), by_matrix)
 
 
