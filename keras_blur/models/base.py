@@ -735,7 +735,7 @@ def _stateless(model: BlurModel, state: Any, data: Any) -> Any:
     trainable, others, optimizer, metrics = state
     variables = [*model.trainable_variables, *model.non_trainable_variables, *model.metrics_variables]
     mapping = list(zip(variables, [*trainable, *others, *metrics], strict=True))
-    with keras.StatelessScope(state_mapping=mapping) as scope:
+    with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
         logs = model._learn(data)
 
         def now(kept: Sequence[Any]) -> list[Any]:

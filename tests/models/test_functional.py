@@ -295,8 +295,9 @@ def test_dropout_has_one_mask_for_both_passes(float64):
         loss = model.train_on_batch(ROWS, TWO)
         assert loss == pytest.approx(twin.train_on_batch([ROWS, np.reshape(masks[-1], (6, 8))], TWO), rel=1e-5)
         assert_same(named(model.to_keras()), named(plain), 1e-9)
-    assert len(masks) == 3
-    assert 0.2 < np.mean(np.array(masks) == 0.0) < 0.8
+    drawn = [mask for mask in masks if mask is not None]  # none where JAX's trainer looks at shapes
+    assert len(drawn) == 3
+    assert 0.2 < np.mean(np.array(drawn) == 0.0) < 0.8
 
 
 # What is kept and what is refused.
