@@ -169,7 +169,8 @@ class Elementwise(Jacobian):
 
 
 class MaxPooling(Jacobian):
-    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest.
+    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest, the first
+    of equals.
 
     Written by hand: XLA rounds the second derivative of TensorFlow's max pooling to 16 bits.
 
@@ -209,7 +210,9 @@ class MaxPooling(Jacobian):
         if value.shape[axis] == 1:
             return largest
         windows = self._windows(one, -math.inf)
-        winner = ops.one_hot(ops.argmax(windows, axis=-2), windows.shape[-2], dtype=value.dtype)
+        # Not the largest itself: Keras's `argmax` holds 0.0 for larger than -0.0, and the way back does not.
+        winning = windows >= ops.max(windows, axis=-2, keepdims=True)
+        winner = ops.one_hot(ops.argmax(ops.cast(winning, "int32"), axis=-2), windows.shape[-2], dtype=value.dtype)
         winner = ops.swapaxes(winner, -1, -2)
         rest = self._windows(later_states(value, rank), 0.0)
         chosen = ops.sum(rest * winner, axis=-2)

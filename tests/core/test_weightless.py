@@ -130,6 +130,17 @@ def test_max_pooling_by_hand():
     np.testing.assert_array_equal(back[:, 0, :, 0], [[0.0, 1.0, 2.0, 0.0], [0.0, 3.0, 4.0, 0.0]])
 
 
+def test_the_first_of_equals_wins_in_both_passes():
+    """A zero of either sign, as relu and a negative factor leave it, equals another."""
+    made = MaxPooling(
+        lambda x: ops.max_pool(x, 2, 2, "valid", data_format="channels_last"), (4, 1), (2, 1), (2,), (2,), "valid"
+    )
+    states = ops.array([[[[-0.0], [0.0], [7.0], [7.0]]], [[[10.0], [20.0], [30.0], [40.0]]]], "float64")
+    np.testing.assert_array_equal(made.forward((states,), None)[1, 0, :, 0], [10.0, 30.0])
+    (back,) = made.backward((states,), ops.ones((2, 1, 2, 1), "float64"), None)
+    np.testing.assert_array_equal(back[1, 0, :, 0], [1.0, 0.0, 1.0, 0.0])
+
+
 def test_what_comes_back_may_have_another_number_of_states():
     made = Jacobian(kl.MaxPooling1D(2), [(4, 1)], (2, 1))
     (back,) = made.backward(states_of([(4, 1)]), normal(1, BATCH, 2, 1), None)
