@@ -210,7 +210,8 @@ class MaxPooling(Jacobian):
         if value.shape[axis] == 1:
             return largest
         windows = self._windows(one, -math.inf)
-        # Not the largest itself: Keras's `argmax` holds 0.0 for larger than -0.0, and the way back does not.
+        # Not the largest itself: Keras's `argmax` holds 0.0 for larger than -0.0, and the way back
+        # does not.
         winning = windows >= ops.max(windows, axis=-2, keepdims=True)
         winner = ops.one_hot(ops.argmax(ops.cast(winning, "int32"), axis=-2), windows.shape[-2], dtype=value.dtype)
         winner = ops.swapaxes(winner, -1, -2)
