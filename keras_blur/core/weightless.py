@@ -169,8 +169,8 @@ class Elementwise(Jacobian):
 
 
 class MaxPooling(Jacobian):
-    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest, the first
-    of equals.
+    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest: the
+    first of equals.
 
     Written by hand: XLA rounds the second derivative of TensorFlow's max pooling to 16 bits.
 
