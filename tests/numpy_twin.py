@@ -638,7 +638,8 @@ def terms(rule, gene, prefix, pre, post, own, places, examples, weights, rows_of
     """Sums over rows: the Hebbian terms of both kernels, and the squares for Oja's term.
 
     With groups of rows the terms are whitened, equation W3: those of each group by its own rows. No
-    Gram matrices are left then. Momentum before N2 aside, they also went through N2, equation N3.
+    Gram matrices are left then. Unless momentum comes before N2, the terms of the groups also went
+    through N2 (equation N3).
     """
     exists = places.exists
     nu_tilde, mu_tilde = getattr(gene, prefix + "nu_tilde"), getattr(gene, prefix + "mu_tilde")

@@ -165,11 +165,7 @@ def main():
         "history": {name: [float(value) for value in column] for name, column in history.items()},
         "predicted": [] if asked["what"] != "fit" else model.predict(options["x"][:20], verbose=0).tolist(),
     }
-    print(json.dumps(found), flush=True)
-    if "workers" not in asked:
-        # A thread of TensorFlow that outlives what it reads can crash a process as it ends, its
-        # work done. Workers take leave of each other.
-        os._exit(0)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -152,20 +152,20 @@ class _Fits:
     """Trains learners one after another until Ctrl-C, and keeps what each one gives.
 
     Attributes:
-        data: name of the image set.
+        images: the image set.
         results: by learner: seconds, Keras's history, the curve, and whether it is partial.
         stopped: whether Ctrl-C came.
     """
 
     def __init__(self, images: Images, flag: Mapping[str, Any]):
-        self._images, self._flag, self.data = images, flag, images.name
+        self.images, self._flag = images, flag
         self.results: dict[str, dict[str, Any]] = {}
         self.stopped = False
 
     def learn(self, learner: keras.Model, name: str, verbose: str | int) -> None:
         """Trains one learner."""
         keras.utils.set_random_seed(self._flag["seed"])  # the same order of images for all
-        images, log, curve = self._images, keras.callbacks.History(), _Curve(self._images)
+        images, log, curve = self.images, keras.callbacks.History(), _Curve(self.images)
         began = time.perf_counter()
         try:
             learner.fit(
@@ -246,7 +246,7 @@ def _write(fits: _Fits, shown: Sequence[str], model: keras.Model, flag: Mapping[
         from keras_blur.report.learning import plot_fits
 
         shape = "LeNet" if flag["network"] == "lenet" else f"hidden {','.join(flag['hidden'])}"
-        plot_fits(drawn, flag["plot"], f"{fits.data}, {shape}, batches of {flag['batch_size']}")
+        plot_fits(drawn, flag["plot"], f"{fits.images.name}, {shape}, batches of {flag['batch_size']}")
         wrote(flag["plot"])
     if flag["save"]:
         save(model, flag["save"])

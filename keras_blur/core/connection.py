@@ -639,19 +639,17 @@ class Connection(abc.ABC):
         sums = self._penalised(stored, sums, 1.0 if rule.gates_last else gate)
         if rule.momentum == "before":
             _follow(arrays["momentum"], traces, sums)
-        sized = rule.normalize_term != "none"
-        gates = rule.gates_last
-        if sized:
-            times = gate if gates and rule.momentum != "after" else None
+        gated = not rule.gates_last
+        if rule.normalize_term != "none":
+            gated = rule.momentum != "after"  # one factor with the norm, unless a trace comes between
             for names in pairs:
                 if rule.normalize_term == "orthogonal" and not totals.orthogonal:
                     sums |= self.orthogonal_term(rule, sums, names)
-                sums |= self.sized_term(rule, sums, names, times)
-            gates = gates and times is None
+                sums |= self.sized_term(rule, sums, names, gate if gated else None)
             copy()
         if rule.momentum == "after":
             _follow(arrays["momentum"], traces, sums)
-        if gates:
+        if not gated:
             sums |= {name: equations.scalar(gate, sums[name]) * sums[name] for name in synapses}
         shrinks: dict[str, Array | None] = dict.fromkeys(synapses)
         if rule.oja != "none":

@@ -113,10 +113,10 @@ class Rule:
             batch. On several devices that is so where a device's rows are not known to be whole
             groups.
         normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
-            `"orthogonal"`: its singular values are brought nearer to each other before (eq. N2),
-            those of each group of rows where whitening is by groups (eq. N3), unless a trace or a
-            penalty joins the term first; `"none"`. The bias is a row of the term. Only its
-            direction counts then, and the gate is its size.
+            `"orthogonal"`: before that, its singular values are brought nearer to each other
+            (eq. N2); `"none"`. Only the direction of a term counts then, and the gate is its size.
+            The bias is a row of the term. Where rows are whitened in groups, eq. N2 acts on the
+            term of each group (eq. N3), unless a trace or a penalty joins the term first.
         orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small
             singular values, 5 make nearly all equal.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by

@@ -2,8 +2,9 @@
 
 Whitening by groups of rows and orthogonal terms (eq. W2, W3, N2 and N3 of `terms`) have two systems
 each: of the rows of a group, and of the features. The rows are at hand where one layer alone learns
-from them, and where a device has whole groups of them; then the smaller system is solved, which is
-chosen here. Elsewhere `Connection.update` takes the features' system of the whole batch.
+from them, and if there are several devices, where each has whole groups. Then the smaller system is
+solved; it is chosen here. Elsewhere `Connection.update` takes the features' system of the whole
+batch.
 """
 
 from __future__ import annotations
