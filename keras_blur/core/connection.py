@@ -330,7 +330,8 @@ class Connection(abc.ABC):
         """
         rule, source = genome.rule, self.source(pre)
         nu, kernel, bias = genome.nu, synapses.get("kernel"), synapses.get("bias")
-        ones = ops.sum(ops.convert_to_tensor(nu), axis=-2)  # a constant 1 in every source state
+        add = np.sum if isinstance(nu, np.ndarray) else ops.sum
+        ones = add(nu, axis=-2)  # a constant 1 in every source state
         energy = None
         if kernel is not None and rule.normalize_synapses in ("effective", "both"):
             energy = self._energies(self._matrices(synapses))["kernel"]

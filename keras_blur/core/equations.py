@@ -88,6 +88,8 @@ def _derivative(activation: str, value: Array) -> Array:
 def per_state(number: Array, like: Array, trailing: int) -> Array:
     """A genome number `[...]` or `[..., k]` as an array of the type of `like`, followed by
     `trailing` axes of size one."""
+    if isinstance(number, np.ndarray):
+        return ops.convert_to_tensor(number.reshape(number.shape + (1,) * trailing), dtype=like.dtype)
     number = ops.convert_to_tensor(number, dtype=like.dtype)
     return ops.reshape(number, tuple(number.shape) + (1,) * trailing)
 
@@ -195,8 +197,11 @@ def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tupl
 def select(rule: Rule, values: Array, axis: int) -> Array:
     """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of
     size k."""
-    take = np.take if isinstance(values, np.ndarray) else ops.take
-    return take(values, [0, *range(2, rule.states)], axis=axis)
+    if isinstance(values, np.ndarray):
+        return np.delete(values, 1, axis)
+    ahead = (slice(None),) * (axis % len(values.shape))
+    first = values[(*ahead, slice(0, 1))]
+    return first if rule.states == 2 else ops.concatenate([first, values[(*ahead, slice(2, None))]], axis=axis)
 
 
 def forward_neurons(

@@ -165,6 +165,8 @@ class Elementwise(Jacobian):
     ) -> tuple[Array, ...]:
         first = first_states(states[0], 1, len(self.target))
         through, pull = vjp(self.function, first)
+        if cotangent.shape[-2 - len(self.target)] == 1:  # no array for the derivative
+            return pull(cotangent)
         return (pull(ops.ones_like(through))[0] * cotangent,)
 
 

@@ -160,6 +160,28 @@ class EinsumConnection(Connection):
         y = ops.einsum(f"{self.inputs},{self.weights}->{self.outputs}", flat, kernel)
         return ops.reshape(y, (*shape[: len(shape) - self.axes], *ops.shape(y)[1:]))
 
+    @property
+    def _sums_inputs(self) -> bool:
+        """Whether some letters of the inputs stand nowhere else, so that all their entries are one."""
+        return bool(set(self.inputs) - set(self.weights + self.outputs))
+
+    def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
+        if self._sums_inputs or len(kernel.shape) > len(self.weights) + 1 or kernel.shape[0] > 1:
+            return super().linear_transpose(kernel, y, source)
+        kernel, y = self.rounded(kernel), self.rounded(y)
+        shape = ops.shape(y)
+        lead = shape[: len(shape) - self.target_axes]
+        flat = ops.reshape(y, (-1, *shape[len(lead) :]))
+        x = ops.einsum(f"{self.outputs},{self.weights}->{self.inputs}", flat, kernel[0])
+        return ops.reshape(x, (*lead, *source))
+
+    def outer(self, pre: Array, post: Array, source: Shape) -> Array:
+        single = len(post.shape) == self.target_axes + 2 and pre.shape[-2 - self.axes] == post.shape[0] == 1
+        if self._sums_inputs or not single:
+            return super().outer(pre, post, source)
+        x, y = self.rounded(pre)[0], self.rounded(post)[0]
+        return ops.expand_dims(ops.einsum(f"{self.inputs},{self.outputs}->{self.weights}", x, y), 0)
+
     def _members(self, kernel: Array, x: Array) -> Array:
         """A population of kernels, member by member."""
         lead = tuple(kernel.shape[: len(kernel.shape) - len(self.weights) - 1])
