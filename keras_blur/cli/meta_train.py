@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -176,21 +176,22 @@ def define_flags(flags: Flags) -> None:
     flags.string("tensorboard", None, "Folder for TensorBoard.")
 
 
+_READERS: dict[str, Callable[[str], Any]] = {
+    "bool": lambda value: {"true": True, "false": False}[value.lower()],
+    "int": int,
+    "float": float,
+}
+
+
 def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
     """Builds a rule from `name=value` strings on top of the given options."""
-    kinds = {field.name: field.default for field in dataclasses.fields(Rule)}
+    kinds = {field.name: str(field.type).partition(" ")[0] for field in dataclasses.fields(Rule)}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name not in kinds:
             raise ValueError(f"--rule must be option=value pairs of {', '.join(kinds)}. Received: {text!r}")
-        default = kinds[name]
         try:
-            if isinstance(default, bool):
-                options[name] = {"true": True, "false": False}[value.lower()]
-            elif isinstance(default, (int, float)) or name == "layers":
-                options[name] = float(value) if isinstance(default, float) else int(value)
-            else:
-                options[name] = value
+            options[name] = _READERS.get(kinds[name], str)(value)
         except (KeyError, ValueError) as error:
             raise ValueError(f"--rule: {name} cannot be {value!r}") from error
     return Rule(**options)

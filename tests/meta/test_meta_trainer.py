@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
+from keras_blur.cli.meta_train import parse_rule
 from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.datasets import load_images
 
@@ -260,6 +261,12 @@ def test_errors_of_values_need_a_loss_of_values():
     assert made.quality == "r2"
 
 
+def test_options_of_a_rule_are_read_by_their_type():
+    texts = ["whitening=True", "whitening_rows=128", "whitening_positions=16", "oja_factor=0.5", "momentum=after"]
+    wanted = {"whitening": True, "whitening_rows": 128, "whitening_positions": 16, "oja_factor": 0.5, "momentum": "after"}
+    assert parse_rule(texts, states=3) == Rule(states=3, **wanted)
+
+
 def test_a_rule_that_learns_from_errors_is_meta_trained(tmp_path):
     """From the backprop genome, its rule made richer on the way in: on test images the new numbers
     learn faster."""
@@ -336,6 +343,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--estimator=warpgrad --trajectory_loss_weight=1", "`trajectory_loss_weight` must be 0"),
         ("--rule=nonsense=1", "--rule must be option=value pairs"),
         ("--rule=keep_neurons=maybe", "keep_neurons cannot be 'maybe'"),
+        ("--rule=whitening_rows=many", "whitening_rows cannot be 'many'"),
         ("--rule=oja=never", "`oja` must be one of"),
         ("--unroll=x", "--unroll must be positive whole numbers"),
         ("--unroll=2,3,4", "--epochs must be at least the number of stages"),
