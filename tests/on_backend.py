@@ -1,13 +1,30 @@
 """What tests need of the backend and `keras.ops` cannot say: compiled functions and gradients, on
-TensorFlow and on JAX."""
+TensorFlow and on JAX; and what both take of TensorFlow, where it is installed."""
 
 import keras
+import pytest
 from keras import ops
 
 JAX = keras.backend.backend() == "jax"
+on_tensorflow = pytest.mark.skipif(JAX, reason="about TensorFlow alone")
+
+
+def dataset(*arrays):
+    """A `tf.data.Dataset` of batches of eight: both backends take it."""
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0]).batch(8)
+
+
+def served(folder, inputs):
+    """What a model that was exported to a folder predicts, computed by TensorFlow."""
+    model = pytest.importorskip("tensorflow").saved_model.load(str(folder))  # its functions do not keep it
+    return model.serve(inputs)
+
 
 if JAX:
     import jax
+
+    TAPES = [(jax, "grad"), (jax, "value_and_grad"), (jax, "vjp")]  # all by which a gradient is taken
 
     def in_a_graph(function, jit):
         """The function in a graph, compiled or not; on JAX there is no other graph than a compiled
@@ -24,6 +41,8 @@ if JAX:
 
 else:
     import tensorflow as tf
+
+    TAPES = [(tf, "GradientTape")]  # all by which a gradient is taken
 
     def in_a_graph(function, jit):
         """The function in a graph, compiled or not; on JAX there is no other graph than a compiled

@@ -526,6 +526,16 @@ class BlurModel(WholeFiles, CheckedModel):
         with backend.symbolic_build(self, iterator, data_batch) as (iterator, data_batch):
             super()._maybe_symbolic_build(iterator, data_batch)
 
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras's, which on JAX would make the variables while it traces: they are made before, for
+        the first batch."""
+        if not self.built:
+            if data_batch is None:
+                _, _, batches = next(iter(iterator))
+                data_batch = batches[0] if isinstance(batches, (list, tuple)) else next(batches)
+            self._build_for(keras.utils.unpack_x_y_sample_weight(data_batch)[0])
+        super()._symbolic_build(iterator, data_batch)
+
     def _shared(self, x: Array) -> SharedBatch | None:
         """The batch, if several replicas share it."""
         if backend.replicas() == 1:

@@ -91,5 +91,6 @@ class Model(BlurModel):
         genome = keras.saving.deserialize_keras_object(config.pop("genome"))
         dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
         model = cls(functional._inputs_struct, functional._outputs_struct, genome=genome, dtype=dtype, **config)
-        model.trainable = trainable
+        if not trainable:  # `True` would thaw the layers that are frozen
+            model.trainable = False
         return model

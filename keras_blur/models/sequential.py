@@ -145,5 +145,6 @@ class Sequential(BlurModel):
         genome = keras.saving.deserialize_keras_object(config.pop("genome"))
         dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
         model = cls(layers, genome=genome, dtype=dtype, **config)
-        model.trainable = trainable
+        if not trainable:  # `True` would thaw the layers that are frozen
+            model.trainable = False
         return model

@@ -561,3 +561,9 @@ def test_a_closed_pipe_is_no_mistake(monkeypatch, capsys):
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     assert cli.run(["zoo"]) == 0
     assert not capsys.readouterr().err
+
+
+def test_command_line_fits_a_shipped_genome_to_integer_labels(capsys):
+    assert cli.run(["fit", "--genome=mnist-orthogonal", "--hidden=16", "--epochs=1", "--optimizers="]) == 0
+    accuracy = capsys.readouterr().out.split("test accuracy")[1].split()[0]
+    assert float(accuracy) > 0.8

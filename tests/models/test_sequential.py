@@ -6,8 +6,8 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers as kl
+from on_backend import TAPES, dataset, on_tensorflow
 
 import keras_blur as kb
 from keras_blur.layers import Dense
@@ -67,20 +67,20 @@ class Batches(keras.utils.PyDataset):
         return self.x[chosen], self.y[chosen]
 
 
-def forms(x, y):
-    def batches():
-        for start in range(0, 24, 8):
-            yield x[start : start + 8], y[start : start + 8]
-
-    return {
-        "arrays": ((x, y), {"batch_size": 8, "shuffle": False}),
-        "tf.data": ((tf.data.Dataset.from_tensor_slices((x, y)).batch(8),), {}),
-        "PyDataset": ((Batches(x, y, 8),), {"shuffle": False}),
-        "generator": ((batches(),), {"steps_per_epoch": 3}),
-    }
+def batches(x, y):
+    for start in range(0, 24, 8):
+        yield x[start : start + 8], y[start : start + 8]
 
 
-@pytest.mark.parametrize("form", ["arrays", "tf.data", "PyDataset", "generator"])
+FORMS = {
+    "arrays": lambda x, y: ((x, y), {"batch_size": 8, "shuffle": False}),
+    "tf.data": lambda x, y: ((dataset(x, y),), {}),
+    "PyDataset": lambda x, y: ((Batches(x, y, 8),), {"shuffle": False}),
+    "generator": lambda x, y: ((batches(x, y),), {"steps_per_epoch": 3}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_data_learns_the_same(form):
     x, y = data()
     reference = make()
@@ -88,7 +88,7 @@ def test_each_form_of_data_learns_the_same(form):
         reference.train_on_batch(x[start : start + 8], y[start : start + 8])
     model = make()
     before = weights(model)
-    arguments, options = forms(x, y)[form]
+    arguments, options = FORMS[form](x, y)
     history = model.fit(*arguments, verbose=0, validation_data=(x[:5], y[:5]), **options).history
     assert_same(model, reference)
     assert any(np.abs(new - old).max() > 1e-3 for new, old in zip(weights(model), before, strict=True))
@@ -225,9 +225,9 @@ def test_one_trace_a_shape():
     traces = []
 
     class Counting(kb.Sequential):
-        def train_step(self, batch):
-            traces.append(batch[0].shape)
-            return super().train_step(batch)
+        def train_step(self, *given):  # the batch is the last
+            traces.append(given[-1][0].shape)
+            return super().train_step(*given)
 
     x, y = data()
     keras.utils.set_random_seed(0)
@@ -239,11 +239,11 @@ def test_one_trace_a_shape():
 
 
 def test_no_tape_is_used(monkeypatch):
-    class Refused:
-        def __init__(self, *args, **kwargs):
-            raise AssertionError("a gradient tape was opened")
+    def refused(*args, **kwargs):
+        raise AssertionError("a gradient tape was opened")
 
-    monkeypatch.setattr(tf, "GradientTape", Refused)
+    for module, name in TAPES:
+        monkeypatch.setattr(module, name, refused)
     x, y = data()
     for genome in (kb.genomes.backprop(0.1), kb.Genome.random(kb.Rule(), seed=0)):
         make(genome=genome).fit(x, y, verbose=0)
@@ -283,7 +283,7 @@ def test_save_load_continue(name, tmp_path):
     assert model.evaluate(x, y, verbose=0) == loaded.evaluate(x, y, verbose=0)
 
 
-def test_weights_files_and_checkpoints(tmp_path):
+def test_weights_files(tmp_path):
     x, y = data()
     model = make(RULES["normalised"])
     model.fit(x, y, batch_size=8, verbose=0)
@@ -291,6 +291,15 @@ def test_weights_files_and_checkpoints(tmp_path):
     from_weights = make(RULES["normalised"], seed=9)
     from_weights.load_weights(tmp_path / "m.weights.h5")
     assert_same(from_weights, model)
+
+
+@on_tensorflow
+def test_checkpoints_of_tensorflow(tmp_path):
+    import tensorflow as tf
+
+    x, y = data()
+    model = make(RULES["normalised"])
+    model.fit(x, y, batch_size=8, verbose=0)
     path = tf.train.Checkpoint(model=model).save(str(tmp_path / "ckpt"))
     from_checkpoint = make(RULES["normalised"], seed=9)
     tf.train.Checkpoint(model=from_checkpoint).restore(path).assert_consumed()
@@ -309,11 +318,17 @@ def test_clone_model():
     np.testing.assert_array_equal(clone(x), model(x))
 
 
-def test_unbuilt_model_takes_its_shape_from_the_data_and_saves(tmp_path):
+def unbuilt():
+    keras.utils.set_random_seed(0)
     model = kb.Sequential(genome=kb.Genome.random(kb.Rule(), seed=0))
     for layer in (kl.Flatten(), Dense(4), Dense(3)):
         model.add(layer)
     model.compile(loss=LOGITS)
+    return model
+
+
+def test_unbuilt_model_takes_its_shape_from_the_data_and_saves(tmp_path):
+    model = unbuilt()
     x, y = data(features=6)
     model.fit(x.reshape(-1, 2, 3), y, verbose=0)
     model.save(tmp_path / "m.keras")
@@ -323,6 +338,22 @@ def test_unbuilt_model_takes_its_shape_from_the_data_and_saves(tmp_path):
     removed = kb.Sequential([Dense(4), Dense(3)], genome=model.genome)
     assert removed.pop().units == 3
     assert [layer.units for layer in removed.layers] == [4]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unbuilt_model_learns_from_each_form_of_data_as_a_built_one(form):
+    x, y = data()
+    model, built = unbuilt(), unbuilt()
+    keras.utils.set_random_seed(1)
+    arguments, options = FORMS[form](x, y)
+    model.fit(*arguments, verbose=0, **options)
+    keras.utils.set_random_seed(1)
+    built.build((None, 5))
+    before = weights(built)
+    built.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    assert_same(model, built)
+    assert int(model.learning_step.value) == 3
+    assert any(np.abs(new - old).max() > 1e-3 for new, old in zip(weights(model), before, strict=True))
 
 
 @pytest.fixture
@@ -540,7 +571,7 @@ def test_bad_arrays_are_refused_before_any_step(form, x, y, message):
 @pytest.mark.parametrize(("x", "y", "message"), [(X, Y + 1, "`y` must hold integers"), (BAD, Y, "must be finite")])
 def test_bad_batches_of_a_dataset_are_refused(x, y, message):
     with pytest.raises(ValueError, match=message):
-        make().fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(8), verbose=0)
+        make().fit(dataset(x, y), verbose=0)
 
 
 def test_labels_of_a_wrong_shape():

@@ -4,8 +4,8 @@ late bad data."""
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers as kl
+from on_backend import dataset, served
 
 import keras_blur as kb
 from keras_blur.layers import Dense
@@ -98,7 +98,7 @@ def test_class_weight_of_a_dataset():
     share = {0: 0.5, 1: 2.0, 2: 0.0}
     models = [make() for _ in range(2)]
     models[0].fit(X, Y, batch_size=8, shuffle=False, class_weight=share, verbose=0)
-    models[1].fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(8), class_weight=share, verbose=0)
+    models[1].fit(dataset(X, Y), class_weight=share, verbose=0)
     assert_same(*models)
 
 
@@ -216,8 +216,7 @@ def test_exported_model_predicts_the_same(tmp_path):
     model = make()
     expected = model.predict(X, verbose=0)
     model.export(str(tmp_path / "exported"), verbose=False)
-    exported = tf.saved_model.load(str(tmp_path / "exported"))
-    np.testing.assert_allclose(exported.serve(X), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(served(tmp_path / "exported", X), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_mixed_precision_learns_the_digits_as_float32_does():
@@ -261,7 +260,7 @@ class Rows(keras.utils.PyDataset):
 
 
 LATE = {
-    "tf.data": lambda *batch: tf.data.Dataset.from_tensor_slices(batch if len(batch) > 1 else batch[0]).batch(8),
+    "tf.data": dataset,
     "PyDataset": Rows,
     "generator": lambda *batch: (batch if len(batch) > 1 else batch[0] for _ in range(2)),
 }
@@ -315,7 +314,7 @@ def test_a_kept_batch_takes_no_other_size():
     model = make(random(keep_neurons=True), inputs=keras.Input((5,), batch_size=8))
     model.fit(X, Y, batch_size=8, verbose=0)
     before = weights(model)
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+    with pytest.raises(ValueError, match="needs batches of the size it was built for, 8"):
         model.train_on_batch(X[:3], Y[:3])
     for new, old in zip(weights(model), before, strict=True):
         np.testing.assert_array_equal(new, old)

@@ -9,11 +9,10 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers as kl
+from on_backend import dataset, on_tensorflow, served
 
 import keras_blur as kb
-from keras_blur import cli
 from keras_blur.layers import Dense
 from keras_blur.tasks.datasets import load_images
 
@@ -104,12 +103,6 @@ def test_shipped_genomes_take_integer_labels(name):
     np.testing.assert_allclose(kernel(models[0]), kernel(models[1]), rtol=1e-4, atol=1e-5)
 
 
-def test_command_line_fits_a_shipped_genome_to_integer_labels(capsys):
-    assert cli.run(["fit", "--genome=mnist-orthogonal", "--hidden=16", "--epochs=1", "--optimizers="]) == 0
-    accuracy = capsys.readouterr().out.split("test accuracy")[1].split()[0]
-    assert float(accuracy) > 0.8
-
-
 @pytest.mark.parametrize("form", ["arrays", "dataset"])
 def test_functions_of_a_user_are_metrics(form):
     class Wrong:
@@ -122,9 +115,9 @@ def test_functions_of_a_user_are_metrics(form):
         Wrong(),
     ]
     model = make(kb.Genome.random(kb.Rule(), seed=0, synapse_update=0.0), metrics=functions)
-    data = (X, Y) if form == "arrays" else (tf.data.Dataset.from_tensor_slices((X, Y)).batch(8),)
+    data = (X, Y) if form == "arrays" else (dataset(X, Y),)
     history = model.fit(*data, verbose=0).history
-    right = np.mean(np.argmax(model(X), axis=-1) == Y)
+    right = np.mean(np.argmax(np.asarray(model(X)), axis=-1) == Y)
     assert [history[name][0] for name in ("partial", "lambda", "wrong")] == pytest.approx([right, right, 1 - right])
 
 
@@ -151,7 +144,7 @@ def test_other_arguments_of_compile_change_nothing(options):
 def test_layers_that_add_a_loss_are_refused():
     class Adds(kl.Layer):
         def call(self, x):
-            self.add_loss(tf.reduce_sum(x))
+            self.add_loss(keras.ops.sum(x))
             return x
 
         def compute_output_shape(self, shape):
@@ -228,7 +221,7 @@ def test_evaluate_agrees_with_training_after_few_steps(name, tmp_path):
         for start in range(64 * (steps - 5), 64 * steps, 64):
             rows = np.arange(start, start + 64) % len(x)
             model.train_on_batch(x[rows], y[rows])
-        trained = np.mean(np.argmax(model(x, training=True), axis=-1) == y)
+        trained = np.mean(np.argmax(np.asarray(model(x, training=True)), axis=-1) == y)
         assert trained > 0.85
         assert model.evaluate(x, y, verbose=0)[1] == pytest.approx(trained, abs=0.03)  # lagging ones are 0.3 below
     model.save(tmp_path / "m.keras")
@@ -350,6 +343,7 @@ OUTER = {
 }
 
 
+@on_tensorflow  # JAX does not tell a model whether its gradient will be taken
 @pytest.mark.parametrize("name", OUTER)
 def test_another_model_does_not_train_it(name):
     inner = make()
@@ -385,8 +379,8 @@ def test_export_needs_no_call_before(fitted, tmp_path):
     if fitted:
         model.fit(X, Y, verbose=0)
     model.export(str(tmp_path / "exported"), verbose=False)
-    exported = tf.saved_model.load(str(tmp_path / "exported"))
-    np.testing.assert_allclose(exported.serve(X[:7]), model.predict(X[:7], verbose=0), rtol=1e-5, atol=1e-6)
+    predicted = served(tmp_path / "exported", X[:7])
+    np.testing.assert_allclose(predicted, model.predict(X[:7], verbose=0), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="must be built before `export`"):
         kb.Sequential([Dense(3)], genome=kb.genomes.backprop()).export(str(tmp_path / "other"))
 
