@@ -32,9 +32,6 @@ class UnrollCurriculum(keras.callbacks.Callback):
     Raises:
         ValueError: if the stages are not in order.
 
-        Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 and appendix C.4: 10
-        steps, then 5 more in each stage.
-
     Example:
 
     >>> UnrollCurriculum([(0, 10), (5, 15)]).steps_at(7)

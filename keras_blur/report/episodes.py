@@ -153,8 +153,8 @@ def memorization_gap(
     recognises the task by its inputs, the support now contradicts its memory.
 
     Args:
-        learner, learned, tasks, steps, batch_size, query_size, episodes, split, loss, seed,
-            jit_compile: as in `score_episodes`.
+        learner, learned, tasks, steps, batch_size, query_size: as in `score_episodes`.
+        episodes, split, loss, seed, jit_compile: as in `score_episodes`.
         augmentation: the augmentation that defines keys. `None` uses `LabelPermutation` for classes
             and `LabelRotation` for two values.
 
