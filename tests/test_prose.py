@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(
     path
     for pattern in ("*.md", "*.py")
-    for folder in (".", "keras_blur", "tests", "examples", "benchmarks", "tpu")
+    for folder in (".", "keras_blur", "tests", "examples", "benchmarks", "tpu", "docs")
     for path in (ROOT / folder).glob(pattern if folder == "." else f"**/{pattern}")
     if path.parent.name != "results"  # programs write those pages
 )

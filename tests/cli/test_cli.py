@@ -317,7 +317,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = sorted(
     {
         command
-        for path in [ROOT / "README.md", *(ROOT / "keras_blur" / "genomes").glob("*.md")]
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "keras_blur" / "genomes").glob("*.md")]
         for command in re.findall(
             r"(?:^|&& \.venv/bin/)keras-blur ([a-z]+[a-z-]* .*)$", path.read_text().replace("\\\n", " "), re.M
         )

@@ -1,0 +1,164 @@
+"""The pages of docs/: their python blocks run; links, pictures, commands and public names exist."""
+
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+
+import keras_blur
+from keras_blur import cli
+from keras_blur.cli.flags import Flags
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("**/*.md"))
+ALL = [ROOT / "README.md", *PAGES]
+NOT_RUN = r"<!-- not run: [^\n]+ -->\n"  # before a block, with the reason
+FILES = (
+    r"(?<![\w/])((?:keras_blur|tests|examples|benchmarks|tpu|docs)/[\w./-]+\.(?:py|md|json|txt|sh|png)|\.ci/run|setup\.cfg)"
+)
+PACKAGES = ("genomes", "layers", "learners", "meta", "bilevel", "tasks", "report")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def python_blocks(text):
+    text = re.sub(NOT_RUN + r"```python\n.*?\n```", "", text, flags=re.S)
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+WITH_CODE = [path for path in PAGES if python_blocks(path.read_text())]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=name_of)
+def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    names: dict = {"__name__": f"page_{path.stem}"}
+    for block in python_blocks(path.read_text()):
+        exec(compile(block, name_of(path), "exec"), names)
+
+
+def test_pages_with_code_are_found():
+    assert {"getting_started", "use_a_genome", "convert", "train_a_genome", "compare", "extend"} <= {
+        path.stem for path in WITH_CODE
+    }
+
+
+def anchors(path):
+    """The anchors of a page's headings, as mkdocs makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_links_and_pictures_exist(path):
+    found = re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S))
+    for link in found:
+        assert not link.startswith("http"), link
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        assert there.is_file(), link
+        if there.suffix == ".png":
+            assert there.stat().st_size > 1000
+        if anchor:
+            assert anchor in anchors(there), link
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in PAGES:
+        assert re.search(rf"(: |- ){re.escape(str(path.relative_to(DOCS)))}$", navigation, re.M), path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_in_the_api_reference(package):
+    module = importlib.import_module(f"keras_blur.{package}")
+    text = (DOCS / "api" / f"{package}.md").read_text()
+    shown = set(re.findall(rf"^::: keras_blur\.{package}\.(\w+)$", text, re.M))
+    public = getattr(module, "__all__", None)
+    if public is None:  # genomes: what is defined there
+        public = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    assert shown == {name for name in public if not name.startswith("_")}
+
+
+def test_every_name_of_the_package_is_in_the_api_reference():
+    index = (DOCS / "api" / "index.md").read_text()
+    text = (DOCS / "api" / "keras_blur.md").read_text()
+    for name in keras_blur.__all__:
+        if name in PACKAGES:
+            assert f"[`keras_blur.{name}`]({name}.md)" in index
+        else:
+            assert re.search(rf"^::: keras_blur\.{name}$|`keras_blur\.{name}`", text, re.M), name
+
+
+def commands(text, program):
+    """Commands of a program in code blocks and in inline code, without what stands before them."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for line in [*lines, *(code.replace("\n", " ") for code in inline)]:
+        found = re.match(rf"(?:\w+=\S+ )*{program} (.*)", line)
+        if found:
+            yield found[1]
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_commands_of_the_command_line_have_their_flags(path):
+    for text in commands(path.read_text(), "keras-blur"):
+        command, *arguments = shlex.split(text, comments=True)
+        if command in ("COMMAND", "--help", "--version"):
+            continue
+        assert command in cli.COMMANDS, text
+        flags = Flags()
+        importlib.import_module(f"keras_blur.cli.{command.replace('-', '_')}").define_flags(flags)
+        for argument in arguments:
+            if argument.startswith("--") and argument != "--help":
+                flag = argument[2:].partition("=")[0]
+                assert flag in flags.values() or flag.removeprefix("no") in flags.values(), text
+
+
+def defines(script, flag):
+    """Whether a script, or a module of its folder that it imports, has a flag."""
+    imported = set(re.findall(r"^(?:from|import) (\w+)", script.read_text(), re.M))
+    sources = [script, *(script.parent / f"{name}.py" for name in imported if (script.parent / f"{name}.py").exists())]
+    return any(re.search(rf"""["'](?:--)?{re.escape(flag)}["']""", source.read_text()) for source in sources)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_python_commands_have_their_file_and_flags(path):
+    for text in commands(path.read_text(), "python"):
+        script, *arguments = shlex.split(text, comments=True)
+        if script in ("-m", "-c"):
+            continue
+        assert (ROOT / script).is_file(), text
+        for argument in arguments:
+            if argument.startswith("--"):
+                flag = argument[2:].partition("=")[0]
+                assert any(defines(ROOT / script, name) for name in (flag, flag.removeprefix("no"))), (text, flag)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_files_that_a_page_names_exist(path):
+    for file in re.findall(FILES, path.read_text()):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
+def test_the_site_builds_and_asks_no_other_host(tmp_path):
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.glob("**/*.html"):
+        assert not re.search(r"""<(?:script|img|link|iframe)[^>]+(?:src|href)=["'](?:https?:)?//""", page.read_text()), page
