@@ -210,6 +210,16 @@ def test_frozen_layers(frozen, float64):
             np.testing.assert_array_equal(after[name], value)
 
 
+def test_frozen_layers_of_a_file_and_a_clone(tmp_path):
+    entry = keras.Input((5,))
+    value = kl.Dense(3, name="second")(kl.Dense(4, "tanh", trainable=False, name="first")(entry))
+    model = kb.convert(keras.Model(entry, value), kb.genomes.backprop(0.1, loss="mean_squared_error"))
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    model.save(tmp_path / "m.keras")
+    for other in (keras.models.load_model(tmp_path / "m.keras"), keras.models.clone_model(model)):
+        assert [other.get_layer(name).trainable for name in ("first", "second")] == [False, True]
+
+
 # Losses of what the head gives.
 
 HEADS = {
