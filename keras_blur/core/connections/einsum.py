@@ -162,7 +162,7 @@ class EinsumConnection(Connection):
 
     @property
     def _sums_inputs(self) -> bool:
-        """Whether some letters of the inputs stand nowhere else, so that their entries are added up."""
+        """Whether letters of the inputs stand nowhere else, so that their entries are added up."""
         return bool(set(self.inputs) - set(self.weights + self.outputs))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
