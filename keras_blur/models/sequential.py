@@ -108,14 +108,14 @@ class Sequential(BlurModel):
         if not any(isinstance(layer, (BlurLayer, keras.Model)) for layer in self._chain):
             last = f"Received {self._chain[-1].name!r}." if self._chain else "Received no layers."
             raise ValueError(f"A layer must hold synapses: use keras_blur.layers.Dense. {last}")
-        value = first = keras.Input(batch_shape=self._input_batch_shape, dtype=self._input_type)
-        for layer in self._chain:
-            value = layer(value)
-        self._plan(keras.Model(first, value, name=f"{self.name}_network"))
+        with backend.outside_of_programs():  # `predict` and others build the model while they are traced
+            value = first = keras.Input(batch_shape=self._input_batch_shape, dtype=self._input_type)
+            for layer in self._chain:
+                value = layer(value)
+            self._plan(keras.Model(first, value, name=f"{self.name}_network"))
 
     def _build_for(self, x: Any) -> None:
-        with backend.outside_of_programs():
-            self.build((None, *x.shape[1:]))
+        self.build((None, *x.shape[1:]))
 
     def _first_shape(self) -> tuple[Any, ...] | None:
         return self._input_batch_shape

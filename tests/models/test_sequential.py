@@ -356,6 +356,27 @@ def test_unbuilt_model_learns_from_each_form_of_data_as_a_built_one(form):
     assert any(np.abs(new - old).max() > 1e-3 for new, old in zip(weights(model), before, strict=True))
 
 
+CALLS = {
+    "predict": lambda model, x, y: model.predict(x, verbose=0),
+    "predict_on_batch": lambda model, x, y: model.predict_on_batch(x),
+    "evaluate": lambda model, x, y: model.evaluate(x, y, verbose=0),
+    "test_on_batch": lambda model, x, y: model.test_on_batch(x, y),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_unbuilt_model_is_built_by_what_it_is_asked_first(call):
+    x, y = data()
+    model = unbuilt()
+    found = call(model, x, y)
+    assert model.built
+    np.testing.assert_allclose(found, call(model, x, y), rtol=1e-6)  # the synapses are still there
+    synapse = model.layers[1].synapses["kernel"]
+    before = np.array(synapse.value)
+    model.fit(x, y, verbose=0)
+    assert np.abs(np.array(synapse.value) - before).max() > 1e-3
+
+
 @pytest.fixture
 def mixed_policy():
     """Models made while the value is entered are of mixed precision."""
