@@ -2,11 +2,22 @@
 TensorFlow and on JAX; and what both take of TensorFlow, where it is installed."""
 
 import keras
+import numpy as np
 import pytest
 from keras import ops
+from sklearn.datasets import load_digits
 
 JAX = keras.backend.backend() == "jax"
 on_tensorflow = pytest.mark.skipif(JAX, reason="about TensorFlow alone")
+
+
+def digits():
+    """The 8x8 digits as `tasks.datasets` has them, which needs TensorFlow: images of 0 to 16 and
+    labels to train on, and the same to test on."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    x, y = data.images.astype(np.uint8)[order][..., None], data.target[order]
+    return x[:1437], y[:1437], x[1437:], y[1437:]
 
 
 def dataset(*arrays):

@@ -64,6 +64,15 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
             )
 
 
+def _outermost(layer: keras.Layer) -> keras.Layer:
+    """The layer whose call is under way, by which Keras resolves `training`; the layer itself
+    outside of any."""
+    context = layer._get_call_context()  # begins one where there is none, which nothing would end
+    if not hasattr(context, "training"):
+        layer._maybe_reset_call_context()
+    return context.entry_layer
+
+
 def refuse_outer_training(layer: keras.Layer) -> None:
     """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under
     a gradient tape.
@@ -71,7 +80,7 @@ def refuse_outer_training(layer: keras.Layer) -> None:
     Args:
         layer: a layer or model that is not frozen, inside its `call`.
     """
-    outer = layer._get_call_context().entry_layer
+    outer = _outermost(layer)
     if outer is not layer and layer.trainable and training_elsewhere():
         error = ValueError(
             f"`{layer.name}` must not be trained inside another Keras model, whose optimizer would change what its "

@@ -4,10 +4,10 @@ becomes of them."""
 import keras
 import numpy as np
 import pytest
+from on_backend import digits
 
 import keras_blur as kb
 from keras_blur.core.connections.dense import DenseConnection
-from keras_blur.tasks.datasets import load_images
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 NAMES = ("convolution", "dense", "output")
@@ -31,9 +31,9 @@ def network(own, seed=0):
 
 
 def learn(model, epochs):
-    images = load_images()
-    model.fit(images.x_train, images.y_train, batch_size=64, epochs=epochs, verbose=0)
-    return model.evaluate(images.x_test, images.y_test, batch_size=360, verbose=0, return_dict=True)["accuracy"]
+    x, y, test_x, test_y = digits()
+    model.fit(x, y, batch_size=64, epochs=epochs, verbose=0)
+    return model.evaluate(test_x, test_y, batch_size=360, verbose=0, return_dict=True)["accuracy"]
 
 
 def both(model):

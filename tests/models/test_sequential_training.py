@@ -10,11 +10,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
-from on_backend import dataset, on_tensorflow, served
+from on_backend import dataset, digits, on_tensorflow, served
 
 import keras_blur as kb
 from keras_blur.layers import Dense
-from keras_blur.tasks.datasets import load_images
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((48, 5)).astype("float32")
@@ -40,9 +39,9 @@ def kernel(model):
     return np.array(model.layers[0].synapses["kernel"].value)
 
 
-def digits():
-    images = load_images()
-    return (images.x_train.reshape(-1, 64) / 16).astype("float32"), images.y_train
+def flat_digits():
+    x, y, *_ = digits()
+    return (x.reshape(-1, 64) / 16).astype("float32"), y
 
 
 # The loss.
@@ -184,7 +183,7 @@ def test_compile_starts_learning_afresh():
 
 
 def test_a_second_fit_learns_other_labels_after_compile():
-    x, y = digits()
+    x, y = flat_digits()
     model = kb.Sequential([keras.Input((64,)), Dense(32), Dense(10)], genome=kb.genomes.load("mnist-4state"))
     for labels in (y, (y + 3) % 10):
         model.compile(loss=LOGITS, metrics=["accuracy"], jit_compile=False)
@@ -213,7 +212,7 @@ def test_a_fit_whose_gate_has_decayed_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist-4state", "mnist-orthogonal"])
 def test_evaluate_agrees_with_training_after_few_steps(name, tmp_path):
-    x, y = digits()
+    x, y = flat_digits()
     keras.utils.set_random_seed(0)
     model = kb.Sequential([keras.Input((64,)), Dense(64), Dense(64), Dense(10)], genome=kb.genomes.load(name))
     model.compile(loss=LOGITS, metrics=["accuracy"], jit_compile=False)
@@ -319,6 +318,27 @@ def test_callbacks_of_an_optimizer_are_refused_before_training(callback):
         with pytest.raises(ValueError, match=f"`callbacks` must not use .*Received: {type(callback).__name__}"):
             call()
     np.testing.assert_array_equal(kernel(model), before)
+
+
+ASKED = {
+    "predict": lambda model: model.predict(X, verbose=0),
+    "evaluate": lambda model: model.evaluate(X, Y, verbose=0),
+    "test_on_batch": lambda model: model.test_on_batch(X, Y),
+    "fit": lambda model: model.fit(X, Y, verbose=0),
+    "call": lambda model: model(X),
+    "stateless_call": lambda model: model.stateless_call(model.trainable_variables, model.non_trainable_variables, X),
+    "call of a layer": lambda model: model.layers[0].call(keras.ops.convert_to_tensor(X)),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_other_models_do_not_inherit_its_call(ask):
+    """Keras resolves `training` by the outermost call that is under way, so none may be left."""
+    model = make(jit_compile=False)
+    ask(model)
+    other = keras.Sequential([keras.Input((5,)), kl.Dropout(0.5)])
+    assert np.any(np.asarray(other(X, training=True)) == 0)
+    np.testing.assert_array_equal(other(X), X)
 
 
 def functional(inner):
