@@ -8,14 +8,13 @@ from keras import ops
 from sklearn.datasets import load_digits
 
 JAX = keras.backend.backend() == "jax"
-on_tensorflow = pytest.mark.skipif(JAX, reason="about TensorFlow alone")
 
 
 def digits():
-    """The 8x8 digits as `tasks.datasets` has them, which needs TensorFlow: images of 0 to 16 and
-    labels to train on, and the same to test on."""
+    """The 8x8 digits in the order and split of `tasks.datasets`, which needs TensorFlow: images and
+    labels to train on, and to test on. `tests/tasks/test_datasets.py` holds them together."""
     data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
+    order = np.random.default_rng(0).permutation(len(data.target))  # neighbours are by the same writer
     x, y = data.images.astype(np.uint8)[order][..., None], data.target[order]
     return x[:1437], y[:1437], x[1437:], y[1437:]
 

@@ -1,7 +1,6 @@
 """The pages of docs/: their python blocks run; links, pictures, commands and public names exist."""
 
 import importlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -154,7 +153,6 @@ def test_files_that_a_page_names_exist(path):
         assert (ROOT / file).exists(), file
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
 def test_the_site_builds_and_asks_no_other_host(tmp_path):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

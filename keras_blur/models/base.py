@@ -718,6 +718,18 @@ class BlurModel(WholeFiles, CheckedModel):
 
         return to_keras(self)
 
+    @classmethod
+    def _from_base_config(cls, config: Mapping[str, Any], *structure: Any) -> Any:
+        """The model of a structure and of what `_base_config` gave."""
+        config = dict(config)
+        trainable = config.pop("trainable", True)
+        genome = keras.saving.deserialize_keras_object(config.pop("genome"))
+        dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
+        model = cls(*structure, genome=genome, dtype=dtype, **config)  # type: ignore[misc]
+        if not trainable:  # `True` would thaw the layers that are frozen
+            model.trainable = False
+        return model
+
     def _base_config(self) -> dict[str, Any]:
         return {
             "name": self.name,

@@ -86,11 +86,5 @@ class Model(BlurModel):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Model:
         config = dict(config)
-        trainable = config.pop("trainable", True)
         functional = keras.saving.deserialize_keras_object(config.pop("network"), custom_objects)
-        genome = keras.saving.deserialize_keras_object(config.pop("genome"))
-        dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
-        model = cls(functional._inputs_struct, functional._outputs_struct, genome=genome, dtype=dtype, **config)
-        if not trainable:  # `True` would thaw the layers that are frozen
-            model.trainable = False
-        return model
+        return cls._from_base_config(config, functional._inputs_struct, functional._outputs_struct)

@@ -138,13 +138,7 @@ class Sequential(BlurModel):
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Sequential:
         config = dict(config)
         shape, kind = config.pop("input_batch_shape"), config.pop("input_dtype")
-        trainable = config.pop("trainable", True)
         layers = [keras.saving.deserialize_keras_object(layer, custom_objects) for layer in config.pop("layers")]
         if shape is not None:
             layers.insert(0, keras.layers.InputLayer(batch_shape=tuple(shape), dtype=kind))
-        genome = keras.saving.deserialize_keras_object(config.pop("genome"))
-        dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
-        model = cls(layers, genome=genome, dtype=dtype, **config)
-        if not trainable:  # `True` would thaw the layers that are frozen
-            model.trainable = False
-        return model
+        return cls._from_base_config(config, layers)

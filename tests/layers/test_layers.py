@@ -58,6 +58,7 @@ TABLE = {
     "einsum own": case("EinsumDense", (3, 4), equation="abc,bcd->abd", output_shape=(3, 2)),
     "einsum dots": case("EinsumDense", (3, 4), equation="...x,xy->...y", output_shape=2, bias_axes="y"),
     "einsum dots behind": case("EinsumDense", (4, 3), equation="ab...,bc->ac...", output_shape=2, bias_axes="c"),
+    "einsum adds": case("EinsumDense", (3, 4), equation="abc,cd->ad", output_shape=2, bias_axes="d"),
     "embedding": case("Embedding", (4,), entries=6, input_dim=6, output_dim=3),
     "conv1d": case("Conv1D", (7, 3), filters=4, kernel_size=3, strides=2, padding="same", activation="tanh"),
     "conv1d causal": case("Conv1D", (7, 2), filters=3, kernel_size=3, dilation_rate=2, padding="causal"),

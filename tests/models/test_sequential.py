@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
-from on_backend import TAPES, dataset, on_tensorflow
+from on_backend import TAPES, dataset
 
 import keras_blur as kb
 from keras_blur.layers import Dense
@@ -291,19 +291,6 @@ def test_weights_files(tmp_path):
     from_weights = make(RULES["normalised"], seed=9)
     from_weights.load_weights(tmp_path / "m.weights.h5")
     assert_same(from_weights, model)
-
-
-@on_tensorflow
-def test_checkpoints_of_tensorflow(tmp_path):
-    import tensorflow as tf
-
-    x, y = data()
-    model = make(RULES["normalised"])
-    model.fit(x, y, batch_size=8, verbose=0)
-    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "ckpt"))
-    from_checkpoint = make(RULES["normalised"], seed=9)
-    tf.train.Checkpoint(model=from_checkpoint).restore(path).assert_consumed()
-    assert_same(from_checkpoint, model)
 
 
 def test_clone_model():

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
-from on_backend import dataset, digits, on_tensorflow, served
+from on_backend import dataset, digits, served
 
 import keras_blur as kb
 from keras_blur.layers import Dense
@@ -339,46 +339,6 @@ def test_other_models_do_not_inherit_its_call(ask):
     other = keras.Sequential([keras.Input((5,)), kl.Dropout(0.5)])
     assert np.any(np.asarray(other(X, training=True)) == 0)
     np.testing.assert_array_equal(other(X), X)
-
-
-def functional(inner):
-    entry = keras.Input((5,))
-    return keras.Model(entry, kl.Dense(3)(inner(entry)))
-
-
-class Subclassed(keras.Model):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.head = inner, kl.Dense(3)
-
-    def call(self, x):
-        return self.head(self.inner(x))
-
-
-OUTER = {
-    "sequential": lambda inner: keras.Sequential([keras.Input((5,)), inner, kl.Dense(3)]),
-    "functional": functional,
-    "subclassed": Subclassed,
-    "a layer of it": lambda inner: keras.Sequential([keras.Input((5,)), inner.layers[0], kl.Dense(3)]),
-}
-
-
-@on_tensorflow  # JAX does not tell a model whether its gradient will be taken
-@pytest.mark.parametrize("name", OUTER)
-def test_another_model_does_not_train_it(name):
-    inner = make()
-    outer = OUTER[name](inner)
-    outer.compile("sgd", LOGITS, jit_compile=False)
-    before = kernel(inner)
-    message = r"^`\w+` must not be trained inside another Keras model.*`trainable = False`.*Received: '\w+' inside '\w+'$"
-    with pytest.raises(ValueError, match=message):
-        outer.fit(X, Y, verbose=0)
-    np.testing.assert_array_equal(kernel(inner), before)
-    assert outer.predict(X, verbose=0).shape == (48, 3)
-    inner.trainable = False
-    outer.compile("sgd", LOGITS, jit_compile=False)
-    outer.fit(X, Y, verbose=0)
-    np.testing.assert_array_equal(kernel(inner), before)
 
 
 def test_a_dense_of_no_genome_is_an_ordinary_one():

@@ -4,6 +4,7 @@ they are missing."""
 import numpy as np
 import pytest
 import tensorflow as tf
+from on_backend import digits
 
 from keras_blur.tasks.datasets import load_images
 
@@ -112,3 +113,9 @@ def test_missing_package_names_the_install_command(monkeypatch, name, module):
     monkeypatch.setattr(importlib, "import_module", importing)
     with pytest.raises(ImportError, match=r"pip install 'keras_blur\[data\]'"):
         load_images(name)
+
+
+def test_the_digits_that_tests_on_jax_read_are_these():
+    images = load_images()
+    for found, wanted in zip(digits(), (images.x_train, images.y_train, images.x_test, images.y_test), strict=True):
+        np.testing.assert_array_equal(found, wanted)

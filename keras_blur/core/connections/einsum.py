@@ -160,13 +160,9 @@ class EinsumConnection(Connection):
         y = ops.einsum(f"{self.inputs},{self.weights}->{self.outputs}", flat, kernel)
         return ops.reshape(y, (*shape[: len(shape) - self.axes], *ops.shape(y)[1:]))
 
-    @property
-    def _sums_inputs(self) -> bool:
-        """Whether letters of the inputs stand nowhere else, so that their entries are added up."""
-        return bool(set(self.inputs) - set(self.weights + self.outputs))
-
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
-        if self._sums_inputs or len(kernel.shape) > len(self.weights) + 1 or kernel.shape[0] > 1:
+        added = set(self.inputs) - set(self.weights + self.outputs)  # letters that no einsum can give back
+        if added or len(kernel.shape) > len(self.weights) + 1 or kernel.shape[0] > 1:
             return super().linear_transpose(kernel, y, source)
         kernel, y = self.rounded(kernel), self.rounded(y)
         shape = ops.shape(y)
@@ -177,7 +173,7 @@ class EinsumConnection(Connection):
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         single = len(post.shape) == self.target_axes + 2 and pre.shape[-2 - self.axes] == post.shape[0] == 1
-        if self._sums_inputs or not single:
+        if not single:
             return super().outer(pre, post, source)
         x, y = self.rounded(pre)[0], self.rounded(post)[0]
         return ops.expand_dims(ops.einsum(f"{self.inputs},{self.outputs}->{self.weights}", x, y), 0)
