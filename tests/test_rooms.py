@@ -27,7 +27,7 @@ BELOW = {
     "models": {"backend", "layers", "core", "checks"},
     "conformance": {"core"},
     "tasks": {"random", "checks"},
-    "learners": {"core", "random", "distribution", "checks"},
+    "learners": {"core", "layers", "models", "random", "distribution", "checks"},
     "training": {"tasks", "checks", "distribution"},
     "meta": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
     "bilevel": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},

@@ -73,7 +73,7 @@ class Gaussians(tasks.Tasks):
     kind, name = "classes", "gaussians"
 
     def __init__(self, features: int, outputs: int):
-        self.features, self.outputs = features, outputs
+        self.shape, self.outputs = (features,), outputs
 
     def available(self, split: str) -> int:
         return 2**24

@@ -42,7 +42,7 @@ def jacobian(genome: kb.Genome, seed: int, before: int) -> np.ndarray:
     genome = kb.Genome(rule, {name: np.asarray(array, np.float64) for name, array in genome.arrays.items()})
     learner = learners.Blur(HIDDEN, rule)
     x, y = (tf.cast(v, tf.float64) for v in tasks.functions("xor").examples(random.seed_of(seed), 64, "test"))
-    graph = learner.graph(y.shape[-1])
+    graph = learner.plan(x.shape[-1], y.shape[-1]).graph
 
     def signal(prediction: tf.Tensor) -> tf.Tensor:
         return feedback.error(rule.keras_loss, y, prediction) if rule.feedback == "error" else y

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from tensorflow.python.eager import record  # TensorFlow does not export whether a tape records
@@ -36,11 +37,41 @@ def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable
         value = function(*points)
 
     def pull(cotangent: Array) -> tuple[Array, ...]:
-        return tuple(
-            tape.gradient(value, points, output_gradients=cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        )
+        with _known_orders():
+            found = tape.gradient(
+                value, points, output_gradients=cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+        return tuple(found)
 
     return value, pull
+
+
+@tf.RegisterGradient("KerasBlurTranspose")
+def _transpose_gradient(operation: Any, gradient: Array) -> tuple[Array, None]:
+    """TensorFlow's gradient of a transposition, with an order that is known when a graph is made."""
+    order = _known_order(operation.inputs[1])
+    if order is None:
+        return tf.transpose(gradient, tf.math.invert_permutation(operation.inputs[1])), None
+    return tf.transpose(gradient, np.argsort(order)), None
+
+
+def _known_order(order: Array) -> np.ndarray | None:
+    """The order of a transposition, if it is a constant or the inverse of one."""
+    if order.op.type != "InvertPermutation":
+        return tf.get_static_value(order)
+    known = _known_order(order.op.inputs[0])
+    return None if known is None else np.argsort(known)
+
+
+def _known_orders() -> Any:
+    """A scope whose transpositions have a gradient that XLA compiles in a loop.
+
+    TensorFlow's own inverts their order when the program runs, and XLA must know it before. So the
+    second derivative of a transposition would not compile.
+    """
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.compat.v1.get_default_graph().gradient_override_map({"Transpose": "KerasBlurTranspose"})
 
 
 def jvp(function: Callable[..., Array], inputs: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
@@ -66,11 +97,13 @@ def jvp(function: Callable[..., Array], inputs: Sequence[Array], tangents: Seque
         cotangent = tf.zeros_like(value)
         outer.watch(cotangent)
         # The inner gradient is recorded by the outer tape, as a linear function of the cotangent.
-        back = inner.gradient(value, points, output_gradients=cotangent)
+        with _known_orders():
+            back = inner.gradient(value, points, output_gradients=cotangent)
     used = [(one, tangent) for one, tangent in zip(back, tangents, strict=True) if one is not None]
     if not used:  # the value does not depend on the inputs
         return value, tf.zeros_like(value)
-    moved = outer.gradient([one for one, _ in used], cotangent, output_gradients=[tangent for _, tangent in used])
+    with _known_orders():
+        moved = outer.gradient([one for one, _ in used], cotangent, output_gradients=[tangent for _, tangent in used])
     if moved is None:
         raise ValueError(
             "A layer or operation without weights must have a second derivative on TensorFlow for the other states to go "

@@ -29,10 +29,11 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
             (with 0 where unscored, for `"bits"`).
     """
     named = f"`tasks` ({getattr(tasks, 'name', type(tasks).__name__)})"
-    for attribute in ("features", "outputs"):
-        value = getattr(tasks, attribute, None)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{named} must have `{attribute}`, a positive integer. Received: {attribute}={value!r}")
+    shape, outputs = getattr(tasks, "shape", None), getattr(tasks, "outputs", None)
+    if not isinstance(shape, tuple) or not all(map(_is_count, shape)):
+        raise ValueError(f"{named} must have `shape`, a tuple of positive integers. Received: shape={shape!r}")
+    if not _is_count(outputs):
+        raise ValueError(f"{named} must have `outputs`, a positive integer. Received: outputs={outputs!r}")
     if tasks.kind not in _TASK_KINDS:
         known = ", ".join(map(repr, _TASK_KINDS))
         raise ValueError(f"{named} must have a `kind`, one of {known}. Received: kind={tasks.kind!r}")
@@ -42,11 +43,11 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         drawn = tasks.examples(seed, count, split)
         if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
             raise ValueError(f"{named} must give examples (x, y). Received: {type(drawn).__name__}")
-        for name, value, columns in zip("xy", drawn, (tasks.features, tasks.outputs), strict=True):
+        for name, value, own in zip("xy", drawn, (shape, (outputs,)), strict=True):
             found = np.asarray(value)
-            if found.shape != (count, columns):
+            if found.shape != (count, *own):
                 raise ValueError(
-                    f"{named} must give examples with `{name}` of shape {(count, columns)}. Received: shape {found.shape}"
+                    f"{named} must give examples with `{name}` of shape {(count, *own)}. Received: shape {found.shape}"
                 )
             if found.dtype.kind not in "iuf" and found.dtype.name != "bfloat16":
                 raise ValueError(f"{named} must give examples with `{name}` of numbers. Received: {found.dtype}")
@@ -82,3 +83,7 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
                 f"{named} must give one label +1 in each row for kind='classes'. Received: `{name}` with "
                 f"{(value > 0).sum(-1).min()} to {(value > 0).sum(-1).max()}"
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value
 from keras_blur.cli.outputs import interrupted, write_json, wrote
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
+from keras_blur.models.networks import NETWORKS, activation_of, builder
 
 USAGE = "[flags]"
 EXAMPLES = (
     "--epochs 32 --genome mine.json --checkpoint mine.weights.h5",
     "--functions xor,circle,blobs3 --hidden 20 --estimator cma --fitness loss --genome toy.json",
+    "--network lenet,mlp --sizes 12,20 --data mnist --data_dir DIR --genome conv.json",
     "--method maml --ways 5 --shots 1 --data omniglot --data_dir DIR --model maml.keras",
 )
 
@@ -100,6 +103,12 @@ def define_flags(flags: Flags) -> None:
     flags.words("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.")
     flags.group("Learner")
     flags.choice("method", "blur", METHODS, "The learner; blur learns by a genome.")
+    flags.words(
+        "network",
+        ["mlp"],
+        "Networks, one for each step: mlp (see --hidden), lenet, resnet20, or .keras files.",
+        when=_BLUR,
+    )
     flags.repeated(
         "hidden",
         ["64,64"],
@@ -308,7 +317,7 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
             )
         options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
         rule = parse_rule(flag["rule"], **options)
-        return [learners.Blur(units, rule) for units in networks], start.with_rule(rule) if start else None
+        return _networks(flag["network"], networks, rule), start.with_rule(rule) if start else None
     if len(networks) > 1:
         raise ValueError(
             f"--hidden must be given once with --method={flag['method']}. Received: {len(networks)} times --hidden"
@@ -324,6 +333,20 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
     kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
     return [kinds[flag["method"]](hidden)], flag["start"]
+
+
+def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule) -> list[learners.MetaLearner]:
+    """The learners of the selected networks."""
+    found: list[learners.MetaLearner] = []
+    for name in names:
+        if name == "mlp":
+            found += [learners.Blur(units, rule) for units in hidden]
+            continue
+        if name not in NETWORKS and not name.endswith(".keras"):
+            raise ValueError(f"--network must be some of mlp, lenet, resnet20 or .keras files. Received: {name}")
+        build = functools.partial(builder(name)[1], activation=activation_of(rule.forward_activation))
+        found.append(learners.Blur(build, rule))
+    return found
 
 
 def _batch_size(of: tasks.Tasks, shots: int) -> int:

@@ -101,6 +101,11 @@ class Connection(abc.ABC):
         return False
 
     @property
+    def gathers(self) -> bool:
+        """Whether `patches` gathers all that enters, so that the map is a product with them."""
+        return False
+
+    @property
     def axes(self) -> int:
         """Number of feature axes that enter."""
         return 1
@@ -212,6 +217,11 @@ class Connection(abc.ABC):
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
         """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
+        if self.gathers and self.is_population(kernel, source):
+            kernel, y = self.rounded(kernel), self.rounded(y)
+            sent = ops.matmul(self.split(self.rows(y)), ops.swapaxes(self.split(self.matrix(kernel)), -1, -2))
+            shape = (*ops.shape(y)[: len(y.shape) - len(self.target(source))], *source)
+            return transpose(lambda x: self.patches(x, source, 0), shape, sent)
         channels = kernel.shape[0] if len(kernel.shape) == 1 + len(self.kernel_shape(source)) else 1
         if channels > 1:  # one by one and side by side: the transpose of a slice would be an array of zeros for each
             axes = len(self.target(source))
@@ -229,7 +239,25 @@ class Connection(abc.ABC):
         pre, post = self.rounded(pre), self.rounded(post)
         leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
         shape = (*leading, *self.kernel_shape(source))
+        if self.gathers and len(leading) > 1:
+            blocks = ops.matmul(ops.swapaxes(self.patches(pre, source, 0), -1, -2), self.split(self.rows(post)))
+            return self.kernel(self.joined(blocks), ops.zeros(shape, dtype=blocks.dtype))
         return transpose(lambda kernel: self.product(kernel, pre), shape, post)
+
+    def is_population(self, kernel: Array, source: Shape) -> bool:
+        """Whether kernels `[..., c, *kernel_shape]` have leading axes."""
+        return len(kernel.shape) > 1 + len(self.kernel_shape(source))
+
+    def product_of_patches(self, kernel: Array, x: Array) -> Array:
+        """The map of a population of kernels as one matrix product.
+
+        It, its transpose and its outer product are written by hand: TensorFlow's derivative of a
+        product that broadcasts has no derivative of its own under XLA, which an outer gradient
+        needs.
+        """
+        source = tuple(x.shape[len(x.shape) - self.axes :])
+        blocks = ops.matmul(self.patches(x, source, 0), self.split(self.matrix(kernel)))
+        return self.features(self.joined(blocks), source)
 
     def shapes(self, rule: Rule, source: int | Shape, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the synapse arrays for features of shape `source`; with a backward kernel if

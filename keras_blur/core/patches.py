@@ -13,18 +13,27 @@ Array = Any
 Shape = tuple[Any, ...]
 
 
-def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, outside: float = 0.0) -> Array:
+def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape) -> Array:
     """The patches that a convolution reads, `[..., *positions, taps, channels]`, of
     `[..., *spatial, channels]`.
 
-    Taps run in the order of the kernel's spatial axes, the last one fastest. Outside of x stands
-    `outside`.
+    Taps run in the order of the kernel's spatial axes, the last one fastest. Outside of x stand
+    zeros.
 
     Example:
 
     >>> x = ops.reshape(ops.arange(5.0), (1, 5, 1))
     >>> ops.convert_to_numpy(unfold(x, (2,), (1,), "valid", (1,)))[0, :, :, 0].tolist()
     [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
+    """
+    return ops.stack(taps(x, size, strides, padding, dilation), axis=-2)
+
+
+def taps(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, outside: float = 0.0) -> list[Array]:
+    """What each tap of a window reads, `[..., *positions, channels]`, of `[..., *spatial,
+    channels]`.
+
+    Outside of x stands `outside`.
     """
     rank = len(size)
     lengths = x.shape[-1 - rank : -1]
@@ -42,14 +51,14 @@ def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape,
         needed = (counts[axis] - 1) * stride + (width - 1) * rate + 1
         pads.append((before[axis], max(needed - length - before[axis], 0)))
     x = ops.pad(x, (*((0, 0),) * (len(x.shape) - rank - 1), *pads, (0, 0)), constant_values=outside)
-    taps = []
+    found = []
     for offset in itertools.product(*map(range, size)):
         window = [slice(None)] * (len(x.shape) - rank - 1)
         for place, stride, rate, count in zip(offset, strides, dilation, counts, strict=True):
             start = place * rate
             window.append(slice(start, start + (count - 1) * stride + 1, stride))
-        taps.append(x[(*window, slice(None))])
-    return ops.stack(taps, axis=-2)
+        found.append(x[(*window, slice(None))])
+    return found
 
 
 def positions(length: int, size: int, stride: int, padding: str, rate: int) -> int:

@@ -25,9 +25,9 @@ from keras import ops
 
 from keras_blur.backend import replica, replicas
 from keras_blur.core import random
-from keras_blur.core.derivatives import jvp, mean, vjp
+from keras_blur.core.derivatives import jvp, mean, transpose, vjp
 from keras_blur.core.equations import SharedBatch
-from keras_blur.core.patches import unfold
+from keras_blur.core.patches import taps
 from keras_blur.core.states import first_states, later_states
 
 Array = Any
@@ -199,29 +199,59 @@ class MaxPooling(Jacobian):
         super().__init__(function, [source], target)
         self.size, self.strides, self.padding, self.first = tuple(size), tuple(strides), padding, first
 
-    def _windows(self, states: Array, outside: float) -> Array:
-        """`[..., *positions, taps, channels]`."""
-        last = ops.moveaxis(states, -len(self.target), -1) if self.first else states
-        return unfold(last, self.size, self.strides, self.padding, (1,) * len(self.size), outside)
+    def _taps(self, states: Array, outside: float = 0.0) -> list[Array]:
+        """What each tap of the windows reads, `[..., *positions, channels]`."""
+        return taps(self._last(states), self.size, self.strides, self.padding, (1,) * len(self.size), outside)
+
+    def _last(self, states: Array) -> Array:
+        return ops.moveaxis(states, -len(self.target), -1) if self.first else states
+
+    def _first(self, states: Array) -> Array:
+        return ops.moveaxis(states, -1, -len(self.target)) if self.first else states
+
+    def _pooled(self, one: Array) -> Array:
+        rank = len(self.target)
+        return _split(self.function(_merged(one, rank)), one, rank, self.target)
+
+    def _winners(self, one: Array, largest: Array) -> list[Array]:
+        """For each tap, whether it is the first to read the largest entry of a window."""
+        found: list[Array] = []
+        taken = None
+        for read in self._taps(one, -math.inf):
+            wins = read >= self._last(largest)  # 0.0 is as large as -0.0
+            found.append(wins if taken is None else ops.logical_and(wins, ops.logical_not(taken)))
+            taken = wins if taken is None else ops.logical_or(taken, wins)
+        return found
 
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
         (value,) = states
         axis, rank = len(value.shape) - 2 - len(self.target), len(self.target)
         one = first_states(value, 1, rank)
-        largest = _split(self.function(_merged(one, rank)), one, rank, self.target)
+        largest = self._pooled(one)
         if value.shape[axis] == 1:
             return largest
-        windows = self._windows(one, -math.inf)
-        # Not the largest itself: Keras's `argmax` holds 0.0 for larger than -0.0, and the way back
-        # does not.
-        winning = windows >= ops.max(windows, axis=-2, keepdims=True)
-        winner = ops.one_hot(ops.argmax(ops.cast(winning, "int32"), axis=-2), windows.shape[-2], dtype=value.dtype)
-        winner = ops.swapaxes(winner, -1, -2)
-        rest = self._windows(later_states(value, rank), 0.0)
-        chosen = ops.sum(rest * winner, axis=-2)
-        if self.first:
-            chosen = ops.moveaxis(chosen, -1, -rank)
-        return ops.concatenate([largest, chosen], axis=axis)
+        read = zip(self._winners(one, largest), self._taps(later_states(value, rank)), strict=True)
+        chosen = sum(ops.where(wins, rest, ops.zeros_like(rest)) for wins, rest in read)
+        return ops.concatenate([largest, self._first(chosen)], axis=axis)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        rank = len(self.target)
+        if len(states[0].shape) == rank + 2:
+            # A network that learns alone. The backend's own kernel is faster, but XLA rounds its
+            # derivative, which an outer gradient takes.
+            return super().backward(states, cotangent, context, batch)
+        one = first_states(states[0], 1, rank)
+        winners = self._winners(one, self._pooled(one))
+        back = self._last(cotangent)
+
+        def chosen(entering: Array) -> Array:
+            read = zip(winners, self._taps(entering), strict=True)
+            return sum(ops.where(wins, value, ops.zeros_like(value)) for wins, value in read)
+
+        shape = (*ops.shape(cotangent)[: len(cotangent.shape) - rank], *self.sources[0])
+        return (transpose(chosen, shape, back),)
 
 
 class Dropout(WeightlessMap):

@@ -213,11 +213,16 @@ class SynapticLayer(BlurLayer):
         for name in plain:
             self._untrack_variable(getattr(self, name))
         self._tracker.unlock()
-        self._add_synapses(self._source or ())
+        self._add_synapses(self.source)
         self._tracker.lock()
         for name, value in plain.items():
             variable = self.synapses[name]
             variable.assign(np.concatenate([value[None], numbers_of(variable)[1:]]))
+
+    @property
+    def source(self) -> Shape:
+        """Shape of the features that enter, once it is built."""
+        return self._source or ()
 
     @property
     def rule(self) -> Rule | None:
@@ -227,7 +232,7 @@ class SynapticLayer(BlurLayer):
     @property
     def connection(self) -> Connection:
         """The pure operations of this layer, once it is built."""
-        return self.connection_for(self._source or ())
+        return self.connection_for(self.source)
 
     def connection_for(self, source: Shape) -> Connection:
         compute = self.compute_dtype if self.compute_dtype != self.variable_dtype else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -28,8 +28,23 @@ class Learner(abc.ABC):
     """An algorithm that learns a task.
 
     Arrays may have leading axes `[members, tasks]`. Members differ in their outer parameters, tasks
-    in their data.
+    in their data. Examples are rows; a learner with a network that looks at images gives them their
+    shape back (`on`).
     """
+
+    def on(self, shape: tuple[int, ...], outputs: int) -> Self:
+        """The learner for tasks whose examples have this shape.
+
+        It is the learner itself, unless the learner has a network that depends on the shape.
+
+        Args:
+            shape: shape of an example, `Tasks.shape`.
+            outputs: size of the output.
+
+        Raises:
+            ValueError: if the learner's network does not fit.
+        """
+        return self
 
     @abc.abstractmethod
     def init(
@@ -131,17 +146,30 @@ def keras_model(learned: Any) -> keras.Model:
 
 
 def draw_kernel(
-    seed: Array, place: tuple[int, ...], shape: tuple[int, int], leading: tuple[int, ...], shard: Shard = ALL
+    seed: Array,
+    place: tuple[int, ...],
+    shape: tuple[int, ...],
+    leading: tuple[int, ...],
+    shard: Shard = ALL,
+    fan_in: int | None = None,
 ) -> Array:
-    """An initial kernel: normal with standard deviation `1 / sqrt(in)`.
+    """An initial kernel: normal with standard deviation `1 / sqrt(fan_in)`.
 
     Kernels are equal for members (the first axis) and different for tasks.
+
+    Args:
+        seed: a seed.
+        place: numbers that tell this kernel from the others of a network.
+        shape: shape of the kernel, `(in, units)` for a dense layer.
+        leading: sizes of the leading axes.
+        shard: the shard of tasks to draw for.
+        fan_in: number of inputs of a unit; `None` is the first axis of `shape`.
     """
     tasks, rows = leading[1:], None
     if shard.count > 1:
         rows = shard.index + shard.count * tf.range(leading[1])
         tasks = (leading[1] * shard.count, *leading[2:])
-    kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(shape[0]) ** 0.5
+    kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(fan_in or shape[0]) ** 0.5
     return tf.broadcast_to(kernel, (*leading, *shape))
 
 

@@ -1,4 +1,4 @@
-"""The learner that uses a genome: the network step of `Sequential.fit` on plain tensors.
+"""The learner that uses a genome: the network step of `Model.fit` on plain tensors.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
 3.3.
@@ -6,9 +6,11 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -16,25 +18,28 @@ import tensorflow as tf
 
 from keras_blur import arguments
 from keras_blur.core import feedback, network
-from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.genome import Genome
-from keras_blur.core.graph import Graph, chain
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import ALL, Shard
-from keras_blur.learners.base import Array, Learner, MetaLearner, Outer, draw_kernel
-
-_PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
+from keras_blur.learners.base import Array, Learner, MetaLearner, Outer
+from keras_blur.learners.networks import Network, Plan, dense_plan, network_plan
 
 
 class Blur(MetaLearner):
-    """A network of dense layers that learns by a genome. The genome is its outer parameters.
+    """A network that learns by a genome. The genome is its outer parameters.
 
     Args:
-        hidden: units of the hidden layers.
+        network: units of the hidden layers of a dense network; or a function from the shape of an
+            example and the number of outputs to a list of Keras layers, or to a Keras model. Its
+            layers are those that `keras_blur.Model` or `convert` takes, without random numbers
+            (dropout), and its last layer gives the outputs. Kernels start normal with variance
+            1 / fan-in; initializers that draw nothing, such as ones, are taken as they are. Batch
+            normalisation takes the statistics of the batch at hand, in predictions too.
         rule: rule of the genome. A rule that learns from errors descends its loss. Without a loss
             it descends the softmax cross-entropy, or the logistic one for a single output.
-        compute_dtype: dtype of matrix products, `"bfloat16"` or `"float16"`. Sums and everything
-            else stay float32, as in Keras's mixed precision. `None` is float32.
+        compute_dtype: dtype of matrix products of a dense network, `"bfloat16"` or `"float16"`.
+            Sums and everything else stay float32, as in Keras's mixed precision. `None` is float32.
+            The layers of a function have dtype policies of their own.
         std: standard deviation of the random transforms at the start of meta-training.
 
     Raises:
@@ -42,13 +47,20 @@ class Blur(MetaLearner):
 
     Example:
 
-    >>> Blur(hidden=(32,), rule=Rule(states=2)).units(10)
+    >>> Blur((32,), Rule(states=2)).units(10)
     (32, 10)
+    >>> from keras_blur import random
+    >>> small = lambda shape, outputs: [
+    ...     keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Flatten(), keras.layers.Dense(outputs)
+    ... ]
+    >>> state = Blur(small).on((8, 8, 1), 10).init({}, random.seed_of(0), 64, 10)
+    >>> state.synapses[0]["kernel"].shape
+    TensorShape([2, 3, 3, 1, 4])
     """
 
     def __init__(
         self,
-        hidden: tuple[int, ...] = (128,),
+        network: Sequence[int] | Network = (128,),
         rule: Rule | None = None,
         *,
         compute_dtype: str | None = None,
@@ -56,21 +68,50 @@ class Blur(MetaLearner):
     ):
         if compute_dtype is not None:
             arguments.choice("compute_dtype", compute_dtype, ("bfloat16", "float16"))
+            if callable(network):
+                raise ValueError(
+                    "`compute_dtype` must be None where `network` is a function: give its layers a dtype policy. "
+                    f"Received: compute_dtype={compute_dtype!r}"
+                )
         arguments.real("std", std, low=0.0)
         self.compute_dtype, self.std = compute_dtype, std
-        self.hidden = arguments.counts("hidden", hidden)
+        self.network: tuple[int, ...] | Network = network if callable(network) else arguments.counts("network", network)
         self.rule = Rule() if rule is None else rule
         arguments.instance("rule", self.rule, Rule, "a keras_blur.Rule or None")
         if self.rule.keep_neurons:
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
+        self._plan: Plan | None = None  # of a function's network, once the shape is known
+
+    def on(self, shape: tuple[int, ...], outputs: int) -> Self:
+        if not callable(self.network):
+            return self
+        made = copy.copy(self)
+        made._plan = network_plan(self.network, self.rule, tuple(shape), outputs)
+        return made
 
     def units(self, outputs: int) -> tuple[int, ...]:
-        """Units of each layer, including the output."""
-        return (*self.hidden, outputs)
+        """Units of each layer of a dense network, including the output."""
+        if callable(self.network):
+            raise ValueError("`units` is of a dense network alone; the network of this learner is a function.")
+        return (*self.network, outputs)
 
-    def graph(self, outputs: int) -> Graph:
-        """The network."""
-        return chain([DenseConnection(units, compute_dtype=self.compute_dtype) for units in self.units(outputs)])
+    def plan(self, features: int, outputs: int) -> Plan:
+        """The network for examples of a number of features.
+
+        Raises:
+            ValueError: if the network is a function, and `on` has not told it the shape of an
+                example, or another one.
+        """
+        if not callable(self.network):
+            return dense_plan(features, self.units(outputs), self.compute_dtype)
+        plan = self._plan
+        if plan is None or (math.prod(plan.shape or ()), plan.outputs) != (features, outputs):
+            raise ValueError(
+                f"A learner whose network is a function must know the shape of an example: take learner.on(shape, outputs) "
+                f"for {features} features and {outputs} outputs. Received: "
+                + ("one that was not asked" if plan is None else f"on({plan.shape}, {plan.outputs})")
+            )
+        return plan
 
     def genome(self, outer: Outer) -> Genome:
         """The genome made of outer parameters.
@@ -117,29 +158,18 @@ class Blur(MetaLearner):
                 "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
                 f"values. Received: loss={rule.loss!r}"
             )
-        if rule.layers is not None and len(self.hidden) + 1 != rule.layers:
+        if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> network.NetworkState:
-        synapses = []
-        before = features
-        for index, connection in enumerate(self.graph(outputs).holders):
-
-            def draw(name: str, channel: int, shape: tuple[int, ...], index: int = index) -> Array:
-                if name == "bias":
-                    return tf.zeros((*leading, *shape))
-                # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
-                return draw_kernel(seed, (index, _PLACES[name], channel), (shape[0], shape[1]), leading, shard)
-
-            synapses.append(connection.init(self.rule, before, draw, feeds_back=index > 0))
-            before = connection.units
-        return network.NetworkState(tuple(synapses), tf.zeros((), tf.int32))
+        return self.plan(features, outputs).init(self.rule, seed, leading, shard)
 
     def step(self, outer: Outer, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
+        plan = self.plan(int(x.shape[-1]), int(y.shape[-1]))
         result = network.step(
-            self.genome(outer), self.graph(y.shape[-1]), state, x, lambda prediction: self._feedback(y, prediction)
+            self.genome(outer), plan.graph, state, plan.entering(x), lambda prediction: self._feedback(y, prediction)
         )
         return result.state, result.output
 
@@ -155,9 +185,11 @@ class Blur(MetaLearner):
 
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
         genome = self.genome(outer)
-        graph = self.graph(int(state.synapses[-1]["kernel"].shape[-1]))
-        sweep = network.forward(genome, graph, network.predicting(genome, graph, state), x)
-        return network.output(genome, graph, sweep.values)
+        plan = self._plan or self.plan(int(x.shape[-1]), int(state.synapses[-1]["kernel"].shape[-1]))
+        synapses = network.predicting(genome, plan.graph, state)
+        # Batch normalisation has no moving statistics here; nothing else differs in training.
+        sweep = network.forward(genome, plan.graph, synapses, plan.entering(x), training=True)
+        return network.output(genome, plan.graph, sweep.values)
 
 
 def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:
@@ -169,18 +201,21 @@ def loss_of(rule: Rule, outputs: int = 2) -> keras.losses.Loss:
     return keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
-def check_genome(genome: Genome, hidden: Sequence[int], axes: int = 0) -> None:
+def check_genome(genome: Genome, hidden: Sequence[int] | None, axes: int = 0) -> None:
     """Raises a `ValueError` if a genome does not fit a network.
 
     Args:
         genome: a genome with at most `axes` population axes.
-        hidden: units of the hidden layers.
+        hidden: units of the hidden layers; `None` for a network that is not a dense one.
         axes: 0 or 1.
     """
-    if len(genome.population) > axes or genome.rule.layers not in (None, len(hidden) + 1):
+    kind = f"`genome` must be a single one{' or on one population axis' * axes}"
+    if len(genome.population) > axes:
+        raise ValueError(f"{kind}. Received: {genome!r}")
+    if hidden is not None and genome.rule.layers not in (None, len(hidden) + 1):
         raise ValueError(
-            f"`genome` must be a single one{' or on one population axis' * axes}, for {len(hidden) + 1} layers of synapses "
-            f"if each has its own. Received: {genome!r} with layers={genome.rule.layers}"
+            f"{kind}, for {len(hidden) + 1} layers of synapses if each has its own. Received: {genome!r} with "
+            f"layers={genome.rule.layers}"
         )
 
 

@@ -139,7 +139,8 @@ class MetaValidate(keras.callbacks.Callback):
                 self.seed, steps=steps, batch=trainer.batch_size, query=trainer.query_size, split=self.split
             )
             self._data.append(next(iter(stream.batch(self.episodes))))
-            self._scores.append(compiled(self._scorer(learner, inner), jit_compile=trainer.jit_step))
+            scorer = self._scorer(learner.on(tasks.shape, tasks.outputs), inner)
+            self._scores.append(compiled(scorer, jit_compile=trainer.jit_step))
 
         if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
             before = trainer.learner.parameters(self.path)  # of the run that this one goes on with

@@ -131,11 +131,12 @@ class MetaTrainer(OuterLoop):
                 "`learner` must be one or more learners that share outer parameters, such as learners of one rule. "
                 f"Received: {learner!r}"
             )
-        self.families = [(one, other) for one in several for other in learners]
-        for one, other in self.families:
-            other.check(one.kind, one.outputs)
         for one in several:
             check_tasks(one, batch_size, query_size)
+            for other in learners:
+                other.check(one.kind, one.outputs)
+        self._given_learners = learners
+        self.families = [(one, other.on(one.shape, one.outputs)) for one in several for other in learners]
         if clipnorm is not None:
             arguments.positive("clipnorm", clipnorm)
         estimator = Unroll() if estimator is None else estimator
@@ -275,7 +276,7 @@ class MetaTrainer(OuterLoop):
     @property
     def learner(self) -> MetaLearner:
         """The learner, or the first of several. All have the same outer parameters."""
-        return self.families[0][1]
+        return self._given_learners[0]
 
     def parameters(self, member: int | None = None) -> dict[str, np.ndarray]:
         """Outer parameters of a member, by default the best.
@@ -386,11 +387,11 @@ class MetaTrainer(OuterLoop):
 
     def settings(self) -> dict[str, Any]:
         tasks = list({id(of): of for of, _ in self.families}.values())
-        learners = list({id(learner): learner for _, learner in self.families}.values())
         return {
-            "tasks": tasks, "weights": self.weights_of_families, "learner": learners, "estimator": self._given_estimator,
-            "members": self.members, "meta_batch_size": self.meta_batch_size, "batch_size": self.batch_size,
-            "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed, "start": json.loads(self._start),
+            "tasks": tasks, "weights": self.weights_of_families, "learner": self._given_learners,
+            "estimator": self._given_estimator, "members": self.members, "meta_batch_size": self.meta_batch_size,
+            "batch_size": self.batch_size, "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed,
+            "start": json.loads(self._start),
         }  # fmt: skip
 
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:

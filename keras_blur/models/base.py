@@ -75,7 +75,7 @@ class BlurModel(WholeFiles, CheckedModel):
             )
         self._genome = genome
         self._network = None
-        self._reading: Any = None  # a Reading, once it is built
+        self.reading: Any = None  # a Reading, once it is built
         self._graphs: dict[tuple[bool, ...], Graph] = {}
         self._neurons: list[keras.Variable] = []
         self._targets = "auto"
@@ -114,7 +114,7 @@ class BlurModel(WholeFiles, CheckedModel):
                             f"`dtype` of layer {layer.name!r} must keep synapses in {self.variable_dtype}, as the model "
                             f"does. Received: dtype={layer.dtype_policy.name!r}"
                         )
-        self._reading = read(functional, self.rule, self._groups)
+        self.reading = read(functional, self.rule, self._groups)
         self._network = functional
         if self.rule.keep_neurons:
             self._keep_neurons()
@@ -159,7 +159,7 @@ class BlurModel(WholeFiles, CheckedModel):
                 "A rule with `keep_neurons=True` keeps the states of each example of a batch, whose size must be known: "
                 "start `layers` with keras.Input(..., batch_size=N)."
             )
-        for shape in self._reading.shapes:
+        for shape in self.reading.shapes:
             self._neurons.append(
                 self.add_weight(
                     name=f"neurons_{len(self._neurons)}", shape=(self.rule.states, batch, *shape), initializer="zeros",
@@ -177,14 +177,14 @@ class BlurModel(WholeFiles, CheckedModel):
         """The plan, with the layers that are not frozen learning."""
         flags = tuple(self._learns(layer) for layer in self._synaptic())
         if flags not in self._graphs:
-            self._graphs[flags] = self._reading.learning(flags)
+            self._graphs[flags] = self.reading.learning(flags)
         return self._graphs[flags]
 
     def _learns(self, layer: SynapticLayer) -> bool:
         return layer.trainable and self.trainable
 
     def _synaptic(self) -> tuple[SynapticLayer, ...]:
-        return self._reading.layers
+        return self.reading.layers
 
     def _normalizing(self) -> list[SynapticLayer]:
         """The layers with running statistics of the rule: all layers of synapses, or none."""
@@ -193,7 +193,7 @@ class BlurModel(WholeFiles, CheckedModel):
     @property
     def connections(self) -> list[Connection]:
         """The pure operations of each layer of synapses."""
-        return list(self._reading.graph.holders)
+        return list(self.reading.graph.holders)
 
     def _synapses(self) -> tuple[dict[str, Array], ...]:
         return tuple(
@@ -209,13 +209,13 @@ class BlurModel(WholeFiles, CheckedModel):
 
     def _prepared(self, inputs: list[Array], training: bool) -> list[Array]:
         """The arrays that enter the graph."""
-        arrays = self._reading.prepare(inputs, training)
+        arrays = self.reading.prepare(inputs, training)
         if self._neurons and arrays[0].shape[0] not in (None, self._neurons[0].shape[1]):
             raise ValueError(
                 f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
                 f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
             )
-        connects = self._reading.graph.connects
+        connects = self.reading.graph.connects
         numbers = {one.source for one in connects if one.connection.reads_integers}
         return [ops.cast(value, "int32" if place in numbers else self.variable_dtype) for place, value in enumerate(arrays)]
 
@@ -223,14 +223,14 @@ class BlurModel(WholeFiles, CheckedModel):
         """States before a step; the input's are overwritten and stand empty."""
         if not self._neurons:
             return ()
-        inputs = [None] * len(self._reading.graph.features)
+        inputs = [None] * len(self.reading.graph.features)
         return (*inputs, *(ops.convert_to_tensor(variable) for variable in self._neurons))
 
     def _statistics(self, training: bool) -> list[Any]:
         """With which to normalise the sums of each connection."""
         layers = self._synaptic()
         found = []
-        for one in self._reading.graph.connects:
+        for one in self.reading.graph.connects:
             own = None if training else layers[one.holder].statistics
             found.append(None if own is None else tuple(ops.convert_to_tensor(value) for value in own))
         return found
@@ -265,7 +265,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     def _predicted(self, outputs: Any) -> Any:
         """Outputs through their heads, in the structure of the network's outputs."""
-        found = [response.through(head, value) for head, value in zip(self._reading.heads, _flat(outputs), strict=True)]
+        found = [response.through(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
         return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -395,7 +395,7 @@ class BlurModel(WholeFiles, CheckedModel):
             return
         if not error:
             return
-        head = self._reading.heads[0] if self._reading is not None else ()
+        head = self.reading.heads[0] if self.reading is not None else ()
         feedbacks.check_loss(response.at_logits(self._learned_loss, head)[0])
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -424,7 +424,7 @@ class BlurModel(WholeFiles, CheckedModel):
         """What the outputs receive, as a function of what they are."""
         names = self._network.output_names
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
-        parts = zip(losses, self._reading.heads, response.labels_of(y, names), weights, strict=True)
+        parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
         wanted = [response.Wanted(*loss, head, labels, weight) for loss, head, labels, weight in parts]
         total = None if shared is None else lambda number: shared.total([number])[0]
 
@@ -550,7 +550,7 @@ class BlurModel(WholeFiles, CheckedModel):
         """
         slow = self.rule.slow_synapses
         share = averaging_share(self._genome.layer(0), self.learning_step) if slow else None
-        for layer, normalize, value in self._reading.follows:
+        for layer, normalize, value in self.reading.follows:
             if layer.trainable:
                 layer.follow(*normalize.moments((sweep.values[value],), shared), share)
 
@@ -659,7 +659,7 @@ class BlurModel(WholeFiles, CheckedModel):
         shape = self._first_shape()
         features = None if shape is None else tuple(shape[1:])
         text = any(isinstance(layer, _TEXT) for layer in self.layers[:1])
-        if not self.compiled or self._reading is None:
+        if not self.compiled or self.reading is None:
             return Expected(features, text=text)
         outputs = tuple(self._network.outputs[0].shape[1:])
         error = self.rule.feedback == "error"

@@ -176,7 +176,8 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
 
     def decide(state: Any, query: Array, square: Array) -> tuple[Array, Array]:
         if isinstance(learner, Blur) and learner.rule.normalization_axis == "batch":
-            genome, graph = learner.genome(outer), learner.graph(int(state.synapses[-1]["kernel"].shape[-1]))
+            genome = learner.genome(outer)
+            graph = learner.plan(int(query.shape[-1]), int(state.synapses[-1]["kernel"].shape[-1])).graph
             synapses = network.predicting(genome, graph, state)
             known = network.forward(genome, graph, synapses, query)
             there = network.forward(genome, graph, synapses, square, statistics=known.statistics)

@@ -101,6 +101,7 @@ def adaptation_curve(
         raise ValueError(f"`at` must be two or more ascending numbers of steps. Received: at={at!r}")
     outer = over_tasks(_outer(learner, learned, tasks, episodes))
     check_tasks(tasks, batch_size, query_size, split)
+    learner = learner.on(tasks.shape, tasks.outputs)
     stream = tasks.dataset(seed, steps=at[-1], batch=batch_size, query=query_size, split=split)
     drawn = next(iter(stream.batch(episodes)))
     inner = InnerLoop(at[-1], loss=loss, kind=tasks.kind)
@@ -218,6 +219,7 @@ def _scored(
     """Scores episodes in blocks. `change` may modify each block."""
     outer = _outer(learner, learned, tasks, episodes)
     check_tasks(tasks, batch_size, query_size, split)
+    learner = learner.on(tasks.shape, tasks.outputs)
     inner = InnerLoop(steps, loss=loss, kind=tasks.kind)
 
     def score(outer: Mapping[str, Array], drawn: Mapping[str, Array], number: Array) -> tuple[Array, Array]:

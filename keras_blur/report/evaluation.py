@@ -21,6 +21,7 @@ from keras_blur.compiling import compiled
 from keras_blur.core.genome import Genome
 from keras_blur.learners import Blur, updates
 from keras_blur.learners.blur import check_genome
+from keras_blur.learners.networks import Network
 from keras_blur.meta.estimator import classes_of
 from keras_blur.report.progress import Progress, Watch
 from keras_blur.report.sources import Source, source_of
@@ -36,7 +37,7 @@ _BLOCK = 25  # steps of one compiled call at most
 def evaluate(
     genome: Genome,
     data: Images | Tasks,
-    hidden: Sequence[int],
+    network: Sequence[int] | Network,
     *,
     steps: int = 1000,
     seeds: int = 5,
@@ -53,7 +54,8 @@ def evaluate(
     Args:
         genome: a genome, or a population on one axis.
         data: an image set or a task distribution of classes, as in `compare`.
-        hidden: units of the hidden layers.
+        network: units of the hidden layers, or a function from the shape of an example and the
+            number of outputs to Keras layers, as of `learners.Blur`.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.
@@ -79,16 +81,17 @@ def evaluate(
     >>> result["steps"]
     [0, 1, 2, 5]
     """
-    check_genome(genome, hidden, axes=1)
+    check_genome(genome, None if callable(network) else network, axes=1)
     source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
-    learner = Blur(tuple(hidden), genome.rule)
+    learner = Blur(network, genome.rule)
     if isinstance(data, Tasks):
         learner.check(data.kind, data.outputs)
+    learner = learner.on(source.shape, source.classes)
     outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
     members = outer["nu"].shape[0]
     names = [f"genome {number}" for number in range(members)] if genome.population else ["genome"]
     header = {
-        "data": data.name, "network": f"hidden {','.join(map(str, hidden))}", "batch_size": batch_size, "seeds": seeds,
+        "data": data.name, "network": _name(network), "batch_size": batch_size, "seeds": seeds,
         "seed": seed, "split": split,
     }  # fmt: skip
 
@@ -103,6 +106,12 @@ def evaluate(
         result = {**header, "steps": list(at[:scores]), "curves": dict(zip(names, found, strict=True))}
         tell(at[scores - 1], result)
     return result
+
+
+def _name(network: Sequence[int] | Network) -> str:
+    if callable(network):
+        return getattr(network, "__name__", type(network).__name__)
+    return f"hidden {','.join(map(str, network))}"
 
 
 def _curves(

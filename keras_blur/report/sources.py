@@ -83,9 +83,9 @@ class Episodes(Source):
         query = min(_QUERY, tasks.available(split) - batch_size)
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
-        self.shape, self.classes = (tasks.features,), tasks.outputs
-        self._x, self._y = drawn["x"], _labels(drawn["y"])
-        self._test_x, self._test_y = drawn["query_x"], _labels(drawn["query_y"])
+        self.shape, self.classes = tasks.shape, tasks.outputs
+        self._x, self._test_x = (drawn[name].reshape(*drawn[name].shape[:-1], *tasks.shape) for name in ("x", "query_x"))
+        self._y, self._test_y = _labels(drawn["y"]), _labels(drawn["query_y"])
 
     def batches(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield from zip(self._x[number], self._y[number], strict=True)

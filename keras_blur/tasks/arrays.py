@@ -40,7 +40,7 @@ def arrays(
     The splits have no example in common: equal inputs are in the same split.
 
     Args:
-        x: inputs `[n, ...]` of any numeric dtype; each is flattened.
+        x: inputs `[n, ...]` of any numeric dtype.
         y: for `kind="classes"`, integer labels `[n]` or `[n, 1]` from 0 on, of any dtype; for
             `kind="values"`, targets `[n]` or `[n, outputs]`.
         kind: `"classes"` or `"values"`.
@@ -58,7 +58,8 @@ def arrays(
         seed: random seed of the split.
 
     Returns:
-        `ArrayTasks`.
+        `ArrayTasks`, whose examples have the shape of the inputs, or are rows where features are
+        permuted or projected.
 
     Raises:
         ValueError: if arrays differ in length, are not finite or have a wrong shape or dtype; if a
@@ -98,7 +99,8 @@ def arrays(
             raise ValueError(
                 f"`x` must be images of 3 or 4 axes where `size` is given. Received: an array of shape {x.shape}"
             )
-        x = resized(x[..., None] if x.ndim == 3 else x, size)
+        x = resized(x[..., None], size)[..., 0] if x.ndim == 3 else resized(x, size)
+    shape = x.shape[1:]
     x = x.reshape(len(x), -1).astype(np.float32)
     places = _split(x, portions, seed)
     if standardize:
@@ -112,7 +114,7 @@ def arrays(
     else:
         y = y.reshape(len(y), -1).astype(np.float32)
         outputs = y.shape[1]
-    splits = {split: (x[place], y[place]) for split, place in places.items()}
+    splits = {split: (x[place].reshape(-1, *shape), y[place]) for split, place in places.items()}
     return ArrayTasks(splits, outputs, name, kind=kind, relabel=relabel, permute=permute, project=project)
 
 

@@ -252,7 +252,7 @@ class AugmentedTasks(Tasks):
         self.tasks, self.augmentation, self.shared = tasks, augmentation, shared
         self._prepared = augmentation.prepared(tasks)
         self.name = f"{tasks.name}, augmented"
-        self.features, self.outputs, self.kind = tasks.features, tasks.outputs, tasks.kind
+        self.shape, self.outputs, self.kind = tasks.shape, tasks.outputs, tasks.kind
         self._depth: int = tasks._depth + 1 if isinstance(tasks, AugmentedTasks) else 0
 
     @property

@@ -9,6 +9,7 @@ anywhere, can be sharded by number, and is identical on every machine. `Tasks.da
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,16 +45,21 @@ class Tasks(abc.ABC):
 
     Attributes:
         name: description of the tasks.
-        features: number of input features.
+        shape: shape of an example, such as `(height, width, channels)` of an image.
         outputs: number of outputs: classes, or dimensions of a value.
         kind: output kind: `"classes"`, `"values"`, or `"bits"` (independent labels of +1 or -1, or
             0 if not scored).
     """
 
     name: str
-    features: int
+    shape: tuple[int, ...]
     outputs: int
     kind: str = "classes"
+
+    @property
+    def features(self) -> int:
+        """Number of features of an example: the product of `shape`."""
+        return math.prod(self.shape)
 
     @abc.abstractmethod
     def available(self, split: str) -> int:
@@ -70,7 +76,7 @@ class Tasks(abc.ABC):
                 reporting. Splits have no example in common.
 
         Returns:
-            x `[count, features]`, and y `[count, outputs]`: +1 for the true class and -1 for the
+            x `[count, *shape]`, and y `[count, outputs]`: +1 for the true class and -1 for the
                 others, or values. Any numeric dtype. Users of tasks first check one episode with
                 `checks.check_tasks`.
         """
@@ -87,8 +93,8 @@ class Tasks(abc.ABC):
 
         Returns:
             `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`.
-            If the support needs more examples than exist, they are repeated in the same order. It
-            never contains query examples.
+            Examples are rows, whatever their `shape`. If the support needs more examples than
+            exist, they are repeated in the same order. It never contains query examples.
 
         Raises:
             ValueError: if the split is unknown or has too few examples for one batch and the query.
@@ -106,7 +112,7 @@ class Tasks(abc.ABC):
         return {
             "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
             "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
-            "query_x": tf.ensure_shape(x[:query], (query, self.features)),
+            "query_x": tf.reshape(x[:query], (query, self.features)),
             "query_y": tf.ensure_shape(y[:query], (query, self.outputs)),
         }
 

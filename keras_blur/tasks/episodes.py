@@ -31,7 +31,7 @@ _BEYOND = 2**32  # more than any of the random integers by which images are orde
 class _Classes:
     """The images of some classes, grouped by class."""
 
-    images: Array  # [n, features]
+    images: Array  # [n, *shape]
     labels: np.ndarray  # the classes' labels in the set, ascending
     starts: np.ndarray  # where each class begins
     counts: np.ndarray  # how many images it has
@@ -51,7 +51,7 @@ class EpisodeTasks(Tasks):
         groups: np.ndarray | None = None,
     ):
         self.name, self.outputs, self.shots, self.exclusive = name, ways, shots, exclusive
-        self.features = int(splits["train"][0].shape[1])
+        self.shape = tuple(splits["train"][0].shape[1:])
         self._splits = {split: _by_class(*splits[split], groups) for split in SPLITS}
 
     def classes(self, split: str) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class EpisodeTasks(Tasks):
         place = tf.gather(tf.constant(known.starts, tf.int32), chosen)[:, None] + order
         place = tf.reshape(tf.transpose(place), (-1,))[:count]
         label = tf.range(count) % self.outputs
-        x = tf.ensure_shape(tf.gather(known.images, place), (count, self.features))
+        x = tf.ensure_shape(tf.gather(known.images, place), (count, *self.shape))
         return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
 
     def _drawn(self, seed: Array, known: _Classes) -> Array:
@@ -142,7 +142,7 @@ class EpisodeTasks(Tasks):
         return {
             "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
             "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
-            "query_x": tf.ensure_shape(x[support:], (query, self.features)),
+            "query_x": tf.reshape(x[support:], (query, self.features)),
             "query_y": tf.ensure_shape(y[support:], (query, self.outputs)),
         }
 
@@ -214,8 +214,8 @@ def episodes(
     Example:
 
     >>> tasks = episodes("digits", ways=3, shots=5)
-    >>> tasks.features, tasks.outputs
-    (64, 3)
+    >>> tasks.shape, tasks.outputs
+    ((8, 8, 1), 3)
     >>> len(tasks.classes("train")), len(tasks.classes("test"))
     (6, 2)
     """
@@ -227,7 +227,7 @@ def episodes(
     arguments.flag("exclusive", exclusive)
 
     def shrink(x: np.ndarray) -> np.ndarray:
-        return resized(x, size or min(_SIZE, *x.shape[1:3])).mean(-1)
+        return resized(x, size or min(_SIZE, *x.shape[1:3])).mean(-1, keepdims=True)
 
     if group is not None and not exclusive:
         raise ValueError(f"`exclusive` must be True with `group`, of whose classes any are drawn. Received: group={group!r}")
@@ -255,7 +255,7 @@ def episodes(
 
 
 def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pixel rows and labels of the three splits, which have no class and no group in common."""
+    """Images and labels of the three splits, which have no class and no group in common."""
     of_train, of_test = loaded.y_train, loaded.y_test
     if loaded.groups is not None:
         of_train, of_test = loaded.groups[of_train], loaded.groups[of_test]
@@ -272,7 +272,7 @@ def _split_by_class(loaded: Images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     def taken(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first, second = np.isin(of_train, some), np.isin(of_test, some)
         x = np.concatenate([loaded.x_train[first], loaded.x_test[second]])
-        return x.reshape(len(x), -1), np.concatenate([loaded.y_train[first], loaded.y_test[second]])
+        return x, np.concatenate([loaded.y_train[first], loaded.y_test[second]])
 
     return {split: taken(some) for split, some in chosen.items()}
 

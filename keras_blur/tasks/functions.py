@@ -33,7 +33,7 @@ class FunctionTasks(Tasks):
         self.name = ", ".join(names)
         self.outputs = _outputs(names[0])
         self.kind = "values" if names[0] == "sine" else "classes"
-        self.features = 1 if names[0] == "sine" else 2
+        self.shape = (1 if names[0] == "sine" else 2,)
         self.noise, self.relabel = float(noise), relabel
 
     def available(self, split: str) -> int:

@@ -7,6 +7,7 @@ one image set into many tasks. A rule needs this variety to generalise beyond th
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -30,10 +31,11 @@ class ArrayTasks(Tasks):
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], outputs: int, name: str, *, kind: str = "classes",
                  relabel: bool = False, permute: bool = False, project: int | None = None):  # fmt: skip
         self.name, self.outputs, self.kind = name, outputs, kind
-        self.pixels = int(splits["train"][0].shape[1])
-        self.features = project or self.pixels
+        shape = splits["train"][0].shape[1:]
+        self.pixels = math.prod(shape)
+        self.shape = (project,) if project else (self.pixels,) if permute else tuple(shape)
         self.relabel, self.permute, self.project = relabel, permute, project
-        self._arrays = splits
+        self._arrays = {split: (x.reshape(len(x), -1), y) for split, (x, y) in splits.items()}
         self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in splits.items()}
 
     def available(self, split: str) -> int:
@@ -54,7 +56,7 @@ class ArrayTasks(Tasks):
         if self.project:
             matrix = random.normal(random.fold_in(seed, 3), (self.pixels, self.project))
             x = tf.matmul(x, matrix) / float(self.pixels) ** 0.5
-        x = tf.ensure_shape(x, (count, self.features))
+        x = tf.reshape(x, (count, *self.shape))
         if self.kind == "values":
             return x, label
         if self.relabel:
@@ -93,7 +95,8 @@ def images(
         data_dir: folder of prepared sets.
 
     Returns:
-        `ArrayTasks`.
+        `ArrayTasks`, whose examples have the shape of the images, or are rows where pixels are
+        permuted or projected.
 
     Raises:
         ValueError: if data are missing or an option does not fit them.
@@ -101,8 +104,8 @@ def images(
     Example:
 
     >>> tasks = images("digits", classes=range(5), relabel=True)
-    >>> tasks.features, tasks.outputs
-    (64, 5)
+    >>> tasks.shape, tasks.outputs
+    ((8, 8, 1), 5)
     """
     for option, value in (("size", size), ("crop", crop), ("project", project)):
         if value is not None:
@@ -117,7 +120,8 @@ def images(
             f"{arguments.received('classes', classes)}"
         )
     train, test = (
-        _flat(loaded, x, y, kept, size, crop) for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_test, loaded.y_test))
+        _scaled(loaded, x, y, kept, size, crop)
+        for x, y in ((loaded.x_train, loaded.y_train), (loaded.x_test, loaded.y_test))
     )
     if standardize:
         mean, deviation = train[0].mean(), train[0].std() + 1e-6
@@ -141,10 +145,10 @@ def _labels(classes: Any) -> Sequence[int]:
         return ()
 
 
-def _flat(
+def _scaled(
     loaded: Images, x: np.ndarray, y: np.ndarray, kept: Sequence[int], size: int | None, crop: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images of the kept classes as rows with pixels in [0, 1], and their labels from 0 on."""
+    """Images of the kept classes with pixels in [0, 1], and their labels from 0 on."""
     position = np.full(loaded.classes, -1)
     position[list(kept)] = np.arange(len(kept))
     chosen = position[y] >= 0
@@ -155,8 +159,8 @@ def _flat(
         top, left = (x.shape[1] - crop) // 2, (x.shape[2] - crop) // 2
         x = x[:, top : top + crop, left : left + crop]
     if size is None:
-        return (x.reshape(len(x), -1) / loaded.scale).astype(np.float32), y
-    return resized(x, size, loaded.scale).reshape(len(x), -1), y
+        return (x / loaded.scale).astype(np.float32), y
+    return resized(x, size, loaded.scale), y
 
 
 def resized(x: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:

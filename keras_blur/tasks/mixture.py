@@ -71,11 +71,11 @@ class Mixture:
             A dataset of episodes, as in `Tasks.dataset`.
 
         Raises:
-            ValueError: if the parts differ in features, outputs or kind, the split is unknown, or a
+            ValueError: if the parts differ in shape, outputs or kind, the split is unknown, or a
                 part has too few examples.
         """
-        if len({(part.features, part.outputs, part.kind) for part in self.parts}) > 1:
-            shapes = "; ".join(f"{one.name}: {one.features} features, {one.outputs} {one.kind}" for one in self.parts)
+        if len({(part.shape, part.outputs, part.kind) for part in self.parts}) > 1:
+            shapes = "; ".join(f"{one.name}: examples {one.shape}, {one.outputs} {one.kind}" for one in self.parts)
             raise ValueError(
                 "The parts of a mixture must have one shape and kind to be one stream; take `parts` and `part_of` "
                 f"otherwise. Received: {shapes}"

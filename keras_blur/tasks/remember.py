@@ -31,7 +31,7 @@ class RememberTasks(Tasks):
     def __init__(self, units: int, cue: float):
         self.units, self.cue = units, cue
         self.name = f"{units} bits from {cue:g} of them"
-        self.features, self.outputs = 2 * units, units
+        self.shape, self.outputs = (2 * units,), units
 
     def available(self, split: str) -> int:
         check_split(split)

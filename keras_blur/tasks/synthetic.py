@@ -35,7 +35,7 @@ class PoseTasks(Tasks):
 
     def __init__(self, objects: dict[str, int], code: int, seed: int):
         self.name = f"pose of {objects['train']} objects"
-        self.features, self.outputs = code + 2, 2
+        self.shape, self.outputs = (code + 2,), 2
         self._objects = {}
         for number, split in enumerate(SPLITS):
             rng = np.random.default_rng([seed, number])
@@ -59,7 +59,7 @@ class PoseTasks(Tasks):
 class SineSet(Tasks):
     """See `sines`."""
 
-    kind, name, features, outputs = "values", "ten sines", 1, 1
+    kind, name, shape, outputs = "values", "ten sines", (1,), 1
 
     def __init__(self, seed: int):
         rng = np.random.default_rng(seed)

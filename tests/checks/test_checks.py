@@ -430,7 +430,7 @@ def test_other_uses_of_data():
 
 
 class Own(tasks.Tasks):
-    name, features, outputs = "own", 2, 2
+    name, shape, outputs = "own", (2,), 2
 
     def __init__(self, change=lambda x, y: (x, y), **attributes):
         self.change = change

@@ -18,7 +18,7 @@ FEATURES = 2
 class Sides(tasks.Tasks):
     """Sides of a line through 0, told by one output or by two."""
 
-    name, features, kind = "sides of a line", FEATURES, "classes"
+    name, shape, kind = "sides of a line", (FEATURES,), "classes"
 
     def __init__(self, outputs):
         self.outputs = outputs

@@ -292,7 +292,7 @@ def test_dropout_has_one_mask_for_both_passes(float64):
     model = kb.Model(entry, kb.layers.Dense(2, name="head")(value), genome=GENOME)
     model.compile(loss="mean_squared_error", run_eagerly=True)
     masks = []
-    (one,) = (one.map for one in model._reading.graph.operations if hasattr(one, "map"))
+    (one,) = (one.map for one in model.reading.graph.operations if hasattr(one, "map"))
     context = one.context
     one.context = lambda states, training: masks.append(context(states, training)) or masks[-1]
     twin = keras.Model(entry, model.to_keras()(entry))
@@ -408,7 +408,7 @@ def test_groups_of_layers_have_genomes_of_their_own():
         return kb.Model(image, kb.layers.Dense(2, name="head")(h), genome=genome)
 
     model = network(("Conv*", "head", "*"))
-    assert model._reading.graph.groups == (0, 2, 1)
+    assert model.reading.graph.groups == (0, 2, 1)
     still = np.array([-1e-3, 0.0, -1e-3], "float32")
     model.genome = model.genome.replace(synapse_update=still)
     before = [np.array(weight) for weight in model.trainable_weights]

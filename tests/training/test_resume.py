@@ -83,7 +83,7 @@ OTHER = {
         "learner.rule.oja='none'",
         "learner.rule.oja='weights'",
     ),
-    "hidden": (lambda: trainer(learner=learners.Blur((5,))), "learner.hidden=4", "learner.hidden=5"),
+    "network": (lambda: trainer(learner=learners.Blur((5,))), "learner.network=4", "learner.network=5"),
     "learner": (lambda: trainer(learner=learners.Prototypes((4,))), "learner=Blur", "learner=Prototypes"),
     "steps": (lambda: trainer(estimator=meta.Unroll(3)), "estimator.steps=2", "estimator.steps=3"),
     "estimator": (lambda: trainer(estimator=meta.ES(2)), "estimator=Unroll", "estimator=ES"),

@@ -46,6 +46,10 @@ class Convolution(Connection):
     first: bool = False
 
     @property
+    def gathers(self) -> bool:
+        return True
+
+    @property
     def axes(self) -> int:
         return len(self.size) + 1
 
@@ -99,10 +103,9 @@ class Convolution(Connection):
         return ops.repeat(ops.sum(grouped, axis=-1), each, axis=-1)
 
     def product(self, kernel: Array, x: Array) -> Array:
+        if len(kernel.shape) > self.axes + 2:  # a population of kernels
+            return self.product_of_patches(kernel, x)
         x = self._last(x)
-        kernel_axes = self.axes + 1
-        if len(kernel.shape) > kernel_axes + 1:  # a population of kernels
-            return self._stored_order(self._unfolded(kernel, x))
         channels, states = kernel.shape[0], x.shape[-2 - self.axes]
         if channels == 1:
             return self._stored_order(self._folded(kernel[0], x))
@@ -159,23 +162,6 @@ class Convolution(Connection):
         together = ops.moveaxis(blocks, -3, -2)
         return ops.reshape(together, (*ops.shape(together)[:-2], self.units))
 
-    def _unfolded(self, kernel: Array, x: Array) -> Array:
-        """Kernels `[..., c, *size, in, out]` on patches of `[..., s, batch, *spatial, channels]`,
-        one matrix product."""
-        spatial = self._shape_last(self.target(self._shape_stored(tuple(x.shape[len(x.shape) - self.axes :]))))[:-1]
-        patches = self._grouped(x, self.strides)
-        kernel = self._by_group(kernel, math.prod(self.size), x.shape[-1] // self.groups)
-        y = ops.matmul(patches, kernel)  # [..., groups, rows, out / groups]
-        y = ops.moveaxis(y, -3, -2)
-        front = ops.shape(y)[:-3]
-        return ops.reshape(y, (*front, -1, *spatial, self.units))
-
-    def _by_group(self, kernel: Array, taps: int, inputs: int) -> Array:
-        """A kernel as `[..., c, groups, taps * in, out / groups]`."""
-        lead = ops.shape(kernel)[: len(kernel.shape) - self.axes - 1]
-        kernel = ops.reshape(kernel, (*lead, taps * inputs, self.groups, self.units // self.groups))
-        return ops.moveaxis(kernel, -2, -3)
-
 
 @dataclasses.dataclass(frozen=True)
 class ConvConnection(Convolution):
@@ -201,11 +187,6 @@ class DepthwiseConnection(Convolution):
             x, kernel, strides=self.strides, padding=self.padding, data_format="channels_last",
             dilation_rate=self.dilation,
         )  # fmt: skip
-
-    def _by_group(self, kernel: Array, taps: int, inputs: int) -> Array:
-        lead = ops.shape(kernel)[: len(kernel.shape) - self.axes - 1]
-        kernel = ops.reshape(kernel, (*lead, taps, self.groups, self.multiplier))
-        return ops.moveaxis(kernel, -2, -3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +246,13 @@ class TransposedConnection(Convolution):
             data_format="channels_last", dilation_rate=self.dilation,
         )  # fmt: skip
 
-    def _unfolded(self, kernel: Array, x: Array) -> Array:
+    @property
+    def gathers(self) -> bool:
+        return False
+
+    def product_of_patches(self, kernel: Array, x: Array) -> Array:
         """Member by member: a transposed convolution has no patches to gather."""
+        x = self._last(x)
         lead = tuple(kernel.shape[: len(kernel.shape) - self.axes - 2])
         members = ops.reshape(kernel, (-1, *kernel.shape[len(lead) :]))
         wide = ops.broadcast_to(x, (*lead, *ops.shape(x)[len(x.shape) - self.axes - 2 :]))
@@ -274,4 +260,4 @@ class TransposedConnection(Convolution):
         plain = dataclasses.replace(self, first=False)
         found = [plain.product(members[member], states[member]) for member in range(math.prod(lead))]
         stacked = ops.stack(found)
-        return ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:]))
+        return self._stored_order(ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:])))

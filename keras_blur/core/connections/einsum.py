@@ -44,6 +44,10 @@ class EinsumConnection(Connection):
         return dict(zip(letters, self.sizes, strict=True))
 
     @property
+    def gathers(self) -> bool:
+        return True
+
+    @property
     def axes(self) -> int:
         return len(self.inputs) - 1
 
@@ -145,7 +149,12 @@ class EinsumConnection(Connection):
     def product(self, kernel: Array, x: Array) -> Array:
         rank = len(self.weights) + 1
         if len(kernel.shape) > rank:
-            return self._members(kernel, x)
+            if set(self.weights) - set(self.inputs + self.outputs):
+                raise ValueError(
+                    "`equation` must have each letter of the kernel in its input or output where a population of networks "
+                    f"learns. Received: {self.inputs},{self.weights}->{self.outputs}"
+                )
+            return self.product_of_patches(kernel, x)
         channels = kernel.shape[0]
         if channels == 1:
             return self._folded(kernel[0], x)
@@ -177,15 +186,6 @@ class EinsumConnection(Connection):
             return super().outer(pre, post, source)
         x, y = self.rounded(pre)[0], self.rounded(post)[0]
         return ops.expand_dims(ops.einsum(f"{self.inputs},{self.outputs}->{self.weights}", x, y), 0)
-
-    def _members(self, kernel: Array, x: Array) -> Array:
-        """A population of kernels, member by member."""
-        lead = tuple(kernel.shape[: len(kernel.shape) - len(self.weights) - 1])
-        members = ops.reshape(kernel, (-1, *kernel.shape[len(lead) :]))
-        wide = ops.broadcast_to(x, (*lead, *ops.shape(x)[len(x.shape) - self.axes - 2 :]))
-        states = ops.reshape(wide, (-1, *ops.shape(wide)[len(lead) :]))
-        stacked = ops.stack([self.product(members[member], states[member]) for member in range(math.prod(lead))])
-        return ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:]))
 
 
 def einsum_connection(
