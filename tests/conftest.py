@@ -4,6 +4,7 @@
 place.
 """
 
+import gc
 import os
 import random
 
@@ -36,6 +37,15 @@ def seeded():
         return
     random.seed(0)  # `set_random_seed` would import TensorFlow
     np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected_once():
+    """The garbage collector looks at the programs that a file leaves behind once, not ever
+    again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
