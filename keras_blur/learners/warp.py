@@ -12,6 +12,7 @@ tasks are processed in a loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ class Warp(MetaLearner):
     The outer parameters are the warps and the initial weights of the task layers.
 
     Args:
-        model: a built Keras model from `[batch, features]` to logits or values `[batch, outputs]`.
+        model: a built Keras model from examples `[batch, *shape]`, such as images, to logits or
+            values `[batch, outputs]`.
             The first member starts with its weights. Other members have the same warps but random
             task layers with the same mean and standard deviation.
         warp: warp layers, by path (such as `"block/bend"` in a nested model) or by unambiguous
@@ -98,9 +100,9 @@ class Warp(MetaLearner):
             raise ValueError(f"`warp` must leave a layer to adapt. Received: warp={list(warp)!r}")
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        if self.model.input_shape[1:] != (features,) or self.model.output_shape[1:] != (outputs,):
+        if math.prod(self.model.input_shape[1:]) != features or self.model.output_shape[1:] != (outputs,):
             raise ValueError(
-                f"`model` must map [batch, {features}] to [batch, {outputs}], as the tasks are. Received: "
+                f"`model` must map {features} features to {outputs} outputs, as the tasks do. Received: "
                 f"{self.model.input_shape} to {self.model.output_shape}"
             )
         rng, made = np.random.default_rng(seed), {}
@@ -224,6 +226,7 @@ class Warp(MetaLearner):
     def _call(self, outer: Outer, state: WarpState, x: Array, training: bool) -> tuple[Array, tuple[Array, ...]]:
         """Outputs and new buffers of the model for a single network."""
         every = {**outer, **self.adapted(state)}
+        x = tf.reshape(x, (-1, *self.model.input_shape[1:]))
         trainable = [every[name] for name in self._trainable]
         prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
         return tf.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type

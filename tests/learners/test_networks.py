@@ -216,3 +216,19 @@ def test_a_function_needs_the_shape_first():
         learners.Blur(residual, RULE, compute_dtype="bfloat16")
     with pytest.raises(ValueError, match="`units` is of a dense network alone"):
         learner.units(3)
+
+
+def test_a_convolutional_model_with_learned_starts_takes_the_step_of_keras():
+    model = keras.Sequential([keras.Input(SHAPE), kl.Conv2D(3, 3, activation="tanh"), kl.Flatten(), kl.Dense(OUTPUTS)])
+    learner = learners.Warp(model, [], keras.optimizers.SGD(0.1))
+    outer = {name: tf.constant(value[:, None]) for name, value in learner.draw(0, 1, 64, OUTPUTS).items()}
+    state = learner.init(outer, random.seed_of(0), 64, OUTPUTS, (1, 2))
+    x, y = batch()
+    both = [tf.stack([one, one[::-1]])[None] for one in (x, y)]  # the same examples in another order
+    after, prediction = learner.step(outer, state, *both)
+    np.testing.assert_allclose(prediction[0, 0], model(tf.reshape(x, (-1, *SHAPE))), rtol=1e-5, atol=1e-6)
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
+    model.train_on_batch(tf.reshape(x, (-1, *SHAPE)), 0.5 * (y + 1.0))
+    for ours, theirs in zip(after.weights, model.trainable_variables, strict=True):
+        for task in range(2):
+            np.testing.assert_allclose(ours[0, task], theirs.numpy(), rtol=1e-4, atol=1e-6)
