@@ -41,6 +41,7 @@ def follow(
     y = tf.where((tf.range(steps * 64) < switch * 64)[:, None], y, 2.0 * drawn - 1.0)
     x, y = tf.reshape(x, (steps, 64, -1)), tf.reshape(y, (steps, 64, -1))
     test_x, test_y = images.examples(random.seed_of(seed), min(5000, images.available("test")), "test")
+    test_x = tf.reshape(test_x, (-1, images.features))
     state = learner.init(outer, random.seed_of(seed), images.features, images.outputs, (population.population[0],))
 
     def learn(outer: dict, state: tuple, x: tf.Tensor, y: tf.Tensor) -> tuple:

@@ -48,7 +48,8 @@ def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable
 
 @tf.RegisterGradient("KerasBlurTranspose")
 def _transpose_gradient(operation: Any, gradient: Array) -> tuple[Array, None]:
-    """TensorFlow's gradient of a transposition, with an order that is known when a graph is made."""
+    """TensorFlow's gradient of a transposition, with an order that is known when a graph is
+    made."""
     order = _known_order(operation.inputs[1])
     if order is None:
         return tf.transpose(gradient, tf.math.invert_permutation(operation.inputs[1])), None

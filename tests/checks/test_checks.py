@@ -467,7 +467,8 @@ BAD_TASKS = {
     "labels": (Own(lambda x, y: (x, y[:, 0])), r"must give examples with `y` of shape \(\d+, 2\)"),
     "text": (Own(lambda x, y: (x, tf.strings.as_string(y))), "must give examples with `y` of numbers"),
     "one part": (Own(lambda x, y: x), r"must give examples \(x, y\)"),
-    "features": (Own(features=0), "must have `features`, a positive integer"),
+    "no features": (Own(shape=(0,)), r"must have `shape`, a tuple of positive integers. Received: shape=\(0,\)"),
+    "a number as shape": (Own(shape=2), "must have `shape`, a tuple of positive integers. Received: shape=2"),
 }
 
 

@@ -217,8 +217,9 @@ def test_mistakes_about_synapses():
     genome, of = Genome.random(Rule(), seed=0), tasks.functions("xor")
     with pytest.raises(ValueError, match=r"`steps` must be at least 1\. Received: steps=0"):
         trace_synapses(genome, of, (4,), steps=0)
-    for odd in (Genome.random(Rule(), 0, population=(2,)), Genome.random(Rule(layers=3), 0)):
-        with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
+    several = Genome.random(Rule(), 0, population=(2,)), "`genome` must be a single one. Received"
+    for odd, message in (several, (Genome.random(Rule(layers=3), 0), "`genome` must be a single one, for 2 layers")):
+        with pytest.raises(ValueError, match=message):
             trace_synapses(odd, of, (4,), steps=2)
     with pytest.raises(ValueError, match="keep_neurons=False"):
         trace_synapses(Genome.random(Rule(keep_neurons=True), 0), of, (4,), steps=2)

@@ -175,7 +175,7 @@ def test_a_set_with_test_classes_of_its_own_keeps_them():
         labels = [set(splits[split][1]) for split in SPLITS]
         assert sum(map(len, labels)) == len(set().union(*labels))
         for x, y in splits.values():
-            np.testing.assert_array_equal(x[:, 0], y)
+            np.testing.assert_array_equal(x[:, 0, 0, 0], y)
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorflow_datasets' own, while it writes

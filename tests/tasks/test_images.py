@@ -134,7 +134,7 @@ def test_pixels_permuted_projected_cropped_resized():
     seed = random.seed_of(8)
     matrix = random.normal(random.fold_in(seed, 3), (64, 20)).numpy()
     unseen, seen = (tasks.images("digits", project=side).examples(seed, 9, "train")[0].numpy() for side in (None, 20))
-    np.testing.assert_allclose(seen, unseen @ matrix / 8.0, atol=1e-5)
+    np.testing.assert_allclose(seen, unseen.reshape(9, 64) @ matrix / 8.0, atol=1e-5)
     cropped = tasks.images("digits", crop=4, standardize=False)._arrays["test"][0]
     full = tasks.images("digits", standardize=False)._arrays["test"][0]
     np.testing.assert_array_equal(cropped.reshape(-1, 4, 4), full.reshape(-1, 8, 8)[:, 2:6, 2:6])
@@ -144,7 +144,7 @@ def test_pixels_permuted_projected_cropped_resized():
     both = tasks.images("digits", crop=6, size=3, standardize=False)  # cropped first, then resized
     inner = full.reshape(-1, 8, 8)[:, 1:7, 1:7].reshape(-1, 3, 2, 3, 2).mean((2, 4))
     np.testing.assert_allclose(both._arrays["test"][0].reshape(-1, 3, 3), inner, atol=1e-6)
-    assert (both.features, both.name) == (9, "digits 3x3, 10 classes")
+    assert (both.shape, both.name) == ((3, 3, 1), "digits 3x3, 10 classes")
 
 
 def test_standardised_by_the_training_images(digits):

@@ -96,7 +96,7 @@ def test_errors(given, message):
 
 def test_stream_errors():
     mixed = tasks.mixture({XOR: 1, BLOBS: 1})
-    with pytest.raises(ValueError, match="Received: xor: 2 features, 2 classes; blobs5: 2 features, 5 classes"):
+    with pytest.raises(ValueError, match=r"Received: xor: examples \(2,\), 2 classes; blobs5: examples \(2,\), 5 classes"):
         mixed.dataset(0, **SHAPE)
     with pytest.raises(ValueError, match=r"`split` must be one of .*Received: split='all'"):
         tasks.mixture({XOR: 1}).dataset(0, **SHAPE, split="all")
