@@ -17,15 +17,29 @@ import keras
 from keras_blur._version import __version__
 from keras_blur.cli.flags import Flags
 
-COMMANDS = {
-    "fit": "train a network on images by a genome, next to Keras SGD",
-    "meta-train": "meta-learn a genome on images or toy tasks",
-    "reweight": "train on partly wrong labels, with example weights learned from a few correct labels",
-    "evaluate": "score a genome over seeds and steps",
-    "compare": "compare a genome with tuned optimizers, on images or toy tasks",
-    "zoo": "list the trained genomes of the package and their cards",
-    "conformance": "replay published numbers and report the differences",
+GROUPS = {
+    "Train a network": {
+        "fit": "train a network on images by a genome, next to Keras SGD",
+        "reweight": "train on partly wrong labels, with example weights learned from a few correct labels",
+    },
+    "Learn a genome": {
+        "meta-train": "meta-learn a genome on images or toy tasks",
+    },
+    "Score a genome": {
+        "evaluate": "score a genome over seeds and steps",
+        "compare": "compare a genome with tuned optimizers, on images or toy tasks",
+    },
+    "Look and check": {
+        "zoo": "list the trained genomes of the package and their cards",
+        "conformance": "replay published numbers and report the differences",
+    },
 }
+COMMANDS = {name: purpose for commands in GROUPS.values() for name, purpose in commands.items()}
+EXAMPLES = (
+    "fit --plot fit.png",
+    "meta-train --epochs 32 --genome mine.json",
+    "compare --genome mine.json --optimizers SGD,Adam --plot compare.png",
+)
 
 _ON_BOTH_BACKENDS = ("conformance",)  # all others need TensorFlow
 _BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
@@ -52,10 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "help" and len(arguments) > 1:
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print("usage: keras-blur COMMAND [flags]    (keras-blur COMMAND --help for its flags)\n")
-        for name, purpose in COMMANDS.items():
-            print(f"  {name:<14} {purpose}")
-        print(f"\n  {'--version':<14} the versions of keras_blur, TensorFlow and Keras\n\n{STATUS}")
+        print(_help())
         return 0 if arguments else MISTAKE
     name, *rest = arguments
     if name not in COMMANDS:
@@ -68,6 +79,18 @@ def run(arguments: Sequence[str]) -> int:
         )
     command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
     return call(command, f"keras-blur {name}", COMMANDS[name], rest)
+
+
+def _help() -> str:
+    """The help of the program: commands by purpose."""
+    usage = "usage: keras-blur COMMAND [flags]    (keras-blur COMMAND --help for its flags and examples)"
+    groups = [
+        "\n".join([f"{title}:", *(f"  {name:<14} {purpose}" for name, purpose in commands.items())])
+        for title, commands in GROUPS.items()
+    ]
+    examples = "\n".join(["Examples:", *(f"  keras-blur {example}" for example in EXAMPLES)])
+    general = f"General:\n  {'--version':<14} the versions of keras_blur, of Keras and of its backend"
+    return "\n\n".join([usage, *groups, general, examples, STATUS])
 
 
 def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> int:

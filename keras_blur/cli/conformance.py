@@ -8,7 +8,7 @@ from typing import Any
 
 from keras_blur import conformance
 from keras_blur.cli.flags import Flags
-from keras_blur.cli.outputs import write_json
+from keras_blur.cli.outputs import Table, write_json
 
 USAGE = "FILE_OR_DIR ... [flags]"
 EXAMPLES = ("tests/conformance", "tests/conformance/oja_weights.npz --json conformance.json")
@@ -31,12 +31,13 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     files = conformance.find(positional)
     groups = conformance.GROUPS
     print(f"largest absolute error; agreement is {conformance.ATOL:g} + {conformance.RTOL:g} |expected|")
-    print(f"{'case':<34}" + "".join(f"{group:>16}" for group in groups))
+    table = Table({"case": 34, **dict.fromkeys(groups, -16), "": 0})
     for path in files:
         report = conformance.replay(path)
         reports.append(report)
         verdict = "agrees" if report.agrees else f"DIFFERS at {report.worst}"
-        print(f"{report.case:<34}" + "".join(f"{report.errors[group]:>16.1e}" for group in groups) + f"  {verdict}")
+        errors = [f"{report.errors[group]:.1e}" for group in groups]
+        table.row(report.case, *errors, f"  {verdict}", marked=not report.agrees)
     failed = [report.case for report in reports if not report.agrees]
     print(f"{len(reports) - len(failed)} of {len(reports)} cases agree")
     if flag["json"]:

@@ -4,11 +4,55 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 from keras_blur.files import write_text
+
+
+class Table:
+    """A table, printed row by row: plain text, except on a terminal.
+
+    A terminal gets a bold header, a rule below it, marked rows in red, and lines that fit its
+    width. Colours and bold text are left out if the environment variable `NO_COLOR` is set.
+
+    Args:
+        columns: heading and width of each column. A negative width aligns to the right, and 0 is
+            for the last column.
+        stream: output stream; `None` is stdout.
+
+    Example:
+
+    >>> table = Table({"name": 8, "states": -6, "": 0})
+    name    states
+    >>> table.row("fast", "2", "  by hand")
+    fast         2  by hand
+    """
+
+    def __init__(self, columns: Mapping[str, int], stream: TextIO | None = None):
+        self._stream = sys.stdout if stream is None else stream
+        self._widths = list(columns.values())
+        self._terminal = self._stream.isatty()
+        self._styled = self._terminal and not os.environ.get("NO_COLOR")
+        self._columns = shutil.get_terminal_size().columns
+        self._print(list(columns), "1")
+        if self._terminal:
+            self._print(["\u2500" * self._columns], "")
+
+    def row(self, *cells: str, marked: bool = False) -> None:
+        """Prints a row; a marked one is red on a terminal."""
+        self._print(cells, "31" if marked else "")
+
+    def _print(self, cells: Sequence[str], style: str) -> None:
+        sides = zip(cells, self._widths, strict=False)
+        line = "".join(cell.rjust(-width) if width < 0 else cell.ljust(width) for cell, width in sides).rstrip()
+        if self._terminal and len(line) > self._columns:
+            line = line[: self._columns - 1] + "\u2026"
+        self._stream.write((f"\x1b[{style}m{line}\x1b[0m" if self._styled and style else line) + "\n")
+        self._stream.flush()
 
 
 def save_json(path: str, document: Any) -> None:

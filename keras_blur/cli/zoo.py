@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags
-from keras_blur.cli.outputs import wrote
+from keras_blur.cli.outputs import Table, wrote
 
 USAGE = "[NAME ...] [flags]"
 EXAMPLES = ("", "mnist-4state --describe", "mnist-4state --plot genome.png --save copy.json")
@@ -28,10 +28,11 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     if flag["describe"] and not positional:
         raise ValueError("--describe needs the name of a genome. Received: none")
     if not positional:
+        table = Table({"name": 17, "states": -6, "numbers": -9, "  card": 0})
         for name in genomes.names():
             genome = genomes.load(name)
             title = genomes.card(name).splitlines()[0].lstrip("# ")
-            print(f"{name:<16} {genome.rule.states} states, {genome.size} numbers  {title}")
+            table.row(name, str(genome.rule.states), str(genome.size), f"  {title}")
         return 0
     cards = [genomes.card(name) for name in positional]
     for name, card in zip(positional, cards, strict=True):

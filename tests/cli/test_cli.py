@@ -16,7 +16,7 @@ import pytest
 
 from keras_blur import Genome, Rule, __version__, cli, genomes
 from keras_blur.cli.flags import Flags
-from keras_blur.cli.outputs import write_json
+from keras_blur.cli.outputs import Table, write_json
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images
@@ -185,11 +185,24 @@ def defined(command):
 def test_help(capsys):
     assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "conformance" in shown
+    for title, commands in cli.GROUPS.items():
+        paragraph = shown.split(f"\n\n{title}:\n")[1].split("\n\n")[0]
+        assert re.findall(r"^  ([a-z-]+) +\w", paragraph, re.M) == list(commands)
     assert "130 interrupted" in shown
     assert cli.run(["help", "fit"]) == 0
     assert "--data_dir" in capsys.readouterr().out
     assert cli.run([]) == 2
+
+
+def parse(command, text):
+    """Flags and arguments of a command in a text, as the command itself would take them."""
+    flags, module = defined(command), modules()[command]
+    positional = flags.parse("keras-blur", shlex.split(text, comments=True))
+    assert not positional or "..." in module.USAGE
+    flag = flags.values()
+    if hasattr(module, "complete"):
+        module.complete(flag, flags.given())
+    flags.check(flag)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -202,12 +215,15 @@ def test_help_has_groups_and_examples_that_parse(command, capsys):
     examples = re.findall(rf"^  keras-blur {command} ?(.*)$", shown, re.M)
     assert 2 <= len(examples) <= 3
     for example in examples:
-        flags, module = defined(command), modules()[command]
-        flags.parse("keras-blur", example.split())
-        flag = flags.values()
-        if hasattr(module, "complete"):
-            module.complete(flag, flags.given())
-        flags.check(flag)
+        parse(command, example)
+
+
+def test_examples_of_the_program_parse(capsys):
+    cli.run(["--help"])
+    examples = re.findall(r"^  keras-blur (\S+) (.*)$", capsys.readouterr().out, re.M)
+    assert len(examples) == len(cli.EXAMPLES)
+    for command, text in examples:
+        parse(command, text)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -327,13 +343,8 @@ PUBLISHED = sorted(
 
 @pytest.mark.parametrize("text", PUBLISHED)
 def test_published_commands_have_flags_that_apply(text):
-    command, *arguments = shlex.split(text.replace("$common", "").replace("$small", "").replace("$large", ""), comments=True)
-    flags, module = defined(command), modules()[command]
-    flags.parse("keras-blur", arguments)
-    flag = flags.values()
-    if hasattr(module, "complete"):
-        module.complete(flag, flags.given())
-    flags.check(flag)
+    command, _, rest = text.partition(" ")
+    parse(command, re.sub(r"\$(common|small|large)\b", "", rest))
 
 
 def test_published_commands_are_found():
@@ -542,6 +553,11 @@ class Terminal:
         self.text += text
 
 
+class Pipe(Terminal):
+    def isatty(self):
+        return False
+
+
 def test_progress_is_one_line_on_a_terminal():
     out = Terminal()
     with ProgressLine(out) as line:
@@ -551,6 +567,25 @@ def test_progress_is_one_line_on_a_terminal():
     assert out.text.count("\r") == 3
     assert "\rSGD (1 of 2), step 9 of 9, 0 s\x1b[K" in out.text
     assert out.text.endswith("\r\x1b[K")
+
+
+def test_a_table_is_styled_on_a_terminal_alone(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    rows = [("agrees", "1"), ("differs by far too much", "2")]
+
+    def printed(out):
+        table = Table({"case": 10, "error": -6}, out)
+        for cells in rows:
+            table.row(*cells, marked=cells[1] == "2")
+        return out.text
+
+    rule = "\u2500" * 20
+    cut = "differs by far too \u2026"
+    assert printed(Pipe()) == "case       error\nagrees         1\ndiffers by far too much     2\n"
+    assert printed(Terminal()) == f"\x1b[1mcase       error\x1b[0m\n{rule}\nagrees         1\n\x1b[31m{cut}\x1b[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert printed(Terminal()) == f"case       error\n{rule}\nagrees         1\n{cut}\n"
 
 
 def test_a_closed_pipe_is_no_mistake(monkeypatch, capsys):
