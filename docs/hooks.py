@@ -17,6 +17,7 @@ PUBLISHED = (
     "examples/paper/*.py",
     "examples/paper/*.md",
     "examples/paper/results/*",
+    "keras_blur/genomes/*.json",
     "keras_blur/genomes/*.md",
     "tests/conformance/README.md",
     "tpu/*.md",

@@ -1,8 +1,10 @@
-"""Files: written whole or not at all, on a disk or in a bucket.
+"""Files: written whole or not at all, on a disk, in a bucket or on the Hugging Face Hub.
 
-A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, which
-are imported only then. A file is written under another name and then renamed, so no reader sees
-half of it, and a kill or a full disk leaves the old one.
+A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, as
+Keras's own remote paths do. A path on the Hub, `hf://OWNER/REPOSITORY/genome.json`, goes through
+`huggingface_hub`; Keras's `hf://` stands for a repository with one model and has no single files.
+Both are imported only then. A file is written under another name and then renamed, or by one commit
+on the Hub, so no reader sees half of it, and a kill or a full disk leaves the old one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ Path = str | os.PathLike[str]
 # them.
 _STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.*[^/])")
 _DESCRIPTOR = re.compile(r"(?:/proc/(\d+)|/dev)/fd/(\d+)")
 
 
@@ -71,6 +74,36 @@ def _bucket(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def _hub(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The client of the Hugging Face Hub, and its arguments for the repository and the revision of
+    a path. Its errors, and those of the HTTP library beneath it, become an `OSError` that names the
+    path."""
+    name = os.fspath(path)
+    found = _HUB.fullmatch(name)
+    if not found:
+        raise OSError(f"{name}: a file on the Hub must be hf://OWNER/REPOSITORY/FILE or hf://OWNER/REPOSITORY@REVISION/FILE")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise OSError(
+            f"{name}: a path on the Hub needs huggingface_hub, which is not installed: pip install 'keras_blur[hub]'"
+        ) from error
+    try:
+        yield huggingface_hub, {"repo_id": found[1], "revision": found[2]}
+    except Exception as error:
+        raise OSError(f"{name}: {str(error).strip() or type(error).__name__}") from error
+
+
+def _on_hub(path: Path) -> bool:
+    return os.fspath(path).startswith("hf://")
+
+
+def _file_on_hub(path: Path) -> str:
+    """The path of a file inside its repository."""
+    return os.fspath(path).split("/", 4)[4]
+
+
+@contextlib.contextmanager
 def _renaming(path: Path) -> Iterator[None]:
     """Turns an `OSError` about a temporary name into one about the path that the caller knows."""
     try:
@@ -82,17 +115,25 @@ def _renaming(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file; an `OSError` where a bucket cannot be asked."""
+    """Whether there is such a file; an `OSError` where a bucket or the Hub cannot be asked."""
     if not is_remote(path):
         return os.path.exists(path)
+    if _on_hub(path):
+        with _hub(path) as (hub, place):
+            return hub.HfApi().file_exists(filename=_file_on_hub(path), **place)
     with _bucket(path) as bucket:
         return bucket.exists(os.fspath(path))
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents, unless they exist; an `OSError` if that fails."""
+    """Makes a folder and its parents, unless they exist; an `OSError` if that fails.
+
+    A repository on the Hub has files alone: there a folder is part of their names.
+    """
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
+        return
+    if _on_hub(path):
         return
     with _bucket(path) as bucket:
         bucket.makedirs(os.fspath(path))
@@ -205,7 +246,13 @@ def replacing(path: Path) -> Iterator[str]:
 
 
 def _upload(temporary: str, target: str) -> None:
-    """Copies a local file to a bucket, whole or not at all."""
+    """Copies a local file to a bucket or to the Hub, whole or not at all."""
+    if _on_hub(target):
+        with _hub(target) as (hub, place):
+            client = hub.HfApi(library_name="keras_blur")
+            client.create_repo(place["repo_id"], exist_ok=True)
+            client.upload_file(path_or_fileobj=temporary, path_in_repo=_file_on_hub(target), **place)
+        return
     with _bucket(target) as bucket:
         try:
             bucket.copy(temporary, target + ".tmp", overwrite=True)
@@ -247,6 +294,11 @@ def local(path: Path) -> Iterator[str]:
     """A local path where the contents of `path` can be read."""
     if not is_remote(path):
         yield os.fspath(path)
+        return
+    if _on_hub(path):
+        with _hub(path) as (hub, place):
+            copy = hub.hf_hub_download(filename=_file_on_hub(path), library_name="keras_blur", **place)
+        yield copy
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, os.path.basename(os.fspath(path)))

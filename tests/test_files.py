@@ -1,5 +1,8 @@
-"""Files on a disk and in a bucket, for which TensorFlow's file system in memory stands: no function
-of Python reads it."""
+"""Files on a disk, in a bucket and on the Hugging Face Hub.
+
+TensorFlow's file system in memory stands for a bucket: no function of Python reads it. A client
+with the calls of `huggingface_hub` stands for the Hub.
+"""
 
 import contextlib
 import errno
@@ -8,6 +11,8 @@ import os
 import pathlib
 import resource
 import stat
+import sys
+import types
 
 import keras
 import pytest
@@ -16,8 +21,53 @@ from keras_blur import Genome, Rule, files, genomes
 from keras_blur.report import style
 
 
-@pytest.fixture(params=["disk", "bucket"])
+class Hub:
+    """What `files.py` calls of `huggingface_hub` 2.4, with its arguments, on a folder."""
+
+    def __init__(self, root):
+        self.root, self.repositories, self.commits = root, set(), []
+
+    def HfApi(self, library_name=None):
+        return self
+
+    def path(self, repo_id, filename, revision):
+        return self.root / repo_id / (revision or "main") / filename
+
+    def file_exists(self, repo_id, filename, *, revision=None):
+        return self.path(repo_id, filename, revision).is_file()
+
+    def create_repo(self, repo_id, *, exist_ok=False):
+        assert exist_ok or repo_id not in self.repositories
+        self.repositories.add(repo_id)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, revision=None):
+        assert repo_id in self.repositories
+        target = self.path(repo_id, path_in_repo, revision)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(pathlib.Path(path_or_fileobj).read_bytes())
+        self.commits.append(path_in_repo)
+
+    def hf_hub_download(self, repo_id, filename, *, revision=None, library_name=None):
+        path = self.path(repo_id, filename, revision)
+        if not path.is_file():
+            raise RuntimeError(f"404: no {filename} in {repo_id}\n")  # of the HTTP library beneath it
+        return str(path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    stand_in = Hub(tmp_path / "hub")
+    names = ("HfApi", "hf_hub_download")
+    module = types.SimpleNamespace(**{name: getattr(stand_in, name) for name in names})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return stand_in
+
+
+@pytest.fixture(params=["disk", "bucket", "hub"])
 def folder(request, tmp_path):
+    if request.param == "hub":
+        request.getfixturevalue("hub")
+        return "hf://someone/genomes/of/mine"
     return str(tmp_path) if request.param == "disk" else f"ram://{request.node.name}"
 
 
@@ -42,6 +92,40 @@ def test_what_is_missing_is_named(folder):
         files.read_text(f"{folder}/absent.txt")
     with pytest.raises(ValueError, match="could not be read"):
         Genome.load(f"{folder}/absent.json")
+
+
+def test_a_revision_of_the_hub_is_its_own_place(hub):
+    files.write_text("hf://someone/genomes@v1/a.txt", "first")
+    files.write_text("hf://someone/genomes/a.txt", "second")
+    assert files.read_text("hf://someone/genomes@v1/a.txt") == "first"
+    assert files.read_text("hf://someone/genomes/a.txt") == "second"
+    assert hub.commits == ["a.txt", "a.txt"]  # each one is whole: no other name in between
+    assert hub.repositories == {"someone/genomes"}
+
+
+def test_a_model_goes_to_the_hub_and_back(hub):
+    model = keras_model()
+    files.save(model, "hf://someone/models/of/mine/m.keras")
+    with files.local("hf://someone/models/of/mine/m.keras") as path:
+        same = keras.models.load_model(path)
+    assert hub.commits == ["of/mine/m.keras"]
+    assert (same.layers[0].kernel.numpy() == model.layers[0].kernel.numpy()).all()
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("path", ["hf://genomes", "hf://someone/genomes", "hf://someone/genomes/", "hf://a@v1/b/c.json"])
+def test_a_path_of_the_hub_that_names_no_file_is_refused(path):
+    with pytest.raises(OSError, match="a file on the Hub must be hf://OWNER/REPOSITORY/FILE"):
+        files.write_text(path, "text")
+
+
+def test_without_its_client_a_path_of_the_hub_names_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = r"needs huggingface_hub, which is not installed: pip install 'keras_blur\[hub\]'"
+    with pytest.raises(OSError, match=said):
+        Genome.random(Rule(), seed=0).save("hf://someone/genomes/g.json")
+    with pytest.raises(ValueError, match=said):
+        Genome.load("hf://someone/genomes/g.json")
 
 
 def test_a_block_that_fails_leaves_the_old_file(folder):

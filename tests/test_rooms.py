@@ -20,7 +20,7 @@ BELOW = {
     "compiling": set(),
     "distribution": set(),
     "backend": set(),
-    "core": {"backend"},
+    "core": {"backend", "_version"},
     "genomes": {"core"},
     "layers": {"backend", "core"},
     "checks": {"backend", "core", "random"},

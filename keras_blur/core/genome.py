@@ -9,7 +9,8 @@ all layers.
 Why two objects: the rule decides shapes and which code runs, so it must be known when a graph is
 traced and is hashable; the arrays may be numpy constants (inside `fit`) or tensors (inside a
 meta-gradient). Files are JSON with exact floats and a checksum: a genome is an experimental result,
-so a file that was cut short or edited by hand must not pass for one.
+so a file that was cut short or edited by hand must not pass for one. A file also has the version of
+its format, the release that wrote it, and a licence.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import keras
 import numpy as np
 
 from keras_blur import arguments
+from keras_blur._version import __version__
 from keras_blur.backend import register
 from keras_blur.core.rule import Rule
 from keras_blur.files import check_output, read_text, write_text
 
 FORMAT = "keras_blur.genome"
 VERSION = 1
+NO_LICENSE = "NOASSERTION"  # SPDX's word where nothing is said
 
 # Where a random genome starts. Matrices are drawn; these numbers are not. The published code starts
 # so.
@@ -85,6 +88,8 @@ class Genome:
     >>> genome.nu.shape
     (2, 2)
     """
+
+    _license = NO_LICENSE
 
     def __init__(self, rule: Rule, arrays: Mapping[str, Any]):
         if not isinstance(rule, Rule):
@@ -293,8 +298,20 @@ class Genome:
 
     # Files.
 
-    def to_dict(self) -> dict[str, Any]:
-        """The genome as plain JSON values, with its checksum."""
+    @property
+    def license(self) -> str:
+        """The licence of the file that the genome was loaded from, by its SPDX identifier.
+
+        A genome that was made, learned or changed has `"NOASSERTION"`, until `save` is given one.
+        """
+        return self._license
+
+    def to_dict(self, license: str | None = None) -> dict[str, Any]:
+        """The genome as plain JSON values, with its checksum.
+
+        Args:
+            license: the SPDX identifier of a licence; `None` is the genome's own.
+        """
         arrays = {}
         for name, array in self.arrays.items():
             value = np.asarray(array)
@@ -303,7 +320,14 @@ class Genome:
                 "shape": list(value.shape),
                 "values": [float(number) for number in value.ravel()],
             }
-        document = {"format": FORMAT, "version": VERSION, "rule": self.rule.get_config(), "arrays": arrays}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "written_by": f"keras_blur {__version__}",
+            "license": self.license if license is None else _license(license),
+            "rule": self.rule.get_config(),
+            "arrays": arrays,
+        }
         return {**document, "checksum": _checksum(document)}
 
     @classmethod
@@ -336,15 +360,17 @@ class Genome:
                     name: np.array(entry["values"], dtype=entry["dtype"]).reshape(entry["shape"])
                     for name, entry in body["arrays"].items()
                 }
-            return cls(rule, arrays)
+            genome = cls(rule, arrays)
+            genome._license = _license(body.get("license", NO_LICENSE))  # older files have none
+            return genome
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not a complete genome: {error!r}.") from error
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{source} is not a valid genome: {error}") from error
 
-    def to_json(self) -> str:
-        """The genome as JSON text; floats are exact."""
-        return json.dumps(self.to_dict(), indent=1)
+    def to_json(self, license: str | None = None) -> str:
+        """The genome as JSON text; floats are exact. `license` is that of `to_dict`."""
+        return json.dumps(self.to_dict(license), indent=1)
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> Genome:
@@ -355,22 +381,30 @@ class Genome:
             raise ValueError(f"{source} is not a genome: not JSON ({error}).") from error
         return cls.from_dict(document, source=source)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], license: str | None = None) -> None:
         """Writes the genome to a JSON file, to a temporary name first, then renamed.
 
         Args:
-            path: the file, with the ending `.json`.
+            path: the file, with the ending `.json`: on a disk, in a bucket (`gs://...`), or on the
+                Hugging Face Hub (`hf://OWNER/REPOSITORY/FILE.json`).
+            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` is that of the
+                file that the genome was loaded from, or `"NOASSERTION"`.
 
         Raises:
             ValueError: if the path has another ending, is a folder, or lies in no folder that can
-                be written.
+                be written; or if `license` is empty or no text.
+            OSError: if a bucket or the Hub cannot be reached, or what it needs is not installed.
         """
         check_output("path", path, (".json",))
-        write_text(path, self.to_json() + "\n")
+        write_text(path, self.to_json(license) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Genome:
         """Reads a genome that `save` wrote.
+
+        Args:
+            path: the file: on a disk, in a bucket (`gs://...`), or on the Hugging Face Hub
+                (`hf://OWNER/REPOSITORY/FILE.json`, or `hf://OWNER/REPOSITORY@REVISION/FILE.json`).
 
         Raises:
             ValueError: if the file is missing, damaged, or not a genome.
@@ -471,6 +505,12 @@ register(Genome, _flatten, _unflatten)
 def _checksum(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _license(license: Any) -> str:
+    if not isinstance(license, str) or not license.strip():
+        raise ValueError(f"`license` must be an SPDX identifier, as in 'Apache-2.0'. Received: license={license!r}")
+    return license
 
 
 def _format(value: np.ndarray) -> str:

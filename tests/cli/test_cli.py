@@ -380,7 +380,7 @@ def test_every_command_that_writes_is_tried():
         "reweight": {"checkpoint", "json", "save"},
         "evaluate": {"json", "plot", "decisions", "synapses"},
         "compare": {"json", "plot"},
-        "zoo": {"save", "plot"},
+        "zoo": {"json", "save", "plot"},
         "conformance": {"json"},
     }
 

@@ -1,6 +1,7 @@
 """Genome files: exact to the last bit, whole or not there, and an error that says so where one was
 damaged."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import rule_table
 
-from keras_blur import Genome, Rule
+from keras_blur import Genome, Rule, __version__
 
 EVERY = {**rule_table.SINGLE, **rule_table.COVER, "running": {"normalization_momentum": 0.25}}
 
@@ -112,6 +113,40 @@ def test_other_files(tmp_path, content, named):
 def test_other_version(tmp_path, genome):
     with pytest.raises(ValueError, match=r"changed.json' has genome format version 2; this release reads version 1"):
         load(tmp_path, genome.to_json().replace('"version": 1', '"version": 2'))
+
+
+def test_licence_and_release_are_in_the_file(tmp_path, genome):
+    path = tmp_path / "g.json"
+    genome.save(path)
+    assert Genome.load(path).license == json.loads(path.read_text())["license"] == "NOASSERTION"
+    genome.save(path, license="CC-BY-4.0")
+    document = json.loads(path.read_text())
+    assert document["written_by"] == f"keras_blur {__version__}"
+    loaded = Genome.load(path)
+    assert loaded.license == document["license"] == "CC-BY-4.0"
+    assert loaded == genome
+    loaded.save(path)
+    assert Genome.load(path).license == "CC-BY-4.0"  # it travels with the genome
+    assert Genome.from_config(loaded.get_config()).license == "CC-BY-4.0"
+    assert loaded.replace(temperature=2.0).license == "NOASSERTION"  # other numbers, nothing said
+
+
+@pytest.mark.parametrize("license", ["", "  ", 3])
+def test_a_licence_is_a_text(tmp_path, genome, license):
+    with pytest.raises(ValueError, match=r"`license` must be an SPDX identifier.*Received: license="):
+        genome.save(tmp_path / "g.json", license=license)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_without_a_licence_loads(tmp_path, genome):
+    """Files had none at first; this is one of those, with the checksum that it had."""
+    document = genome.to_dict()
+    old = {key: document[key] for key in ("format", "version", "rule", "arrays")}
+    text = json.dumps(old, sort_keys=True, separators=(",", ":"))
+    old["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    loaded = load(tmp_path, json.dumps(old))
+    assert loaded == genome
+    assert loaded.license == "NOASSERTION"
 
 
 def test_missing(tmp_path):

@@ -27,6 +27,7 @@ def test_card(name):
     for part in CARD:
         assert f"**{part}.**" in card, f"{name}: the card says nothing of {part}"
     assert genomes.load(name).rule.states >= 2
+    assert genomes.load(name).license == "Apache-2.0"
 
 
 @pytest.mark.slow
@@ -74,6 +75,35 @@ def test_shell(tmp_path, capsys):
     assert genomes.load(path) == genomes.load(NAMES[0])
     assert json.loads(path.read_text())
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_export_writes_genomes_with_their_cards(tmp_path, capsys):
+    folder = tmp_path / "to" / "genomes"
+    assert cli.run(["zoo", f"--export={folder}"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{name}{end}" for name in NAMES for end in (".json", ".md")
+    )
+    said = capsys.readouterr().out
+    for name in NAMES:
+        assert genomes.load(folder / f"{name}.json") == genomes.load(name)
+        assert (folder / f"{name}.md").read_text() == genomes.card(name)
+        assert f"wrote {folder}/{name}.json\nwrote {folder}/{name}.md" in said
+    (folder / "fast.json").unlink()
+    assert cli.run(["zoo", "fast", f"--export={folder}"]) == 2  # the card is there
+    assert "--export must be a new file, unless --overwrite is given" in capsys.readouterr().err
+    assert not (folder / "fast.json").exists()
+    assert cli.run(["zoo", "fast", f"--export={folder}", "--overwrite"]) == 0
+
+
+def test_facts_as_json(tmp_path):
+    path = tmp_path / "zoo.json"
+    assert cli.run(["zoo", f"--json={path}"]) == 0
+    facts = {fact["name"]: fact for fact in json.loads(path.read_text())}
+    assert list(facts) == NAMES
+    assert facts["mnist-4state"]["states"] == 4
+    assert facts["mnist-4state"]["numbers"] == genomes.load("mnist-4state").size
+    assert {fact["license"] for fact in facts.values()} == {"Apache-2.0"}
+    assert facts["fast"]["card"] == genomes.card("fast")
 
 
 @pytest.mark.parametrize(
