@@ -31,14 +31,21 @@ def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
     return {**traces, **{name + AVERAGE: name for name in read}}
 
 
-def averaged(genome: Genome, synapses: Synapses, step: Array) -> Synapses:
-    """The synapses after a step, with their averages moved towards them."""
+def averaged(genome: Genome, synapses: Synapses, step: Array, learns: bool) -> Synapses:
+    """The synapses after a step, with their averages moved towards them.
+
+    Where a layer does not learn, its averages start as its synapses in the first step, and stay.
+    """
     moved = dict(synapses)
     for name, old in synapses.items():
         if name.endswith(AVERAGE):
+            own = synapses[name.removesuffix(AVERAGE)]
+            if not learns:
+                moved[name] = ops.where(ops.equal(step, 0), own, old)
+                continue
             share = equations.averaging_share(genome, step)
             share = equations.per_state(share, old, len(old.shape) - len(share.shape))
-            moved[name] = old + (synapses[name.removesuffix(AVERAGE)] - old) * share
+            moved[name] = old + (own - old) * share
     return moved
 
 

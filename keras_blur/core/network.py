@@ -239,7 +239,7 @@ def step(
         )
     if rule.slow_synapses:
         synapses = tuple(
-            averaged(graph.genome(genome, holder), own, state.step) if graph.uses[holder] else own
+            averaged(graph.genome(genome, holder), own, state.step, learns=bool(graph.uses[holder]))
             for holder, own in enumerate(synapses)
         )
     kept = neurons if rule.keep_neurons else ()

@@ -24,7 +24,7 @@ from keras_blur import backend
 from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
 from keras_blur.core import feedback as feedbacks
 from keras_blur.core import network
-from keras_blur.core.companions import TRACE
+from keras_blur.core.companions import AVERAGE, TRACE
 from keras_blur.core.connection import Connection
 from keras_blur.core.equations import SharedBatch, averaging_share, update_gate
 from keras_blur.core.genome import Genome
@@ -482,8 +482,8 @@ class BlurModel(WholeFiles, CheckedModel):
         prediction = self._predicted(result.output)
         loss_value = self.compute_loss(x=x, y=y, y_pred=prediction, sample_weight=sample_weight, training=True)
         for holder, layer in enumerate(layers):
-            if self._learns(layer):
-                for name, variable in layer.synapses.items():
+            for name, variable in layer.synapses.items():
+                if self._learns(layer) or name.endswith(AVERAGE):
                     variable.assign(result.state.synapses[holder][name])
         self._follow_layers(result.sweep, shared)
         if self._normalizing():

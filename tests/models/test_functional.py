@@ -210,6 +210,21 @@ def test_frozen_layers(frozen, float64):
             np.testing.assert_array_equal(after[name], value)
 
 
+@pytest.mark.parametrize("frozen", ["first", "second"])
+def test_a_frozen_layer_predicts_with_its_synapses_beside_slow_ones(frozen):
+    """Averages of a layer that never learned were zeros, which the prediction read."""
+    entry = keras.Input((5,))
+    twin = randomized(keras.Model(entry, kl.Dense(2, name="second")(kl.Dense(4, "relu", name="first")(entry))))
+    model = kb.convert(twin, kb.genomes.load("fast"))
+    model.get_layer(frozen).trainable = False
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    model.fit(ROWS, TWO, epochs=3, verbose=0)
+    back = model.to_keras()
+    kernels = {name: one.get_layer(frozen).kernel for name, one in (("twin", twin), ("back", back))}
+    np.testing.assert_array_equal(kernels["back"], kernels["twin"])
+    np.testing.assert_allclose(model.predict(ROWS, verbose=0), back.predict(ROWS, verbose=0), rtol=1e-5, atol=1e-6)
+
+
 def test_frozen_layers_of_a_file_and_a_clone(tmp_path):
     entry = keras.Input((5,))
     value = kl.Dense(3, name="second")(kl.Dense(4, "tanh", trainable=False, name="first")(entry))
