@@ -1,13 +1,18 @@
-"""Files outside docs/ that pages link to become part of the site, under their path in the
-repository.
+"""What the site has beside the pages of docs/.
 
-A page links to them as GitHub does, by a path relative to itself. The site has them one folder
-nearer, because docs/ is its root.
+Files outside docs/ that pages link to are under their path in the repository. A page links to them
+as GitHub does, by a path relative to itself. The site has them one folder nearer, because docs/ is
+its root.
+
+Notebooks become pages with the outputs that they hold; nothing is executed. A page links to the
+notebook, which GitHub shows, and the site to the page.
 """
 
 import pathlib
+import re
 
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = (
@@ -29,11 +34,19 @@ def on_files(files, config):
         for path in sorted(ROOT.glob(pattern)):
             source = path.relative_to(ROOT).as_posix()
             files.append(File(source, str(ROOT), config.site_dir, config.use_directory_urls))
+    for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
+        body, resources = MarkdownExporter().from_filename(str(path), {"unique_key": path.stem})
+        body += f"\nThis page is a notebook: [download it]({path.name}).\n"
+        contents = {f"{path.stem}.md": body, **resources["outputs"]}
+        for name, content in contents.items():
+            files.append(File.generated(config, f"tutorials/{name}", content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    if not page.file.abs_src_path.startswith(config.docs_dir):
+    source = page.file.abs_src_path
+    if source and not source.startswith(config.docs_dir):
         return markdown
     up = "../" * page.file.src_uri.count("/")
-    return markdown.replace(f"]({up}../", f"]({up}")
+    markdown = markdown.replace(f"]({up}../", f"]({up}")
+    return re.sub(r"(\]\((?:\.\./)*tutorials/\w+)\.ipynb\)", r"\1.md)", markdown)
