@@ -213,7 +213,7 @@ def test_help_has_groups_and_examples_that_parse(command, capsys):
     assert "Outputs:" in shown
     assert max(map(len, shown.splitlines())) < 130
     examples = re.findall(rf"^  keras-blur {command} ?(.*)$", shown, re.M)
-    assert 2 <= len(examples) <= 3
+    assert 2 <= len(examples) <= 4
     for example in examples:
         parse(command, example)
 
