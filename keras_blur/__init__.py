@@ -51,6 +51,7 @@ _check_backend(_keras.backend.backend())  # Keras may have been imported before
 
 from keras_blur import genomes, layers
 from keras_blur._version import __version__
+from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.models import Model, Sequential, convert
@@ -81,6 +82,7 @@ __all__ = [
     "layers",
     "learners",
     "meta",
+    "random",
     "report",
     "tasks",
 ]

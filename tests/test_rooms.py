@@ -16,22 +16,21 @@ SHARED = {"arguments", "files"}
 # fmt: off
 BELOW = {
     "_version": set(),
-    "random": set(),
     "compiling": set(),
     "distribution": set(),
     "backend": set(),
     "core": {"backend", "_version"},
     "genomes": {"core"},
     "layers": {"backend", "core"},
-    "checks": {"backend", "core", "random"},
+    "checks": {"backend", "core"},
     "models": {"backend", "layers", "core", "checks"},
     "conformance": {"core"},
-    "tasks": {"random", "checks"},
-    "learners": {"core", "layers", "models", "random", "distribution", "checks"},
+    "tasks": {"core", "checks"},
+    "learners": {"core", "layers", "models", "distribution", "checks"},
     "training": {"tasks", "checks", "distribution"},
-    "meta": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
-    "bilevel": {"training", "learners", "tasks", "core", "random", "checks", "compiling", "distribution"},
-    "report": {"learners", "meta", "models", "layers", "core", "random", "tasks", "compiling", "checks"},
+    "meta": {"training", "learners", "tasks", "core", "checks", "compiling", "distribution"},
+    "bilevel": {"training", "learners", "tasks", "core", "checks", "compiling", "distribution"},
+    "report": {"learners", "meta", "models", "layers", "core", "tasks", "compiling", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all
 

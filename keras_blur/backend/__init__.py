@@ -12,7 +12,8 @@ have the same functions:
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over
   them;
-- `bits`: random integers from a seed, equal on both backends;
+- `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
+  integers, where 64 bits would overflow;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
   of the two backends ask of a model in different ways.
@@ -26,6 +27,7 @@ _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backe
 
 after = _chosen.after
 bits = _chosen.bits
+bits_of_rows = _chosen.bits_of_rows
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
 mean = _chosen.mean
@@ -39,11 +41,13 @@ symbolic_build = _chosen.symbolic_build
 tanh = _chosen.tanh
 total = _chosen.total
 training_elsewhere = _chosen.training_elsewhere
+upper_product = _chosen.upper_product
 vjp = _chosen.vjp
 
 __all__ = [
     "after",
     "bits",
+    "bits_of_rows",
     "is_dataset",
     "jvp",
     "mean",
@@ -57,5 +61,6 @@ __all__ = [
     "tanh",
     "total",
     "training_elsewhere",
+    "upper_product",
     "vjp",
 ]

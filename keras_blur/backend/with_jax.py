@@ -114,6 +114,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SCRAMBLE = (0x3EC8F720, 0x02461E29)
 _ROUNDS = 10
+_BLOCK = 4  # integers that Philox makes of one value of its counter
 
 
 def _multiply(a: Array, b: int) -> tuple[Array, Array]:
@@ -135,13 +136,16 @@ def philox(counter: Sequence[Array], key: Sequence[Array]) -> tuple[Array, ...]:
     >>> [hex(int(x)) for x in philox([jnp.uint32(0)] * 4, [jnp.uint32(0)] * 2)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    (a, b, c, d), (first, second) = counter, key
-    for _ in range(_ROUNDS):
+
+    def one(_: Any, state: Any) -> Any:
+        (a, b, c, d), (first, second) = state
         high, low = _multiply(a, _MULTIPLIERS[0])
         high_2, low_2 = _multiply(c, _MULTIPLIERS[1])
-        a, b, c, d = high_2 ^ b ^ first, low_2, high ^ d ^ second, low
-        first, second = first + jnp.uint32(_WEYL[0]), second + jnp.uint32(_WEYL[1])
-    return a, b, c, d
+        mixed = (high_2 ^ b ^ first, low_2, high ^ d ^ second, low)
+        return mixed, (first + jnp.uint32(_WEYL[0]), second + jnp.uint32(_WEYL[1]))
+
+    # A loop, as XLA computes the rounds of a straight program again and again where it fuses them.
+    return jax.lax.fori_loop(0, _ROUNDS, one, (tuple(counter), tuple(key)))[0]
 
 
 def _words(value: Array) -> tuple[Array, Array]:
@@ -150,13 +154,47 @@ def _words(value: Array) -> tuple[Array, Array]:
     return value.astype(jnp.uint32), (value >> 31).astype(jnp.uint32)
 
 
-def bits(seed: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform 32-bit integers of the Philox generator, from a seed of two integers."""
+def _blocks(seed: Array, numbers: Array) -> Array:
+    """The blocks of these numbers of a seed's integers: `[*numbers.shape, 4]`."""
     low, high = _words(seed[0])
     low_2, high_2 = _words(seed[1])
     mixed = philox((low, high, low_2, high_2), tuple(jnp.uint32(word) for word in _SCRAMBLE))
+    zeros = jnp.zeros_like(numbers)
+    return jnp.stack(philox((numbers, zeros, mixed[2] + zeros, mixed[3] + zeros), (mixed[0], mixed[1])), axis=-1)
+
+
+def bits(seed: Array, shape: tuple[int, ...], dtype: str = "uint32") -> Array:
+    """Uniform 32-bit integers of the Philox generator.
+
+    Args:
+        seed: two integers.
+        shape: of the array.
+        dtype: `"uint32"`, or `"int32"` for the same bits.
+    """
     size = int(np.prod(shape, dtype=np.int64))
-    blocks = jnp.arange(-(-size // 4), dtype=jnp.uint32)
-    zeros = jnp.zeros_like(blocks)
-    drawn = philox((blocks, zeros, mixed[2] + zeros, mixed[3] + zeros), (mixed[0], mixed[1]))
-    return jnp.stack(drawn, axis=-1).reshape(-1)[:size].reshape(shape)
+    drawn = _blocks(seed, jnp.arange(-(-size // _BLOCK), dtype=jnp.uint32))
+    return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
+
+
+def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
+    """Rows `[rows, size]` of `bits(seed, [n, size])`.
+
+    Args:
+        seed: two integers.
+        rows: indices `[rows]`.
+        size: of a row.
+    """
+    begin = jnp.asarray(rows).astype(jnp.uint32)[:, None] * jnp.uint32(size)
+    numbers = begin // _BLOCK + jnp.arange(-(-size // _BLOCK) + 1, dtype=jnp.uint32)
+    drawn = _blocks(seed, numbers).reshape(begin.shape[0], -1)
+    return jnp.take_along_axis(drawn, begin % _BLOCK + jnp.arange(size, dtype=jnp.uint32), axis=1)
+
+
+def upper_product(a: Array, b: int) -> Array:
+    """The upper 32 of the 64 bits of products.
+
+    Args:
+        a: uint32 numbers.
+        b: a number from 0 to `2**32 - 1`.
+    """
+    return _multiply(a, b)[0]

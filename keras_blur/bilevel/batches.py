@@ -15,8 +15,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
 from keras_blur.checks import Expected, checked, checked_arrays, plain_errors
+from keras_blur.core import random
 
 Array = Any
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
 from keras_blur.bilevel.hypergradient import (
     Array,
     Bilevel,
@@ -39,6 +39,7 @@ from keras_blur.bilevel.hypergradient import (
     scaled,
     unscaled,
 )
+from keras_blur.core import random
 from keras_blur.learners.base import resolve
 
 NOISES = ("rademacher", "normal")

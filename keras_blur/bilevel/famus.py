@@ -35,9 +35,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
 from keras_blur.bilevel.hypergradient import Array, Bilevel, Hypergradient, LookAhead, Outer, VirtualStep, Weights
 from keras_blur.compiling import with_own_constants
+from keras_blur.core import random
 from keras_blur.distribution import shard
 from keras_blur.learners.base import resolve
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur.core import random
 
 _TASK_KINDS = ("classes", "values", "bits")
 

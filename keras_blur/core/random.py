@@ -1,22 +1,147 @@
-"""Random numbers from a seed alone, equal on both backends and under every compiler."""
+"""Random numbers that depend only on a seed.
+
+The numbers do not depend on the backend, the device, the compiler, the number of replicas or
+earlier draws, and are equal to the bit. All follow from the integers of the Philox generator
+(`backend.bits`). Floats come of these by operations that every compiler rounds alike: one of
+integers to a float32, products that are exact in float32, so that fusing one with a sum changes
+nothing, and no sum of several floats, which compilers reorder.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+import statistics
 from typing import Any
 
+import numpy as np
 from keras import ops
 
-from keras_blur.backend import bits
+from keras_blur import backend
 
 Array = Any
 
+_BITS = 32  # bits of a random integer
+_UPPER = 2**32 - 2**8  # the upper 24 bits of these, as many as a float32 has
+_INDEX = 16  # bits of a number of the table of normal quantiles
+_POINT = 28  # bits after the binary point in that table: the sum of two fits in 32 bits
 
-def uniform(seed: Array, shape: tuple[Any, ...]) -> Array:
-    """Uniform float32 numbers from 0 to 1, multiples of 2**-24.
+
+def seed_of(number: int | Array) -> Array:
+    """Makes a seed, a pair of int32, from a 32-bit integer.
+
+    Raises:
+        ValueError: if a Python integer does not fit in 32 bits.
+    """
+    if isinstance(number, int) and not -(2**31) <= number < 2**31:
+        raise ValueError(f"A seed must fit in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
+    return ops.stack([ops.zeros((), "int32"), ops.cast(number, "int32")])
+
+
+def fold_in(seed: Array, *numbers: int | Array) -> Array:
+    """Derives a seed from a seed and numbers such as a step, a member or a purpose."""
+    for number in numbers:
+        seed = ops.stack([backend.bits(seed, (), "int32"), ops.cast(number, "int32")])
+    return seed
+
+
+def bits(seed: Array, shape: tuple[Any, ...]) -> Array:
+    """Uniform 32-bit integers, uint32."""
+    return backend.bits(seed, shape)
+
+
+def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
+    """Draws selected rows of `bits(seed, [n, size])` without the others: `[rows, size]`.
+
+    Philox computes each block of integers from the block's index alone, so a row can start
+    anywhere. On JAX, the last row must end before integer 2**32.
+
+    Example:
+
+    >>> seed = seed_of(0)
+    >>> some = ops.take(bits(seed, (6, 3)), ops.array([2, 5]), axis=0)
+    >>> bool(ops.all(bits_of_rows(seed, [2, 5], 3) == some))
+    True
+    """
+    return backend.bits_of_rows(seed, rows, size)
+
+
+def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float = 1.0) -> Array:
+    """Uniform float32 numbers from `low` to `high`, from the upper 24 bits of each integer.
+
+    A range whose width is a power of two has exact products, and each number is rounded once. The
+    numbers of any other range are integers first, of 31 bits and a sign.
 
     Args:
-        seed: two 32-bit integers.
+        seed: a seed.
         shape: of the array.
+        low, high: bounds, Python numbers.
     """
-    upper = ops.right_shift(bits(seed, shape), ops.cast(8, "uint32"))
-    return ops.cast(upper, "float32") * 2.0**-24
+    low, high = float(np.float32(low)), float(np.float32(high))
+    upper = ops.bitwise_and(bits(seed, shape), _word(_UPPER))
+    if math.frexp(high - low)[0] == 0.5:  # a power of two, whose products are exact
+        return low + ops.cast(upper, "float32") * ((high - low) * 2.0**-_BITS)
+    point = _BITS - 1 - math.frexp(max(abs(low), abs(high)))[1]
+    first, last = math.ceil(math.ldexp(low, point)), math.floor(math.ldexp(high, point))
+    place = backend.upper_product(upper, last - first) + _word(first % 2**_BITS)
+    return ops.cast(ops.cast(place, "int32"), "float32") * 2.0**-point
+
+
+def _word(number: int) -> Array:
+    return ops.cast(number, "uint32")
+
+
+def normal(seed: Array, shape: tuple[int, ...], rows: Array | None = None) -> Array:
+    """Standard normal float32 numbers.
+
+    Each is the sum of two quantiles of the normal distribution, which the halves of an integer
+    choose from a table of 2**16. The table's numbers are integers, so the sum is exact and rounded
+    once. It has the mean 0, the variance 1 and an excess kurtosis of -0.0004, and reaches to 6.1.
+
+    Args:
+        seed: a seed.
+        shape: shape of the array.
+        rows: indices `[n]` of the rows to draw; `None` draws all.
+    """
+    if rows is None:
+        drawn = bits(seed, shape)
+    else:
+        drawn = ops.reshape(bits_of_rows(seed, rows, math.prod(shape[1:])), (-1, *shape[1:]))
+    table = ops.convert_to_tensor(_quantiles())
+    first, second = ops.right_shift(drawn, _word(_INDEX)), ops.bitwise_and(drawn, _word(2**_INDEX - 1))
+    total = ops.take(table, ops.cast(first, "int32"), axis=0) + ops.take(table, ops.cast(second, "int32"), axis=0)
+    return ops.cast(total, "float32") * 2.0**-_POINT
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """Quantiles of the normal distribution with variance 1/2, `[2**16]` int32 with 28 bits after
+    the binary point."""
+    size = 2**_INDEX
+    standard = statistics.NormalDist()
+    upper = np.array([standard.inv_cdf((place + 0.5) / size) for place in range(size // 2, size)])
+    scale = math.sqrt(0.5 * len(upper) / math.fsum(upper**2))
+    upper = np.round(upper * scale * 2**_POINT).astype(np.int32)
+    return np.concatenate([-upper[::-1], upper])
+
+
+def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
+    """Uniform int32 numbers from 0 to `limit - 1`."""
+    return ops.cast(ops.mod(bits(seed, shape), _word(limit)), "int32")
+
+
+def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
+    """Random permutations of `range(size)`, int32: `[*leading, size]`."""
+    return order(bits(seed, (*leading, size)))
+
+
+def order(keys: Array) -> Array:
+    """The order of uint32 numbers along the last axis, int32; equal ones stay as they are.
+
+    Example:
+
+    >>> ops.convert_to_numpy(order(ops.array([[2**31, 5, 5]], "uint32"))).tolist()
+    [[1, 2, 0]]
+    """
+    signed = ops.cast(ops.bitwise_xor(keys, _word(2**31)), "int32")  # the order of the unsigned numbers
+    return ops.cast(ops.argsort(signed, axis=-1), "int32")

@@ -17,7 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import files, random
+from keras_blur import files
+from keras_blur.core import random
 from keras_blur.distribution import ALL, Shard
 
 Array = Any

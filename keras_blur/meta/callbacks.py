@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, files, random
+from keras_blur import arguments, files
 from keras_blur.compiling import compiled
+from keras_blur.core import random
 from keras_blur.files import check_output
 from keras_blur.learners.base import MetaLearner
 from keras_blur.meta.estimator import InnerLoop, start

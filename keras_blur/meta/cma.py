@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
+from keras_blur.core import random
 
 Array = Any
 

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
+from keras_blur.core import random
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, over_tasks, start

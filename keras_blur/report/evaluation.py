@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
 from keras_blur.compiling import compiled
+from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.learners import Blur, updates
 from keras_blur.learners.blur import check_genome

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur.core import random
 
 Array = Any
 Episode = dict[str, Array]

@@ -14,7 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
+from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS, Tasks
 
 Array = Any

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import random
+from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split, stream
 
 Array = Any

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur import arguments, random
+from keras_blur import arguments
+from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS, Tasks, check_split
 from keras_blur.tasks.episodes import EpisodeTasks
 
