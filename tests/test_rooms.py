@@ -25,7 +25,7 @@ BELOW = {
     "checks": {"backend", "core"},
     "models": {"backend", "layers", "core", "checks"},
     "conformance": {"core"},
-    "tasks": {"core", "checks"},
+    "tasks": {"backend", "core", "checks"},
     "learners": {"core", "layers", "models", "distribution", "checks"},
     "training": {"tasks", "checks", "distribution"},
     "meta": {"training", "learners", "tasks", "core", "checks", "compiling", "distribution"},

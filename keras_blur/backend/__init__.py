@@ -14,6 +14,7 @@ have the same functions:
   them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
   integers, where 64 bits would overflow;
+- `stream`, `constant`: draws of numbers in order as data, and an array that they read;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
   of the two backends ask of a model in different ways.
@@ -28,6 +29,7 @@ _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backe
 after = _chosen.after
 bits = _chosen.bits
 bits_of_rows = _chosen.bits_of_rows
+constant = _chosen.constant
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
 mean = _chosen.mean
@@ -37,6 +39,7 @@ register = _chosen.register
 replica = _chosen.replica
 replicas = _chosen.replicas
 solve_positive = _chosen.solve_positive
+stream = _chosen.stream
 symbolic_build = _chosen.symbolic_build
 tanh = _chosen.tanh
 total = _chosen.total
@@ -48,6 +51,7 @@ __all__ = [
     "after",
     "bits",
     "bits_of_rows",
+    "constant",
     "is_dataset",
     "jvp",
     "mean",
@@ -57,6 +61,7 @@ __all__ = [
     "replica",
     "replicas",
     "solve_positive",
+    "stream",
     "symbolic_build",
     "tanh",
     "total",

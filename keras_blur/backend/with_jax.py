@@ -7,6 +7,7 @@ one array to a program, and the compiler forms the sums.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -198,3 +199,31 @@ def upper_product(a: Array, b: int) -> Array:
         b: a number from 0 to `2**32 - 1`.
     """
     return _multiply(a, b)[0]
+
+
+def constant(value: np.ndarray) -> np.ndarray:
+    """The array itself."""
+    return value
+
+
+class stream:
+    """An endless iterable of draws of the numbers `start`, `start + stride`, ... as numpy arrays.
+
+    They are drawn on the CPU, one program for each function.
+
+    Args:
+        draws: functions from a number to a tree of arrays.
+        which: the index of the function to call, for a number; `None` for the only one.
+        start: the first number. The value of a variable is read when iteration starts.
+        stride: step between numbers.
+    """
+
+    def __init__(self, draws: Sequence[Callable[[Array], Any]], which: Callable[[int], int] | None, start: Any, stride: int):
+        self._draws, self._which, self._start, self._stride = [jax.jit(one) for one in draws], which, start, stride
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count(int(self._start), self._stride):
+            draw = self._draws[self._which(number) if self._which else 0]
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                drawn = draw(np.int32(number))
+            yield jax.tree.map(np.asarray, drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -269,3 +270,34 @@ def after(values: Sequence[Array]) -> Any:
 def is_dataset(value: Any) -> bool:
     """Whether a value is a `tf.data.Dataset`."""
     return isinstance(value, tf.data.Dataset)
+
+
+def constant(value: np.ndarray) -> Array:
+    """An array on the CPU, where streams are drawn: a graph refers to it and holds no copy."""
+    with tf.device("CPU"):
+        return tf.constant(value)
+
+
+def stream(
+    draws: Sequence[Callable[[Array], Any]], which: Callable[[int], int] | None, start: int | tf.Variable, stride: int
+) -> tf.data.Dataset:
+    """An endless dataset of draws of the numbers `start`, `start + stride`, ... in order.
+
+    Args:
+        draws: functions from a number to a nest of arrays, all of the same shapes.
+        which: the index of the function to call, for a number; `None` for the only one.
+        start: the first number. The value of a variable is read when iteration starts.
+        stride: step between numbers.
+    """
+    numbers = tf.data.Dataset.from_tensors(0).flat_map(
+        lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
+    )
+
+    def draw(number: Array) -> Any:
+        if which is None:
+            return draws[0](number)
+        chosen = tf.numpy_function(lambda number: np.int32(which(int(number))), [number], tf.int32)
+        branches = [functools.partial(one, number) for one in draws]
+        return tf.switch_case(tf.ensure_shape(chosen, ()), branches)
+
+    return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)

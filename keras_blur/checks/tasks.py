@@ -6,8 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_blur.core import random
 
@@ -38,13 +38,13 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         known = ", ".join(map(repr, _TASK_KINDS))
         raise ValueError(f"{named} must have a `kind`, one of {known}. Received: kind={tasks.kind!r}")
     seed = random.seed_of(0)
-    with tf.device("CPU"):
+    with keras.device("cpu"):
         count = min(batch + query, tasks.available(split))
         drawn = tasks.examples(seed, count, split)
         if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
             raise ValueError(f"{named} must give examples (x, y). Received: {type(drawn).__name__}")
         for name, value, own in zip("xy", drawn, (shape, (outputs,)), strict=True):
-            found = np.asarray(value)
+            found = keras.ops.convert_to_numpy(value)
             if found.shape != (count, *own):
                 raise ValueError(
                     f"{named} must give examples with `{name}` of shape {(count, *own)}. Received: shape {found.shape}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS, Episode, Tasks
@@ -64,8 +64,8 @@ class LabelPermutation(Augmentation):
 
     Example:
 
-    >>> keys = tf.constant([[2, 0, 1]])
-    >>> LabelPermutation().apply(keys, tf.constant([[1.0, -1.0, -1.0]])).numpy().tolist()
+    >>> keys = ops.array([[2, 0, 1]])
+    >>> ops.convert_to_numpy(LabelPermutation().apply(keys, ops.array([[1.0, -1.0, -1.0]]))).tolist()
     [[-1.0, 1.0, -1.0]]
     """
 
@@ -81,10 +81,10 @@ class LabelPermutation(Augmentation):
         return random.permutation(seed, tasks.outputs, (count,))
 
     def apply(self, keys: Array, y: Array) -> Array:
-        return tf.gather(y, _for_each(keys, y), axis=1, batch_dims=1)
+        return ops.take_along_axis(y, _for_each(keys, y), axis=1)
 
     def undo(self, keys: Array, y: Array) -> Array:
-        return self.apply(tf.argsort(keys), y)
+        return self.apply(ops.argsort(keys), y)
 
 
 class LabelOffset(Augmentation):
@@ -101,7 +101,8 @@ class LabelOffset(Augmentation):
 
     Example:
 
-    >>> LabelOffset(0.0, 1.0, modulo=1.0).apply(tf.constant([[0.75]]), tf.constant([[0.5]])).numpy().tolist()
+    >>> moved = LabelOffset(0.0, 1.0, modulo=1.0).apply(ops.array([[0.75]]), ops.array([[0.5]]))
+    >>> ops.convert_to_numpy(moved).tolist()
     [[0.25]]
     """
 
@@ -135,7 +136,7 @@ class LabelOffset(Augmentation):
     def draw(self, seed: Array, count: int, tasks: Tasks) -> Array:
         if self.values is None:
             return random.uniform(seed, (count, 1), self.low, self.high)
-        place = tf.cast(random.integers(seed, (count, 1), self.values), tf.float32)
+        place = ops.cast(random.integers(seed, (count, 1), self.values), "float32")
         return self.low + (self.high - self.low) * place / self.values
 
     def apply(self, keys: Array, y: Array) -> Array:
@@ -145,7 +146,7 @@ class LabelOffset(Augmentation):
         return self._wrapped(y - keys)
 
     def _wrapped(self, y: Array) -> Array:
-        return y if self.modulo is None else tf.math.floormod(y, self.modulo)
+        return y if self.modulo is None else ops.mod(y, self.modulo)
 
 
 class LabelRotation(Augmentation):
@@ -170,8 +171,8 @@ class LabelRotation(Augmentation):
         return random.uniform(seed, (count, 1), 0.0, 2.0 * math.pi)
 
     def apply(self, keys: Array, y: Array) -> Array:
-        cosine, sine = tf.cos(keys), tf.sin(keys)
-        return tf.concat([cosine * y[:, :1] - sine * y[:, 1:], sine * y[:, :1] + cosine * y[:, 1:]], axis=1)
+        cosine, sine = ops.cos(keys), ops.sin(keys)
+        return ops.concatenate([cosine * y[:, :1] - sine * y[:, 1:], sine * y[:, :1] + cosine * y[:, 1:]], axis=1)
 
     def undo(self, keys: Array, y: Array) -> Array:
         return self.apply(-keys, y)
@@ -276,10 +277,10 @@ class AugmentedTasks(Tasks):
         if split != _TRAIN:
             return episode
         support = steps * batch
-        every = tf.concat([tf.reshape(episode["y"], (support, self.outputs)), episode["query_y"]], axis=0)
+        every = ops.concatenate([ops.reshape(episode["y"], (support, self.outputs)), episode["query_y"]], axis=0)
         every = self.augmentation.apply(self.keys(seed, support + query), every)
-        y = tf.reshape(every[:support], (steps, batch, self.outputs))
-        return {**episode, "y": y, "query_y": tf.ensure_shape(every[support:], (query, self.outputs))}
+        y = ops.reshape(every[:support], (steps, batch, self.outputs))
+        return {**episode, "y": y, "query_y": ops.reshape(every[support:], (query, self.outputs))}
 
     def keys(self, seed: Array, count: int) -> Any:
         """The keys of an episode: one, or `count` if each point has its own."""
@@ -325,4 +326,4 @@ def augment(tasks: Any, augmentation: Augmentation, *, shared: bool = True) -> A
 
 def _for_each(keys: Array, y: Array) -> Array:
     """Broadcasts one key to all labels."""
-    return tf.broadcast_to(keys, (y.shape[0], *keys.shape[1:]))
+    return ops.broadcast_to(keys, (y.shape[0], *keys.shape[1:]))

@@ -1,20 +1,20 @@
 """Task distributions as functions of a seed.
 
 An episode is one task: support batches, one per learning step, and a query batch of other examples.
-It is a pure function of a seed in TensorFlow operations. A stream of episodes can therefore start
-anywhere, can be sharded by number, and is identical on every machine. `Tasks.dataset` wraps it as
-`tf.data`.
+It is a pure function of a seed in `keras.ops`. A stream of episodes can therefore start anywhere,
+can be sharded by number, and is identical on every machine. `Tasks.dataset` wraps it as `tf.data`,
+or on JAX as an iterable of arrays.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
+from keras_blur.backend import stream
 from keras_blur.core import random
 
 Array = Any
@@ -27,17 +27,6 @@ def check_split(split: str) -> None:
     """Raises a `ValueError` for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}. Received: split={split!r}")
-
-
-def stream(draw: Callable[[Array], Episode], start: int | tf.Variable, stride: int) -> tf.data.Dataset:
-    """An endless dataset of `draw(start)`, `draw(start + stride)`, ... in order.
-
-    If `start` is a variable, its value is read when iteration starts.
-    """
-    numbers = tf.data.Dataset.from_tensors(0).flat_map(
-        lambda _: tf.data.Dataset.counter(start=tf.cast(tf.convert_to_tensor(start), tf.int64), step=stride)
-    )
-    return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
 
 
 class Tasks(abc.ABC):
@@ -107,13 +96,13 @@ class Tasks(abc.ABC):
                 f"of {self.name} has {limit}."
             )
         different = min(steps * batch, limit - query)
-        x, y = (tf.cast(one, tf.float32) for one in self.examples(seed, query + different, split))
-        place = query + tf.range(steps * batch) % different
+        x, y = (ops.cast(one, "float32") for one in self.examples(seed, query + different, split))
+        place = query + ops.arange(steps * batch) % different
         return {
-            "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
-            "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
-            "query_x": tf.reshape(x[:query], (query, self.features)),
-            "query_y": tf.ensure_shape(y[:query], (query, self.outputs)),
+            "x": ops.reshape(ops.take(x, place, axis=0), (steps, batch, self.features)),
+            "y": ops.reshape(ops.take(y, place, axis=0), (steps, batch, self.outputs)),
+            "query_x": ops.reshape(x[:query], (query, self.features)),
+            "query_y": ops.reshape(y[:query], (query, self.outputs)),
         }
 
     def dataset(
@@ -124,9 +113,9 @@ class Tasks(abc.ABC):
         batch: int,
         query: int,
         split: str = "train",
-        start: int | tf.Variable = 0,
+        start: Any = 0,
         stride: int = 1,
-    ) -> tf.data.Dataset:
+    ) -> Any:
         """An endless stream of episodes. Episode i depends only on i and the seed.
 
         Args:
@@ -137,6 +126,9 @@ class Tasks(abc.ABC):
             split: as in `examples`.
             start: number of the first episode. A variable is read when iteration starts.
             stride: step between episode numbers. Shard j of n has start j and stride n.
+
+        Returns:
+            An endless `tf.data.Dataset`; on JAX an iterable of dicts of numpy arrays.
         """
         check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
@@ -144,4 +136,4 @@ class Tasks(abc.ABC):
         def draw(number: Array) -> Episode:
             return self.episode(random.fold_in(root, number), steps=steps, batch=batch, query=query, split=split)
 
-        return stream(draw, start, stride)
+        return stream([draw], None, start, stride)

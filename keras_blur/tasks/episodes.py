@@ -14,9 +14,10 @@ import os
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
+from keras_blur.backend import constant
 from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
 from keras_blur.tasks.datasets import Images, load_images
@@ -25,7 +26,6 @@ from keras_blur.tasks.images import resized
 Array = Any
 
 _SIZE = 28  # the side to which the literature shrinks omniglot
-_BEYOND = 2**32  # more than any of the random integers by which images are ordered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +86,19 @@ class EpisodeTasks(Tasks):
             )
         if split == "train" and not self.exclusive:
             group = random.integers(random.fold_in(seed, 0), (), len(known.labels) // self.outputs)
-            chosen = group * self.outputs + tf.range(self.outputs)
+            chosen = group * self.outputs + ops.arange(self.outputs)
         else:
             chosen = self._drawn(random.fold_in(seed, 0), known)
         # The images of a class in random order; the places that only larger classes fill are
         # missing.
         most = int(known.counts.max())
-        missing = tf.range(most) >= tf.gather(tf.constant(known.counts, tf.int32), chosen)[:, None]
+        missing = ops.arange(most) >= ops.take(ops.convert_to_tensor(known.counts, "int32"), chosen, axis=0)[:, None]
         order = _first_of_random_order(random.fold_in(seed, 1), missing, each)
-        place = tf.gather(tf.constant(known.starts, tf.int32), chosen)[:, None] + order
-        place = tf.reshape(tf.transpose(place), (-1,))[:count]
-        label = tf.range(count) % self.outputs
-        x = tf.ensure_shape(tf.gather(known.images, place), (count, *self.shape))
-        return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
+        place = ops.take(ops.convert_to_tensor(known.starts, "int32"), chosen, axis=0)[:, None] + order
+        place = ops.reshape(ops.transpose(place), (-1,))[:count]
+        label = ops.arange(count) % self.outputs
+        x = ops.reshape(ops.take(known.images, place, axis=0), (count, *self.shape))
+        return x, 2.0 * ops.one_hot(label, self.outputs) - 1.0
 
     def _drawn(self, seed: Array, known: _Classes) -> Array:
         """Indices of the classes of an episode, `[ways]`: any classes of one large enough group."""
@@ -106,8 +106,8 @@ class EpisodeTasks(Tasks):
         large = groups[sizes >= self.outputs]
         if len(groups) == 1:
             return random.permutation(seed, len(known.labels))[: self.outputs]
-        group = tf.gather(tf.constant(large), random.integers(random.fold_in(seed, 0), (), len(large)))
-        return _first_of_random_order(random.fold_in(seed, 1), tf.constant(known.groups) != group, self.outputs)
+        group = ops.take(ops.convert_to_tensor(large), random.integers(random.fold_in(seed, 0), (), len(large)), axis=0)
+        return _first_of_random_order(random.fold_in(seed, 1), ops.convert_to_tensor(known.groups) != group, self.outputs)
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
         """Draws one episode.
@@ -139,12 +139,12 @@ class EpisodeTasks(Tasks):
             )
         support = self.outputs * self.shots
         x, y = self.examples(seed, support + query, split)
-        place = tf.range(steps * batch) % support
+        place = ops.arange(steps * batch) % support
         return {
-            "x": tf.reshape(tf.gather(x, place), (steps, batch, self.features)),
-            "y": tf.reshape(tf.gather(y, place), (steps, batch, self.outputs)),
-            "query_x": tf.reshape(x[support:], (query, self.features)),
-            "query_y": tf.ensure_shape(y[support:], (query, self.outputs)),
+            "x": ops.reshape(ops.take(x, place, axis=0), (steps, batch, self.features)),
+            "y": ops.reshape(ops.take(y, place, axis=0), (steps, batch, self.outputs)),
+            "query_x": ops.reshape(x[support:], (query, self.features)),
+            "query_y": ops.reshape(y[support:], (query, self.outputs)),
         }
 
     def _classes(self, split: str) -> _Classes:
@@ -165,8 +165,11 @@ class EpisodeTasks(Tasks):
 
 def _first_of_random_order(seed: Array, missing: Array, count: int) -> Array:
     """The first indices of a random order of the last axis, with missing entries at the end."""
-    keys = tf.cast(random.bits(seed, tuple(missing.shape)), tf.int64)
-    return tf.math.top_k(-(keys + _BEYOND * tf.cast(missing, tf.int64)), count).indices
+    size = missing.shape[-1]
+    order = random.permutation(seed, size, tuple(missing.shape[:-1]))
+    last = ops.take_along_axis(ops.cast(missing, "int32"), order, axis=-1)
+    kept = ops.argsort(last * size + ops.arange(size, dtype="int32"), axis=-1)
+    return ops.take_along_axis(order, kept, axis=-1)[..., :count]
 
 
 def episodes(
@@ -282,5 +285,4 @@ def _by_class(x: np.ndarray, y: np.ndarray, groups: np.ndarray | None) -> _Class
     order = np.argsort(y, kind="stable")
     labels, starts, counts = np.unique(y[order], return_index=True, return_counts=True)
     own = np.zeros_like(labels) if groups is None else groups[labels]
-    with tf.device("CPU"):  # where streams are made. An array would be written into the graph of each of them
-        return _Classes(tf.constant(x[order]), labels, starts, counts, own)
+    return _Classes(constant(x[order]), labels, starts, counts, own)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import random
@@ -50,17 +50,17 @@ class FunctionTasks(Tasks):
             x, y = branch(self.names[0])()
         else:
             chosen = random.integers(random.fold_in(seed, 2), (), len(self.names))
-            x, y = tf.switch_case(chosen, [branch(name) for name in self.names])
+            x, y = ops.switch(chosen, [branch(name) for name in self.names])
         if self.kind == "values":
             if self.noise:
                 y += self.noise * random.normal(random.fold_in(points, 2), (count, 1))
-            return tf.ensure_shape(x, (count, 1)), tf.ensure_shape(y, (count, 1))
+            return ops.reshape(x, (count, 1)), ops.reshape(y, (count, 1))
         if self.noise:
             x += self.noise * random.normal(random.fold_in(points, 2), (count, 2))
         if self.relabel:
-            y = tf.gather(random.permutation(random.fold_in(seed, 3), self.outputs), y)
-        y = 2.0 * tf.one_hot(tf.ensure_shape(y, (count,)), self.outputs) - 1.0
-        return tf.ensure_shape(x, (count, 2)), y
+            y = ops.take(random.permutation(random.fold_in(seed, 3), self.outputs), y, axis=0)
+        y = 2.0 * ops.one_hot(ops.reshape(y, (count,)), self.outputs) - 1.0
+        return ops.reshape(x, (count, 2)), y
 
 
 def functions(names: str | Sequence[str], *, noise: float = 0.0, relabel: bool = False) -> FunctionTasks:
@@ -140,8 +140,8 @@ def _outputs(name: str) -> int:
 
 def _rotate(x: Array, angle: Array) -> Array:
     """Rotates points counterclockwise."""
-    cosine, sine = tf.cos(angle), tf.sin(angle)
-    return tf.stack([cosine * x[:, 0] - sine * x[:, 1], sine * x[:, 0] + cosine * x[:, 1]], axis=1)
+    cosine, sine = ops.cos(angle), ops.sin(angle)
+    return ops.stack([cosine * x[:, 0] - sine * x[:, 1], sine * x[:, 0] + cosine * x[:, 1]], axis=1)
 
 
 def _angle(task: Array) -> Array:
@@ -153,55 +153,55 @@ def _angle(task: Array) -> Array:
 
 
 def _and(x: Array, task: Array) -> Array:
-    return tf.reduce_all(x > 0.0, axis=1)
+    return ops.all(x > 0.0, axis=1)
 
 
 def _or(x: Array, task: Array) -> Array:
-    return tf.reduce_any(x > 0.0, axis=1)
+    return ops.any(x > 0.0, axis=1)
 
 
 def _xor(x: Array, task: Array) -> Array:
-    return tf.not_equal(x[:, 0] > 0.0, x[:, 1] > 0.0)
+    return ops.not_equal(x[:, 0] > 0.0, x[:, 1] > 0.0)
 
 
 def _nxor(x: Array, task: Array) -> Array:
-    return tf.equal(x[:, 0] > 0.0, x[:, 1] > 0.0)
+    return ops.equal(x[:, 0] > 0.0, x[:, 1] > 0.0)
 
 
 def _nand(x: Array, task: Array) -> Array:
-    return tf.logical_not(_and(x, task))
+    return ops.logical_not(_and(x, task))
 
 
 def _circle(x: Array, task: Array) -> Array:
-    return tf.reduce_sum(x * x, axis=1) < 0.8**2
+    return ops.sum(x * x, axis=1) < 0.8**2
 
 
 def _concentric_circles(x: Array, task: Array) -> Array:
-    square = tf.reduce_sum(x * x, axis=1)
-    return tf.logical_and(square > 0.4**2, square < 0.9**2)
+    square = ops.sum(x * x, axis=1)
+    return ops.logical_and(square > 0.4**2, square < 0.9**2)
 
 
 def _square(x: Array, task: Array) -> Array:
-    return tf.reduce_max(tf.abs(x), axis=1) < 0.7
+    return ops.max(ops.abs(x), axis=1) < 0.7
 
 
 def _cross(x: Array, task: Array) -> Array:
-    return tf.reduce_min(tf.abs(x), axis=1) < 0.3
+    return ops.min(ops.abs(x), axis=1) < 0.3
 
 
 def _triangle(x: Array, task: Array) -> Array:
-    return x[:, 1] < 1.0 - 2.0 * tf.abs(x[:, 0])
+    return x[:, 1] < 1.0 - 2.0 * ops.abs(x[:, 0])
 
 
 def _angular_slice(x: Array, task: Array) -> Array:
     along = _rotate(x, -_angle(task))[:, 0]
-    return along > math.cos(3.0 * math.pi / 8.0) * tf.sqrt(tf.reduce_sum(x * x, axis=1))
+    return along > math.cos(3.0 * math.pi / 8.0) * ops.sqrt(ops.sum(x * x, axis=1))
 
 
 def _random_xor(x: Array, task: Array) -> Array:
     frequency = random.uniform(random.fold_in(task, 1), (), 1.0, 3.0)
-    cells = tf.floor(frequency * _rotate(x, _angle(task)))
-    return tf.math.floormod(tf.reduce_sum(cells, axis=1), 2.0) > 0.5
+    cells = ops.floor(frequency * _rotate(x, _angle(task)))
+    return ops.mod(ops.sum(cells, axis=1), 2.0) > 0.5
 
 
 _SIDES: dict[str, Callable[[Array, Array], Array]] = {
@@ -227,7 +227,7 @@ _Draw = Callable[[Array, Array, int], tuple[Array, Array]]
 def _by_side(side: Callable[[Array, Array], Array]) -> _Draw:
     def draw(task: Array, points: Array, count: int) -> tuple[Array, Array]:
         x = random.uniform(random.fold_in(points, 0), (count, 2), -1.0, 1.0)
-        return x, tf.cast(side(x, task), tf.int32)
+        return x, ops.cast(side(x, task), "int32")
 
     return draw
 
@@ -235,8 +235,8 @@ def _by_side(side: Callable[[Array, Array], Array]) -> _Draw:
 def _moons(task: Array, points: Array, count: int) -> tuple[Array, Array]:
     label = random.integers(random.fold_in(points, 0), (count,), 2)
     turn = random.uniform(random.fold_in(points, 1), (count,), 0.0, math.pi)
-    sign = 1.0 - 2.0 * tf.cast(label, tf.float32)  # the lower moon is the upper one, turned by half a turn
-    x = tf.stack([tf.cos(turn) - 0.5, tf.sin(turn) - 0.25], axis=1)
+    sign = 1.0 - 2.0 * ops.cast(label, "float32")  # the lower moon is the upper one, turned by half a turn
+    x = ops.stack([ops.cos(turn) - 0.5, ops.sin(turn) - 0.25], axis=1)
     return _MOONS_SCALE * sign[:, None] * x, label
 
 
@@ -248,10 +248,11 @@ def _rotated_moons(task: Array, points: Array, count: int) -> tuple[Array, Array
 def _blobs(classes: int) -> _Draw:
     def draw(task: Array, points: Array, count: int) -> tuple[Array, Array]:
         cell = random.permutation(random.fold_in(task, 0), _MOST_BLOBS)[:classes]
-        place = tf.cast(tf.stack([cell % 3 - 1, cell // 3 - 1], axis=1), tf.float32) * _BLOB_CELL
+        place = ops.cast(ops.stack([cell % 3 - 1, cell // 3 - 1], axis=1), "float32") * _BLOB_CELL
         centres = place + random.uniform(random.fold_in(task, 1), (classes, 2), -_BLOB_JITTER, _BLOB_JITTER)
         label = random.integers(random.fold_in(points, 0), (count,), classes)
-        return tf.gather(centres, label) + _BLOB_DEVIATION * random.normal(random.fold_in(points, 1), (count, 2)), label
+        apart = _BLOB_DEVIATION * random.normal(random.fold_in(points, 1), (count, 2))
+        return ops.take(centres, label, axis=0) + apart, label
 
     return draw
 
@@ -260,7 +261,7 @@ def _sine(task: Array, points: Array, count: int) -> tuple[Array, Array]:
     amplitude = random.uniform(random.fold_in(task, 0), (), 0.1, 5.0)
     phase = random.uniform(random.fold_in(task, 1), (), 0.0, math.pi)
     x = random.uniform(random.fold_in(points, 0), (count, 1), -5.0, 5.0)
-    return x, amplitude * tf.sin(x - phase)
+    return x, amplitude * ops.sin(x - phase)
 
 
 _DRAWS: dict[str, _Draw] = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import random
@@ -47,22 +47,22 @@ class ArrayTasks(Tasks):
         inputs, labels = self._arrays[split]
         prime = self._primes[split]
         # An order without repeats for the price of a product: i -> a i + b modulo a prime.
-        factor = tf.cast(random.integers(random.fold_in(seed, 0), (), prime - 1), tf.int64) + 1
-        offset = tf.cast(random.integers(random.fold_in(seed, 1), (), prime), tf.int64)
-        chosen = tf.math.floormod(factor * tf.range(count, dtype=tf.int64) + offset, prime)
-        x = tf.gather(tf.constant(inputs), chosen)
-        label = tf.gather(tf.constant(labels), chosen)
+        factor = random.integers(random.fold_in(seed, 0), (), prime - 1) + 1
+        offset = random.integers(random.fold_in(seed, 1), (), prime)
+        chosen = _multiplied_and_added(factor, count, offset, prime)
+        x = ops.take(ops.convert_to_tensor(inputs), chosen, axis=0)
+        label = ops.take(ops.convert_to_tensor(labels), chosen, axis=0)
         if self.permute:
-            x = tf.gather(x, random.permutation(random.fold_in(seed, 2), self.pixels), axis=1)
+            x = ops.take(x, random.permutation(random.fold_in(seed, 2), self.pixels), axis=1)
         if self.project:
             matrix = random.normal(random.fold_in(seed, 3), (self.pixels, self.project))
-            x = tf.matmul(x, matrix) / float(self.pixels) ** 0.5
-        x = tf.reshape(x, (count, *self.shape))
+            x = ops.matmul(x, matrix) / float(self.pixels) ** 0.5
+        x = ops.reshape(x, (count, *self.shape))
         if self.kind == "values":
             return x, label
         if self.relabel:
-            label = tf.gather(random.permutation(random.fold_in(seed, 4), self.outputs), label)
-        return x, 2.0 * tf.one_hot(label, self.outputs) - 1.0
+            label = ops.take(random.permutation(random.fold_in(seed, 4), self.outputs), label, axis=0)
+        return x, 2.0 * ops.one_hot(label, self.outputs) - 1.0
 
 
 def images(
@@ -169,11 +169,34 @@ def resized(x: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:
 
     The result is `size` x `size`, by area interpolation.
     """
+    rows, columns = (_means_of_area(side, size) for side in x.shape[1:3])
     parts = [
-        tf.image.resize(part.astype(np.float32) / scale, (size, size), method="area").numpy()
+        np.einsum("yh,nhwc,xw->nyxc", rows, part.astype(np.float32) / scale, columns, optimize=True)
         for part in np.array_split(x, max(1, len(x) // 4096))
     ]
     return np.concatenate(parts)
+
+
+def _means_of_area(before: int, after: int) -> np.ndarray:
+    """The share that each old pixel of a line has in each new one, `[after, before]` float32."""
+    ends = np.linspace(0.0, before, after + 1)
+    overlap = np.minimum(ends[1:, None], np.arange(1, before + 1)) - np.maximum(ends[:-1, None], np.arange(before))
+    return (np.maximum(overlap, 0.0) * (after / before)).astype(np.float32)
+
+
+def _multiplied_and_added(factor: Array, count: int, offset: Array, prime: int) -> Array:
+    """`(factor * i + offset) % prime` for each `i < count`, `[count]` int32.
+
+    The factor is taken in digits, whose products fit in 32 bits.
+    """
+    size = prime.bit_length()
+    digit = 31 - size
+    i = ops.cast(ops.arange(count), "uint32")
+    modulus, found = ops.cast(prime, "uint32"), ops.zeros((count,), "uint32")
+    for place in reversed(range(0, size, digit)):
+        part = ops.cast(ops.right_shift(factor, place) % 2**digit, "uint32")
+        found = ops.mod(found * ops.cast(2**digit, "uint32") + part * i, modulus)
+    return ops.cast(ops.mod(found + ops.cast(offset, "uint32"), modulus), "int32")
 
 
 def _prime_up_to(limit: int) -> int:

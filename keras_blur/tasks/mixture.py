@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
+from keras_blur.backend import stream
 from keras_blur.core import random
-from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split, stream
+from keras_blur.tasks.base import SPLITS, Episode, Tasks, check_split
 
 Array = Any
 
@@ -49,9 +49,9 @@ class Mixture:
         batch: int,
         query: int,
         split: str = "train",
-        start: int | tf.Variable = 0,
+        start: Any = 0,
         stride: int = 1,
-    ) -> tf.data.Dataset:
+    ) -> Any:
         """An endless stream of episodes of all parts, which must have one shape and kind.
 
         Episode i is episode i of the stream of part `part_of(seed, i)` with the same seed. The part
@@ -83,18 +83,12 @@ class Mixture:
         check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))
 
-        def part_of(number: np.ndarray) -> np.int32:
-            return np.int32(self.part_of(seed, int(number)))
+        def drawing(part: Tasks) -> Callable[[Array], Episode]:
+            return lambda number: part.episode(
+                random.fold_in(root, number), steps=steps, batch=batch, query=query, split=split
+            )
 
-        def draw(number: Array) -> Episode:
-            def branch(part: Tasks) -> Callable[[], Episode]:
-                own = random.fold_in(root, number)
-                return lambda: part.episode(own, steps=steps, batch=batch, query=query, split=split)
-
-            chosen = tf.ensure_shape(tf.numpy_function(part_of, [number], tf.int32), ())
-            return tf.switch_case(chosen, [branch(part) for part in self.parts])
-
-        return stream(draw, start, stride)
+        return stream([drawing(part) for part in self.parts], lambda number: self.part_of(seed, number), start, stride)
 
 
 def mixture(weights: Mapping[Tasks, float] | Sequence[tuple[Tasks, float]]) -> Mixture:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import random
@@ -41,8 +41,8 @@ class RememberTasks(Tasks):
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         """Fully shown patterns: x has their bits and ones, y has their bits."""
         check_split(split)
-        y = 2.0 * tf.cast(random.integers(random.fold_in(seed, 0), (count, self.units), 2), tf.float32) - 1.0
-        return tf.concat([y, tf.ones_like(y)], axis=1), y
+        y = 2.0 * ops.cast(random.integers(random.fold_in(seed, 0), (count, self.units), 2), "float32") - 1.0
+        return ops.concatenate([y, ops.ones_like(y)], axis=1), y
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
         """Patterns to store, and cues to recall them.
@@ -54,16 +54,16 @@ class RememberTasks(Tasks):
         """
         stored = steps * batch
         x, y = self.examples(seed, stored, split)
-        asked = tf.gather(y, tf.range(query) % stored)
+        asked = ops.take(y, ops.arange(query) % stored, axis=0)
         # So many bits are shown, whichever they are: those with the least numbers of a random
         # order.
         order = random.permutation(random.fold_in(seed, 1), self.units, (query,))
-        shown = tf.cast(order < round(self.cue * self.units), tf.float32)
+        shown = ops.cast(order < round(self.cue * self.units), "float32")
         return {
-            "x": tf.reshape(x, (steps, batch, self.features)),
-            "y": tf.reshape(y, (steps, batch, self.outputs)),
-            "query_x": tf.ensure_shape(tf.concat([asked * shown, shown], axis=1), (query, self.features)),
-            "query_y": tf.ensure_shape(asked * (1.0 - shown), (query, self.outputs)),
+            "x": ops.reshape(x, (steps, batch, self.features)),
+            "y": ops.reshape(y, (steps, batch, self.outputs)),
+            "query_x": ops.reshape(ops.concatenate([asked * shown, shown], axis=1), (query, self.features)),
+            "query_y": ops.reshape(asked * (1.0 - shown), (query, self.outputs)),
         }
 
 

@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import random
@@ -51,10 +51,10 @@ class PoseTasks(Tasks):
         codes, canonical = self._objects[split]
         thing = random.integers(random.fold_in(seed, 0), (), len(codes))
         view = random.uniform(random.fold_in(seed, 1), (count, 1), 0.0, 2.0 * math.pi)
-        code = tf.broadcast_to(tf.gather(tf.constant(codes), thing), (count, codes.shape[1]))
-        pose = view + tf.gather(tf.constant(canonical), thing)
-        x = tf.concat([code, tf.cos(view), tf.sin(view)], axis=1)
-        return tf.ensure_shape(x, (count, self.features)), tf.concat([tf.cos(pose), tf.sin(pose)], axis=1)
+        code = ops.broadcast_to(ops.take(ops.convert_to_tensor(codes), thing, axis=0), (count, codes.shape[1]))
+        pose = view + ops.take(ops.convert_to_tensor(canonical), thing, axis=0)
+        x = ops.concatenate([code, ops.cos(view), ops.sin(view)], axis=1)
+        return ops.reshape(x, (count, self.features)), ops.concatenate([ops.cos(pose), ops.sin(pose)], axis=1)
 
 
 class SineSet(Tasks):
@@ -72,11 +72,13 @@ class SineSet(Tasks):
         return _GRID
 
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        own = tf.constant(list(_SINES[split]))
-        which = tf.gather(own, random.integers(random.fold_in(seed, 0), (), len(_SINES[split])))
-        start, amplitude, phase = (tf.gather(tf.constant(v), which) for v in (_STARTS, self.amplitudes, self.phases))
+        own = ops.convert_to_tensor(list(_SINES[split]))
+        which = ops.take(own, random.integers(random.fold_in(seed, 0), (), len(_SINES[split])), axis=0)
+        start, amplitude, phase = (
+            ops.take(ops.convert_to_tensor(v), which, axis=0) for v in (_STARTS, self.amplitudes, self.phases)
+        )
         x = start + random.uniform(random.fold_in(seed, 1), (count, 1), 0.0, 0.5)
-        return x, amplitude * tf.sin(x - phase)
+        return x, amplitude * ops.sin(x - phase)
 
 
 def pose(objects: int = 80, *, held: int = 200, code: int = 8, seed: int = 0) -> PoseTasks:
