@@ -49,16 +49,16 @@ import keras as _keras
 
 _check_backend(_keras.backend.backend())  # Keras may have been imported before
 
-from keras_blur import genomes, layers, tasks
+from keras_blur import genomes, layers
 from keras_blur._version import __version__
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.models import Model, Sequential, convert
 
-_ON_TENSORFLOW = ("bilevel", "learners", "meta", "report")
+_ON_TENSORFLOW = ("bilevel", "learners", "meta", "report", "tasks")
 if _keras.backend.backend() == "tensorflow":
-    from keras_blur import bilevel, learners, meta, report
+    from keras_blur import bilevel, learners, meta, report, tasks
 
 
 def __getattr__(name: str) -> object:

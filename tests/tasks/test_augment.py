@@ -145,7 +145,7 @@ def test_signs_of_labels_and_examples_agree_with_episodes():
     seed = random.fold_in(random.seed_of(1), 0)
     x, y = of.examples(seed, 7, "train")
     whole = of.episode(seed, steps=1, batch=3, query=4)
-    np.testing.assert_array_equal(x[:4], whole["query_x"])
+    np.testing.assert_array_equal(np.reshape(x[:4], (4, 64)), whole["query_x"])
     np.testing.assert_array_equal(y[:4], whole["query_y"])
 
 
