@@ -1,6 +1,7 @@
 """The outer loop: it learns, resumes bit for bit after a kill, and a member that diverges is
 skipped and counted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
+from keras_blur.cli import meta_train
 from keras_blur.cli.meta_train import parse_rule
 from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks.datasets import load_images
@@ -307,6 +309,17 @@ def test_shell(tmp_path, capsys):
     assert numbers.exists()
 
 
+@pytest.mark.usefixtures("eagerly")
+def test_shell_with_a_convolutional_and_a_dense_network(tmp_path):
+    genome, numbers = tmp_path / "g.json", tmp_path / "n.json"
+    size = ["--members=1", "--unroll=1", "--epochs=1", "--steps_per_epoch=2", "--batch_size=4", "--query_size=8"]
+    network = ["--network=lenet,mlp", "--hidden=6", "--sizes=6"]
+    assert cli.run(["meta-train", *network, *size, f"--genome={genome}", f"--json={numbers}"]) == 0
+    assert genomes.load(genome).rule.normalize_activations == "both"
+    assert json.loads(numbers.read_text())["history"]["skipped"] == [0.0]
+    assert [callable(one.network) for one in meta_train._networks(["lenet", "mlp"], [(6,)], RULE)] == [True, False]
+
+
 METHODS = {
     "maml": ["--synthetic=classes", "--noexclusive", "--augment=labels", "--first_order"],
     "prototypes": ["--ways=2", "--shots=3", "--augment=classes", "--noexclusive"],
@@ -342,6 +355,8 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),
         ("--estimator=warpgrad --trajectory_loss_weight=1", "`trajectory_loss_weight` must be 0"),
         ("--rule=nonsense=1", "--rule must be option=value pairs"),
+        ("--network=vgg", "--network must be some of mlp, lenet, resnet20 or .keras files. Received: vgg"),
+        ("--method=maml --network=lenet", "--network applies only with --method=blur"),
         ("--rule=keep_neurons=maybe", "keep_neurons cannot be 'maybe'"),
         ("--rule=whitening_rows=many", "whitening_rows cannot be 'many'"),
         ("--rule=oja=never", "`oja` must be one of"),
