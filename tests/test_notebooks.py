@@ -59,7 +59,7 @@ def test_the_first_cell_installs_where_nothing_is(name, monkeypatch):
 def test_what_is_stored(name):
     """Printed text and pictures; nothing that another run changes without need."""
     notebook = json.loads((FOLDER / f"{name}.ipynb").read_text())
-    assert set(notebook["metadata"]) == {"kernelspec"}
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
     assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{number}" for number in range(len(notebook["cells"]))]
     pictures = 0
     for cell in cells(name, "code"):
