@@ -9,6 +9,7 @@ import keras_blur as kb
 from keras_blur import learners, meta, random, tasks
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import Shard
+from keras_blur.report.episodes import score_episodes
 
 kl = keras.layers
 RULE = Rule(batch_reduction="mean", last_activation="linear")
@@ -71,7 +72,9 @@ def test_a_network_learns_in_a_learner_as_under_fit(name):
     x, y = (tf.stack(one) for one in zip(*(batch(seed=seed) for seed in range(3)), strict=True))
     for time in range(3):
         now = [own[time] for own in order]
-        state, _ = learner.step(outer, state, tf.gather(x, now)[None], tf.gather(y, now)[None])
+        before = learner.predict(outer, state, tf.gather(x, now)[None])
+        state, prediction = learner.step(outer, state, tf.gather(x, now)[None], tf.gather(y, now)[None])
+        np.testing.assert_allclose(before, prediction, rtol=1e-4, atol=1e-5)  # with the statistics of the batch, too
     made = learner.network(SHAPE, OUTPUTS)
     if isinstance(made, list):
         made = [keras.Input(SHAPE), *made]
@@ -169,8 +172,9 @@ def test_the_outer_gradient_of_a_convolutional_net_is_that_of_difference_quotien
 
 
 def test_several_networks_and_shapes_share_a_genome():
+    images = [tasks.images("digits"), tasks.images("digits", size=6)]
     trainer = meta.MetaTrainer(
-        [tasks.images("digits"), tasks.images("digits", size=6)],
+        images,
         [learners.Blur(NETWORKS["convolutions"], RULE), learners.Blur((12,), RULE)],
         meta.Unroll(steps=2, trajectory_loss_weight=1.0),
         members=2,
@@ -180,13 +184,34 @@ def test_several_networks_and_shapes_share_a_genome():
     assert [one.units(10) if isinstance(one.network, tuple) else one._plan.shape for _, one in trainer.families] == [
         (8, 8, 1), (12, 10), (6, 6, 1), (12, 10),
     ]  # fmt: skip
-    trainer.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+    trainer.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
     before = {name: value.numpy() for name, value in trainer.outer.items()}
-    history = trainer.fit(1, 4, verbose=0)
-    assert np.isfinite(history.history["loss"]).all()
-    assert history.history["skipped"] == [0.0]
+    history = trainer.fit(1, 4, callbacks=[meta.MetaValidate(images, episodes=2)], verbose=0).history
+    assert np.isfinite([*history["loss"], *history["val_loss"]]).all()
+    assert history["skipped"] == [0.0]
     assert max(np.abs(trainer.outer[name].numpy() - old).max() for name, old in before.items()) > 1e-3
     assert trainer.genome.rule == RULE
+    scores = score_episodes(
+        learners.Blur(NETWORKS["convolutions"], RULE), trainer.genome, images[1], steps=1, batch_size=4, query_size=8,
+        episodes=2, jit_compile=False,
+    )  # fmt: skip
+    assert len(scores["loss"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convolutions", "attention"])
+def test_xla_compiles_the_outer_gradient(name):
+    found = {}
+    for jit_compile in (False, True):
+        trainer = meta.MetaTrainer(
+            tasks.images("digits"), learners.Blur(NETWORKS[name], RULE), meta.Unroll(2, trajectory_loss_weight=1.0),
+            members=2, batch_size=8, query_size=16,
+        )  # fmt: skip
+        trainer.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        trainer.fit(1, 2, verbose=0)
+        found[jit_compile] = {key: value.numpy() for key, value in trainer.outer.items()}
+    for key, value in found[True].items():
+        np.testing.assert_allclose(value, found[False][key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
