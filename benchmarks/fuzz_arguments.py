@@ -240,7 +240,7 @@ def targets(folder: str) -> list[Target]:
         Target("tasks.sines", tasks.sines, {}, episode),
         Target("tasks.remember", tasks.remember, {"units": 4}, episode),
         Target("tasks.noisy_labels", tasks.noisy_labels, {"y": labels, "classes": 3, "share": 0.5}),
-        Target("learners.Blur", learners.Blur, {"hidden": (3,)}, learn, {"rule": (kb.Rule(), None, 3, "x")}),
+        Target("learners.Blur", learners.Blur, {"network": (3,)}, learn, {"rule": (kb.Rule(), None, 3, "x")}),
         Target("learners.MAML", learners.MAML, {"optimizer": sgd, "hidden": (3,)}, learn, rates),
         Target("learners.BaselineLearner", learners.BaselineLearner, {"optimizer": sgd, "hidden": (3,)}, plain, rates),
         Target("learners.Prototypes", learners.Prototypes, {"hidden": (3,), "dimensions": 2}, learn),

@@ -92,7 +92,7 @@ class CMAES:
     >>> search = CMAES(3, sigma=0.5)
     >>> state = search.init([1.0, 1.0, 1.0])
     >>> generation = tf.function(lambda s: search.tell(s, x := search.ask(s, random.seed_of(0)), tf.norm(x, axis=1)))
-    >>> for _ in range(50):
+    >>> for _ in range(70):
     ...     state = generation(state)
     >>> float(tf.norm(state.mean)) < 1e-4
     True

@@ -159,7 +159,7 @@ def test_errors(options, message):
 def test_blur_learner_errors():
     with pytest.raises(ValueError, match="keep_neurons=False"):
         Blur((3,), Rule(keep_neurons=True))
-    with pytest.raises(ValueError, match="`hidden` must be a sequence of positive integers"):
+    with pytest.raises(ValueError, match="`network` must be a sequence of positive integers"):
         Blur((0,))
 
 
