@@ -6,7 +6,7 @@ import tensorflow as tf
 from task_harness import rows, same, take
 
 from keras_blur import random, tasks
-from keras_blur.tasks.images import _prime_up_to
+from keras_blur.tasks.images import _prime_up_to, resized
 
 SHAPE = {"steps": 3, "batch": 8, "query": 10}
 
@@ -207,3 +207,10 @@ def test_a_long_support_goes_through_the_examples_again(digits):
 def test_a_split_that_is_none_is_named_at_once(digits):
     with pytest.raises(ValueError, match=r"`split` must be one of.*split='tests'"):
         digits.dataset(0, steps=1, batch=2, query=2, split="tests")
+
+
+@pytest.mark.parametrize(("before", "after"), [((28, 28), 10), ((28, 28), 20), ((8, 8), 3), ((9, 14), 7), ((5, 5), 9)])
+def test_images_are_resized_by_area_as_tensorflow_does(before, after):
+    x = np.random.default_rng(0).uniform(0.0, 255.0, (6, *before, 3)).astype(np.float32)
+    theirs = tf.image.resize(x / 255.0, (after, after), method="area").numpy()
+    np.testing.assert_allclose(resized(x, after, 255.0), theirs, atol=1e-5)
