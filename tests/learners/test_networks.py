@@ -203,8 +203,8 @@ def test_xla_compiles_the_outer_gradient():
     found = {}
     for jit_compile in (False, True):
         trainer = meta.MetaTrainer(
-            tasks.images("digits"), learners.Blur(NETWORKS["convolutions"], RULE), meta.Unroll(2, trajectory_loss_weight=1.0),
-            members=2, batch_size=8, query_size=16,
+            tasks.images("digits"), learners.Blur(NETWORKS["convolutions"], RULE),
+            meta.Unroll(2, trajectory_loss_weight=1.0), members=2, batch_size=8, query_size=16,
         )  # fmt: skip
         trainer.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
         trainer.fit(1, 2, verbose=0)
