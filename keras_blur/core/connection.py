@@ -248,8 +248,8 @@ class Connection(abc.ABC):
         """Whether kernels `[..., c, *kernel_shape]` have leading axes."""
         return len(kernel.shape) > 1 + len(self.kernel_shape(source))
 
-    def product_of_patches(self, kernel: Array, x: Array) -> Array:
-        """The map of a population of kernels as one matrix product.
+    def product_of_members(self, kernel: Array, x: Array) -> Array:
+        """The map of a population of kernels: one matrix product with what `patches` gathers.
 
         It, its transpose and its outer product are written by hand: TensorFlow's derivative of a
         product that broadcasts has no derivative of its own under XLA, which an outer gradient

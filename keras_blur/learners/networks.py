@@ -20,10 +20,9 @@ from keras_blur import arguments
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.embedding import EmbeddingConnection
 from keras_blur.core.genome import Genome
-from keras_blur.core.graph import Graph, Pass, chain
+from keras_blur.core.graph import Graph, chain
 from keras_blur.core.network import NetworkState
 from keras_blur.core.rule import Rule
-from keras_blur.core.weightless import Dropout
 from keras_blur.distribution import ALL, Shard
 from keras_blur.layers.base import BlurLayer, Shape, SynapticLayer
 from keras_blur.learners.base import draw_kernel
@@ -136,7 +135,7 @@ def network_plan(network: Network, rule: Rule, shape: Shape, outputs: int) -> Pl
         model = Model(given.inputs[0], given.outputs[0], genome=genome)
     reading = model.reading
     graph = reading.learning([layer.trainable for layer in reading.layers])
-    if drawing or any(isinstance(one, Pass) and isinstance(one.map, Dropout) for one in graph.operations):
+    if drawing:
         raise ValueError(
             "`network` must have no layer that draws random numbers: a learner's numbers follow from its seed. "
             f"Received: {', '.join(drawing)}"

@@ -104,7 +104,7 @@ class Convolution(Connection):
 
     def product(self, kernel: Array, x: Array) -> Array:
         if len(kernel.shape) > self.axes + 2:  # a population of kernels
-            return self.product_of_patches(kernel, x)
+            return self.product_of_members(kernel, x)
         x = self._last(x)
         channels, states = kernel.shape[0], x.shape[-2 - self.axes]
         if channels == 1:
@@ -250,7 +250,7 @@ class TransposedConnection(Convolution):
     def gathers(self) -> bool:
         return False
 
-    def product_of_patches(self, kernel: Array, x: Array) -> Array:
+    def product_of_members(self, kernel: Array, x: Array) -> Array:
         """Member by member: a transposed convolution has no patches to gather."""
         x = self._last(x)
         lead = tuple(kernel.shape[: len(kernel.shape) - self.axes - 2])

@@ -154,7 +154,7 @@ class EinsumConnection(Connection):
                     "`equation` must have each letter of the kernel in its input or output where a population of networks "
                     f"learns. Received: {self.inputs},{self.weights}->{self.outputs}"
                 )
-            return self.product_of_patches(kernel, x)
+            return self.product_of_members(kernel, x)
         channels = kernel.shape[0]
         if channels == 1:
             return self._folded(kernel[0], x)
