@@ -26,8 +26,8 @@ from absl import app, flags
 
 import keras_blur as kb
 from keras_blur import learners, meta, random, tasks
+from keras_blur.backend import compiled
 from keras_blur.cli.meta_train import RULE
-from keras_blur.compiling import compiled
 from keras_blur.meta.estimator import InnerLoop, start
 
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds.", lower_bound=2)

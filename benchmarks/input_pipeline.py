@@ -88,7 +88,7 @@ def meta_training(of: tasks.Tasks, meta_batch_size: int) -> dict[str, float]:
         return made[-1]
 
     iterator_of = trainer.runner.deal
-    trainer.runner.deal = deal  # type: ignore[method-assign]
+    trainer.runner.deal = deal
 
     def steps(count: int) -> np.ndarray:
         """Seconds of each step, and those of them in `next`."""

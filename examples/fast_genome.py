@@ -27,7 +27,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from keras_blur import files, genomes, layers, meta, random, tasks
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.core import feedback, network
 from keras_blur.core.genome import Genome
 from keras_blur.models.reading import read

@@ -9,6 +9,7 @@ import importlib.util as _util
 import json as _json
 import os as _os
 import sys as _sys
+from importlib import import_module as _import_module
 
 # The command line's own process, as a script or as `python -m`: hide TensorFlow's start-up
 # messages.
@@ -56,12 +57,15 @@ from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.models import Model, Sequential, convert
 
-_ON_TENSORFLOW = ("bilevel", "learners", "meta", "report", "tasks")
+_ON_TENSORFLOW = ("bilevel",)
+_IN_WORK = ("learners", "meta", "report", "tasks")
 if _keras.backend.backend() == "tensorflow":
     from keras_blur import bilevel, learners, meta, report, tasks
 
 
 def __getattr__(name: str) -> object:
+    if name in _IN_WORK:
+        return _import_module(f"keras_blur.{name}")
     if name in _ON_TENSORFLOW:
         raise ImportError(
             f"keras_blur.{name} needs the TensorFlow backend of Keras; the backend is {_keras.backend.backend()!r}. Set the "

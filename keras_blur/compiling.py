@@ -1,8 +1,4 @@
-"""Compiled functions with many shapes, and a check for operations without a TPU kernel.
-
-TensorFlow warns about functions that are retraced often. Here that is intended: each family of
-tasks and networks, and each number of steps, has its own shapes and is traced once.
-"""
+"""TensorFlow programs for a TPU: branches with constants, and operations without a TPU kernel."""
 
 from __future__ import annotations
 
@@ -14,37 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
-
-
-def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
-    """Compiles a function of nests of tensors once for each combination of shapes and dtypes.
-
-    Args:
-        function: a function from nests of tensors to a nest of tensors.
-        jit_compile: whether XLA compiles it.
-
-    Returns:
-        The compiled function. After `tf.config.run_functions_eagerly(True)` it calls `function`
-        itself.
-
-    Example:
-
-    >>> double = compiled(lambda x: 2 * x)
-    >>> [double(tf.ones(n)).shape[0] for n in (1, 2, 1)]
-    [1, 2, 1]
-    """
-    wrapped = tf.function(function, autograph=False, jit_compile=jit_compile)
-    traced: dict[Any, Any] = {}
-
-    def call(*arguments: Any) -> Any:
-        if tf.config.functions_run_eagerly():
-            return function(*arguments)
-        key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in tf.nest.flatten(arguments))
-        if key not in traced:
-            traced[key] = wrapped.get_concrete_function(*arguments)
-        return traced[key](*arguments)
-
-    return call
 
 
 def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:

@@ -17,8 +17,8 @@ import tensorflow as tf
 
 import keras_blur as kb
 from keras_blur import bilevel, learners, meta, random, tasks
+from keras_blur.backend import Runner
 from keras_blur.cli.meta_train import RULE
-from keras_blur.distribution import Runner
 from keras_blur.meta import trainer as trainers
 
 Array = Any

@@ -27,7 +27,7 @@ from absl import app, flags
 
 import keras_blur as kb
 from keras_blur import learners, meta, random
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.files import write_text
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.report import style

@@ -27,7 +27,7 @@ from experiment import Outcome, Setting, cell, main, meta_train
 
 import keras_blur as kb
 from keras_blur import genomes, learners, random, tasks
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.core import feedback, network
 from keras_blur.report import style
 

@@ -25,7 +25,7 @@ from experiment import RULE, Outcome, Setting, cell, main, meta_train
 
 import keras_blur as kb
 from keras_blur import learners, random, tasks
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.report import style
 
 

@@ -3,15 +3,20 @@
 Every other file of the package that runs on both backends asks this one. The two implementations
 have the same functions:
 
-- `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a function at a point;
+- `leaves`, `pack`, `tree_map`: trees of arrays, also of classes that are registered;
+- `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
+  one loop of a program; `recomputed`: a function that keeps nothing for its gradient;
+- `gradient`: of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a
+  function at a point;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
   alone. `core` uses none of them;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
-- `replicas`, `replica`, `total`: how many devices share a batch, which one this is, and sums over
-  them;
+- `Runner`: runs programs that read and assign variables, on all devices; `replicas`,
+  `replicas_of_program`, `replica`, `total`: how many devices share a batch, which one this is, and
+  sums over them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
   integers, where 64 bits would overflow;
 - `stream`, `constant`: draws of numbers in order as data, and an array that they read;
@@ -29,43 +34,61 @@ _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backe
 after = _chosen.after
 bits = _chosen.bits
 bits_of_rows = _chosen.bits_of_rows
+compiled = _chosen.compiled
 constant = _chosen.constant
+gradient = _chosen.gradient
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
+leaves = _chosen.leaves
+loop = _chosen.loop
 mean = _chosen.mean
 outside_of_programs = _chosen.outside_of_programs
+pack = _chosen.pack
+recomputed = _chosen.recomputed
 reducible = _chosen.reducible
 register = _chosen.register
 replica = _chosen.replica
 replicas = _chosen.replicas
+replicas_of_program = _chosen.replicas_of_program
+Runner = _chosen.Runner
 solve_positive = _chosen.solve_positive
 stream = _chosen.stream
 symbolic_build = _chosen.symbolic_build
 tanh = _chosen.tanh
 total = _chosen.total
 training_elsewhere = _chosen.training_elsewhere
+tree_map = _chosen.tree_map
 upper_product = _chosen.upper_product
 vjp = _chosen.vjp
 
 __all__ = [
+    "Runner",
     "after",
     "bits",
     "bits_of_rows",
+    "compiled",
     "constant",
+    "gradient",
     "is_dataset",
     "jvp",
+    "leaves",
+    "loop",
     "mean",
     "outside_of_programs",
+    "pack",
+    "recomputed",
     "reducible",
     "register",
     "replica",
     "replicas",
+    "replicas_of_program",
     "solve_positive",
     "stream",
     "symbolic_build",
     "tanh",
     "total",
     "training_elsewhere",
+    "tree_map",
     "upper_product",
     "vjp",
 ]

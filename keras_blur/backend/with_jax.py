@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 
 Array = Any
@@ -37,6 +38,45 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
         return arrays, static
 
     jax.tree_util.register_pytree_node(kind, swapped, unflatten)
+
+
+def leaves(tree: Any) -> list[Array]:
+    """The arrays of a tree in order."""
+    return jax.tree.leaves(tree)
+
+
+def pack(like: Any, arrays: Sequence[Array]) -> Any:
+    """A tree of the structure of another, with these arrays; the inverse of `leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
+    """A tree of the values of a function of the arrays of trees."""
+    return jax.tree.map(function, *trees)
+
+
+def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """The second result of a function, and the gradient of its first, a scalar."""
+    found, extra = jax.grad(function, has_aux=True)(arrays)
+    return extra, found
+
+
+def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
+    """Carries trees of arrays through a fixed number of steps, with a gradient."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return jax.lax.scan(lambda carried, number: (tuple(body(number, *carried)), None), tuple(carried), numbers)[0]
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of trees of arrays that stores nothing for its gradient but its arguments."""
+    return jax.checkpoint(function)
+
+
+def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
+    """Compiles a function of trees of arrays; there are no programs on JAX that XLA does not
+    compile."""
+    del jit_compile
+    return jax.jit(function)
 
 
 def tanh(x: Array) -> Array:
@@ -68,6 +108,11 @@ def replicas() -> int:
 def replica() -> int:
     """Always 0."""
     return 0
+
+
+def replicas_of_program() -> int:
+    """Always 1."""
+    return 1
 
 
 def total(values: Sequence[Array]) -> list[Array]:
@@ -227,3 +272,72 @@ class stream:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 drawn = draw(np.int32(number))
             yield jax.tree.map(np.asarray, drawn)
+
+
+class Runner:
+    """Runs programs on the devices of `keras.distribution`'s current layout.
+
+    A program sees the arrays of all devices, so there is one replica. Under
+    `keras.distribution.DataParallel`, what is dealt is split over the devices along its first axis,
+    and the compiler splits the work accordingly.
+    """
+
+    replicas = 1
+    compiles = False
+
+    def __init__(self) -> None:
+        self._layout = keras.distribution.distribution()
+
+    @property
+    def several_workers(self) -> bool:
+        """Whether the devices belong to several processes."""
+        return jax.process_count() > 1
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this process writes files. Exactly one process does."""
+        return jax.process_index() == 0
+
+    def scope(self) -> Any:
+        """Nothing to enter: variables are laid out as `keras.distribution` says."""
+        return contextlib.nullcontext()
+
+    def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs a program."""
+        return program(*arguments)
+
+    def program(self, function: Callable[..., Any], variables: Callable[[], Sequence[Any]], eager: bool = False) -> Any:
+        """A compiled program that may read and assign Keras variables.
+
+        Args:
+            function: from trees of arrays to a tree of arrays.
+            variables: gives the Keras variables that the function reads or assigns.
+            eager: whether to run it without compilation, for debugging.
+        """
+        if eager:
+            return function
+        of_program = list({id(one): one for one in variables()}.values())
+
+        def pure(values: Sequence[Array], *arguments: Any) -> tuple[Any, list[Array]]:
+            with keras.StatelessScope(list(zip(of_program, values, strict=True))) as scope:
+                result = function(*arguments)
+                after = [scope.get_current_value(one) for one in of_program]
+            return result, [old if new is None else new for old, new in zip(values, after, strict=True)]
+
+        made = jax.jit(pure)
+
+        def run(*arguments: Any) -> Any:
+            result, after = made([one.value for one in of_program], *arguments)
+            for variable, value in zip(of_program, after, strict=True):
+                variable.assign(value)
+            return result
+
+        return run
+
+    def deal(self, dataset_of: Callable[[int, int], Any]) -> Iterator[Any]:
+        """An iterator of the elements of a stream, each laid over the devices.
+
+        Args:
+            dataset_of: takes 0 and 1; it returns an iterable of trees of arrays, one per step.
+        """
+        return iter(dataset_of(0, 1))

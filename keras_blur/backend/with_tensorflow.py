@@ -126,6 +126,151 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
     kind.__tf_unflatten__ = classmethod(lambda _, static, arrays: unflatten(static, arrays))  # type: ignore[attr-defined]
 
 
+def leaves(tree: Any) -> list[Array]:
+    """The arrays of a tree in order."""
+    return tf.nest.flatten(tree)
+
+
+def pack(like: Any, arrays: Sequence[Array]) -> Any:
+    """A tree of the structure of another, with these arrays; the inverse of `leaves`."""
+    return tf.nest.pack_sequence_as(like, arrays)
+
+
+def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
+    """A tree of the values of a function of the arrays of trees."""
+    return tf.nest.map_structure(function, *trees)
+
+
+def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """The gradient of a function's first result, a scalar.
+
+    Args:
+        function: from a tree of arrays to a scalar and a tree of anything else.
+        arrays: where to take the gradient.
+
+    Returns:
+        The second result, and a tree like `arrays` of gradients, which are zero where the scalar
+        does not depend on an array.
+
+    Example:
+
+    >>> _, found = gradient(lambda x: (x["a"] ** 2, ()), {"a": tf.constant(3.0), "b": tf.constant(1.0)})
+    >>> float(found["a"]), float(found["b"])
+    (6.0, 0.0)
+    """
+    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value, extra = function(arrays)
+    return extra, tape.gradient(value, arrays, unconnected_gradients="zero")
+
+
+def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
+    """Carries trees of arrays through a fixed number of steps, with a gradient.
+
+    It is one loop of the program, whose compile time does not depend on the count.
+
+    Args:
+        count: number of steps.
+        body: takes the number of the step, an int32 array, and the carried trees. It returns trees
+            of the same shapes and dtypes.
+        *carried: the trees before the first step.
+
+    Returns:
+        The trees after the last step.
+
+    Example:
+
+    >>> [float(x) for x in loop(3, lambda number, x: (2.0 * x,), tf.constant(1.0))]
+    [8.0]
+    """
+    _, *after = tf.while_loop(
+        lambda number, *_: number < count,
+        lambda number, *carried: (number + 1, *body(number, *carried)),
+        (tf.constant(0), *carried),
+        maximum_iterations=count,
+    )
+    return tuple(after)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of trees of arrays that stores nothing for its gradient but its arguments.
+
+    The way back computes the function again.
+
+    Args:
+        function: of trees of arrays, to a tree of arrays. It must not capture arrays that need a
+            gradient.
+    """
+
+    def call(*arguments: Any) -> Any:
+        given = tf.nest.flatten(arguments)
+        dtype = next(leaf.dtype for leaf in given if leaf.dtype.is_floating)
+        like: list[Any] = []
+
+        # Arguments and results are floating-point tensors: others have no gradient.
+        def run(*flat: Array) -> list[Array]:
+            back = [tf.cast(leaf, old.dtype) for leaf, old in zip(flat, given, strict=True)]
+            result = function(*tf.nest.pack_sequence_as(arguments, back))
+            like[:] = [tf.nest.map_structure(lambda leaf: leaf.dtype, result)]
+            return [_as_float(leaf, dtype) for leaf in tf.nest.flatten(result)]
+
+        @tf.custom_gradient
+        def stored(*flat: Array) -> Any:
+            def backward(*upstream: Array) -> list[Array]:
+                with tf.GradientTape() as tape:
+                    tape.watch(flat)
+                    results = run(*flat)
+                return tape.gradient(results, flat, output_gradients=upstream, unconnected_gradients="zero")
+
+            return run(*flat), backward
+
+        results = stored(*(_as_float(leaf, dtype) for leaf in given))
+        dtypes = tf.nest.flatten(like[0])
+        return tf.nest.pack_sequence_as(like[0], [tf.cast(leaf, own) for leaf, own in zip(results, dtypes, strict=True)])
+
+    return call
+
+
+def _as_float(leaf: Array, dtype: tf.DType) -> Array:
+    """Casts integers to the given dtype, so that the tensor can have a gradient."""
+    return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
+
+
+def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
+    """Compiles a function of trees of arrays once for each combination of shapes and dtypes.
+
+    TensorFlow warns about functions that are retraced often. Here that is intended: each family of
+    tasks and networks, and each number of steps, has its own shapes and is traced once.
+
+    Args:
+        function: a function from trees of arrays to a tree of arrays.
+        jit_compile: whether XLA compiles it.
+
+    Returns:
+        The compiled function. After `tf.config.run_functions_eagerly(True)` it calls `function`
+        itself.
+
+    Example:
+
+    >>> double = compiled(lambda x: 2 * x)
+    >>> [double(tf.ones(n)).shape[0] for n in (1, 2, 1)]
+    [1, 2, 1]
+    """
+    wrapped = tf.function(function, autograph=False, jit_compile=jit_compile)
+    traced: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        if tf.config.functions_run_eagerly():
+            return function(*arguments)
+        key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in tf.nest.flatten(arguments))
+        if key not in traced:
+            traced[key] = wrapped.get_concrete_function(*arguments)
+        return traced[key](*arguments)
+
+    return call
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""
@@ -148,8 +293,15 @@ def replica() -> Any:
     return 0 if context is None else context.replica_id_in_sync_group
 
 
+def replicas_of_program() -> int:
+    """Number of replicas that run this program; 1 outside of one."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
 def total(values: Sequence[Array]) -> list[Array]:
-    """The sums over all replicas of a list of arrays, inside a replica's program."""
+    """The sums over all replicas of a list of arrays, inside a replica's program, never inside a
+    loop of it."""
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1 or not values:
         return list(values)
@@ -301,3 +453,89 @@ def stream(
         return tf.switch_case(tf.ensure_shape(chosen, ()), branches)
 
     return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+
+
+class Runner:
+    """Runs programs on every replica of the strategy that was current at construction.
+
+    Example:
+
+    >>> int(Runner().run(lambda x: replicas() * x, tf.constant(3)))
+    3
+    """
+
+    def __init__(self) -> None:
+        self._strategy = tf.distribute.get_strategy()
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas."""
+        return self._strategy.num_replicas_in_sync
+
+    @property
+    def several_workers(self) -> bool:
+        """Whether the strategy spans several processes."""
+        return isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the strategy compiles programs itself, as `TPUStrategy` does.
+
+        Such a strategy rejects functions with their own `jit_compile`.
+        """
+        return isinstance(self._strategy, tf.distribute.TPUStrategy)
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this process writes files. Exactly one process does."""
+        resolver = self._strategy.cluster_resolver
+        if resolver is None or not resolver.task_type:
+            return True
+        return resolver.task_type == "chief" or (resolver.task_type == "worker" and resolver.task_id == 0)
+
+    def scope(self) -> Any:
+        """The strategy's scope, for creating variables later."""
+        return self._strategy.scope()
+
+    def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs a program on all replicas and returns the results of the first local one.
+
+        The results must be equal on all replicas.
+        """
+        results = self._strategy.run(program, args=arguments)
+        return tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
+
+    def program(self, function: Callable[..., Any], variables: Callable[[], Sequence[Any]], eager: bool = False) -> Any:
+        """A program of all replicas that may read and assign variables.
+
+        Args:
+            function: from trees of arrays to a tree of arrays, the program of one replica. Results
+                must be equal on all replicas.
+            variables: gives the Keras variables that the function reads or assigns.
+            eager: whether to run it without compilation, for debugging.
+        """
+        del variables  # a graph refers to them by itself
+
+        def run(*arguments: Any) -> Any:
+            return self.run(function, *arguments)
+
+        return run if eager else tf.function(run, autograph=False)
+
+    def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
+        """Returns an iterator in which each replica has its own dataset.
+
+        Args:
+            dataset_of: takes a replica's index and the number of replicas. It returns the dataset
+                of that replica, one element per step.
+        """
+
+        def of_pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            count = context.num_replicas_in_sync
+            local = count // context.num_input_pipelines
+            first = context.input_pipeline_id * local
+            shards = [dataset_of(first + number, count) for number in range(local)]
+            if local == 1:
+                return shards[0]
+            return tf.data.Dataset.choose_from_datasets(shards, tf.data.Dataset.range(local).repeat())
+
+        return iter(self._strategy.distribute_datasets_from_function(of_pipeline))

@@ -28,14 +28,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
+from keras_blur.backend import compiled, total
 from keras_blur.bilevel import batches
 from keras_blur.bilevel.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
 from keras_blur.bilevel.training_losses import TrainingLoss
 from keras_blur.checks import CheckedModel, Expected, checked_validation, model_expects, plain_errors
-from keras_blur.compiling import compiled
 from keras_blur.core import random
 from keras_blur.core.losses import ExampleLosses, as_keras, per_example
-from keras_blur.distribution import mean, shard, total
+from keras_blur.distribution import mean, shard
 from keras_blur.learners.base import places
 from keras_blur.training import settings
 from keras_blur.training.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain

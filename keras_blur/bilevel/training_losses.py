@@ -19,8 +19,9 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
+from keras_blur.backend import total
 from keras_blur.core.losses import ExampleLosses, check_weighable
-from keras_blur.distribution import shard, total
+from keras_blur.distribution import shard
 
 Array = Any
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.core import random
 from keras_blur.files import check_output
 from keras_blur.learners.base import MetaLearner

@@ -32,8 +32,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments
+from keras_blur.backend import compiled
 from keras_blur.checks.tasks import check_tasks
-from keras_blur.compiling import compiled
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.distribution import Shard, mean, shard

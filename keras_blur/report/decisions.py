@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.core import network, random
 from keras_blur.core.genome import Genome
 from keras_blur.files import check_output

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_blur.backend import compiled
 from keras_blur.checks.tasks import check_tasks
-from keras_blur.compiling import compiled
 from keras_blur.core import random
 from keras_blur.learners.base import Array, MetaLearner
 from keras_blur.meta.estimator import InnerLoop, over_tasks, start

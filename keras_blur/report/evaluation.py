@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_blur.compiling import compiled
+from keras_blur.backend import compiled
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.learners import Blur, updates

@@ -46,7 +46,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_blur import arguments, files
-from keras_blur.distribution import Runner
+from keras_blur.backend import Runner
 from keras_blur.files import check_output
 from keras_blur.training import settings
 from keras_blur.training.checkpoint import Checkpoint

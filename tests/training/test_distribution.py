@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 
 from keras_blur import learners, meta, tasks
-from keras_blur.distribution import ALL, Runner, Shard, mean, replicas, shard, total
+from keras_blur.backend import Runner, replicas, total
+from keras_blur.distribution import ALL, Shard, mean, shard
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "replicas.py"
 
