@@ -7,6 +7,7 @@ one array to a program, and the compiler forms the sums.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -265,13 +266,27 @@ class stream:
 
     def __init__(self, draws: Sequence[Callable[[Array], Any]], which: Callable[[int], int] | None, start: Any, stride: int):
         self._draws, self._which, self._start, self._stride = [jax.jit(one) for one in draws], which, start, stride
+        self._size: int | None = None
+
+    def batch(self, size: int, drop_remainder: bool = True) -> stream:
+        """The same stream, with so many draws in a row along a new first axis of each array."""
+        del drop_remainder  # it has no end
+        made = copy.copy(self)
+        made._size = size
+        return made
 
     def __iter__(self) -> Iterator[Any]:
-        for number in itertools.count(int(self._start), self._stride):
-            draw = self._draws[self._which(number) if self._which else 0]
-            with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                drawn = draw(np.int32(number))
-            yield jax.tree.map(np.asarray, drawn)
+        numbers = itertools.count(int(self._start), self._stride)
+        if self._size is None:
+            yield from map(self._drawn, numbers)
+        while self._size:
+            several = [self._drawn(next(numbers)) for _ in range(self._size)]
+            yield jax.tree.map(lambda *arrays: np.stack(arrays), *several)
+
+    def _drawn(self, number: int) -> Any:
+        draw = self._draws[self._which(number) if self._which else 0]
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return jax.tree.map(np.asarray, draw(np.int32(number)))
 
 
 class Runner:

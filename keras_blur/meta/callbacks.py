@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments, files
 from keras_blur.backend import compiled
@@ -152,17 +152,16 @@ class MetaValidate(keras.callbacks.Callback):
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:
             state = start(learner, outer, episodes, random.fold_in(random.seed_of(self.seed), 1))
             loss, quality, _ = inner.objective(learner, outer, episodes, state)
-            sound = tf.math.is_finite(loss)
+            sound = ops.isfinite(loss)
             worst = -np.inf if inner.kind == "values" else 0.0
-            quality = tf.reduce_mean(tf.where(sound, quality, worst))
-            nothing = tf.constant(np.nan, quality.dtype)
-            quality = tf.where(tf.reduce_any(sound) & tf.math.is_finite(quality), quality, nothing)
-            return tf.reduce_mean(loss), quality
+            quality = ops.mean(ops.where(sound, quality, worst))
+            quality = ops.where(ops.logical_and(ops.any(sound), ops.isfinite(quality)), quality, np.nan)
+            return ops.mean(loss), quality
 
         return score
 
     def _score(self, parameters: Mapping[str, np.ndarray]) -> tuple[float, float]:
-        outer = {name: tf.constant(own[None], tf.float32) for name, own in parameters.items()}
+        outer = {name: ops.convert_to_tensor(own[None], "float32") for name, own in parameters.items()}
         found = [score(outer, data) for score, data in zip(self._scores, self._data, strict=True)]
         loss, quality = (float(np.mean([np.array(pair[place]) for pair in found])) for place in (0, 1))
         return loss, quality

@@ -1,6 +1,6 @@
 """The training loop of both trainers: epochs, progress, callbacks, checkpoints and resumption.
 
-Keras's own loop does not run under every strategy, and outer loops have other data. This loop keeps
+Keras's own loop does not run under every strategy of TensorFlow, and outer loops have other data. This loop keeps
 Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so
 a run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted
 run.
@@ -16,7 +16,7 @@ loss scaling                `loss_scale` before a loss is differentiated, `apply
 use_ema                     averages start at the weights and replace them at the end of `fit`
 regularization, `add_loss`  added to the training loss of BilevelTrainer
 steps_per_execution         batch callbacks run once per execution
-run_eagerly                 steps run without `tf.function`
+run_eagerly                 steps run uncompiled
 validation                  BilevelTrainer: arrays or datasets, sample weights, steps, frequency,
                             batch size; MetaTrainer: the callback `MetaValidate`
 metrics                     BilevelTrainer: `metrics` and `weighted_metrics`, reset at the start of
@@ -43,7 +43,7 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments, files
 from keras_blur.backend import Runner
@@ -138,7 +138,7 @@ class OuterLoop(keras.Model):
 
     def start_means(self) -> None:
         """Resets the running means at the start of an epoch."""
-        self.sums.assign(tf.zeros_like(self.sums.value))
+        self.sums.assign(ops.zeros_like(self.sums.value))
 
     def count_step(self, found: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
         """Advances the counters and updates the running means. Called inside a step.
@@ -149,14 +149,14 @@ class OuterLoop(keras.Model):
         Returns:
             The running means. A mean with zero weight is NaN.
         """
-        both = [(tf.reduce_sum(v * w), tf.reduce_sum(w)) for v, w in (found[name] for name in self.logged)]
-        sums = self.sums.value + tf.cast(tf.stack(both), tf.float32)
+        both = [(ops.sum(v * w), ops.sum(w)) for v, w in (found[name] for name in self.logged)]
+        sums = self.sums.value + ops.cast(ops.stack([ops.stack(pair) for pair in both]), "float32")
         self.sums.assign(sums)
         self.meta_step.assign(self.meta_step + 1)
         self.epoch_step.assign(self.epoch_step + 1)
-        none = tf.equal(sums[:, 1], 0.0)
-        means = tf.where(none, np.nan, sums[:, 0] / tf.where(none, 1.0, sums[:, 1]))
-        return dict(zip(self.logged, tf.unstack(means), strict=True))
+        none = ops.equal(sums[:, 1], 0.0)
+        means = ops.where(none, np.nan, sums[:, 0] / ops.where(none, 1.0, sums[:, 1]))
+        return dict(zip(self.logged, ops.unstack(means), strict=True))
 
     def run_epochs(
         self,
@@ -437,10 +437,10 @@ def loss_scale(optimizer: keras.optimizers.Optimizer) -> Array | None:
     the rest in float32. Gradients that fit into float16 at the full scale give the same step.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float32) / _HEADROOM
+        return ops.cast(optimizer.scale_loss(ops.ones(())), "float32") / _HEADROOM
     if optimizer.loss_scale_factor is None:
         return None
-    return tf.cast(optimizer.scale_loss(tf.ones(())), tf.float32)
+    return ops.cast(optimizer.scale_loss(ops.ones(())), "float32")
 
 
 def apply_scaled(

@@ -25,7 +25,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_blur import files
 from keras_blur.tasks.base import Tasks
@@ -68,7 +67,7 @@ def _described(value: Any, above: tuple[int, ...]) -> Any:
         return value
     if isinstance(value, keras.Variable):
         return f"{value.dtype} {tuple(value.shape)}"
-    if isinstance(value, (np.ndarray, tf.Tensor)):
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
         return projected([value])
     if id(value) in above:
         return type(value).__name__
@@ -91,7 +90,7 @@ def _described(value: Any, above: tuple[int, ...]) -> Any:
         return {**own, **_config(value, above)}
     if dataclasses.is_dataclass(value):
         return {**own, **{f.name: _described(getattr(value, f.name), above) for f in dataclasses.fields(value)}}
-    if _package(value) in ("tensorflow", "keras", "numpy") or not hasattr(value, "__dict__"):
+    if _package(value) in ("tensorflow", "jax", "jaxlib", "keras", "numpy") or not hasattr(value, "__dict__"):
         return own["class"]
     own |= {name: _described(one, above) for name, one in vars(value).items() if not name.startswith("_")}
     if isinstance(value, Tasks):
@@ -138,7 +137,7 @@ def _config(value: Any, above: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _arrays(nest: Any) -> Iterator[Any]:
-    if isinstance(nest, (np.ndarray, tf.Tensor)):
+    if isinstance(nest, np.ndarray) or keras.ops.is_tensor(nest):
         yield nest
     elif isinstance(nest, (list, tuple)):
         for one in nest:
