@@ -48,6 +48,7 @@ from keras_blur.compiling import operations, without_tpu_kernel
 from keras_blur.core import feedback, network
 from keras_blur.files import write_text
 from keras_blur.meta import callbacks
+from keras_blur.meta.strategy import Search
 from keras_blur.report import evaluation as scoring
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
@@ -293,18 +294,17 @@ def meta_step(
     # decide its step.
     adam = keras.optimizers.Adam(1e-2, epsilon=1e-3)
     trainer.compile(None if evolution else optimizer or adam, jit_compile=False)  # not a part: below the whole is
-    if evolution:  # not the first generation, whose eigenvalues are equal: any vectors are theirs
-        root = np.random.default_rng(0).normal(0.0, 1.0, trainer.evolution["C"].shape)
+    if isinstance(trainer.strategy, Search):  # not the first generation, whose eigenvalues are equal: any vectors are theirs
+        root = np.random.default_rng(0).normal(0.0, 1.0, trainer.strategy.state["C"].shape)
         values, vectors = np.linalg.eigh(root @ root.T / len(root) + np.eye(len(root)))
         found = {"C": vectors * values @ vectors.T, "B": vectors, "D": np.sqrt(values)}
         for name, value in found.items():
-            trainer.evolution[name].assign(value)
+            trainer.strategy.state[name].assign(value)
     windows = trainer.estimator.windows
     calls = []
     for number in range(CALLS):
-        seed = random.fold_in(random.seed_of(0), number)
-        calls.append((trainer._episodes(0, number % windows), seed, tf.constant(number % windows)))
-    return Program(trainer._step_of(0).python_function, calls, META)
+        calls.append((trainer._episodes(0, number % windows), tf.constant(number % windows)))
+    return Program(trainer._program(0).python_function, calls, META)
 
 
 def bilevel_step(estimator: Any, meta_model: str = "SampleWeightNet") -> Program:

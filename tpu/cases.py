@@ -19,7 +19,7 @@ import keras_blur as kb
 from keras_blur import bilevel, learners, meta, random, tasks
 from keras_blur.backend import Runner
 from keras_blur.cli.meta_train import RULE
-from keras_blur.meta import trainer as trainers
+from keras_blur.meta import strategy
 
 Array = Any
 
@@ -101,8 +101,8 @@ def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.Met
     # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
     # decide its step.
     made.compile(None if evolution else keras.optimizers.Adam(1e-2, epsilon=1e-3), jit_compile=False)
-    arguments = (made._episodes(0, 0), random.seed_of(5), tf.constant(0))
-    return Case(made._step_of(0), arguments, _variables(made))
+    arguments = (made._episodes(0, 0), tf.constant(0))
+    return Case(made._program(0), arguments, _variables(made))
 
 
 def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
@@ -178,27 +178,34 @@ CASES: dict[str, Callable[[Size], Case]] = {
 # Wrong on purpose: verify.py must refuse each.
 
 
-class Undivided(meta.MetaTrainer):
+class UndividedDescent(strategy.Descent):
     """Each replica gives the whole gradient to the optimizer, which adds up over replicas."""
 
-    def _apply(self, gradients: Any, sound: Array) -> None:
-        super()._apply({name: self.runner.replicas * gradient for name, gradient in gradients.items()}, sound)
+    def apply(self, gradients: Any, sound: Array) -> None:
+        super().apply({name: self.runner.replicas * gradient for name, gradient in gradients.items()}, sound)
+
+
+class UnreducedDescent(strategy.Descent):
+    """Each replica goes by what it measured alone."""
+
+    def step(self, *arguments: Any) -> Any:
+        whole, strategy.mean = strategy.mean, lambda values: values
+        try:
+            return super().step(*arguments)
+        finally:
+            strategy.mean = whole
+
+
+class Undivided(meta.MetaTrainer):
+    """By `UndividedDescent`."""
+
+    descent = UndividedDescent
 
 
 class Unreduced(meta.MetaTrainer):
-    """Each replica goes by what it measured alone."""
+    """By `UnreducedDescent`."""
 
-    def _descent(self, family: int, estimator: Any) -> Callable[..., Any]:
-        program = super()._descent(family, estimator)
-
-        def alone(*arguments: Any) -> Any:
-            whole, trainers.mean = trainers.mean, lambda values: values
-            try:
-                return program(*arguments)
-            finally:
-                trainers.mean = whole
-
-        return alone
+    descent = UnreducedDescent
 
 
 class Printing(kb.Sequential):

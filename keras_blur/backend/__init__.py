@@ -3,6 +3,7 @@
 Every other file of the package that runs on both backends asks this one. The two implementations
 have the same functions:
 
+- `value_of`: a Keras variable as an array;
 - `leaves`, `pack`, `tree_map`: trees of arrays, also of classes that are registered;
 - `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
   one loop of a program; `recomputed`: a function that keeps nothing for its gradient;
@@ -59,6 +60,7 @@ total = _chosen.total
 training_elsewhere = _chosen.training_elsewhere
 tree_map = _chosen.tree_map
 upper_product = _chosen.upper_product
+value_of = _chosen.value_of
 vjp = _chosen.vjp
 
 __all__ = [
@@ -90,5 +92,6 @@ __all__ = [
     "training_elsewhere",
     "tree_map",
     "upper_product",
+    "value_of",
     "vjp",
 ]

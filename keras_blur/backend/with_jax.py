@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 Array = Any
 
@@ -39,6 +40,11 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
         return arrays, static
 
     jax.tree_util.register_pytree_node(kind, swapped, unflatten)
+
+
+def value_of(variable: Any) -> Array:
+    """The value of a Keras variable."""
+    return variable.value
 
 
 def leaves(tree: Any) -> list[Array]:
@@ -290,18 +296,27 @@ class stream:
 
 
 class Runner:
-    """Runs programs on the devices of `keras.distribution`'s current layout.
+    """Runs programs on the devices of `keras.distribution`'s layout that was current at
+    construction.
 
     A program sees the arrays of all devices, so there is one replica. Under
-    `keras.distribution.DataParallel`, what is dealt is split over the devices along its first axis,
-    and the compiler splits the work accordingly.
+    `keras.distribution.DataParallel`, what is dealt is laid over the devices along its first axis,
+    and the compiler splits the work accordingly and forms the sums.
     """
 
     replicas = 1
     compiles = False
 
     def __init__(self) -> None:
-        self._layout = keras.distribution.distribution()
+        layout = keras.distribution.distribution()
+        self._mesh, self._axis = None, ""
+        if isinstance(layout, keras.distribution.DataParallel):
+            self._mesh, self._axis = layout.device_mesh.backend_mesh, layout.batch_dim_name
+
+    @property
+    def shares(self) -> int:
+        """Number of devices that what is dealt is laid over."""
+        return 1 if self._mesh is None else int(self._mesh.shape[self._axis])
 
     @property
     def several_workers(self) -> bool:
@@ -339,7 +354,8 @@ class Runner:
                 after = [scope.get_current_value(one) for one in of_program]
             return result, [old if new is None else new for old, new in zip(values, after, strict=True)]
 
-        made = jax.jit(pure)
+        whole = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        made = jax.jit(pure, out_shardings=whole)
 
         def run(*arguments: Any) -> Any:
             result, after = made([one.value for one in of_program], *arguments)
@@ -349,10 +365,25 @@ class Runner:
 
         return run
 
+    def spread(self, values: Array) -> Array:
+        """An array laid over the devices along its first axis, if they divide it, inside a
+        program."""
+        if values.shape[0] % self.shares or self._mesh is None:
+            return values
+        return jax.lax.with_sharding_constraint(values, NamedSharding(self._mesh, PartitionSpec(self._axis)))
+
     def deal(self, dataset_of: Callable[[int, int], Any]) -> Iterator[Any]:
         """An iterator of the elements of a stream, each laid over the devices.
+
+        Every process draws all of them, and keeps what its own devices need.
 
         Args:
             dataset_of: takes 0 and 1; it returns an iterable of trees of arrays, one per step.
         """
-        return iter(dataset_of(0, 1))
+        return (jax.tree.map(self._laid, element) for element in dataset_of(0, 1))
+
+    def _laid(self, array: np.ndarray) -> Array:
+        if self._mesh is None:
+            return array
+        spec = PartitionSpec() if array.shape[0] % self.shares else PartitionSpec(self._axis)
+        return jax.make_array_from_callback(array.shape, NamedSharding(self._mesh, spec), lambda index: array[index])

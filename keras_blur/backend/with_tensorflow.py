@@ -126,6 +126,11 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
     kind.__tf_unflatten__ = classmethod(lambda _, static, arrays: unflatten(static, arrays))  # type: ignore[attr-defined]
 
 
+def value_of(variable: Any) -> Array:
+    """The value of a Keras variable as an array of the program that reads it."""
+    return tf.convert_to_tensor(variable.value)
+
+
 def leaves(tree: Any) -> list[Array]:
     """The arrays of a tree in order."""
     return tf.nest.flatten(tree)
@@ -473,6 +478,11 @@ class Runner:
         return self._strategy.num_replicas_in_sync
 
     @property
+    def shares(self) -> int:
+        """Number of devices that share what is dealt."""
+        return self.replicas
+
+    @property
     def several_workers(self) -> bool:
         """Whether the strategy spans several processes."""
         return isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -520,6 +530,10 @@ class Runner:
             return self.run(function, *arguments)
 
         return run if eager else tf.function(run, autograph=False)
+
+    def spread(self, values: Array) -> Array:
+        """The array itself: a replica holds what it works on."""
+        return values
 
     def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
         """Returns an iterator in which each replica has its own dataset.

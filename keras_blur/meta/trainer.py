@@ -24,32 +24,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import compiled
+from keras_blur.backend import value_of
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
-from keras_blur.distribution import Shard, mean, shard
 from keras_blur.learners.base import MetaLearner
 from keras_blur.learners.blur import Blur
-from keras_blur.meta.cma import CMAES, CMAState
-from keras_blur.meta.estimator import NOTHING, Carried, Estimator
-from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
+from keras_blur.meta.estimator import Estimator
+from keras_blur.meta.evolution import Evolution
+from keras_blur.meta.strategy import Descent, Search, Strategy
 from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.mixture import Mixture
 from keras_blur.training import settings
-from keras_blur.training.loop import OuterLoop, apply_scaled, clips, parts, plain
+from keras_blur.training.loop import OuterLoop
 
 Array = Any
-_WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # look at whole arrays of weights
+_STEP = 1_000_000_007  # folded into the seed for the networks and the noise of a step
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -93,6 +92,8 @@ class MetaTrainer(OuterLoop):
     >>> trainer.genome.rule.states
     2
     """
+
+    descent = Descent  # the strategy by which a gradient is followed
 
     def __init__(
         self,
@@ -148,9 +149,9 @@ class MetaTrainer(OuterLoop):
                 f"`members` must be 1 under Evolution, which has its own `population`. Received: members={members}"
             )
         begin = self._begin(start, members, seed)
-        if meta_batch_size % self.runner.replicas and not isinstance(estimator, Evolution):
+        if meta_batch_size % self.runner.shares and not isinstance(estimator, Evolution):
             raise ValueError(
-                f"`meta_batch_size` must be a multiple of the {self.runner.replicas} replicas of the strategy. Received: "
+                f"`meta_batch_size` must be a multiple of the {self.runner.shares} replicas of the strategy. Received: "
                 f"meta_batch_size={meta_batch_size}"
             )
         self._given_estimator = estimator
@@ -159,32 +160,20 @@ class MetaTrainer(OuterLoop):
         self.estimator = estimator
         self.members, self.meta_batch_size = members, meta_batch_size
         self.batch_size, self.query_size, self.clipnorm, self.seed = batch_size, query_size, clipnorm, seed
-        self.outer: dict[str, keras.Variable] = {}
-        self.evolution: dict[str, keras.Variable] = {}
+        self.quality = "r2" if estimator.kind == "values" else "accuracy"
+        self.strategy: Strategy
         if isinstance(estimator, Evolution):
-            centre = {name: own[0] for name, own in begin.items()}
-            self.shapes = {name: own.shape for name, own in centre.items()}
-            self.search = CMAES(to_vector(centre).size, estimator.population, estimator.sigma)
-            for name, value in self.search.init(to_vector(centre))._asdict().items():
-                self.evolution[name] = self.counter(f"evolution_{name}", np.asarray(value))
+            self.strategy = Search(self.families, self.runner, estimator, self.quality)
         else:
-            for name, numbers in begin.items():
-                own = f"outer_{name.replace('/', '.')}"  # Keras's names have no slashes
-                made = self.add_weight(name=own, shape=numbers.shape, initializer="zeros")
-                made.assign(numbers)
-                setattr(self, own, made)  # where Keras finds what to save
-                self.outer[name] = made
+            self.strategy = self.descent(self.families, members, self.runner, clipnorm, self.quality)
+        self.strategy.init(self, begin)
         self.drawn = self.counter("drawn", np.zeros(len(self.families), "int32"))
         self.member_score = self.add_weight(name="member_score", shape=(members,), initializer="zeros", trainable=False)
         self.member_mean = self.counter("member_mean", np.full(members, -np.inf, "float32"))  # nothing known yet
-        self._carried = [self._carried_variables(number) for number in range(len(self.families))]
-        quality = "r2" if estimator.kind == "values" else "accuracy"
-        last = ("sigma", "best") if isinstance(estimator, Evolution) else ("gradient_norm",)
-        self.make_counters(("loss", quality, *last, "skipped"))
-        self.quality = quality
+        self.make_counters(("loss", self.quality, *self.strategy.logged, "skipped"))
         self.built = True
         self._streams: dict[int, Any] = {}
-        self._compiled_steps: dict[tuple[int, int], Any] = {}
+        self._programs: dict[tuple[int, int], Any] = {}
 
     def _begin(self, start: Any, members: int, seed: int) -> dict[str, np.ndarray]:
         """The initial outer parameters `[members, ...]`, checked against every family."""
@@ -205,21 +194,6 @@ class MetaTrainer(OuterLoop):
                 f"`start` must fit the learner and the tasks, single or one of members={members}. Received: {start!r}"
             )
         return {name: np.broadcast_to(own, drawn[0][name].shape) for name, own in given.items()}
-
-    def _carried_variables(self, number: int) -> Any:
-        """Variables for the carried state of a family: a nest, empty for most estimators."""
-        if isinstance(self.estimator, Evolution) or self.estimator.windows == 1:
-            return NOTHING
-        of, learner = self.families[number]
-        shape = (self.meta_batch_size, self.estimator.steps, self.batch_size)
-        episodes = {"x": tf.zeros((*shape, of.features)), "y": tf.zeros((*shape, of.outputs))}
-        outer = {name: tf.convert_to_tensor(value.value) for name, value in self.outer.items()}
-        empty = self.estimator.nothing_carried(learner, outer, episodes)
-        slots = [
-            self.counter(f"carried_{number}_{place}", leaf.numpy()) for place, leaf in enumerate(tf.nest.flatten(empty))
-        ]
-        setattr(self, f"carried_{number}", slots)  # where Keras finds what to save
-        return tf.nest.pack_sequence_as(empty, slots)
 
     # Public interface.
 
@@ -250,28 +224,13 @@ class MetaTrainer(OuterLoop):
             ValueError: if an optimizer clips gradients or mixes members.
         """
         arguments.count("steps_per_execution", steps_per_execution)
+        optimizer, self.start_optimizer = self.strategy.compile(optimizer, start_optimizer)
         self.jit_step = bool(jit_compile) and not run_eagerly and not self.runner.compiles
-        options = {"run_eagerly": run_eagerly, "steps_per_execution": steps_per_execution, "jit_compile": False}
-        self._compiled_steps = {}
-        if isinstance(self.estimator, Evolution):
-            if optimizer is not None or start_optimizer is not None:
-                raise ValueError(f"`optimizer` must be None under Evolution. Received: optimizer={optimizer!r}")
-            super().compile(optimizer=None, **options)
-            return
-        optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
-        self.start_optimizer = None if start_optimizer is None else keras.optimizers.get(start_optimizer)
-        for one in filter(None, (optimizer, self.start_optimizer)):
-            whole = [type(own).__name__ for own in parts(one) if isinstance(own, _WHOLE)]
-            if self.members > 1 and whole:
-                raise ValueError(f"`optimizer` must not mix members, as {whole[0]} does. Received: members={self.members}")
-            if clips(one):
-                raise ValueError(
-                    "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips "
-                    "each member."
-                )
-        if self.start_optimizer is not None and plain(self.start_optimizer) is plain(optimizer):
-            raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
-        super().compile(optimizer=optimizer, **options)
+        self.strategy.jit, self.strategy.eager = self.jit_step, bool(run_eagerly)
+        self._programs = {}
+        super().compile(
+            optimizer=optimizer, run_eagerly=run_eagerly, steps_per_execution=steps_per_execution, jit_compile=False
+        )
         self.build_optimizers()
 
     @property
@@ -279,15 +238,18 @@ class MetaTrainer(OuterLoop):
         """The learner, or the first of several. All have the same outer parameters."""
         return self._given_learners[0]
 
+    @property
+    def outer(self) -> dict[str, keras.Variable]:
+        """The variables of the outer parameters, `[members, ...]`, by name; none under
+        `Evolution`."""
+        return self.strategy.outer
+
     def parameters(self, member: int | None = None) -> dict[str, np.ndarray]:
         """Outer parameters of a member, by default the best.
 
         Under `Evolution`, the mean of the search distribution.
         """
-        if self.evolution:
-            centre = from_vectors(self.shapes, self.evolution["mean"].numpy()[None])
-            return {name: np.array(value)[0] for name, value in centre.items()}
-        return {name: v.numpy()[self.best if member is None else member] for name, v in self.outer.items()}
+        return self.strategy.parameters(self.best if member is None else member)
 
     @property
     def learned(self) -> Any:
@@ -310,9 +272,9 @@ class MetaTrainer(OuterLoop):
         Under `Evolution`, the single genome at the mean of the search distribution.
         """
         rule = self._of_genomes().rule
-        if self.evolution:
+        if isinstance(self.estimator, Evolution):
             return self.genome
-        return Genome.from_members(rule, {name: variable.numpy() for name, variable in self.outer.items()})
+        return Genome.from_members(rule, self.strategy.population())
 
     def _of_genomes(self) -> Blur:
         """The learner, if it is a `Blur`."""
@@ -342,10 +304,11 @@ class MetaTrainer(OuterLoop):
 
         Does nothing under `Evolution`, or if no member is sound.
         """
-        if self.evolution or not self.sound:
+        if not self.sound:
             return
         best = self.best
-        for variable in [*self.outer.values(), *self._slots(), self.member_score, self.member_mean]:
+        self.strategy.synchronize(best)
+        for variable in (self.member_score, self.member_mean):
             variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
 
     def fit(
@@ -396,13 +359,7 @@ class MetaTrainer(OuterLoop):
         }  # fmt: skip
 
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
-        if self.evolution:
-            return {}
-        names = ("optimizer", "start_optimizer")
-        return {
-            next(name for name in names if getattr(self, name) is one): (one, [self.outer[name] for name in own])
-            for one, own in self._groups()
-        }
+        return self.strategy.optimizers()
 
     def rewind(self) -> None:
         self._streams = {}
@@ -424,8 +381,7 @@ class MetaTrainer(OuterLoop):
         step = int(self.meta_step.numpy())
         family = self.family_of(step)
         window = int(self.drawn.numpy()[family]) % self.estimator.windows
-        seed = random.fold_in(random.seed_of(self.seed), 1_000_000_007, step)
-        logs = self._step_of(family)(self._episodes(family, window), seed, tf.constant(window))
+        logs = self._program(family)(self._episodes(family, window), ops.convert_to_tensor(window, "int32"))
         return {name: float(value) for name, value in logs.items()}
 
     def _episodes(self, family: int, window: int) -> Any:
@@ -436,12 +392,9 @@ class MetaTrainer(OuterLoop):
             self._streams[family][1] = next(self._streams[family][0])
         return self._streams[family][1]
 
-    def _shard(self, family: int, index: int, count: int) -> tf.data.Dataset:
-        """The episodes of one replica.
-
-        These are its shard of each step's tasks, or all tasks if candidates are split instead.
-        """
-        if self.evolution:
+    def _shard(self, family: int, index: int, count: int) -> Any:
+        """The stream of episodes of one replica."""
+        if not self.strategy.deals_tasks:
             index, count = 0, 1
         done = int(self.drawn.numpy()[family]) // self.estimator.windows * self.meta_batch_size
         stream = self.families[family][0].dataset(
@@ -464,26 +417,26 @@ class MetaTrainer(OuterLoop):
         self.estimator = dataclasses.replace(self.estimator, steps=steps)
         self._streams = {}
 
-    def _step_of(self, family: int) -> Any:
+    def _program(self, family: int) -> Any:
+        """The program of a step of a family, with the current number of unrolled steps."""
         key = (family, self.estimator.steps)
-        if key not in self._compiled_steps:
+        if key not in self._programs:
             estimator = self.estimator
-            if isinstance(estimator, Evolution):
-                program = self._generation(family, estimator)
-            else:
-                program = self._descent(family, estimator)
-            number = tf.one_hot(family, len(self.families), dtype="int32")
+            number = (np.arange(len(self.families)) == family).astype("int32")
 
-            def step(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, Array]:
-                found = program(episodes, seed, window)
-                self.drawn.assign(self.drawn + number)
-                return self.count_step(found)
+            def step(episodes: Mapping[str, Array], window: Array) -> dict[str, Array]:
+                seed = random.fold_in(random.seed_of(self.seed), _STEP, value_of(self.meta_step))
+                found = self.strategy.step(family, estimator, episodes, seed, window)
+                self._follow(found.quality, found.sound)
+                self.drawn.assign(value_of(self.drawn) + number)
+                return self.count_step(found.logs)
 
-            def meta_step(*arguments: Any) -> dict[str, Array]:
-                return self.runner.run(step, *arguments)
+            self._programs[key] = self.runner.program(step, self._all_variables, eager=self.run_eagerly)
+        return self._programs[key]
 
-            self._compiled_steps[key] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
-        return self._compiled_steps[key]
+    def _all_variables(self) -> list[keras.Variable]:
+        """What a step may read or assign."""
+        return [*self.variables, *(one for optimizer, _ in self.optimizers().values() for one in optimizer.variables)]
 
     def _follow(self, accuracy: Array, sound: Array) -> None:
         """Updates the running accuracy of each member: a plain mean at first, exponential later.
@@ -491,134 +444,13 @@ class MetaTrainer(OuterLoop):
         An unsound step counts as 0 but never raises a score, since R squared has no lower bound.
         The score of the member is minus infinity until its next sound step.
         """
-        rate = tf.maximum(0.01, 1.0 / (tf.cast(self.meta_step.value, tf.float32) + 1.0))
-        before = tf.convert_to_tensor(self.member_mean.value)
-        known, told = before > -np.inf, sound & tf.math.is_finite(accuracy)
-        old = tf.where(known, before, 0.0)
-        new = tf.where(told, accuracy, tf.where(sound, old, tf.minimum(old, 0.0)))
-        new = (1.0 - tf.where(known, rate, 1.0)) * old + tf.where(known, rate, 1.0) * new
-        mean_of_all = tf.where(known | told, new, before)
+        rate = ops.maximum(0.01, 1.0 / (ops.cast(value_of(self.meta_step), "float32") + 1.0))
+        before = value_of(self.member_mean)
+        known, told = before > -np.inf, ops.logical_and(sound, ops.isfinite(accuracy))
+        old = ops.where(known, before, 0.0)
+        new = ops.where(told, accuracy, ops.where(sound, old, ops.minimum(old, 0.0)))
+        rate = ops.where(known, rate, 1.0)
+        new = (1.0 - rate) * old + rate * new
+        mean_of_all = ops.where(ops.logical_or(known, told), new, before)
         self.member_mean.assign(mean_of_all)
-        self.member_score.assign(tf.where(sound, mean_of_all, -np.inf))
-
-    def _descent(self, family: int, estimator: Estimator) -> Callable[..., Any]:
-        """The replica program of a family: a gradient step of each member, clipped separately."""
-        learner, clipnorm = self.families[family][1], self.clipnorm
-        slots = self._carried[family]
-
-        def local_estimate(
-            outer: Mapping[str, Array], episodes: Mapping[str, Array], seed: Array, carried: Any, first: Array, index: Array
-        ) -> Any:
-            shard = Shard(index, self.runner.replicas)
-            return estimator.local_estimate(learner, outer, episodes, seed, carried, first, shard)
-
-        local_estimate = local_estimate if self.run_eagerly else compiled(local_estimate, jit_compile=self.jit_step)
-
-        def descent(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, tuple[Array, Array]]:
-            outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
-            first = tf.equal(window, 0)
-            episodes = estimator.part(episodes, window)
-            mine = shard()
-            carried = tf.nest.map_structure(lambda slot: tf.convert_to_tensor(slot.value), slots)
-            own = carried._replace(learners=mine.part(carried.learners, axis=1))
-            measured, learners = local_estimate(outer, episodes, seed, own, first, tf.convert_to_tensor(mine.index))
-            found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
-            kept = Carried(mine.whole(learners, axis=1), directions)
-            for slot, value in zip(tf.nest.flatten(slots), tf.nest.flatten(kept), strict=True):
-                slot.assign(value)
-            squares = {n: tf.reduce_sum(tf.square(g), axis=list(range(1, g.shape.rank))) for n, g in found.gradients.items()}
-            norm = tf.sqrt(tf.add_n(list(squares.values())))
-            sound = tf.math.is_finite(found.loss) & tf.math.is_finite(norm)
-            clipped: dict[str, Array] = {}
-            for _, names in self._groups():
-                own = tf.sqrt(tf.add_n([squares[name] for name in names]))
-                scale = tf.ones_like(own) if clipnorm is None else tf.minimum(1.0, clipnorm / tf.maximum(own, 1e-12))
-                clipped |= {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in names}
-            self._apply(clipped, sound)
-            usable = tf.cast(sound, found.loss.dtype)
-            self._follow(found.accuracy, sound)
-            means = {"loss": found.loss, self.quality: found.accuracy, "gradient_norm": norm}
-            values = {name: _counted(value, sound) for name, value in means.items()}
-            return {**values, "skipped": (1.0 - usable, tf.ones_like(usable))}
-
-        return descent
-
-    def _groups(self) -> list[tuple[keras.optimizers.Optimizer, list[str]]]:
-        """The optimizers with the names of the outer parameters they update."""
-        if self.start_optimizer is None:
-            return [(self.optimizer, list(self.outer))]
-        starts = [name for name in self.outer if name.startswith("start_")]
-        others = [name for name in self.outer if not name.startswith("start_")]
-        if not starts:
-            raise ValueError("`start_optimizer` must be None: the learner's start is not learned.")
-        return [(one, names) for one, names in ((self.optimizer, others), (self.start_optimizer, starts)) if names]
-
-    def _slots(self) -> list[keras.Variable]:
-        """The optimizer variables that have a value for each member."""
-        shapes = {tuple(value.shape) for value in self.outer.values()}
-        return [v for optimizer, _ in self._groups() for v in optimizer.variables if tuple(v.shape) in shapes]
-
-    def _apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
-        """Updates the sound members. The others keep their parameters and optimizer state.
-
-        A step without a sound member does not count, not even in the optimizers' counters. Every
-        replica already has the full gradient, but Keras optimizers sum over replicas. Each replica
-        therefore contributes the gradient divided by the number of replicas.
-        """
-        own = {id(variable) for variable in [*self.outer.values(), *self._slots()]}
-        touched = [*self.outer.values(), *(v for optimizer, _ in self._groups() for v in optimizer.variables)]
-        before = [tf.identity(variable.value) for variable in touched]
-        parts = {name: tf.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
-        for optimizer, names in self._groups():
-            apply_scaled(optimizer, [parts[name] for name in names], [self.outer[name] for name in names])
-        for variable, old in zip(touched, before, strict=True):
-            changed = of_members(sound, old) if id(variable) in own else tf.reduce_any(sound)
-            variable.assign(tf.where(changed, variable.value, old))
-
-    def _generation(self, family: int, estimator: Evolution) -> Callable[..., Any]:
-        """The replica program of a family under `Evolution`: ask, score, tell."""
-        learner, shapes = self.families[family][1], self.shapes
-
-        def score(candidates: Array, episodes: Mapping[str, Array], seed: Array) -> Any:
-            return estimator.score(learner, from_vectors(shapes, candidates), episodes, seed)
-
-        ask, tell = self.search.ask, self.search.tell
-        if not self.run_eagerly:
-            score, ask, tell = (compiled(one, jit_compile=self.jit_step) for one in (score, ask, tell))
-
-        def generation(episodes: Mapping[str, Array], seed: Array, window: Array) -> dict[str, tuple[Array, Array]]:
-            del window
-            state = CMAState(**{name: tf.convert_to_tensor(v.value) for name, v in self.evolution.items()})
-            candidates = ask(state, random.fold_in(seed, 2))
-            mine = shard()
-            dealt = tf.range(-(-estimator.population // mine.count) * mine.count) % estimator.population  # some twice
-            scores = score(mine.part(tf.gather(candidates, dealt), axis=0), episodes, seed)
-            fitness, loss, accuracy = (value[: estimator.population] for value in mine.whole(scores, axis=0))
-            new = tell(state, candidates, fitness)
-            for name, value in new._asdict().items():
-                self.evolution[name].assign(value)
-            sound = tf.math.is_finite(fitness)
-            usable, sigma = tf.cast(sound, loss.dtype), tf.cast(new.sigma, loss.dtype)
-            means = {"loss": _counted(loss, sound), self.quality: _counted(accuracy, sound)}
-            total, count = (tf.reduce_sum(one) for one in means[self.quality])
-            self._follow(tf.reshape(total / count, (1,)), tf.reshape(tf.reduce_any(sound), (1,)))
-            best = tf.reduce_max(tf.where(sound & tf.math.is_finite(accuracy), accuracy, -np.inf))
-            return {
-                **means,
-                "best": _counted(best, tf.math.is_finite(best)),
-                "sigma": (sigma, tf.ones_like(sigma)),
-                "skipped": (1.0 - usable, tf.ones_like(usable)),
-            }
-
-        return generation
-
-
-def _counted(value: Array, sound: Array) -> tuple[Array, Array]:
-    """Values and their weights in a running mean; unsound and non-finite values have weight 0."""
-    counts = sound & tf.math.is_finite(value)
-    return tf.where(counts, value, 0.0), tf.cast(counts, value.dtype)
-
-
-def of_members(value: Array, like: Array) -> Array:
-    """Reshapes one number per member to broadcast with arrays `[members, ...]`."""
-    return tf.reshape(value, (-1,) + (1,) * (like.shape.rank - 1))
+        self.member_score.assign(ops.where(sound, mean_of_all, -np.inf))

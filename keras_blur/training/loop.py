@@ -46,7 +46,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, files
-from keras_blur.backend import Runner
+from keras_blur.backend import Runner, value_of
 from keras_blur.files import check_output
 from keras_blur.training import settings
 from keras_blur.training.checkpoint import Checkpoint
@@ -150,10 +150,10 @@ class OuterLoop(keras.Model):
             The running means. A mean with zero weight is NaN.
         """
         both = [(ops.sum(v * w), ops.sum(w)) for v, w in (found[name] for name in self.logged)]
-        sums = self.sums.value + ops.cast(ops.stack([ops.stack(pair) for pair in both]), "float32")
+        sums = value_of(self.sums) + ops.cast(ops.stack([ops.stack(pair) for pair in both]), "float32")
         self.sums.assign(sums)
-        self.meta_step.assign(self.meta_step + 1)
-        self.epoch_step.assign(self.epoch_step + 1)
+        self.meta_step.assign(value_of(self.meta_step) + 1)
+        self.epoch_step.assign(value_of(self.epoch_step) + 1)
         none = ops.equal(sums[:, 1], 0.0)
         means = ops.where(none, np.nan, sums[:, 0] / ops.where(none, 1.0, sums[:, 1]))
         return dict(zip(self.logged, ops.unstack(means), strict=True))

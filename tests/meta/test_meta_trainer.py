@@ -202,7 +202,7 @@ def test_synchronize_copies_the_best_with_its_optimizer_state():
     for name, value in made.outer.items():
         for member in range(3):
             np.testing.assert_array_equal(np.array(value.value)[member], before[name])
-    for slot in made._slots():
+    for slot in made.strategy.slots():
         np.testing.assert_array_equal(np.array(slot.value)[0], np.array(slot.value)[2])
 
 

@@ -128,12 +128,12 @@ def test_what_evolution_cannot_score_counts_as_nothing():
     made = trainer(estimator=meta.Evolution(1, population=6, sigma=0.1))
     made.fit(1, 2, verbose=0)
     assert np.isfinite(made.member_score.numpy()).all()
-    mean = made.evolution["mean"].numpy()
-    made.evolution["mean"].assign(np.full_like(mean, HUGE))
+    mean = made.strategy.state["mean"].numpy()
+    made.strategy.state["mean"].assign(np.full_like(mean, HUGE))
     history = made.fit(1, 2, verbose=0).history
     assert np.isnan([history[name][0] for name in ("loss", "r2", "best")]).all()
     assert history["skipped"] == [1.0]
-    np.testing.assert_array_equal(made.evolution["mean"].numpy(), np.full_like(mean, HUGE))
+    np.testing.assert_array_equal(made.strategy.state["mean"].numpy(), np.full_like(mean, HUGE))
     assert made.member_score.numpy()[0] == -np.inf
 
 

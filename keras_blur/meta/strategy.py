@@ -1,0 +1,359 @@
+"""Outer strategies: what becomes of the outer parameters in a meta-step.
+
+A strategy holds the outer parameters of all members as variables. `init` makes them, and `step`
+changes them by the episodes of one family. `Descent` follows an estimated gradient by a Keras
+optimizer. `Search` draws candidates from a normal distribution and moves it by their scores
+(CMA-ES). `MetaTrainer` knows neither of them.
+
+A step is the program of one replica (`distribution`). It may read and assign variables, and it
+compiles as a whole.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_blur import arguments
+from keras_blur.backend import Runner, compiled, leaves, pack, tree_map, value_of
+from keras_blur.core import random
+from keras_blur.distribution import Shard, mean, shard
+from keras_blur.learners.base import MetaLearner
+from keras_blur.meta.cma import CMAES, CMAState
+from keras_blur.meta.estimator import NOTHING, Carried, Episodes, Estimator
+from keras_blur.meta.evolution import Evolution, from_vectors, to_vector
+from keras_blur.tasks.base import Tasks
+from keras_blur.training.loop import apply_scaled, clips, parts, plain
+
+if TYPE_CHECKING:
+    from keras_blur.meta.trainer import MetaTrainer
+
+Array = Any
+Family = tuple[Tasks, MetaLearner]
+
+_WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # look at whole arrays of weights
+_CANDIDATES = 2  # folded into the seed of a step for the candidates of a generation
+
+
+class Outcome(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+        logs: values and their weights in a running mean, by name.
+        quality: query accuracy of each member, `[members]`; R squared for values.
+        sound: whether a member's loss and gradient were finite, `[members]`.
+    """
+
+    logs: dict[str, tuple[Array, Array]]
+    quality: Array
+    sound: Array
+
+
+class Strategy(abc.ABC):
+    """What changes outer parameters.
+
+    Attributes:
+        outer: variables of the outer parameters, `[members, ...]`, by name; empty if a distribution
+            stands for them.
+        logged: names of logged values besides `loss`, the quality and `skipped`.
+        deals_tasks: whether replicas share the tasks of a step. If not, each gets all of them.
+    """
+
+    logged: tuple[str, ...]
+    deals_tasks = True
+
+    def __init__(self, families: Sequence[Family], members: int, runner: Runner):
+        self.families, self.members, self.runner = list(families), members, runner
+        self.outer: dict[str, keras.Variable] = {}
+        self.jit, self.eager = False, False
+
+    @abc.abstractmethod
+    def init(self, owner: MetaTrainer, start: Mapping[str, np.ndarray]) -> None:
+        """Makes the variables.
+
+        Args:
+            owner: the trainer, which saves them.
+            start: the initial outer parameters, `[members, ...]`.
+        """
+
+    @abc.abstractmethod
+    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """Checks and returns the optimizers of `MetaTrainer.compile`."""
+
+    @abc.abstractmethod
+    def step(self, family: int, estimator: Any, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+        """One meta-step: the program of a replica.
+
+        Args:
+            family: number of the family.
+            estimator: the estimator, with the current number of unrolled steps.
+            episodes: the episodes of this replica.
+            seed: seed of the step.
+            window: number of the truncation window, an int32 array.
+        """
+
+    @abc.abstractmethod
+    def parameters(self, member: int) -> dict[str, np.ndarray]:
+        """The outer parameters of a member."""
+
+    @abc.abstractmethod
+    def population(self) -> dict[str, np.ndarray]:
+        """The outer parameters of all members, `[members, ...]`."""
+
+    @abc.abstractmethod
+    def synchronize(self, best: int) -> None:
+        """Copies a member to all others, with all that belongs to it."""
+
+    @abc.abstractmethod
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        """The optimizers by name, with the variables that each one updates."""
+
+
+class Descent(Strategy):
+    """Descends an estimated gradient, of each member by itself.
+
+    Args:
+        families: the tasks and the learner of each family.
+        members: number of independent sets of outer parameters.
+        runner: of the trainer.
+        clipnorm: largest norm of a member's gradient; `None` for no clipping.
+        quality: name of the logged quality.
+    """
+
+    logged = ("gradient_norm",)
+
+    def __init__(self, families: Sequence[Family], members: int, runner: Runner, clipnorm: float | None, quality: str):
+        super().__init__(families, members, runner)
+        self.clipnorm, self.quality = clipnorm, quality
+        self._carried: list[Any] = []
+        self._given: dict[str, keras.optimizers.Optimizer] = {}
+
+    def init(self, owner: MetaTrainer, start: Mapping[str, np.ndarray]) -> None:
+        for name, numbers in start.items():
+            own = f"outer_{name.replace('/', '.')}"  # Keras's names have no slashes
+            made = owner.add_weight(name=own, shape=numbers.shape, initializer="zeros")
+            made.assign(numbers)
+            self.outer[name] = made
+        self._carried = [self._carried_variables(owner, number) for number in range(len(self.families))]
+
+    def _carried_variables(self, owner: MetaTrainer, number: int) -> Any:
+        """Variables for the carried state of a family: a tree, empty for most estimators."""
+        estimator = owner.estimator
+        if not isinstance(estimator, Estimator) or estimator.windows == 1:
+            return NOTHING
+        of, learner = self.families[number]
+        shape = (owner.meta_batch_size, estimator.steps, owner.batch_size)
+        episodes = {"x": ops.zeros((*shape, of.features)), "y": ops.zeros((*shape, of.outputs))}
+        outer = {name: value_of(variable) for name, variable in self.outer.items()}
+        empty = estimator.nothing_carried(learner, outer, episodes)
+        slots = [
+            owner.counter(f"carried_{number}_{place}", ops.convert_to_numpy(leaf))
+            for place, leaf in enumerate(leaves(empty))
+        ]
+        return pack(empty, slots)
+
+    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """The optimizers; Adam with 5e-4 by default.
+
+        Raises:
+            ValueError: if an optimizer clips gradients or mixes members.
+        """
+        optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
+        start_optimizer = None if start_optimizer is None else keras.optimizers.get(start_optimizer)
+        for one in filter(None, (optimizer, start_optimizer)):
+            whole = [type(own).__name__ for own in parts(one) if isinstance(own, _WHOLE)]
+            if self.members > 1 and whole:
+                raise ValueError(f"`optimizer` must not mix members, as {whole[0]} does. Received: members={self.members}")
+            if clips(one):
+                raise ValueError(
+                    "`optimizer` must not clip: members would share one norm. Use `clipnorm` of MetaTrainer, which clips "
+                    "each member."
+                )
+        if start_optimizer is not None and plain(start_optimizer) is plain(optimizer):
+            raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
+        starts = [name for name in self.outer if name.startswith("start_")]
+        if start_optimizer is not None and not starts:
+            raise ValueError("`start_optimizer` must be None: the learner's start is not learned.")
+        given = {"optimizer": optimizer, "start_optimizer": start_optimizer}
+        self._given = {name: one for name, one in given.items() if one is not None}
+        return optimizer, start_optimizer
+
+    def _groups(self) -> list[tuple[str, keras.optimizers.Optimizer, list[str]]]:
+        """The optimizers, by name, with the names of the outer parameters they update."""
+        starts = [name for name in self.outer if name.startswith("start_" if "start_optimizer" in self._given else "\n")]
+        names = {"optimizer": [name for name in self.outer if name not in starts], "start_optimizer": starts}
+        return [(name, one, names[name]) for name, one in self._given.items() if names[name]]
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {name: (one, [self.outer[own] for own in names]) for name, one, names in self._groups()}
+
+    def parameters(self, member: int) -> dict[str, np.ndarray]:
+        return {name: value[member] for name, value in self.population().items()}
+
+    def population(self) -> dict[str, np.ndarray]:
+        return {name: variable.numpy() for name, variable in self.outer.items()}
+
+    def synchronize(self, best: int) -> None:
+        for variable in [*self.outer.values(), *self.slots()]:
+            variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
+
+    def slots(self) -> list[keras.Variable]:
+        """The optimizer variables that have a value for each member."""
+        shapes = {tuple(value.shape) for value in self.outer.values()}
+        return [v for _, optimizer, _ in self._groups() for v in optimizer.variables if tuple(v.shape) in shapes]
+
+    def step(self, family: int, estimator: Estimator, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+        outer = {name: value_of(variable) for name, variable in self.outer.items()}
+        first = ops.equal(window, 0)
+        episodes = estimator.part(episodes, window)
+        mine, slots = shard(), self._carried[family]
+        carried = tree_map(value_of, slots)
+        own = carried._replace(learners=mine.part(carried.learners, axis=1))
+        local = self._local(family, estimator)
+        measured, learners = local(outer, episodes, seed, own, first, ops.convert_to_tensor(mine.index, "int32"))
+        found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
+        kept = Carried(mine.whole(learners, axis=1), directions)
+        for slot, value in zip(leaves(slots), leaves(kept), strict=True):
+            slot.assign(value)
+        squares = {n: ops.sum(ops.square(g), axis=tuple(range(1, len(g.shape)))) for n, g in found.gradients.items()}
+        norm = ops.sqrt(sum(squares.values()))
+        sound = ops.logical_and(ops.isfinite(found.loss), ops.isfinite(norm))
+        clipped: dict[str, Array] = {}
+        for _, _, names in self._groups():
+            length = ops.sqrt(sum(squares[name] for name in names))
+            scale = ops.ones_like(length)
+            if self.clipnorm is not None:
+                scale = ops.minimum(scale, self.clipnorm / ops.maximum(length, 1e-12))
+            clipped |= {name: of_members(scale, found.gradients[name]) * found.gradients[name] for name in names}
+        self.apply(clipped, sound)
+        means = {"loss": found.loss, self.quality: found.accuracy, "gradient_norm": norm}
+        logs = {name: counted(value, sound) for name, value in means.items()}
+        return Outcome({**logs, "skipped": skipped(sound, norm)}, found.accuracy, sound)
+
+    def _local(self, family: int, estimator: Estimator) -> Any:
+        """The statistics of a shard of tasks, compiled."""
+
+        def local(outer: Any, episodes: Episodes, seed: Array, carried: Any, first: Array, index: Array) -> Any:
+            mine = Shard(index, self.runner.replicas)
+            return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
+
+        return local if self.eager else compiled(local, jit_compile=self.jit)
+
+    def apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
+        """Updates the sound members. The others keep their parameters and optimizer state.
+
+        A step without a sound member does not count, not even in the optimizers' counters. Every
+        replica already has the full gradient, but Keras optimizers sum over replicas. Each replica
+        therefore contributes the gradient divided by the number of replicas.
+        """
+        own = {id(variable) for variable in [*self.outer.values(), *self.slots()]}
+        touched = [*self.outer.values(), *(v for _, optimizer, _ in self._groups() for v in optimizer.variables)]
+        before = [value_of(variable) for variable in touched]
+        shares = {name: ops.where(of_members(sound, g), g, 0.0) / self.runner.replicas for name, g in gradients.items()}
+        for _, optimizer, names in self._groups():
+            apply_scaled(optimizer, [shares[name] for name in names], [self.outer[name] for name in names])
+        for variable, old in zip(touched, before, strict=True):
+            changed = of_members(sound, old) if id(variable) in own else ops.any(sound)
+            variable.assign(ops.where(changed, value_of(variable), old))
+
+
+class Search(Strategy):
+    """CMA-ES on the vector of all outer parameters.
+
+    Args:
+        families: the tasks and the learner of each family.
+        runner: of the trainer.
+        options: population and initial standard deviation.
+        quality: name of the logged quality.
+    """
+
+    logged = ("sigma", "best")
+    deals_tasks = False
+
+    def __init__(self, families: Sequence[Family], runner: Runner, options: Evolution, quality: str):
+        super().__init__(families, 1, runner)
+        self.options, self.quality = options, quality
+        self.state: dict[str, keras.Variable] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def init(self, owner: MetaTrainer, start: Mapping[str, np.ndarray]) -> None:
+        centre = {name: own[0] for name, own in start.items()}
+        self.shapes = {name: own.shape for name, own in centre.items()}
+        self.search = CMAES(to_vector(centre).size, self.options.population, self.options.sigma)
+        for name, value in self.search.init(to_vector(centre))._asdict().items():
+            self.state[name] = owner.counter(f"evolution_{name}", ops.convert_to_numpy(value))
+
+    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """No optimizers.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        if optimizer is not None or start_optimizer is not None:
+            raise ValueError(f"`optimizer` must be None under Evolution. {arguments.received('optimizer', optimizer)}")
+        return None, None
+
+    def synchronize(self, best: int) -> None:
+        """Does nothing: there is one distribution."""
+
+    def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        return {}
+
+    def parameters(self, member: int) -> dict[str, np.ndarray]:
+        """The mean of the search distribution."""
+        return {name: value[0] for name, value in self.population().items()}
+
+    def population(self) -> dict[str, np.ndarray]:
+        centre = from_vectors(self.shapes, self.state["mean"].numpy()[None])
+        return {name: ops.convert_to_numpy(value) for name, value in centre.items()}
+
+    def step(self, family: int, estimator: Evolution, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+        """Asks for candidates, scores them, and tells the scores."""
+        del window
+        learner = self.families[family][1]
+
+        def score(candidates: Array, episodes: Episodes, seed: Array) -> Any:
+            return estimator.score(learner, from_vectors(self.shapes, candidates), episodes, seed)
+
+        ask, tell = self.search.ask, self.search.tell
+        if not self.eager:
+            score, ask, tell = (compiled(one, jit_compile=self.jit) for one in (score, ask, tell))
+        state = CMAState(**{name: value_of(variable) for name, variable in self.state.items()})
+        candidates = ask(state, random.fold_in(seed, _CANDIDATES))
+        mine, population = shard(), estimator.population
+        dealt = np.arange(-(-population // mine.count) * mine.count) % population  # some twice
+        own = self.runner.spread(mine.part(ops.take(candidates, dealt, axis=0), axis=0))
+        scores = score(own, episodes, seed)
+        fitness, loss, quality = (value[:population] for value in mine.whole(scores, axis=0))
+        new = tell(state, candidates, fitness)
+        for name, value in new._asdict().items():
+            self.state[name].assign(value)
+        sound = ops.isfinite(fitness)
+        sigma = ops.cast(new.sigma, loss.dtype)
+        logs = {"loss": counted(loss, sound), self.quality: counted(quality, sound)}
+        total, count = (ops.sum(one) for one in logs[self.quality])
+        best = ops.max(ops.where(ops.logical_and(sound, ops.isfinite(quality)), quality, -np.inf))
+        logs |= {"best": counted(best, ops.isfinite(best)), "sigma": (sigma, ops.ones_like(sigma))}
+        logs["skipped"] = skipped(sound, loss)
+        return Outcome(logs, ops.reshape(total / count, (1,)), ops.reshape(ops.any(sound), (1,)))
+
+
+def counted(value: Array, sound: Array) -> tuple[Array, Array]:
+    """Values and their weights in a running mean; unsound and non-finite values have weight 0."""
+    counts = ops.logical_and(sound, ops.isfinite(value))
+    return ops.where(counts, value, 0.0), ops.cast(counts, value.dtype)
+
+
+def skipped(sound: Array, like: Array) -> tuple[Array, Array]:
+    """The share of what was not sound, in the dtype of another array."""
+    return ops.cast(ops.logical_not(sound), like.dtype), ops.ones_like(ops.cast(sound, like.dtype))
+
+
+def of_members(value: Array, like: Array) -> Array:
+    """Reshapes one number per member to broadcast with arrays `[members, ...]`."""
+    return ops.reshape(value, (-1,) + (1,) * (len(like.shape) - 1))
