@@ -45,9 +45,10 @@ from keras_blur.meta.unroll import Unroll
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.mixture import Mixture
 from keras_blur.training import settings
-from keras_blur.training.loop import OuterLoop
+from keras_blur.training.loop import Absent, OuterLoop
 
 Array = Any
+_SCORED = "its tasks are scored by `report.score_episodes` and by the callback `meta.MetaValidate`."
 _STEP = 1_000_000_007  # folded into the seed for the networks and the noise of a step
 
 
@@ -94,6 +95,13 @@ class MetaTrainer(OuterLoop):
     """
 
     descent = Descent  # the strategy by which a gradient is followed
+
+    # What a `keras.Model` does with examples, and a trainer of outer parameters cannot.
+    predict = Absent(_SCORED)
+    evaluate = Absent(_SCORED)
+    predict_on_batch = Absent(_SCORED)
+    test_on_batch = Absent(_SCORED)
+    train_on_batch = Absent(_SCORED)
 
     def __init__(
         self,

@@ -55,6 +55,23 @@ Array = Any
 _HEADROOM = 16.0
 
 
+class Absent:
+    """Stands for a method of `keras.Model` that a trainer does not have.
+
+    Args:
+        instead: a sentence that says what to use.
+    """
+
+    def __init__(self, instead: str):
+        self.instead = instead
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no `{self.name}`: {self.instead}", name=self.name, obj=instance)
+
+
 class OuterLoop(keras.Model):
     """A Keras model whose `fit` runs outer steps.
 

@@ -52,6 +52,15 @@ def test_it_learns_from_random_numbers():
     assert int(made.meta_step.value) == 240
 
 
+@pytest.mark.parametrize("name", ["predict", "evaluate", "predict_on_batch", "test_on_batch", "train_on_batch"])
+def test_it_has_no_methods_that_work_on_examples(name):
+    made = trainer()
+    assert hasattr(keras.Model, name)
+    assert not hasattr(made, name)
+    with pytest.raises(AttributeError, match=f"MetaTrainer has no `{name}`: .*score_episodes"):
+        getattr(made, name)
+
+
 @pytest.mark.slow
 def test_keras_s_own_backup_resumes_to_the_same_numbers(tmp_path):
     class Stop(keras.callbacks.Callback):
