@@ -14,42 +14,14 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from sizes import Gaussians, Size, estimator
 
 import keras_blur as kb
-from keras_blur import bilevel, learners, meta, random, tasks
+from keras_blur import bilevel, learners, meta, random
 from keras_blur.backend import Runner
-from keras_blur.cli.meta_train import RULE
 from keras_blur.meta import strategy
 
 Array = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How large a case is.
-
-    Attributes:
-        sizes: units of each layer, the input first.
-        batch: examples of a support batch, and of the query; of `fit`, the batch of all cores.
-        steps: unrolled steps.
-        tasks: episodes of a step, of all cores.
-        members: genomes side by side.
-        states: of a neuron.
-        population: candidates of a CMA-ES generation; half as many antithetic pairs in ES and PES.
-    """
-
-    sizes: tuple[int, ...] = (12, 16, 4)
-    batch: int = 8
-    steps: int = 3
-    tasks: int = 8
-    members: int = 2
-    states: int = 2
-    population: int = 8
-
-    @property
-    def rule(self) -> kb.Rule:
-        """That of `keras-blur meta-train`."""
-        return kb.Rule(**{**RULE, "states": self.states})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,34 +39,16 @@ class Case:
     variables: list[keras.Variable]
 
 
-class Gaussians(tasks.Tasks):
-    """Classes of Gaussian points around means that each episode draws anew."""
-
-    kind, name = "classes", "gaussians"
-
-    def __init__(self, features: int, outputs: int):
-        self.shape, self.outputs = (features,), outputs
-
-    def available(self, split: str) -> int:
-        return 2**24
-
-    def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
-        means = random.normal(random.fold_in(seed, 0), (self.outputs, self.features))
-        y = random.integers(random.fold_in(seed, 1, len(split)), (count,), self.outputs)
-        x = tf.gather(means, y) + 0.5 * random.normal(random.fold_in(seed, 2, len(split)), (count, self.features))
-        return x, 2.0 * tf.one_hot(y, self.outputs) - 1.0
-
-
 def _variables(model: keras.Model) -> list[keras.Variable]:
     names = ("optimizer", "meta_optimizer", "own_optimizer")
     optimizers = [one for one in (getattr(model, name, None) for name in names) if one]
     return [*model.variables, *model.metrics_variables, *(variable for one in optimizers for variable in one.variables)]
 
 
-def _meta(size: Size, estimator: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None) -> Case:
-    evolution = isinstance(estimator, meta.Evolution)
+def _meta(size: Size, by: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None) -> Case:
+    evolution = isinstance(by, meta.Evolution)
     made = trainer(
-        Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), estimator,
+        Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), by,
         members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
         seed=3,
     )  # fmt: skip
@@ -126,13 +80,13 @@ def fit(size: Size, model: type[kb.Sequential] = kb.Sequential) -> Case:
     return Case(tf.function(one_step_on_data, autograph=False), (batch,), _variables(made))
 
 
-def bilevel_case(size: Size, estimator: Any) -> Case:
+def bilevel_case(size: Size, by: Any) -> Case:
     """A step of `BilevelTrainer`: weights of examples by an estimator, then the model's own;
     metrics included."""
     dense, seeded = keras.layers.Dense, keras.initializers.GlorotUniform
     layers = [dense(units, "relu", kernel_initializer=seeded(number)) for number, units in enumerate(size.sizes[1:-1])]
     model = keras.Sequential([keras.Input(size.sizes[:1]), *layers, dense(size.sizes[-1], kernel_initializer=seeded(9))])
-    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(8), estimator, seed=3)
+    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(8), by, seed=3)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     made.compile(keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2, epsilon=1e-3), loss, ["accuracy"], jit_compile=False)
     batch = size.batch * size.tasks
@@ -143,18 +97,6 @@ def bilevel_case(size: Size, estimator: Any) -> Case:
     return Case(made._program(True), (random.seed_of(5), made._next(0, 0), made._next(1, 0)), _variables(made))
 
 
-def _estimator(kind: Any, size: Size) -> Any:
-    # A difference of two losses over a small sigma would be rounding magnified.
-    noise: dict[str, Any] = {"antithetic_pairs": size.population // 2, "sigma": 0.2}
-    if kind is meta.PES:
-        return meta.PES(size.steps, episode_steps=2 * size.steps, **noise)
-    if kind is meta.TruncatedUnroll:
-        return meta.TruncatedUnroll(size.steps, episode_steps=2 * size.steps)
-    if kind is meta.ES:
-        return meta.ES(size.steps, **noise)
-    return meta.Evolution(size.steps, population=size.population) if kind is meta.Evolution else kind(size.steps)
-
-
 def _warped(size: Size) -> learners.Warp:
     model, warps = learners.warped(size.sizes[0], size.sizes[1:-1], size.sizes[-1], seed=1)
     return learners.Warp(model, warps, keras.optimizers.SGD(0.1))
@@ -162,11 +104,11 @@ def _warped(size: Size) -> learners.Warp:
 
 CASES: dict[str, Callable[[Size], Case]] = {
     "fit": fit,
-    "unroll": lambda size: _meta(size, _estimator(meta.Unroll, size)),
-    "truncated": lambda size: _meta(size, _estimator(meta.TruncatedUnroll, size)),
-    "es": lambda size: _meta(size, _estimator(meta.ES, size)),
-    "pes": lambda size: _meta(size, _estimator(meta.PES, size)),
-    "cma": lambda size: _meta(size, _estimator(meta.Evolution, size)),
+    "unroll": lambda size: _meta(size, estimator(meta.Unroll, size)),
+    "truncated": lambda size: _meta(size, estimator(meta.TruncatedUnroll, size)),
+    "es": lambda size: _meta(size, estimator(meta.ES, size)),
+    "pes": lambda size: _meta(size, estimator(meta.PES, size)),
+    "cma": lambda size: _meta(size, estimator(meta.Evolution, size)),
     "bilevel": lambda size: bilevel_case(size, bilevel.OneStep(rate=0.1)),
     "famus": lambda size: bilevel_case(
         size, bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(1, hidden=8), rate=0.1)
@@ -227,8 +169,8 @@ class Python(kb.Sequential):
 LARGE = Size(sizes=(8, 65536, 4), batch=65536, tasks=8)
 
 CONTROLS: dict[str, Callable[[Size], Case]] = {
-    "undivided": lambda size: _meta(size, _estimator(meta.Unroll, size), Undivided),
-    "unreduced": lambda size: _meta(size, _estimator(meta.Unroll, size), Unreduced),
+    "undivided": lambda size: _meta(size, estimator(meta.Unroll, size), Undivided),
+    "unreduced": lambda size: _meta(size, estimator(meta.Unroll, size), Unreduced),
     "printing": lambda size: fit(size, Printing),
     "python": lambda size: fit(size, Python),
     "large": lambda size: fit(LARGE),

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Makes a TPU VM ready: a virtual environment with TensorFlow for TPU, this library, and a look at the chips.
+# Makes a TPU VM ready: a virtual environment with JAX (or TensorFlow) for TPU, this library, and a look at the chips.
 # README.md here says when to run it. Safe to run again.
 #
-#   tpu/setup_vm.sh [--python PYTHON] [--venv FOLDER] [--data] [--pjrt] [--check] [--no-tpu]
+#   tpu/setup_vm.sh [--tensorflow] [--python PYTHON] [--venv FOLDER] [--data] [--pjrt] [--check] [--no-tpu]
 #
+#   --tensorflow     TensorFlow for TPU instead of JAX
 #   --python PYTHON  interpreter to make the environment with (python3.11 by default)
 #   --venv FOLDER    the environment (.venv-tpu by default)
 #   --data           also what real image sets need
-#   --pjrt           also write FOLDER/pjrt.sh, to be sourced before training on v5p and v6e
+#   --pjrt           with --tensorflow: also write FOLDER/pjrt.sh, to be sourced before training on v5p and v6e
 #   --check          install nothing: only look at the chips
-#   --no-tpu         install TensorFlow for CPU in its place, and look at no chips: to try the script elsewhere
+#   --no-tpu         install the backend for CPU in its place, and look at no chips: to try the script elsewhere
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,15 +20,17 @@ data=
 pjrt=
 check=
 tpu=yes
+backend=jax
 while [ $# -gt 0 ]; do
   case $1 in
+    --tensorflow) backend=tensorflow ;;
     --python) python=${2:?--python needs an interpreter}; shift ;;
     --venv) venv=${2:?--venv needs a folder}; shift ;;
     --data) data=,data ;;
     --pjrt) pjrt=yes ;;
     --check) check=yes ;;
     --no-tpu) tpu= ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "setup_vm.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
   esac
   shift
@@ -37,7 +40,7 @@ if ! command -v "$python" > /dev/null; then
   echo "setup_vm.sh: there is no $python; install it (sudo apt-get install python3.11-venv) or give --python" >&2
   exit 1
 fi
-if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
+if [ "$backend" = tensorflow ] && ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
   echo "setup_vm.sh: TensorFlow for TPU has wheels for Python 3.11 and 3.12; $python is $("$python" -V)" >&2
   exit 1
 fi
@@ -52,14 +55,16 @@ if [ -n "$check" ]; then
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-if [ -n "$tpu" ]; then
-  "$venv/bin/pip" install -q -r tpu/requirements-vm.txt -e ".[tpu$data]"
-else
-  "$venv/bin/pip" install -q -e ".[cpu$data]"
-fi
+case $backend$tpu in
+  tensorflowyes) "$venv/bin/pip" install -q -r tpu/requirements-vm.txt -e ".[tpu$data]" ;;
+  tensorflow) "$venv/bin/pip" install -q -e ".[cpu$data]" ;;
+  # Image sets are read by tensorflow-datasets, with TensorFlow on the CPU.
+  jaxyes) "$venv/bin/pip" install -q 'jax[tpu]' -e ".[jax${data:+,cpu}$data]" ;;
+  jax) "$venv/bin/pip" install -q -e ".[jax${data:+,cpu}$data]" ;;
+esac
 "$venv/bin/pip" check
 
-if [ -n "$pjrt" ]; then
+if [ -n "$pjrt" ] && [ "$backend" = tensorflow ]; then
   library=$("$venv/bin/python" -c 'import libtpu; print(libtpu.get_library_path())')
   cat > "$venv/pjrt.sh" <<END
 export PJRT_DEVICE=TPU NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=$library
@@ -67,4 +72,4 @@ END
   echo "before training: source $venv/pjrt.sh"
 fi
 [ -n "$tpu" ] && where=local || where=none
-echo "ready: $venv/bin/python tpu/train.py --tpu $where --out FOLDER_OR_BUCKET"
+echo "ready: $venv/bin/python tpu/train.py --backend $backend --tpu $where --out FOLDER_OR_BUCKET"

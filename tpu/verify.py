@@ -1,10 +1,16 @@
 """Checks training steps for TPU without one: traced, lowered, executed on CPU devices, compiled for
 every chip.
 
-    python tpu/verify.py [--case NAME] [--cores N] [--chip KIND] [--json FILE]
+    python tpu/verify.py [--backend jax] [--case NAME] [--cores N] [--chip KIND] [--json FILE]
 
-For each step (of `fit`; of meta-training by each estimator) and each number of cores, which here
-are logical CPU devices:
+On JAX, for each step (of `fit`; of meta-training by each estimator) and each number of cores:
+
+1. executed on so many CPU devices, among which the compiler splits the work: gives what one device
+   gives;
+2. lowered for each chip, without a call to the host; compiled by libtpu for v4, v5e, v5p and v6e,
+   each in a process of its own, and fits into the chip's memory.
+
+With `--backend tensorflow`, for each step and each number of cores, which are logical CPU devices:
 
 1. traced under `TPUStrategy`; every operation has a TPU kernel, every shape is static;
 2. lowered by TensorFlow's TPU kernels;
@@ -35,9 +41,11 @@ from absl import app, flags
 
 NAMES = ("fit", "unroll", "truncated", "es", "pes", "cma", "warpgrad", "bilevel", "famus")
 CONTROLS = ("undivided", "unreduced", "printing", "python", "large")  # wrong on purpose: each must be refused
+ON_TENSORFLOW = ("warpgrad", "bilevel", "famus", "undivided")  # checked there alone
 KINDS = ("v4", "v5e", "v5p", "v6e")
 FROM_MIRRORED, FROM_ONE_DEVICE = 1e-6, 1e-4  # of the largest number among what has one scale
 
+_BACKEND = flags.DEFINE_enum("backend", "jax", ["jax", "tensorflow"], "Backend of Keras.")
 _CASE = flags.DEFINE_multi_enum("case", None, [*NAMES, *CONTROLS], "Steps to check; all by default.")
 _CORES = flags.DEFINE_multi_integer("cores", [1, 4, 8], "Numbers of cores.", lower_bound=1)
 _CHIP = flags.DEFINE_multi_enum("chip", None, KINDS, "Chips to compile for; all by default.")
@@ -116,7 +124,7 @@ def make_program(name: str, cores: int, folder: pathlib.Path) -> dict[str, Any]:
 
 def _size() -> Any:
     """The sizes that the flags ask for."""
-    from cases import Size
+    from sizes import Size
 
     given = dict(pair.split("=") for pair in _SIZE.value)
     unknown = set(given) - {field.name for field in dataclasses.fields(Size)}
@@ -205,9 +213,19 @@ def write(path: str, document: Any) -> None:
 def stage() -> None:
     """What a process of its own does: reads and writes reports in the folder."""
     folder, cores = pathlib.Path(_FOLDER.value or "."), _CORES.value[0]
-    report = _STAGE.value
-    if _STAGE.value == "program":
-        found = make_program(str(_CASE.value and _CASE.value[0]), cores, folder)
+    report, case = _STAGE.value, str(_CASE.value and _CASE.value[0])
+    if _BACKEND.value == "jax":
+        if report == "execute":
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cores}"
+        import ahead
+
+        if report == "execute":
+            found = ahead.execute(case, _size(), cores)
+        else:
+            report = str(_CHIP.value and _CHIP.value[0])
+            found = ahead.compile_for(case, _size(), report, cores)
+    elif _STAGE.value == "program":
+        found = make_program(case, cores, folder)
     elif _STAGE.value == "execute":
         found = run_program(cores, folder, json.loads((folder / "program.json").read_text()))
     else:
@@ -233,11 +251,11 @@ def run_stage(what: str, folder: pathlib.Path, case: str, cores: int, chip: str 
     """
     command = [
         sys.executable, __file__, f"--stage={what}", f"--folder={folder}", f"--cores={cores}", f"--case={case}",
-        f"--size={','.join(_SIZE.value)}", f"--execute={_EXECUTE.value}",
+        f"--size={','.join(_SIZE.value)}", f"--execute={_EXECUTE.value}", f"--backend={_BACKEND.value}",
     ]  # fmt: skip
     done = subprocess.run(
         [*command, f"--chip={chip}"] if chip else command, capture_output=True, text=True,
-        env={**os.environ, **NO_TPU},
+        env={**os.environ, **NO_TPU, "KERAS_BACKEND": _BACKEND.value},
     )  # fmt: skip
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -253,16 +271,21 @@ def check(case: str, cores: int, chips: list[str], folder: pathlib.Path) -> dict
         Refused: at the first check that does not hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    report = made = run_stage("program", folder, case, cores)
-    line = f"{case:>10} x {cores}: {made['sums']:2d} cross-replica sums"
-    if cores > 1 and not made["sums"]:
-        raise Refused("program: no sum over the replicas")
+    report: dict[str, Any] = {}
+    line = f"{case:>10} x {cores}: "
+    if _BACKEND.value == "tensorflow":
+        report = run_stage("program", folder, case, cores)
+        line += f"{report['sums']:2d} cross-replica sums"
+        if cores > 1 and not report["sums"]:
+            raise Refused("program: no sum over the replicas")
     if _EXECUTE.value:
         ran = run_stage("execute", folder, case, cores)
         report |= ran
-        if ran["apart"]:
+        if ran.get("apart"):
             raise Refused(f"execute: variables differ between cores: {', '.join(ran['apart'][:5])}")
         for what, most in (("one_device", FROM_ONE_DEVICE), ("mirrored", FROM_MIRRORED)):
+            if f"from_{what}" not in ran:
+                continue
             far, name = ran[f"from_{what}"]
             words = what.replace("_", " ")
             if not far <= most:
@@ -277,7 +300,9 @@ def check(case: str, cores: int, chips: list[str], folder: pathlib.Path) -> dict
             raise Refused(f"{chip}: needs {needed / 2**30:.2f} of {built['available'] / 2**30:.0f} GiB")
         print(
             f"{chip:>14}: compiled in {built['seconds']:.1f} s, {built['reductions']} all-reduce, "
-            f"{needed / 2**20:.1f} MiB of {built['available'] / 2**30:.0f} GiB", flush=True,
+            f"{needed / 2**20:.1f} MiB of {built['available'] / 2**30:.0f} GiB"
+            + (f", {built['flops']:.2g} operations" if "flops" in built else ""),
+            flush=True,
         )  # fmt: skip
         report["chips"][chip] = built | {"needed": needed}
     return report
@@ -295,7 +320,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(_FOLDER.value or temporary)
         reports, failed = {}, 0
-        for case in _CASE.value or NAMES:
+        left_out = ON_TENSORFLOW if _BACKEND.value == "jax" else ()
+        for case in _CASE.value or [name for name in NAMES if name not in left_out]:
+            if case in left_out:
+                raise app.UsageError(f"--case={case} is checked with --backend tensorflow alone")
             for cores in _CORES.value:
                 try:
                     reports[f"{case} x {cores}"] = check(case, cores, _CHIP.value or list(KINDS), folder / f"{case}-{cores}")

@@ -295,6 +295,37 @@ class stream:
             return jax.tree.map(np.asarray, draw(np.int32(number)))
 
 
+class Program:
+    """A compiled function that reads and assigns Keras variables; see `Runner.program`."""
+
+    def __init__(self, function: Callable[..., Any], variables: Sequence[Any], whole: NamedSharding | None):
+        self._variables = list({id(one): one for one in variables}.values())
+        self._whole = whole
+
+        def pure(values: Sequence[Array], *arguments: Any) -> tuple[Any, list[Array]]:
+            with keras.StatelessScope(list(zip(self._variables, values, strict=True))) as scope:
+                result = function(*arguments)
+                after = [scope.get_current_value(one) for one in self._variables]
+            return result, [old if new is None else new for old, new in zip(values, after, strict=True)]
+
+        self._compiled = jax.jit(pure, out_shardings=whole)
+
+    def __call__(self, *arguments: Any) -> Any:
+        result, after = self._compiled([one.value for one in self._variables], *arguments)
+        for variable, value in zip(self._variables, after, strict=True):
+            variable.assign(value)
+        return result
+
+    def lower(self, *arguments: Any) -> Any:
+        """The program before it is compiled, a `jax.stages.Lowered`.
+
+        Args:
+            *arguments: trees of arrays or of `jax.ShapeDtypeStruct`.
+        """
+        values = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._whole) for one in self._variables]
+        return self._compiled.lower(values, *arguments)
+
+
 class Runner:
     """Runs programs on the devices of `keras.distribution`'s layout that was current at
     construction.
@@ -344,33 +375,34 @@ class Runner:
             variables: gives the Keras variables that the function reads or assigns.
             eager: whether to run it without compilation, for debugging.
         """
-        if eager:
-            return function
-        of_program = list({id(one): one for one in variables()}.values())
+        return function if eager else Program(function, variables(), None if self._mesh is None else self._laid_out(False))
 
-        def pure(values: Sequence[Array], *arguments: Any) -> tuple[Any, list[Array]]:
-            with keras.StatelessScope(list(zip(of_program, values, strict=True))) as scope:
-                result = function(*arguments)
-                after = [scope.get_current_value(one) for one in of_program]
-            return result, [old if new is None else new for old, new in zip(values, after, strict=True)]
+    def _laid_out(self, split: bool) -> NamedSharding:
+        """The layout of arrays whose first axis is laid over the devices, or that are whole on
+        each."""
+        return NamedSharding(self._mesh, PartitionSpec(self._axis) if split else PartitionSpec())
 
-        whole = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        made = jax.jit(pure, out_shardings=whole)
+    def on(self, mesh: Any, axis: str) -> None:
+        """Takes other devices, which need not be in this machine: programs can then be lowered and
+        compiled for them, but not run.
 
-        def run(*arguments: Any) -> Any:
-            result, after = made([one.value for one in of_program], *arguments)
-            for variable, value in zip(of_program, after, strict=True):
-                variable.assign(value)
-            return result
+        Args:
+            mesh: a `jax.sharding.Mesh`.
+            axis: its axis over which work is split.
+        """
+        self._mesh, self._axis = mesh, axis
 
-        return run
+    def shape_of(self, array: np.ndarray) -> jax.ShapeDtypeStruct:
+        """What stands for an array that would be dealt, where a program is lowered."""
+        split = bool(array.ndim) and not array.shape[0] % self.shares
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._laid_out(split))
 
     def spread(self, values: Array) -> Array:
         """An array laid over the devices along its first axis, if they divide it, inside a
         program."""
         if values.shape[0] % self.shares or self._mesh is None:
             return values
-        return jax.lax.with_sharding_constraint(values, NamedSharding(self._mesh, PartitionSpec(self._axis)))
+        return jax.lax.with_sharding_constraint(values, self._laid_out(True))
 
     def deal(self, dataset_of: Callable[[int, int], Any]) -> Iterator[Any]:
         """An iterator of the elements of a stream, each laid over the devices.
@@ -385,5 +417,5 @@ class Runner:
     def _laid(self, array: np.ndarray) -> Array:
         if self._mesh is None:
             return array
-        spec = PartitionSpec() if array.shape[0] % self.shares else PartitionSpec(self._axis)
-        return jax.make_array_from_callback(array.shape, NamedSharding(self._mesh, spec), lambda index: array[index])
+        layout = self._laid_out(not array.shape[0] % self.shares)
+        return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])

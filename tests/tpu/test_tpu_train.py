@@ -4,6 +4,7 @@ names mistakes."""
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ RUN = (
 )  # fmt: skip
 
 
+BACKENDS = ["jax", "tensorflow"]
+
+
 def command(*flags):
     return [sys.executable, str(ROOT / "tpu" / "train.py"), *flags]
 
@@ -29,10 +33,12 @@ def environment():
 
 
 @pytest.mark.slow
-def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path, backend):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(*RUN, f"--out={whole}"), env=environment(), check=True, capture_output=True)
-    first = subprocess.Popen(command(*RUN, f"--out={broken}"), env=environment(), stdout=subprocess.PIPE, text=True)
+    flags = (f"--backend={backend}", *RUN)
+    subprocess.run(command(*flags, f"--out={whole}"), env=environment(), check=True, capture_output=True)
+    first = subprocess.Popen(command(*flags, f"--out={broken}"), env=environment(), stdout=subprocess.PIPE, text=True)
     while True:  # until the second epoch is on its way
         text = first.stdout.read(200)
         assert text, "it ended before it was stopped"
@@ -42,7 +48,7 @@ def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path):
     first.communicate()
     assert first.returncode == 143
     assert not (broken / "result.json").exists()
-    subprocess.run(command(*RUN, f"--out={broken}"), env=environment(), check=True, capture_output=True)
+    subprocess.run(command(*flags, f"--out={broken}"), env=environment(), check=True, capture_output=True)
     assert (broken / "genome.json").read_bytes() == (whole / "genome.json").read_bytes()
     history = [json.loads((folder / "result.json").read_text())["history"] for folder in (broken, whole)]
     assert 1 <= len(history[0]["loss"]) <= 3
@@ -73,10 +79,28 @@ def test_a_mistake_ends_the_process():
     assert "Traceback" not in done.stderr
 
 
+def test_a_jax_without_tpu_is_named():
+    code = "import train; train.DEVICES = (train.__file__,); train.scope_of(NAME)"
+    for name, said in (("local", "finds no TPU: pip install 'jax\\[tpu\\]'"), ("other", "must be local or none on JAX")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("NAME", repr(name))], capture_output=True, text=True, check=False,
+            env={**environment(), "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT / "tpu")},
+        )  # fmt: skip
+        assert re.search(said, done.stderr.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [([], "jax"), (["--backend=tensorflow"], "tensorflow"), (["--epochs=1", "--backend", "tensorflow"], "tensorflow")],
+)
+def test_the_backend_is_known_before_keras_is_imported(arguments, backend):
+    assert train.backend_of(arguments) == backend
+
+
 def test_a_tensorflow_without_tpu_is_named(monkeypatch):
     monkeypatch.setattr(train, "DEVICES", (__file__,))  # a chip seems to be there
     with pytest.raises(ValueError, match=r"--tpu local: this TensorFlow .* has no TPU support"):
-        train.connect("local")
+        train.scope_of("local")
 
 
 def test_the_setup_script_says_what_it_would_do_and_what_is_wrong():
