@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import files
 from keras_blur.core import random
@@ -64,7 +64,7 @@ class Learner(abc.ABC):
                 sharding.
 
         Returns:
-            A nest of tensors.
+            A tree of arrays.
         """
 
     @abc.abstractmethod
@@ -168,10 +168,12 @@ def draw_kernel(
     """
     tasks, rows = leading[1:], None
     if shard.count > 1:
-        rows = shard.index + shard.count * tf.range(leading[1])
+        rows = shard.index + shard.count * ops.arange(leading[1], dtype="int32")
         tasks = (leading[1] * shard.count, *leading[2:])
-    kernel = random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows) / float(fan_in or shape[0]) ** 0.5
-    return tf.broadcast_to(kernel, (*leading, *shape))
+    # A product, which every compiler rounds alike; XLA makes one of a division by a constant.
+    deviation = float(np.float32(1.0) / np.float32(float(fan_in or shape[0]) ** 0.5))
+    kernel = deviation * random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows)
+    return ops.broadcast_to(kernel, (*leading, *shape))
 
 
 class Place(NamedTuple):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from keras_blur import backend
 from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense, updates
@@ -67,14 +68,14 @@ class BaselineLearner(Learner):
         before = features
         for index, units in enumerate((*self.hidden, outputs)):
             weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, shard))
-            weights.append(tf.zeros((*leading, 1, units)))
+            weights.append(ops.zeros((*leading, 1, units), "float32"))
             before = units
         return self.begin(tuple(weights))
 
     def begin(self, weights: tuple[Array, ...]) -> BaselineState:
         """The state of an untrained network with the given weights."""
-        zeros = tuple(tf.zeros_like(weight) for weight in weights)
-        return BaselineState(weights, zeros, zeros, tf.zeros((), tf.int32))
+        zeros = tuple(ops.zeros_like(weight) for weight in weights)
+        return BaselineState(weights, zeros, zeros, ops.zeros((), "int32"))
 
     def check(self, kind: str, outputs: int) -> None:
         """Raises a `ValueError` if the loss does not fit tasks of this kind."""
@@ -82,18 +83,20 @@ class BaselineLearner(Learner):
 
     def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
         """The gradient of the batch loss with respect to the weights, and the prediction."""
-        with tf.GradientTape() as tape:
-            tape.watch(weights)
+
+        def loss(weights: tuple[Array, ...]) -> tuple[Array, Array]:
             prediction = dense.forward(weights, x, self.activation)
             # The mean over a batch; the sum over leading axes leaves each network its own gradient.
-            loss = tf.reduce_sum(tf.reduce_mean(updates.losses(self.loss, prediction, y), axis=-1))
-        return tape.gradient(loss, weights), prediction
+            return ops.sum(backend.mean(updates.losses(self.loss, prediction, y), -1)), prediction
+
+        prediction, gradients = backend.gradient(loss, weights)
+        return gradients, prediction
 
     def step(self, outer: Outer, state: BaselineState, x: Array, y: Array) -> tuple[BaselineState, Array]:
         gradients, prediction = self.gradients(state.weights, x, y)
-        rate = tf.cast(tf.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
+        rate = ops.cast(ops.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
         moments = (state.weights, state.first, state.second, gradients)
-        leading = prediction.shape.rank - 2
+        leading = len(prediction.shape) - 2
         arrays = updates.updated(self.optimizer, rate[..., None, None], state.step, *moments, leading=leading)
         return BaselineState(*arrays, state.step + 1), prediction
 

@@ -1,4 +1,4 @@
-"""The learner that uses a genome: the network step of `Model.fit` on plain tensors.
+"""The learner that uses a genome: the network step of `Model.fit` on plain arrays.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
 3.3.
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import feedback, network
@@ -54,8 +54,8 @@ class Blur(MetaLearner):
     ...     keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Flatten(), keras.layers.Dense(outputs)
     ... ]
     >>> state = Blur(small).on((8, 8, 1), 10).init({}, random.seed_of(0), 64, 10)
-    >>> state.synapses[0]["kernel"].shape
-    TensorShape([2, 3, 3, 1, 4])
+    >>> tuple(state.synapses[0]["kernel"].shape)
+    (2, 3, 3, 1, 4)
     """
 
     def __init__(
@@ -178,9 +178,9 @@ class Blur(MetaLearner):
         if self.rule.feedback == "labels":
             return y
         loss = loss_of(self.rule, int(prediction.shape[-1]))
-        y = tf.broadcast_to(y, tf.shape(prediction))
+        y = ops.broadcast_to(y, ops.shape(prediction))
         kind = feedback.target_kind(loss)
-        targets = {"classes": lambda: tf.argmax(y, -1, tf.int32), "indicators": lambda: 0.5 * (y + 1.0)}
+        targets = {"classes": lambda: ops.argmax(y, axis=-1), "indicators": lambda: 0.5 * (y + 1.0)}
         return feedback.error(loss, targets.get(kind, lambda: y)(), prediction)
 
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
@@ -223,4 +223,4 @@ def _layers_first(value: Array, own: int) -> Array:
     """Moves the layer axis to the front. It is the last axis before the array's own `own` axes."""
     rank = len(value.shape)
     axis = rank - own - 1
-    return tf.transpose(value, [axis, *range(axis), *range(axis + 1, rank)])
+    return ops.transpose(value, (axis, *range(axis), *range(axis + 1, rank)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core import equations
@@ -58,7 +58,7 @@ def weights(name: str, outer: Mapping[str, Array]) -> tuple[Array, ...]:
 def forward(arrays: Sequence[Array], x: Array, activation: str) -> Array:
     """Outputs `[..., batch, out]` of inputs `[..., batch, in]`; leading axes broadcast."""
     for index in range(0, len(arrays), 2):
-        x = tf.matmul(x, arrays[index]) + arrays[index + 1]
+        x = ops.matmul(x, arrays[index]) + arrays[index + 1]
         if index < len(arrays) - 2:
             x = equations.activate(activation, x)
     return x

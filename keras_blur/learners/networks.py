@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.core.connections.dense import DenseConnection
@@ -59,11 +59,11 @@ class Plan:
         if self.shape is None:
             return x
         leading = tuple(x.shape[:-1])
-        x = tf.reshape(x, (*leading, *self.shape))
+        x = ops.reshape(x, (*leading, *self.shape))
         if self.prepare is None:
             return x
-        prepared = self.prepare(tf.reshape(x, (-1, *self.shape)))
-        return tf.reshape(prepared, (*leading, *prepared.shape[1:]))
+        prepared = self.prepare(ops.reshape(x, (-1, *self.shape)))
+        return ops.reshape(prepared, (*leading, *prepared.shape[1:]))
 
     def init(self, rule: Rule, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL) -> NetworkState:
         """The network before the first batch; arguments as of `Learner.init`."""
@@ -77,13 +77,13 @@ class Plan:
                 units: int = connection.units,
             ) -> Array:  # fmt: skip
                 if name in given:
-                    return tf.broadcast_to(tf.cast(given[name](shape), tf.float32), (*leading, *shape))
+                    return ops.broadcast_to(ops.cast(given[name](shape), "float32"), (*leading, *shape))
                 # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
                 fan_in = width or math.prod(shape) // units
                 return draw_kernel(seed, (index, _PLACES[name], channel), shape, leading, shard, fan_in)
 
             synapses.append(connection.init(rule, source, draw, feeds_back=feeds_back))
-        return NetworkState(tuple(synapses), tf.zeros((), tf.int32))
+        return NetworkState(tuple(synapses), ops.zeros((), "int32"))
 
 
 def dense_plan(features: int, units: Sequence[int], compute_dtype: str | None = None) -> Plan:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 
 Array = Any
 
@@ -42,7 +42,7 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
 
     Keras stores it in a variable, which a pure function cannot read.
     """
-    return float(optimizer.learning_rate.numpy())
+    return float(ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def check_loss(loss: str, kind: str | None = None) -> None:
@@ -60,12 +60,12 @@ def losses(loss: str, prediction: Array, y: Array) -> Array:
 
     The cross-entropy of a single logit is the logistic one.
     """
-    y = tf.broadcast_to(y, tf.shape(prediction))
+    y = ops.broadcast_to(y, ops.shape(prediction))
     if loss == "squared":
-        return tf.reduce_mean(tf.square(prediction - y), axis=-1)
+        return backend.mean(ops.square(prediction - y), -1)
     if prediction.shape[-1] == 1:
-        return tf.math.softplus(-prediction * y)[..., 0]
-    return tf.nn.softmax_cross_entropy_with_logits(labels=0.5 * (y + 1.0), logits=prediction)
+        return ops.softplus(-prediction * y)[..., 0]
+    return ops.categorical_crossentropy(0.5 * (y + 1.0), prediction, from_logits=True)
 
 
 def updated(
@@ -89,9 +89,9 @@ def updated(
         leading: number of leading axes.
     """
     if optimizer.global_clipnorm:
-        squares = [tf.reduce_sum(tf.square(g), axis=list(range(leading, g.shape.rank))) for g in gradients]
-        scale = optimizer.global_clipnorm / tf.maximum(root(tf.add_n(squares)), optimizer.global_clipnorm)
-        gradients = [g * tf.reshape(scale, [*scale.shape, *[1] * (g.shape.rank - leading)]) for g in gradients]
+        squares = [ops.sum(ops.square(g), axis=tuple(range(leading, len(g.shape)))) for g in gradients]
+        scale = optimizer.global_clipnorm / ops.maximum(root(sum(squares)), optimizer.global_clipnorm)
+        gradients = [g * ops.reshape(scale, (*scale.shape, *[1] * (len(g.shape) - leading))) for g in gradients]
     columns = zip(weights, first, second, gradients, strict=True)
     weights, first, second = (
         tuple(part) for part in zip(*(_update(optimizer, rate, step, *c) for c in columns), strict=True)
@@ -109,20 +109,20 @@ def _update(
         first = o.momentum * first - rate * gradient
         return weight + first, first, second
     if isinstance(o, keras.optimizers.RMSprop):
-        second = o.rho * second + (1.0 - o.rho) * tf.square(gradient)
-        return weight - rate * gradient * tf.math.rsqrt(second + o.epsilon), first, second
-    time = tf.cast(step + 1, weight.dtype)
-    fading = [tf.pow(tf.constant(beta, time.dtype), time) for beta in (o.beta_1, o.beta_2)]
-    scale = tf.sqrt(1.0 - fading[1]) / (1.0 - fading[0])
+        second = o.rho * second + (1.0 - o.rho) * ops.square(gradient)
+        return weight - rate * gradient * ops.rsqrt(second + o.epsilon), first, second
+    time = ops.cast(step + 1, weight.dtype)
+    fading = [beta**time for beta in (o.beta_1, o.beta_2)]
+    scale = ops.sqrt(1.0 - fading[1]) / (1.0 - fading[0])
     first = first + (1.0 - o.beta_1) * (gradient - first)
-    second = second + (1.0 - o.beta_2) * (tf.square(gradient) - second)
+    second = second + (1.0 - o.beta_2) * (ops.square(gradient) - second)
     return weight - rate * scale * first / (root(second) + o.epsilon), first, second
 
 
 def root(value: Array) -> Array:
     """The square root, with a derivative of 0 at 0.
 
-    The derivative of `tf.sqrt` at 0 is infinite, and infinity times 0 is NaN. Some kernels hide
+    The derivative of `ops.sqrt` at 0 is infinite, and infinity times 0 is NaN. Some kernels hide
     this, but under XLA a single weight without a gradient would make every meta-gradient NaN.
 
     Args:
@@ -130,8 +130,8 @@ def root(value: Array) -> Array:
 
     Example:
 
-    >>> root(tf.constant([0.0, 4.0])).numpy().tolist()
+    >>> ops.convert_to_numpy(root(ops.array([0.0, 4.0]))).tolist()
     [0.0, 2.0]
     """
-    zero = tf.equal(value, 0)  # NaN stays NaN
-    return tf.where(zero, tf.zeros_like(value), tf.sqrt(tf.where(zero, tf.ones_like(value), value)))
+    zero = ops.equal(value, 0)  # NaN stays NaN
+    return ops.where(zero, ops.zeros_like(value), ops.sqrt(ops.where(zero, ops.ones_like(value), value)))
