@@ -13,6 +13,7 @@ have the same functions:
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
   alone. `core` uses none of them;
+- `matmul`: a product that no accelerator computes in fewer digits than its type has;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `Runner`: runs programs that read and assign variables, on all devices; `replicas`,
@@ -42,6 +43,7 @@ is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
 leaves = _chosen.leaves
 loop = _chosen.loop
+matmul = _chosen.matmul
 mean = _chosen.mean
 outside_of_programs = _chosen.outside_of_programs
 pack = _chosen.pack
@@ -75,6 +77,7 @@ __all__ = [
     "jvp",
     "leaves",
     "loop",
+    "matmul",
     "mean",
     "outside_of_programs",
     "pack",

@@ -209,37 +209,34 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(*arguments: Any) -> Any:
-        given = tf.nest.flatten(arguments)
-        dtype = next(leaf.dtype for leaf in given if leaf.dtype.is_floating)
-        like: list[Any] = []
+        given = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(arguments)]
+        kept: list[Any] = []  # the tree of results, with all that is not floating-point
 
-        # Arguments and results are floating-point tensors: others have no gradient.
-        def run(*flat: Array) -> list[Array]:
-            back = [tf.cast(leaf, old.dtype) for leaf, old in zip(flat, given, strict=True)]
-            result = function(*tf.nest.pack_sequence_as(arguments, back))
-            like[:] = [tf.nest.map_structure(lambda leaf: leaf.dtype, result)]
-            return [_as_float(leaf, dtype) for leaf in tf.nest.flatten(result)]
+        # Only floating-point tensors have a gradient. The others are captured, and left in `kept`,
+        # as a cast to a float would round large integers.
+        def run(*floats: Array) -> list[Array]:
+            again = iter(floats)
+            full = [next(again) if leaf.dtype.is_floating else leaf for leaf in given]
+            result = function(*tf.nest.pack_sequence_as(arguments, full))
+            kept[:] = [result]
+            return [leaf for leaf in tf.nest.flatten(result) if leaf.dtype.is_floating]
 
         @tf.custom_gradient
-        def stored(*flat: Array) -> Any:
+        def stored(*floats: Array) -> Any:
             def backward(*upstream: Array) -> list[Array]:
                 with tf.GradientTape() as tape:
-                    tape.watch(flat)
-                    results = run(*flat)
-                return tape.gradient(results, flat, output_gradients=upstream, unconnected_gradients="zero")
+                    tape.watch(floats)
+                    results = run(*floats)
+                return tape.gradient(results, floats, output_gradients=upstream, unconnected_gradients="zero")
 
-            return run(*flat), backward
+            return run(*floats), backward
 
-        results = stored(*(_as_float(leaf, dtype) for leaf in given))
-        dtypes = tf.nest.flatten(like[0])
-        return tf.nest.pack_sequence_as(like[0], [tf.cast(leaf, own) for leaf, own in zip(results, dtypes, strict=True)])
+        floats = stored(*(leaf for leaf in given if leaf.dtype.is_floating))
+        result, results = kept[0], iter(floats)
+        leaves = [next(results) if leaf.dtype.is_floating else leaf for leaf in tf.nest.flatten(result)]
+        return tf.nest.pack_sequence_as(result, leaves)
 
     return call
-
-
-def _as_float(leaf: Array, dtype: tf.DType) -> Array:
-    """Casts integers to the given dtype, so that the tensor can have a gradient."""
-    return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
 
 
 def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
@@ -274,6 +271,12 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
         return traced[key](*arguments)
 
     return call
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The product of matrices in the precision of their type, as far as TensorFlow's own setting
+    allows (`tf.config.experimental.enable_tensor_float_32_execution`)."""
+    return tf.matmul(a, b)
 
 
 def tanh(x: Array) -> Array:

@@ -4,7 +4,7 @@ Source: "The CMA Evolution Strategy: A Tutorial" (N. Hansen, 2016, arXiv 1604.00
 brackets refer to its equations. The constants are those of its Table 1, with the 1/4 in (58) from
 the revision of 2023. Negative weights (active CMA) are used.
 
-This implementation consists of pure functions of tensors. A generation compiles as one program
+This implementation consists of pure functions of arrays. A generation compiles as one program
 together with the learners it scores, and the whole state is a few arrays that can be saved,
 restored and distributed. It differs from the tutorial as follows:
 
@@ -25,10 +25,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.core import random
 
 Array = Any
@@ -39,7 +40,7 @@ _SWEEPS = 30  # of rotations at most; two to five are usual, up to twenty from f
 
 
 class CMAState(NamedTuple):
-    """The search distribution. Tensors only, named as in the tutorial.
+    """The search distribution. Arrays only, named as in the tutorial.
 
     Args:
         mean: mean, `[size]`.
@@ -71,7 +72,9 @@ class CMAES:
         population: candidates per generation; `None` is `4 + floor(3 ln(size))`.
         sigma: initial standard deviation. The optimum should be within a few sigma in every
             direction.
-        dtype: `"float64"` or `"float32"`. float32 does not resolve ill-conditioned problems.
+        dtype: `"float64"` or `"float32"`. float32 does not resolve ill-conditioned problems. `None`
+            is float64 where the backend has it (TensorFlow, and JAX with 64 bits enabled), else
+            float32.
         gap: generations between eigendecompositions; `None` balances their cost.
         sigma_range: lower and upper bound of sigma.
         condition: largest condition number of the covariance; `None` is 1e14, or 1e5 in float32.
@@ -85,23 +88,27 @@ class CMAES:
         chi: expected norm of a standard normal vector.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the backend has no float64 and `dtype` is
+            that.
 
     Example:
 
     >>> search = CMAES(3, sigma=0.5)
     >>> state = search.init([1.0, 1.0, 1.0])
-    >>> generation = tf.function(lambda s: search.tell(s, x := search.ask(s, random.seed_of(0)), tf.norm(x, axis=1)))
+    >>> def generation(state):
+    ...     candidates = search.ask(state, random.seed_of(0))
+    ...     return search.tell(state, candidates, ops.sum(candidates**2, axis=1))
+    >>> generation = backend.compiled(generation)
     >>> for _ in range(70):
     ...     state = generation(state)
-    >>> float(tf.norm(state.mean)) < 1e-4
+    >>> float(ops.max(ops.abs(state.mean))) < 1e-4
     True
     """
 
     size: int
     population: int | None = None
     sigma: float = 0.3
-    dtype: str = "float64"
+    dtype: str | None = None
     gap: int | None = None
     sigma_range: tuple[float, float] = (1e-20, 1e20)
     condition: float | None = None
@@ -121,8 +128,15 @@ class CMAES:
         n = self.size
         population = 4 + math.floor(3.0 * math.log(n)) if self.population is None else self.population  # (48)
         arguments.integer("population", population, 4)
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"`dtype` must be 'float64' or 'float32'. Received: dtype={self.dtype!r}")
+        widest = "float64" if _has_float64() else "float32"
+        dtype = widest if self.dtype is None else self.dtype
+        if dtype not in _DTYPES:
+            raise ValueError(f"`dtype` must be 'float64', 'float32' or None. Received: dtype={dtype!r}")
+        if dtype == "float64" != widest:
+            raise ValueError(
+                "`dtype` must be 'float32' or None where JAX has no 64 bits. To enable them, set the environment variable "
+                f"JAX_ENABLE_X64=1 before JAX is imported. Received: dtype={dtype!r}"
+            )
         low, high = self.sigma_range
         if not 0.0 < low < high < math.inf:
             raise ValueError(
@@ -132,7 +146,7 @@ class CMAES:
             raise ValueError(
                 f"`sigma` must be a positive number within sigma_range={self.sigma_range!r}. Received: sigma={self.sigma!r}"
             )
-        condition = _DTYPES[self.dtype] if self.condition is None else self.condition
+        condition = _DTYPES[dtype] if self.condition is None else self.condition
         if not 1.0 < condition < math.inf:
             raise ValueError(f"`condition` must be a number above 1. Received: condition={self.condition!r}")
 
@@ -152,6 +166,7 @@ class CMAES:
         c_sigma = (mu_eff + 2.0) / (n + mu_eff + 5.0)  # (55)
         derived = {
             "population": population,
+            "dtype": dtype,
             "condition": float(condition),
             "weights": weights,
             "mu": mu,
@@ -179,21 +194,22 @@ class CMAES:
             A state with an isotropic distribution around `mean`.
 
         Raises:
-            ValueError: if `mean` has another shape or, in eager mode, a non-finite value.
+            ValueError: if `mean` has another shape, or numbers that are not finite. A backend's
+                arrays are not looked into.
 
         Example:
 
-        >>> CMAES(2).init([0.0, 1.0]).mean.numpy().tolist()
+        >>> [float(one) for one in CMAES(2).init([0.0, 1.0]).mean]
         [0.0, 1.0]
         """
-        mean = tf.cast(mean, self.dtype)
+        if not ops.is_tensor(mean) and not np.isfinite(mean).all():
+            raise ValueError("`mean` must be finite. Received: a value that is not.")
+        mean = ops.cast(mean, self.dtype)
         if tuple(mean.shape) != (self.size,):
             raise ValueError(f"`mean` must have shape ({self.size},). Received: shape {tuple(mean.shape)}")
-        if tf.executing_eagerly() and not np.isfinite(mean.numpy()).all():
-            raise ValueError("`mean` must be finite. Received: a value that is not.")
-        eye, zeros = tf.eye(self.size, dtype=self.dtype), tf.zeros(self.size, self.dtype)
-        sigma = tf.constant(self.sigma, self.dtype)
-        return CMAState(mean, sigma, eye, zeros, zeros, eye, tf.ones(self.size, self.dtype), tf.constant(0, tf.int32))
+        eye, zeros = ops.eye(self.size, dtype=self.dtype), ops.zeros(self.size, self.dtype)
+        sigma, ones = ops.convert_to_tensor(self.sigma, self.dtype), ops.ones(self.size, self.dtype)
+        return CMAState(mean, sigma, eye, zeros, zeros, eye, ones, ops.zeros((), "int32"))
 
     def ask(self, state: CMAState, seed: Array) -> Array:
         """Samples the candidates of a generation.
@@ -209,12 +225,12 @@ class CMAES:
         Example:
 
         >>> search = CMAES(5, population=12)
-        >>> search.ask(search.init(tf.zeros(5)), random.seed_of(0)).shape
-        TensorShape([12, 5])
+        >>> tuple(search.ask(search.init(ops.zeros(5)), random.seed_of(0)).shape)
+        (12, 5)
         """
         shape = (len(self.weights), self.size)
-        z = tf.cast(random.normal(random.fold_in(seed, state.generation), shape), self.dtype)  # (38)
-        y = tf.matmul(z, tf.matmul(state.B * state.D, state.B, transpose_b=True))  # (39), by the symmetric root
+        z = ops.cast(random.normal(random.fold_in(seed, state.generation), shape), self.dtype)  # (38)
+        y = backend.matmul(z, backend.matmul(state.B * state.D, ops.transpose(state.B)))  # (39), by the symmetric root
         return state.mean + state.sigma * y  # (40)
 
     def tell(self, state: CMAState, candidates: Array, fitness: Array) -> CMAState:
@@ -241,53 +257,52 @@ class CMAES:
         1
         """
         n, population = self.size, len(self.weights)
-        candidates, fitness = tf.cast(candidates, self.dtype), tf.convert_to_tensor(fitness)
-        fitness = fitness if fitness.dtype.is_floating else tf.cast(fitness, tf.float64)
+        candidates, fitness = ops.cast(candidates, self.dtype), ops.convert_to_tensor(fitness)
         if tuple(candidates.shape) != (population, n):
             raise ValueError(f"`candidates` must have shape ({population}, {n}). Received: shape {tuple(candidates.shape)}")
         if tuple(fitness.shape) != (population,):
             raise ValueError(f"`fitness` must have shape ({population},). Received: shape {tuple(fitness.shape)}")
         y = (candidates - state.mean) / state.sigma
-        whitened = tf.matmul(y, state.B) / state.D
-        square = tf.reduce_sum(tf.square(whitened), axis=1)  # of the Mahalanobis length
-        here = tf.math.is_finite(square)
-        sound = here & tf.math.is_finite(fitness)
-        weight = tf.gather(tf.constant(self.weights, self.dtype), _ranks(fitness, sound))
-        y = tf.where((here & (sound | (weight < 0.0)))[:, None], y, tf.zeros_like(y))
-        square = tf.where(here, tf.maximum(square, _TINY), tf.ones_like(square))
+        whitened = backend.matmul(y, state.B) / state.D
+        square = ops.sum(ops.square(whitened), axis=1)  # of the Mahalanobis length
+        here = ops.isfinite(square)
+        sound = here & ops.isfinite(fitness)
+        weight = ops.take(ops.convert_to_tensor(self.weights, self.dtype), _ranks(fitness, sound))
+        y = ops.where((here & (sound | (weight < 0.0)))[:, None], y, 0.0)
+        square = ops.where(here, ops.maximum(square, _TINY), 1.0)
 
-        step = tf.linalg.matvec(y, tf.maximum(weight, 0.0), transpose_a=True)  # (41)
+        step = _of_vector(ops.transpose(y), ops.maximum(weight, 0.0))  # (41)
         mean = state.mean + state.sigma * step  # (42), with c_m = 1 (54)
-        white_step = tf.linalg.matvec(state.B, tf.linalg.matvec(state.B, step, transpose_a=True) / state.D)
+        white_step = _of_vector(state.B, _of_vector(ops.transpose(state.B), step) / state.D)
         gain = math.sqrt(self.c_sigma * (2.0 - self.c_sigma) * self.mu_eff)
         p_sigma = (1.0 - self.c_sigma) * state.p_sigma + gain * white_step  # (43)
-        length = tf.norm(p_sigma)
+        length = ops.sqrt(ops.sum(ops.square(p_sigma)))
         growth = self.c_sigma / self.d_sigma * (length / self.chi - 1.0)
-        sigma = tf.clip_by_value(state.sigma * tf.exp(tf.minimum(growth, 1.0)), *self.sigma_range)  # (44)
+        sigma = ops.clip(state.sigma * ops.exp(ops.minimum(growth, 1.0)), *self.sigma_range)  # (44)
 
         generation = state.generation + 1
-        settled = tf.sqrt(1.0 - tf.pow(tf.constant(1.0 - self.c_sigma, self.dtype), 2.0 * tf.cast(generation, self.dtype)))
-        calm = tf.cast(length < (1.4 + 2.0 / (n + 1.0)) * self.chi * settled, self.dtype)  # h_sigma
+        settled = ops.sqrt(1.0 - (1.0 - self.c_sigma) ** (2.0 * ops.cast(generation, self.dtype)))
+        calm = ops.cast(length < (1.4 + 2.0 / (n + 1.0)) * self.chi * settled, self.dtype)  # h_sigma
         gain = math.sqrt(self.c_c * (2.0 - self.c_c) * self.mu_eff)
         p_c = (1.0 - self.c_c) * state.p_c + calm * gain * step  # (45)
-        scaled = tf.where(weight < 0.0, weight * n / square, weight)  # (46)
+        scaled = ops.where(weight < 0.0, weight * n / square, weight)  # (46)
         missed = (1.0 - calm) * self.c_c * (2.0 - self.c_c)
         keep = 1.0 + self.c_1 * missed - self.c_1 - self.c_mu * sum(self.weights)
-        rank_mu = tf.matmul(y * scaled[:, None], y, transpose_a=True)
+        rank_mu = backend.matmul(ops.transpose(y * scaled[:, None]), y)
         covariance = keep * state.C + self.c_1 * p_c[:, None] * p_c[None, :] + self.c_mu * rank_mu  # (47)
-        covariance = (covariance + tf.transpose(covariance)) / 2.0
+        covariance = (covariance + ops.transpose(covariance)) / 2.0
 
         if self.gap == 1:
             covariance, vectors, scales = self._decompose(covariance, state.B)
         else:
-            covariance, vectors, scales = tf.cond(
-                tf.equal(generation % self.gap, 0),
+            covariance, vectors, scales = ops.cond(
+                ops.equal(generation % self.gap, 0),
                 lambda: self._decompose(covariance, state.B),
                 lambda: (covariance, state.B, state.D),
             )
         found = CMAState(mean, sigma, covariance, p_sigma, p_c, vectors, scales, generation)
-        some = tf.reduce_any(sound)
-        chosen = CMAState(*(tf.where(some, new, old) for new, old in zip(found, state, strict=True)))
+        some = ops.any(sound)
+        chosen = CMAState(*(ops.where(some, new, old) for new, old in zip(found, state, strict=True)))
         return chosen._replace(generation=generation)
 
     def _decompose(self, covariance: Array, vectors: Array) -> tuple[Array, Array, Array]:
@@ -297,10 +312,20 @@ class CMAES:
         """
         values, vectors = eigh(covariance, vectors)
         limit = self.condition or math.inf
-        largest, smallest = tf.reduce_max(values), tf.reduce_min(values)
-        more = tf.maximum((largest - limit * smallest) / (limit - 1.0), 0.0)
-        covariance += more * tf.eye(self.size, dtype=self.dtype)
-        return covariance, vectors, tf.sqrt(tf.maximum(values + more, _TINY))
+        largest, smallest = ops.max(values), ops.min(values)
+        more = ops.maximum((largest - limit * smallest) / (limit - 1.0), 0.0)
+        covariance += more * ops.eye(self.size, dtype=self.dtype)
+        return covariance, vectors, ops.sqrt(ops.maximum(values + more, _TINY))
+
+
+def _has_float64() -> bool:
+    """Whether the backend has float64: TensorFlow always, JAX with 64 bits enabled."""
+    return keras.backend.standardize_dtype(ops.convert_to_tensor(np.zeros((), "float64")).dtype) == "float64"
+
+
+def _of_vector(matrix: Array, vector: Array) -> Array:
+    """The product of a matrix and a vector."""
+    return backend.matmul(matrix, vector[:, None])[:, 0]
 
 
 def _ranks(fitness: Array, sound: Array) -> Array:
@@ -309,13 +334,13 @@ def _ranks(fitness: Array, sound: Array) -> Array:
     Ranks are counted, not sorted. This is exact and identical under every compiler, including -0.0
     and 0.0.
     """
-    fitness = tf.where(sound, fitness, tf.zeros_like(fitness))
-    order = tf.range(fitness.shape[0])
+    fitness = ops.where(sound, fitness, ops.zeros_like(fitness))
+    order = ops.arange(fitness.shape[0])
     first = order[None, :] < order[:, None]
     better = (fitness[None, :] < fitness[:, None]) | ((fitness[None, :] == fitness[:, None]) & first)
     same_kind = sound[None, :] == sound[:, None]
     ahead = (sound[None, :] & ~sound[:, None]) | (same_kind & better)
-    return tf.reduce_sum(tf.cast(ahead, tf.int32), axis=1)
+    return ops.sum(ops.cast(ahead, "int32"), axis=1)
 
 
 def eigh(matrix: Array, vectors: Array) -> tuple[Array, Array]:
@@ -336,52 +361,61 @@ def eigh(matrix: Array, vectors: Array) -> tuple[Array, Array]:
 
     Example:
 
-    >>> values, vectors = eigh(tf.constant([[2.0, 1.0], [1.0, 2.0]]), tf.eye(2))
-    >>> sorted(values.numpy().round(5).tolist())
+    >>> values, vectors = eigh(ops.array([[2.0, 1.0], [1.0, 2.0]]), ops.eye(2))
+    >>> sorted(round(float(one), 5) for one in values)
     [1.0, 3.0]
     """
     n = matrix.shape[0]
     if n == 1:
-        return matrix[0], tf.ones_like(vectors)
-    dtype = matrix.dtype
+        return matrix[0], ops.ones_like(vectors)
+    dtype = keras.backend.standardize_dtype(matrix.dtype)
     # The vectors have been through many rotations: a step of Newton's for orthogonality.
-    vectors = tf.matmul(vectors, 1.5 * tf.eye(n, dtype=dtype) - 0.5 * tf.matmul(vectors, vectors, transpose_a=True))
-    matrix = tf.matmul(vectors, tf.matmul(matrix, vectors), transpose_a=True)
-    matrix = (matrix + tf.transpose(matrix)) / 2.0
+    squares = backend.matmul(ops.transpose(vectors), vectors)
+    vectors = backend.matmul(vectors, 1.5 * ops.eye(n, dtype=dtype) - 0.5 * squares)
+    matrix = backend.matmul(ops.transpose(vectors), backend.matmul(matrix, vectors))
+    matrix = (matrix + ops.transpose(matrix)) / 2.0
     odd = n % 2
-    matrix, vectors = (tf.pad(value, [[0, odd], [0, odd]]) for value in (matrix, vectors))
+    matrix, vectors = (ops.pad(value, [[0, odd], [0, odd]]) for value in (matrix, vectors))
     half = (n + odd) // 2
-    top, bottom = list(range(half)), list(range(half, 2 * half))
-    seats = tf.constant([0, bottom[0], *top[1:-1], *bottom[1:], top[-1]] if half > 1 else [0, 1])
-    enough = n * float(np.finfo(dtype.as_numpy_dtype).eps)
+    on_diagonal = ops.eye(2 * half, dtype="bool")
+    enough = n * float(np.finfo(dtype).eps)
 
     def turned(left: Array, right: Array, cosine: Array, sine: Array) -> tuple[Array, Array]:
         return cosine * left - sine * right, sine * left + cosine * right
 
-    def round_of_pairs(number: Array, matrix: Array, vectors: Array) -> tuple[Array, Array, Array]:
-        diagonal, off = tf.linalg.diag_part(matrix), tf.linalg.diag_part(matrix[:half, half:])
+    def seated(halves: tuple[Array, Array], axis: int) -> Array:
+        """The halves joined, with all rows but the first a seat further around the table."""
+        if half == 1:
+            return ops.concatenate(halves, axis=axis)
+
+        def part(rows: Array, begin: int, end: int) -> Array:
+            return rows[begin:end] if axis == 0 else rows[:, begin:end]
+
+        top, bottom = halves
+        still, up, down = part(top, 0, 1), part(bottom, 0, 1), part(top, half - 1, half)
+        return ops.concatenate([still, up, part(top, 1, half - 1), part(bottom, 1, half), down], axis=axis)
+
+    def round_of_pairs(number: Array, matrix: Array, vectors: Array) -> tuple[Array, Array]:
+        diagonal, off = ops.diagonal(matrix), ops.diagonal(matrix[:half, half:])
         flat = off == 0.0
-        cotangent = (diagonal[half:] - diagonal[:half]) / (2.0 * tf.where(flat, tf.ones_like(off), off))
-        side = tf.where(cotangent < 0.0, -tf.ones_like(off), tf.ones_like(off))
-        tangent = side / (tf.abs(cotangent) + tf.sqrt(1.0 + tf.square(cotangent)))
-        tangent = tf.where(flat, tf.zeros_like(off), tangent)
-        cosine = tf.math.rsqrt(1.0 + tf.square(tangent))
+        cotangent = (diagonal[half:] - diagonal[:half]) / (2.0 * ops.where(flat, 1.0, off))
+        side = ops.where(cotangent < 0.0, -1.0, ops.ones_like(off))
+        tangent = side / (ops.abs(cotangent) + ops.sqrt(1.0 + ops.square(cotangent)))
+        tangent = ops.where(flat, 0.0, tangent)
+        cosine = ops.rsqrt(1.0 + ops.square(tangent))
         sine = tangent * cosine
-        matrix = tf.concat(turned(matrix[:, :half], matrix[:, half:], cosine, sine), axis=1)
-        matrix = tf.concat(turned(matrix[:half], matrix[half:], cosine[:, None], sine[:, None]), axis=0)
-        vectors = tf.concat(turned(vectors[:, :half], vectors[:, half:], cosine, sine), axis=1)
-        matrix = tf.gather(tf.gather(matrix, seats, axis=0), seats, axis=1)
-        return number + 1, matrix, tf.gather(vectors, seats, axis=1)
+        matrix = seated(turned(matrix[:, :half], matrix[:, half:], cosine, sine), axis=1)
+        matrix = seated(turned(matrix[:half], matrix[half:], cosine[:, None], sine[:, None]), axis=0)
+        return matrix, seated(turned(vectors[:, :half], vectors[:, half:], cosine, sine), axis=1)
 
     def unfinished(sweep: Array, matrix: Array, vectors: Array) -> Array:
-        diagonal = tf.abs(tf.linalg.diag_part(matrix))
-        off = tf.square(tf.linalg.set_diag(matrix, tf.zeros_like(diagonal)))
-        return (sweep < _SWEEPS) & tf.reduce_any(off > enough**2 * diagonal[:, None] * diagonal[None, :])
+        diagonal = ops.abs(ops.diagonal(matrix))
+        off = ops.where(on_diagonal, 0.0, ops.square(matrix))
+        return (sweep < _SWEEPS) & ops.any(off > enough**2 * diagonal[:, None] * diagonal[None, :])
 
     def one_sweep(sweep: Array, matrix: Array, vectors: Array) -> tuple[Array, Array, Array]:
-        start = (tf.constant(0), matrix, vectors)
-        _, matrix, vectors = tf.while_loop(lambda number, *_: number < 2 * half - 1, round_of_pairs, start)
-        return sweep + 1, (matrix + tf.transpose(matrix)) / 2.0, vectors
+        matrix, vectors = backend.loop(2 * half - 1, round_of_pairs, matrix, vectors)
+        return sweep + 1, (matrix + ops.transpose(matrix)) / 2.0, vectors
 
-    _, matrix, vectors = tf.while_loop(unfinished, one_sweep, (tf.constant(0), matrix, vectors))
-    return tf.linalg.diag_part(matrix)[:n], vectors[:n, :n]
+    _, matrix, vectors = ops.while_loop(unfinished, one_sweep, (ops.zeros((), "int32"), matrix, vectors))
+    return ops.diagonal(matrix)[:n], vectors[:n, :n]

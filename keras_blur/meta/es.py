@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.core import random
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
@@ -64,7 +64,7 @@ class ES(Estimator):
         particles = perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
         state = self.begin(learner, particles, episodes, seed, carried, first, shard)
         losses, accuracies, state = self.objective(learner, particles, episodes, state)
-        return (tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)), self.kept(state)
+        return (backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)), self.kept(state)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return self.estimate(outer, perturbations(outer, self.antithetic_pairs, seed), *measured), ()
@@ -84,21 +84,20 @@ class ES(Estimator):
         """
         members = next(iter(outer.values())).shape[0]
         shape = (members, 2, self.antithetic_pairs)
-        loss, correct = tf.reshape(losses, shape), tf.reshape(accuracies, shape)
-        sound = tf.reduce_all(tf.math.is_finite(loss), axis=1)
-        weight = tf.cast(sound, loss.dtype)
-        count = tf.reduce_sum(weight, axis=1)
+        loss, correct = ops.reshape(losses, shape), ops.reshape(accuracies, shape)
+        sound = ops.all(ops.isfinite(loss), axis=1)
+        count = ops.sum(ops.cast(sound, loss.dtype), axis=1)
 
         def over_pairs(value: Array) -> Array:  # not a number if no pair is sound, so that the member is skipped
-            return tf.reduce_sum(tf.where(sound, value, tf.zeros_like(value)), axis=1) / count
+            return ops.sum(ops.where(sound, value, 0.0), axis=1) / count
 
-        difference = tf.where(sound, loss[:, 0] - loss[:, 1], tf.zeros_like(weight)) / (2.0 * self.sigma)
+        difference = ops.where(sound, loss[:, 0] - loss[:, 1], 0.0) / (2.0 * self.sigma)
         gradients = {}
         for name, direction in directions.items():
-            factor = tf.reshape(difference, (members, self.antithetic_pairs) + (1,) * (direction.shape.rank - 2))
-            total = tf.reduce_sum(tf.cast(direction, loss.dtype) * factor, axis=1)
-            gradients[name] = total / tf.reshape(count, (members,) + (1,) * (total.shape.rank - 1))
-        return Estimate(gradients, over_pairs(tf.reduce_mean(loss, axis=1)), over_pairs(tf.reduce_mean(correct, axis=1)))
+            factor = ops.reshape(difference, (members, self.antithetic_pairs) + (1,) * (len(direction.shape) - 2))
+            total = ops.sum(ops.cast(direction, loss.dtype) * factor, axis=1)
+            gradients[name] = total / ops.reshape(count, (members,) + (1,) * (len(total.shape) - 1))
+        return Estimate(gradients, over_pairs(backend.mean(loss, axis=1)), over_pairs(backend.mean(correct, axis=1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +116,14 @@ class PES(Truncated, ES):
     """
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
-        zero = tf.zeros(2, tf.int32)
+        zero = ops.zeros(2, "int32")
         noise = perturbations(outer, self.antithetic_pairs, zero)
         state = start(learner, perturbed(outer, noise, self.sigma), episodes, zero)
-        return tf.nest.map_structure(tf.zeros_like, Carried(state, noise))
+        return backend.tree_map(ops.zeros_like, Carried(state, noise))
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         noise = perturbations(outer, self.antithetic_pairs, seed)
-        before = choose(first, tf.nest.map_structure(tf.zeros_like, noise), carried.directions)
+        before = choose(first, backend.tree_map(ops.zeros_like, noise), carried.directions)
         directions = {name: before[name] + noise[name] for name in noise}
         return self.estimate(outer, directions, *measured), directions
 
@@ -132,7 +131,7 @@ class PES(Truncated, ES):
 def perturbations(outer: Outer, antithetic_pairs: int, seed: Array) -> Outer:
     """Standard normal directions `[members, antithetic_pairs, ...]` for each outer parameter."""
     return {
-        name: tf.cast(
+        name: ops.cast(
             random.normal(random.fold_in(seed, _NOISE, index), (value.shape[0], antithetic_pairs, *value.shape[1:])),
             value.dtype,
         )
@@ -147,6 +146,6 @@ def perturbed(outer: Outer, noise: Outer, sigma: float) -> Outer:
     """
     moved = {}
     for name, value in outer.items():
-        both = tf.stack([value[:, None] + sigma * noise[name], value[:, None] - sigma * noise[name]], axis=1)
-        moved[name] = tf.reshape(both, (-1, *value.shape[1:]))
+        both = ops.stack([value[:, None] + sigma * noise[name], value[:, None] - sigma * noise[name]], axis=1)
+        moved[name] = ops.reshape(both, (-1, *value.shape[1:]))
     return moved

@@ -7,21 +7,22 @@ the mean loss of each step's prediction of its own batch before learning from it
 and gives early steps a direct gradient. The published code uses the squared error to labels of +1
 and -1 instead, which is `loss="squared"`.
 
-The loop is a single `tf.while_loop` with a static bound. Its compile time, also under XLA, does not
-depend on its length.
+The loop is one loop of the program (`backend.loop`). Its compile time does not depend on its length.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import tensorflow as tf
+import keras
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Learner
 
@@ -54,8 +55,8 @@ def cross_entropy(prediction: Array, y: Array) -> Array:
     """
     if prediction.shape[-1] == 1:
         return binary_cross_entropy(prediction, y)
-    labels = tf.broadcast_to(tf.cast(0.5 * (y + 1.0), prediction.dtype), tf.shape(prediction))
-    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=prediction), axis=-1)
+    labels = ops.cast(0.5 * (y + 1.0), prediction.dtype)
+    return backend.mean(-ops.sum(labels * ops.log_softmax(prediction, axis=-1), axis=-1), axis=-1)
 
 
 def binary_cross_entropy(prediction: Array, y: Array) -> Array:
@@ -63,14 +64,14 @@ def binary_cross_entropy(prediction: Array, y: Array) -> Array:
 
     Labels of 0 are ignored.
     """
-    y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
-    scored = tf.abs(y)
-    return tf.reduce_sum(scored * tf.math.softplus(-prediction * y), axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
+    y = ops.broadcast_to(ops.cast(y, prediction.dtype), ops.shape(prediction))
+    scored = ops.abs(y)
+    return ops.sum(scored * ops.softplus(-prediction * y), axis=(-2, -1)) / ops.sum(scored, axis=(-2, -1))
 
 
 def squared_error(prediction: Array, y: Array) -> Array:
     """Mean squared difference over outputs and examples."""
-    return tf.reduce_mean(tf.square(prediction - tf.cast(y, prediction.dtype)), axis=(-2, -1))
+    return backend.mean(ops.square(prediction - ops.cast(y, prediction.dtype)), axis=(-2, -1))
 
 
 def accuracy(prediction: Array, y: Array) -> Array:
@@ -79,9 +80,8 @@ def accuracy(prediction: Array, y: Array) -> Array:
     A prediction is correct if its largest output is the true class. A single output is correct if
     it has the sign of the label. Non-finite predictions are wrong.
     """
-    correct = tf.equal(classes_of(prediction), classes_of(y))
-    correct &= tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
-    return tf.reduce_mean(tf.cast(correct, prediction.dtype), axis=-1)
+    correct = ops.equal(classes_of(prediction), classes_of(y)) & ops.all(ops.isfinite(prediction), axis=-1)
+    return backend.mean(ops.cast(correct, prediction.dtype), axis=-1)
 
 
 def classes_of(outputs: Array) -> Array:
@@ -92,12 +92,12 @@ def classes_of(outputs: Array) -> Array:
 
     Example:
 
-    >>> classes_of(tf.constant([[0.5], [-0.5]])).numpy().tolist()
+    >>> [int(one) for one in classes_of(ops.array([[0.5], [-0.5]]))]
     [1, 0]
     """
     if outputs.shape[-1] == 1:
-        return tf.cast(outputs[..., 0] > 0, tf.int32)
-    return tf.argmax(outputs, axis=-1, output_type=tf.int32)
+        return ops.cast(outputs[..., 0] > 0, "int32")
+    return ops.cast(ops.argmax(outputs, axis=-1), "int32")
 
 
 def correct_bits(prediction: Array, y: Array) -> Array:
@@ -106,10 +106,10 @@ def correct_bits(prediction: Array, y: Array) -> Array:
     Maps `[..., batch, bits]` to `[...]`. Non-finite predictions are wrong. Without a nonzero label
     the accuracy is NaN, as is the loss.
     """
-    y = tf.broadcast_to(tf.cast(y, prediction.dtype), tf.shape(prediction))
-    scored = tf.abs(y)
-    correct = tf.cast(tf.equal(prediction > 0, y > 0) & tf.math.is_finite(prediction), prediction.dtype)
-    return tf.reduce_sum(scored * correct, axis=(-2, -1)) / tf.reduce_sum(scored, axis=(-2, -1))
+    y = ops.broadcast_to(ops.cast(y, prediction.dtype), ops.shape(prediction))
+    scored = ops.abs(y)
+    correct = ops.cast(ops.equal(prediction > 0, y > 0) & ops.isfinite(prediction), prediction.dtype)
+    return ops.sum(scored * correct, axis=(-2, -1)) / ops.sum(scored, axis=(-2, -1))
 
 
 def explained(prediction: Array, y: Array) -> Array:
@@ -117,12 +117,12 @@ def explained(prediction: Array, y: Array) -> Array:
 
     As in Keras and scikit-learn, constant targets give 0, or 1 if the prediction is exact.
     """
-    y = tf.cast(y, prediction.dtype)
-    spread = tf.reduce_mean(tf.square(y - tf.reduce_mean(y, axis=-2, keepdims=True)), axis=(-2, -1))
-    flat = spread <= 1e-12 * tf.reduce_mean(tf.square(y), axis=(-2, -1))  # rounding of the mean
+    y = ops.cast(y, prediction.dtype)
+    spread = backend.mean(ops.square(y - backend.mean(y, axis=-2, keepdims=True)), axis=(-2, -1))
+    flat = spread <= 1e-12 * backend.mean(ops.square(y), axis=(-2, -1))  # rounding of the mean
     error = squared_error(prediction, y)
-    of_flat = tf.where(error > 0, tf.zeros_like(error), 1.0 - error)  # NaN stays NaN
-    return tf.where(flat, of_flat, 1.0 - error / tf.where(flat, tf.ones_like(spread), spread))
+    of_flat = ops.where(error > 0, 0.0, 1.0 - error)  # NaN stays NaN
+    return ops.where(flat, of_flat, 1.0 - error / ops.where(flat, 1.0, spread))
 
 
 _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "squared": squared_error}
@@ -191,16 +191,16 @@ class InnerLoop:
         outer = over_tasks(outer)
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
-        def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
+        def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Any, Array]:
             # Data need no gradient. Without this, every step of the backward loop would form that
             # of all batches.
-            batch_x, batch_y = (tf.stop_gradient(tf.gather(data, time, axis=2)) for data in (x, y))
+            batch_x, batch_y = (ops.stop_gradient(at(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.trajectory_loss_weight:
                 total = total + loss_of(prediction, batch_y) * (self.trajectory_loss_weight / self.steps)
-            return time + 1, state, total
+            return state, total
 
-        state, total = self._loop(body, outer, state, tf.zeros(leading, state_dtype(state)))
+        state, total = self._loop(body, outer, state, ops.zeros(leading, state_dtype(state)))
         prediction = learner.predict(outer, state, episodes["query_x"][None])
         losses, quality = self.scores(prediction, episodes["query_y"][None])
         return total + losses, quality, state
@@ -218,56 +218,18 @@ class InnerLoop:
         return cross_entropy if self.kind == "classes" else binary_cross_entropy
 
     def _loop(self, body: Any, outer: Outer, state: Any, total: Array) -> tuple[Any, Array]:
-        def run(outer: Outer, start: Array, count: int, state: Any, total: Array) -> tuple[Any, Array]:
-            _, state, total = tf.while_loop(
-                lambda time, *_: time < start + count,
-                lambda *carried: body(outer, *carried),
-                (start, state, total),
-                maximum_iterations=count,
-            )
-            return state, total
+        """Carries the state and the trajectory loss through all steps."""
+
+        def run(count: int, outer: Outer, begin: int | Array, state: Any, total: Array) -> tuple[Any, Array]:
+            return backend.loop(count, lambda number, *carried: body(outer, begin + number, *carried), state, total)
 
         if not self.recompute:
-            return run(outer, tf.constant(0), self.steps, state, total)
+            return run(self.steps, outer, 0, state, total)
         width = max(1, math.isqrt(self.steps))
         whole, rest = divmod(self.steps, width)
-
-        dtype = total.dtype
-
-        # Arguments and results of a segment are floating-point tensors. Other dtypes have no
-        # gradient, and captured tensors would get none.
-        def run_flat(start: Array, flat: list[Array]) -> list[Array]:
-            given, state, total = tf.nest.pack_sequence_as((outer, state_before, total_before), flat)
-            state = tf.nest.map_structure(lambda leaf, like: tf.cast(leaf, like.dtype), state, state_before)
-            state, total = run(given, tf.cast(start, tf.int32), width, state, total)
-            return [_as_float(leaf, dtype) for leaf in tf.nest.flatten((state, total))]
-
-        state_before, total_before = state, total
-
-        @tf.custom_gradient
-        def segment(start: Array, *flat: Array) -> Any:
-            def backward(*upstream: Array) -> list[Array]:
-                with tf.GradientTape() as tape:
-                    tape.watch(flat)
-                    results = run_flat(start, list(flat))
-                found = tape.gradient(results, flat, output_gradients=upstream, unconnected_gradients="zero")
-                return [tf.zeros_like(start), *found]
-
-            return run_flat(start, list(flat)), backward
-
-        def outer_body(index: Array, state: Any, total: Array) -> tuple[Array, Any, Array]:
-            flat = [_as_float(leaf, dtype) for leaf in tf.nest.flatten((outer, state, total))]
-            results = segment(tf.cast(index * width, dtype), *flat)
-            like = (state, total)
-            results = tf.nest.pack_sequence_as(like, results)
-            return index + 1, *tf.nest.map_structure(lambda leaf, old: tf.cast(leaf, old.dtype), results, like)
-
-        _, state, total = tf.while_loop(
-            lambda index, *_: index < whole, outer_body, (tf.constant(0), state, total), maximum_iterations=whole
-        )
-        if rest:
-            state, total = run(outer, tf.constant(whole * width), rest, state, total)
-        return state, total
+        segment = backend.recomputed(functools.partial(run, width))
+        state, total = backend.loop(whole, lambda number, *now: segment(outer, number * width, *now), state, total)
+        return run(rest, outer, whole * width, state, total) if rest else (state, total)
 
 
 class Carried(NamedTuple):
@@ -307,7 +269,7 @@ class Estimator(InnerLoop, abc.ABC):
             shard: the shard.
 
         Returns:
-            A nest, whose mean over shards is passed to `combine`, and the learner states to carry
+            A tree, whose mean over shards is passed to `combine`, and the learner states to carry
             on.
         """
 
@@ -387,8 +349,8 @@ class Truncated(Estimator):
 
     def part(self, episodes: Episodes, window: Array) -> Episodes:
         def cut(batches: Array) -> Array:  # of `[tasks, steps, ...]`, by a slice of static size, as a TPU needs it
-            axes = batches.shape.rank - 2
-            return tf.slice(batches, [0, window * self.steps, *[0] * axes], [-1, self.steps, *[-1] * axes])
+            begin = [0, window * self.steps, *[0] * (len(batches.shape) - 2)]
+            return ops.slice(batches, begin, (batches.shape[0], self.steps, *batches.shape[2:]))
 
         return {**episodes, **{name: cut(episodes[name]) for name in ("x", "y")}}
 
@@ -416,16 +378,22 @@ def over_tasks(outer: Outer) -> Outer:
     return {name: value[:, None] for name, value in outer.items()}
 
 
+def at(values: Array, place: Array, axis: int) -> Array:
+    """The part of an array at a place of an axis, which it loses.
+
+    A slice of static size, as a TPU needs it.
+    """
+    begin = [place if number == axis else 0 for number in range(len(values.shape))]
+    size = [1 if number == axis else length for number, length in enumerate(values.shape)]
+    return ops.squeeze(ops.slice(values, begin, size), axis)
+
+
 def choose(first: Any, fresh: Any, old: Any) -> Any:
-    """Selects `fresh` if `first`, else `old`, for nests of tensors."""
-    return tf.nest.map_structure(lambda one, other: tf.where(first, one, other), fresh, old)
+    """Selects `fresh` if `first`, else `old`, for trees of arrays."""
+    return backend.tree_map(lambda one, other: ops.where(first, one, other), fresh, old)
 
 
-def state_dtype(state: Any) -> tf.DType:
+def state_dtype(state: Any) -> str:
     """The floating-point dtype of a learner state."""
-    return next(leaf.dtype for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating)
-
-
-def _as_float(leaf: Array, dtype: tf.DType) -> Array:
-    """Casts integers to the given dtype, so that the tensor can have a gradient."""
-    return leaf if leaf.dtype.is_floating else tf.cast(leaf, dtype)
+    dtypes = (keras.backend.standardize_dtype(leaf.dtype) for leaf in backend.leaves(state))
+    return next(dtype for dtype in dtypes if keras.backend.is_float_dtype(dtype))

@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, start
 
@@ -59,10 +59,10 @@ class Evolution(InnerLoop):
         Each result has shape `[population]`.
         """
         losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
-        loss, accuracy = tf.reduce_mean(losses, axis=1), tf.reduce_mean(accuracies, axis=1)
+        loss, accuracy = backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)
         fitness = loss if self.fitness == "loss" else -accuracy
         # A genome with a non-finite loss is the worst, whatever its argmax.
-        return tf.where(tf.math.is_finite(loss), fitness, tf.constant(math.nan, fitness.dtype)), loss, accuracy
+        return ops.where(ops.isfinite(loss), fitness, math.nan), loss, accuracy
 
 
 def to_vector(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -75,5 +75,8 @@ def from_vectors(shapes: Mapping[str, tuple[int, ...]], vectors: Array) -> Outer
 
     `shapes` are the shapes of a single set.
     """
-    parts = tf.split(tf.cast(vectors, tf.float32), [math.prod(shapes[name]) for name in sorted(shapes)], axis=1)
-    return {name: tf.reshape(part, (-1, *shapes[name])) for name, part in zip(sorted(shapes), parts, strict=True)}
+    vectors, parts, end = ops.cast(vectors, "float32"), {}, 0
+    for name, shape in sorted(shapes.items()):
+        begin, end = end, end + math.prod(shape)
+        parts[name] = ops.reshape(vectors[:, begin:end], (-1, *shape))
+    return parts

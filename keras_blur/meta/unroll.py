@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
+from keras_blur import backend
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, start
@@ -34,16 +35,15 @@ class Unroll(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        with tf.GradientTape() as tape:
-            watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-            tape.watch(watched)
-            state = self.begin(learner, watched, episodes, seed, carried, first, shard)
-            losses, accuracies, state = self.objective(learner, watched, episodes, state)
+        def score(outer: Outer) -> tuple[Array, Any]:
+            state = self.begin(learner, outer, episodes, seed, carried, first, shard)
+            losses, accuracies, state = self.objective(learner, outer, episodes, state)
+            loss = backend.mean(losses, axis=1)
             # Members do not touch each other, so the gradient of the sum holds each one's own.
-            loss = tf.reduce_mean(losses, axis=1)
-            total = tf.reduce_sum(loss)
-        gradients = tape.gradient(total, watched, unconnected_gradients="zero")
-        return Estimate(gradients, loss, tf.reduce_mean(accuracies, axis=1)), self.kept(state)
+            return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), self.kept(state))
+
+        (loss, accuracy, kept), gradients = backend.gradient(score, dict(outer))
+        return Estimate(gradients, loss, accuracy), kept
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
@@ -67,4 +67,4 @@ class TruncatedUnroll(Truncated, Unroll):
     """
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
-        return Carried(tf.nest.map_structure(tf.zeros_like, start(learner, outer, episodes, tf.zeros(2, tf.int32))))
+        return Carried(backend.tree_map(ops.zeros_like, start(learner, outer, episodes, ops.zeros(2, "int32"))))

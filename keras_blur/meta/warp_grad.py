@@ -21,15 +21,17 @@ parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.core import random
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner, MetaLearner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, over_tasks, start
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, at, over_tasks, start
 
 ORDERS = ("exact", "first")
 STARTS = ("none", "reptile", "leap", "maml")
@@ -48,7 +50,7 @@ class TrajectoryBuffer(NamedTuple):
 
     def take(self, place: Array) -> Any:
         """The states at one position of the trajectories, a scalar integer."""
-        return tf.nest.map_structure(lambda leaf: tf.gather(leaf, place, axis=0 if leaf.shape.rank == 1 else 2), self.states)
+        return backend.tree_map(lambda leaf: at(leaf, place, axis=0 if len(leaf.shape) == 1 else 2), self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +91,15 @@ class WarpGrad(Estimator):
     ) -> tuple[Any, Any]:
         learner = self._checked(learner, outer)
         state = self.begin(learner, outer, episodes, seed, carried, first, shard)
-        begin, nothing = state, {name: tf.zeros_like(value) for name, value in outer.items()}
+        begin, nothing = state, {name: ops.zeros_like(value) for name, value in outer.items()}
 
-        def body(time: Array, state: Any, sums: Outer) -> tuple[Array, Any, Outer]:
+        def body(time: Array, state: Any, sums: Outer) -> tuple[Any, Outer]:
             gradients, _, _, new = self.at(learner, outer, episodes, state, time, time + 1)
             if self.start == "leap":
                 gradients = {**gradients, **_mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))}
-            return time + 1, new, {name: sums[name] + gradients[name] / self.rate_of(name) for name in sums}
+            return new, {name: sums[name] + gradients[name] / self.rate_of(name) for name in sums}
 
-        _, state, sums = tf.while_loop(
-            lambda time, *_: time < self.steps, body, (tf.constant(0), state, nothing), maximum_iterations=self.steps
-        )
+        state, sums = backend.loop(self.steps, body, state, nothing)
         sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
         loss, correct = self.judged(learner, outer, episodes, state)
         return Estimate(sums, loss, correct), self.kept(state)
@@ -135,26 +135,27 @@ class WarpGrad(Estimator):
         Returns:
             Gradient, loss and quality, `[members, ...]`, and the state after the step.
         """
-        x, y = (tf.gather(episodes[name], task, axis=1)[None] for name in ("x", "y"))
-        other_x, other_y = (tf.gather(episodes[name], other, axis=1)[None] for name in ("x", "y"))
-        state = tf.nest.map_structure(tf.stop_gradient, state)
-        with tf.GradientTape() as tape:
-            watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-            tape.watch(watched)
-            new, _ = learner.step(over_tasks(watched), state, x, y)
-            detached = tf.nest.map_structure(tf.stop_gradient, new)
+        x, y = (at(episodes[name], task, axis=1)[None] for name in ("x", "y"))
+        other_x, other_y = (at(episodes[name], other, axis=1)[None] for name in ("x", "y"))
+        state = backend.tree_map(ops.stop_gradient, state)
+
+        def score(outer: Outer) -> tuple[Array, Any]:
+            new, _ = learner.step(over_tasks(outer), state, x, y)
+            detached = backend.tree_map(ops.stop_gradient, new)
             # The prediction of a step, not `predict`, so that layers such as dropout are in
             # training mode.
-            _, prediction = learner.step(over_tasks(watched), detached if self.order == "first" else new, other_x, other_y)
-            loss, correct = (tf.reduce_mean(value, axis=1) for value in self.scores(prediction, other_y))
-            total = tf.reduce_sum(loss)
-        return tape.gradient(total, watched, unconnected_gradients="zero"), loss, correct, detached
+            _, prediction = learner.step(over_tasks(outer), detached if self.order == "first" else new, other_x, other_y)
+            loss, correct = (backend.mean(value, axis=1) for value in self.scores(prediction, other_y))
+            return ops.sum(loss), (loss, correct, detached)
+
+        (loss, correct, detached), gradients = backend.gradient(score, dict(outer))
+        return gradients, loss, correct, detached
 
     def judged(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array]:
         """Loss and quality of the query, `[members]`."""
         prediction = learner.predict(over_tasks(outer), state, episodes["query_x"][None])
         losses, quality = self.scores(prediction, episodes["query_y"][None])
-        return tf.reduce_mean(losses, axis=1), tf.reduce_mean(quality, axis=1)
+        return backend.mean(losses, axis=1), backend.mean(quality, axis=1)
 
     def _of_run(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, begin: Any, end: Any
@@ -164,13 +165,13 @@ class WarpGrad(Estimator):
             return _mean_over_tasks(_differences(learner.adapted(begin), learner.adapted(end)))
         if self.start != "maml":
             return {}
-        with tf.GradientTape() as tape:
-            starts = {name: tf.convert_to_tensor(v) for name, v in outer.items() if name.startswith("start_")}
-            tape.watch(starts)
+
+        def score(starts: Outer) -> tuple[Array, Any]:
             every = {**outer, **starts}
             losses, _, _ = self.objective(learner, every, episodes, start(learner, every, episodes, seed, shard))
-            total = tf.reduce_sum(tf.reduce_mean(losses, axis=1))
-        return tape.gradient(total, starts, unconnected_gradients="zero")
+            return ops.sum(backend.mean(losses, axis=1)), ()
+
+        return backend.gradient(score, {name: value for name, value in outer.items() if name.startswith("start_")})[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,22 +205,20 @@ class OfflineWarpGrad(WarpGrad):
         return self.steps // self.thetas
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
-        state = start(learner, outer, episodes, tf.zeros(2, tf.int32))
+        state = start(learner, outer, episodes, ops.zeros(2, "int32"))
 
         def storage(leaf: Array) -> Array:
-            shape = (self.steps,) if leaf.shape.rank == 0 else (*leaf.shape[:2], self.steps, *leaf.shape[2:])
-            return tf.zeros(shape, leaf.dtype)
+            shape = (self.steps,) if len(leaf.shape) == 0 else (*leaf.shape[:2], self.steps, *leaf.shape[2:])
+            return ops.zeros(shape, leaf.dtype)
 
-        return Carried(
-            TrajectoryBuffer(tf.nest.map_structure(storage, state)), (tf.zeros(2, tf.int32), tf.zeros((), tf.int32))
-        )
+        return Carried(TrajectoryBuffer(backend.tree_map(storage, state)), (ops.zeros(2, "int32"), ops.zeros((), "int32")))
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         learner = self._checked(learner, outer)
-        nothing = {name: tf.zeros_like(value) for name, value in outer.items()}
-        buffer, starts = tf.cond(
+        nothing = {name: ops.zeros_like(value) for name, value in outer.items()}
+        buffer, starts = ops.cond(
             first,
             lambda: self.collect(learner, outer, episodes, seed, shard, nothing),
             lambda: (carried.learners, nothing),
@@ -227,18 +226,15 @@ class OfflineWarpGrad(WarpGrad):
         root, window = self._turn(seed, carried, first)
         order = random.permutation(random.fold_in(root, _SHUFFLE), self.steps)
 
-        def body(number: Array, sums: Outer, loss: Array, correct: Array) -> tuple[Array, Outer, Array, Array]:
-            place = tf.gather(order, window * self.thetas + number)
+        def body(number: Array, sums: Outer, loss: Array, correct: Array) -> tuple[Outer, Array, Array]:
+            place = at(order, window * self.thetas + number, axis=0)
             found = self.at(learner, outer, episodes, buffer.take(place), place, place + 1)
             sums = {name: sums[name] + found[0][name] / self.thetas for name in sums}
-            return number + 1, sums, loss + found[1] / self.thetas, correct + found[2] / self.thetas
+            return sums, loss + found[1] / self.thetas, correct + found[2] / self.thetas
 
         some = next(iter(outer.values()))
-        zero = tf.zeros(some.shape[0], some.dtype)
-        _, sums, loss, correct = tf.while_loop(
-            lambda number, *_: number < self.thetas, body, (tf.constant(0), nothing, zero, zero),
-            maximum_iterations=self.thetas,
-        )  # fmt: skip
+        zero = ops.zeros(some.shape[0], some.dtype)
+        sums, loss, correct = backend.loop(self.thetas, body, nothing, zero, zero)
         return Estimate({name: sums[name] + starts[name] for name in sums}, loss, correct), buffer
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
@@ -250,39 +246,33 @@ class OfflineWarpGrad(WarpGrad):
         step.
         """
         root, window = carried.directions
-        return tf.where(first, seed, root), tf.where(first, tf.zeros_like(window), window)
+        return ops.where(first, seed, root), ops.where(first, ops.zeros_like(window), window)
 
     def collect(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, nothing: Outer
     ) -> tuple[TrajectoryBuffer, Outer]:
         """Runs inner descent. Returns the visited points and the gradient of the start."""
-        state = begin = start(learner, outer, episodes, seed, shard)
-        leaves = tf.nest.flatten(state)
-        buffers = [tf.TensorArray(leaf.dtype, self.steps, element_shape=leaf.shape) for leaf in leaves]
+        begin = start(learner, outer, episodes, seed, shard)
+        buffers = [ops.zeros((self.steps, *leaf.shape), leaf.dtype) for leaf in backend.leaves(begin)]
 
-        def body(time: Array, state: Any, buffers: list[Any], sums: Outer) -> tuple[Array, Any, list[Any], Outer]:
-            buffers = [one.write(time, leaf) for one, leaf in zip(buffers, tf.nest.flatten(state), strict=True)]
-            x, y = (tf.gather(episodes[name], time, axis=1)[None] for name in ("x", "y"))
+        def body(time: Array, state: Any, buffers: list[Array], sums: Outer) -> tuple[Any, list[Array], Outer]:
+            row = ops.reshape(time, (1, 1))
+            visited = zip(buffers, backend.leaves(state), strict=True)
+            buffers = [ops.scatter_update(buffer, row, leaf[None]) for buffer, leaf in visited]
+            x, y = (at(episodes[name], time, axis=1)[None] for name in ("x", "y"))
             new, _ = learner.step(over_tasks(outer), state, x, y)
             if self.start == "leap":
                 path = _mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))
                 sums = {name: value + path.get(name, 0.0) for name, value in sums.items()}
-            return time + 1, new, buffers, sums
+            return new, buffers, sums
 
-        _, state, buffers, sums = tf.while_loop(
-            lambda time, *_: time < self.steps,
-            body,
-            (tf.constant(0), state, buffers, nothing),
-            maximum_iterations=self.steps,
-        )
+        state, buffers, sums = backend.loop(self.steps, body, begin, buffers, nothing)
         sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
 
-        def whole(buffer: Any, leaf: Array) -> Array:
-            value = buffer.stack()  # [K, members, tasks, ...]
-            return value if leaf.shape.rank == 0 else tf.transpose(value, [1, 2, 0, *range(3, value.shape.rank)])
+        def whole(buffer: Array) -> Array:  # [K, members, tasks, ...]
+            return buffer if len(buffer.shape) == 1 else ops.transpose(buffer, [1, 2, 0, *range(3, len(buffer.shape))])
 
-        stacked = [whole(one, leaf) for one, leaf in zip(buffers, leaves, strict=True)]
-        return TrajectoryBuffer(tf.nest.pack_sequence_as(begin, stacked)), sums
+        return TrajectoryBuffer(backend.pack(begin, [whole(buffer) for buffer in buffers])), sums
 
 
 def _differences(before: Outer, after: Outer) -> Outer:
@@ -293,10 +283,12 @@ def _differences(before: Outer, after: Outer) -> Outer:
 def _directions(before: Outer, after: Outer) -> Outer:
     """Differences normalised to length one over all weights of a network; zero without movement."""
     moved = _differences(before, after)
-    squares = [tf.reduce_sum(tf.square(one), axis=list(range(2, one.shape.rank))) for one in moved.values()]
-    scale = tf.math.divide_no_nan(1.0, tf.sqrt(tf.add_n(squares)))
-    return {name: one * tf.reshape(scale, (*scale.shape, *[1] * (one.shape.rank - 2))) for name, one in moved.items()}
+    squares = [ops.sum(ops.square(one), axis=tuple(range(2, len(one.shape)))) for one in moved.values()]
+    length = ops.sqrt(functools.reduce(operator.add, squares))
+    still = length == 0.0
+    scale = ops.where(still, 0.0, 1.0 / ops.where(still, 1.0, length))
+    return {name: one * ops.reshape(scale, (*scale.shape, *[1] * (len(one.shape) - 2))) for name, one in moved.items()}
 
 
 def _mean_over_tasks(values: Outer) -> Outer:
-    return {name: tf.reduce_mean(value, axis=1) for name, value in values.items()}
+    return {name: backend.mean(value, axis=1) for name, value in values.items()}
