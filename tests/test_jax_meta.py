@@ -49,8 +49,8 @@ def alone():
 
 
 def assert_close(found, wanted, tolerance):
+    size = max(np.abs(value).max() for value in wanted["outer"].values())
     for name, value in wanted["outer"].items():
-        size = np.abs(value).max()
         np.testing.assert_allclose(found["outer"][name], value, rtol=tolerance, atol=tolerance * size, err_msg=name)
     for name, values in wanted["history"].items():
         np.testing.assert_allclose(found["history"][name], values, rtol=10 * tolerance, atol=1e-6, err_msg=name)

@@ -187,6 +187,7 @@ def _multiply(a: Array, b: int) -> tuple[Array, Array]:
     return high * b_high + (middle >> 16) + (cross >> 16), a * jnp.uint32(b)
 
 
+@jax.jit  # outside of a program, a loop would be traced at each call
 def philox(counter: Sequence[Array], key: Sequence[Array]) -> tuple[Array, ...]:
     """Four random 32-bit integers for each value of a counter of four integers.
 
@@ -267,7 +268,8 @@ def constant(value: np.ndarray) -> np.ndarray:
 class stream:
     """An endless iterable of draws of the numbers `start`, `start + stride`, ... as numpy arrays.
 
-    They are drawn on the CPU, one program for each function.
+    They are drawn on the CPU, one program for each function. What a function raises, it raises when
+    the stream is made, as on TensorFlow.
 
     Args:
         draws: functions from a number to a tree of arrays.
@@ -279,6 +281,9 @@ class stream:
     def __init__(self, draws: Sequence[Callable[[Array], Any]], which: Callable[[int], int] | None, start: Any, stride: int):
         self._draws, self._which, self._start, self._stride = [jax.jit(one) for one in draws], which, start, stride
         self._size: int | None = None
+        for draw in self._draws:  # what cannot be drawn raises now
+            with _on_cpu():
+                draw.eval_shape(np.int32(0))
 
     def batch(self, size: int, drop_remainder: bool = True) -> stream:
         """The same stream, with so many draws in a row along a new first axis of each array."""
@@ -297,8 +302,13 @@ class stream:
 
     def _drawn(self, number: int) -> Any:
         draw = self._draws[self._which(number) if self._which else 0]
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with _on_cpu():
             return jax.tree.map(np.asarray, draw(np.int32(number)))
+
+
+def _on_cpu() -> Any:
+    """A scope whose programs run on the CPU."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 class Program:

@@ -434,7 +434,7 @@ def is_dataset(value: Any) -> bool:
 
 def constant(value: np.ndarray) -> Array:
     """An array on the CPU, where streams are drawn: a graph refers to it and holds no copy."""
-    with tf.device("CPU"):
+    with tf.init_scope(), tf.device("CPU"):
         return tf.constant(value)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
+from keras_blur.backend import constant
 from keras_blur.core import random
 from keras_blur.tasks.base import Tasks, check_split
 from keras_blur.tasks.datasets import Images, load_images
@@ -50,8 +51,7 @@ class ArrayTasks(Tasks):
         factor = random.integers(random.fold_in(seed, 0), (), prime - 1) + 1
         offset = random.integers(random.fold_in(seed, 1), (), prime)
         chosen = _multiplied_and_added(factor, count, offset, prime)
-        x = ops.take(ops.convert_to_tensor(inputs), chosen, axis=0)
-        label = ops.take(ops.convert_to_tensor(labels), chosen, axis=0)
+        x, label = (ops.take(constant(values), chosen, axis=0) for values in (inputs, labels))
         if self.permute:
             x = ops.take(x, random.permutation(random.fold_in(seed, 2), self.pixels), axis=1)
         if self.project:

@@ -1,12 +1,10 @@
 """Tasks on the user's own arrays: splits without common examples, and meta-training on them."""
 
-import keras
 import numpy as np
 import pytest
 from task_harness import rows, same, take
 
-import keras_blur as kb
-from keras_blur import learners, meta, tasks
+from keras_blur import tasks
 from keras_blur.tasks.base import SPLITS
 
 RNG = np.random.default_rng(0)
@@ -117,15 +115,3 @@ def test_a_wrong_argument_is_named(arguments, message):
     *data, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with np.errstate(over="ignore"), pytest.raises(ValueError, match=message):
         tasks.arrays(*data, **options)
-
-
-@pytest.mark.parametrize("kind", ["classes", "values"])
-def test_meta_training_on_arrays(kind):
-    own = tasks.arrays(X, Y if kind == "classes" else X[:, :1] - X[:, 1:2], kind=kind)
-    loss = "cross_entropy" if kind == "classes" else "squared"
-    learner = learners.MAML(keras.optimizers.SGD(0.1), (8,), loss=loss)
-    trainer = meta.MetaTrainer(own, learner, meta.Unroll(steps=1), batch_size=8, query_size=8)
-    trainer.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
-    losses = trainer.fit(epochs=4, steps_per_epoch=10, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    assert kb.tasks.arrays is tasks.arrays

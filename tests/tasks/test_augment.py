@@ -4,13 +4,13 @@ outside meta-training."""
 import functools
 import math
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
+from on_backend import JAX, in_a_graph
+from task_harness import arrays
 
-from keras_blur import learners, meta, random, tasks
-from keras_blur.report.episodes import adaptation_curve, memorization_gap, score_episodes
+from keras_blur import random, tasks
 from keras_blur.tasks.episodes import EpisodeTasks
 
 SHAPE = {"steps": 2, "batch": 5, "query": 10}
@@ -41,11 +41,11 @@ def made(name, **options):
 def drawing(of, split, seed):
     """Episodes of the stream `of.dataset(seed, split=split)`, by number."""
     root = random.fold_in(random.seed_of(seed), ["train", "validation", "test"].index(split))
-    return tf.function(lambda number: of.episode(random.fold_in(root, number), **SHAPE, split=split), autograph=False)
+    return in_a_graph(lambda number: of.episode(random.fold_in(root, number), **SHAPE, split=split), JAX)
 
 
 def episode(of, number, split="train", seed=3):
-    return {name: value.numpy() for name, value in drawing(of, split, seed)(tf.constant(number)).items()}
+    return arrays(drawing(of, split, seed)(ops.array(number)))
 
 
 def test_the_stream_has_these_episodes():
@@ -69,7 +69,7 @@ def test_inputs_stay_labels_change_and_undoing_the_key_restores_them(name):
             np.testing.assert_array_equal(plain[part], changed[part])
         seed = random.fold_in(random.fold_in(random.seed_of(3), 0), number)
         keys = of.keys(seed, 20)
-        back = of.augmentation.undo(keys, tf.constant(labels(changed))).numpy()
+        back = ops.convert_to_numpy(of.augmentation.undo(keys, ops.array(labels(changed))))
         wanted = labels(plain)
         if AUGMENTED[name][2]:
             np.testing.assert_array_equal(back, wanted)
@@ -143,8 +143,8 @@ def test_signs_of_labels_and_examples_agree_with_episodes():
     assert set(np.unique(labels(episode(of, 0)))) == {-1.0, 1.0}
     np.testing.assert_array_equal(labels(episode(of, 0)).sum(-1), -8.0)
     seed = random.fold_in(random.seed_of(1), 0)
-    x, y = of.examples(seed, 7, "train")
-    whole = of.episode(seed, steps=1, batch=3, query=4)
+    x, y = arrays(of.examples(seed, 7, "train"))
+    whole = arrays(of.episode(seed, steps=1, batch=3, query=4))
     np.testing.assert_array_equal(np.reshape(x[:4], (4, 64)), whole["query_x"])
     np.testing.assert_array_equal(y[:4], whole["query_y"])
 
@@ -240,7 +240,7 @@ def test_pose_by_hand():
     rng = np.random.default_rng([5, 0])
     codes, angles = rng.standard_normal((3, 2)).astype("float32"), rng.uniform(0, 2 * np.pi, 3)
     for number in range(8):
-        x, y = (value.numpy() for value in of.examples(random.seed_of(number), 6, "train"))
+        x, y = arrays(of.examples(random.seed_of(number), 6, "train"))
         which = int(np.argmin(np.abs(codes - x[0, :2]).sum(-1)))
         np.testing.assert_array_equal(x[:, :2], np.repeat(codes[which : which + 1], 6, 0))
         view = np.arctan2(x[:, 3], x[:, 2])
@@ -252,9 +252,9 @@ def test_sines_live_where_nobody_else_does():
     spans = {}
     for split in ("train", "validation", "test"):
         found = set()
-        draw = tf.function(lambda number, split=split: of.examples(random.seed_of(number), 10, split), autograph=False)
+        draw = in_a_graph(lambda number, split=split: of.examples(random.seed_of(number), 10, split), JAX)
         for number in range(80):
-            x, y = (value.numpy() for value in draw(tf.constant(number)))
+            x, y = arrays(draw(ops.array(number)))
             start = float(np.floor(x.min()))
             assert x.max() <= start + 0.5
             which = [4, -1, -2, 1, 3, -3, -5, 2, 0, -4].index(int(start))
@@ -262,178 +262,3 @@ def test_sines_live_where_nobody_else_does():
             found.add(which)
         spans[split] = found
     assert spans == {"train": set(range(6)), "validation": {6, 7}, "test": {8, 9}}
-
-
-def trained(of, seed, steps):
-    made = meta.MetaTrainer(of, learners.NeuralProcess(), meta.Unroll(1), meta_batch_size=32, batch_size=5, query_size=10,
-                            clipnorm=None, seed=seed)  # fmt: skip
-    made.compile("adam")
-    made.fit(1, steps, verbose=0)
-    return made
-
-
-def process():
-    """A neural process with weights from random numbers."""
-    learner = learners.NeuralProcess((8,), 4)
-    return learner, learner.learned({name: own[0] for name, own in learner.draw(0, 1, 10, 2).items()})
-
-
-def test_scores_are_of_the_learner_on_the_episodes_of_the_split():
-    learner, learned = process()
-    of = tasks.pose(held=7)
-    found = score_episodes(learner, learned, of, batch_size=4, query_size=6, episodes=53, split="test", seed=2)
-    stream = of.dataset(2, steps=1, batch=4, query=6, split="test")
-    wanted = []
-    for drawn in stream.take(53):
-        prediction = learned([drawn["x"], drawn["y"], drawn["query_x"][None]])[0]
-        wanted.append(float(tf.reduce_mean((prediction - drawn["query_y"]) ** 2)))
-    np.testing.assert_allclose(found["loss"], wanted, rtol=1e-4)
-    assert found["mean_loss"] == pytest.approx(np.mean(wanted), rel=1e-4)
-    assert found["r2"].shape == (53,)
-
-
-def test_the_gap_is_what_a_key_of_the_episode_costs():
-    learner, learned = process()
-    of = tasks.pose()
-    found = memorization_gap(learner, learned, of, episodes=6)
-    drawn = list(of.dataset(0, steps=1, batch=5, query=10, split="train").take(6))
-    turn = tasks.LabelRotation()
-    keys = turn.draw(random.fold_in(random.seed_of(0), 2, 0), 6, of)
-    wanted = {"own": [], "kept": [], "followed": []}
-    for key, one in zip(keys, drawn, strict=True):
-        y, query_y = turn.apply(key[None], one["y"][0])[None], turn.apply(key[None], one["query_y"])
-        for name, support, query in (
-            ("own", one["y"], one["query_y"]),
-            ("kept", y, one["query_y"]),
-            ("followed", y, query_y),
-        ):
-            wanted[name].append(np.mean((learned([one["x"], support, one["query_x"][None]])[0] - query) ** 2))
-    for name, values in wanted.items():
-        assert found[name] == pytest.approx(np.mean(values), rel=1e-4)
-    assert found["gap"] == found["followed"] - found["own"]
-
-
-class Answers(learners.NeuralProcess):
-    """Knows the pose of each object by its code, reads it from the support, or says nothing."""
-
-    def __init__(self, how, of):
-        super().__init__(hidden=(4,), representation=2)
-        self.how, self.codes, self.angles = how, *map(tf.constant, of._objects["train"])
-
-    def init(self, outer, seed, features, outputs, shape=(), shard=None):
-        return tf.zeros((*shape, 2))
-
-    def step(self, outer, state, x, y):
-        if self.how == "reads":
-            cosine, sine = x[..., -2:-1], x[..., -1:]
-            turn = tf.concat([cosine * y[..., :1] + sine * y[..., 1:], cosine * y[..., 1:] - sine * y[..., :1]], -1)
-            return tf.reduce_mean(turn, -2), {}
-        if self.how == "knows":
-            place = tf.argmin(tf.reduce_sum((x[..., :1, None, :-2] - self.codes) ** 2, -1), -1)[..., 0]
-            angle = tf.gather(self.angles, place)
-            return tf.stack([tf.cos(angle), tf.sin(angle)], -1), {}
-        return state, {}
-
-    def predict(self, outer, state, x):
-        cosine, sine = x[..., -2:-1], x[..., -1:]
-        c, s = state[..., None, :1], state[..., None, 1:]
-        return tf.concat([c * cosine - s * sine, c * sine + s * cosine], -1)
-
-
-@pytest.mark.parametrize(
-    ("how", "own", "kept", "followed"), [("reads", 0.0, 1.0, 0.0), ("knows", 0.0, 0.0, 1.0), ("nothing", 0.5, 0.5, 0.5)]
-)
-def test_the_gap_tells_memorisation_from_reading_and_from_ignorance(how, own, kept, followed):
-    of = tasks.pose()
-    learner = Answers(how, of)
-    learned = learner.learned({name: values[0] for name, values in learner.draw(0, 1, 10, 2).items()})
-    found = memorization_gap(learner, learned, of, episodes=200, jit_compile=False)
-    assert found["own"] == pytest.approx(own, abs=1e-5)
-    assert found["kept"] == pytest.approx(kept, abs=0.15)
-    assert found["followed"] == pytest.approx(followed, abs=0.15)
-
-
-def test_the_gap_of_classes_permutes_them_and_other_tasks_need_a_key():
-    learner = learners.Prototypes((4,))
-    learned = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 64, 5).items()})
-    found = memorization_gap(learner, learned, tasks.classes(), query_size=25, episodes=4)
-    assert found["gap"] == pytest.approx(0.0, abs=1e-4)  # prototypes know no class
-    assert found["kept"] > found["own"]
-    process = learners.NeuralProcess(hidden=(8,), representation=4)
-    learned = process.learned({name: own[0] for name, own in process.draw(0, 1, 1, 1).items()})
-    with pytest.raises(ValueError, match="`augmentation` must be given for tasks that are neither classes nor two values"):
-        memorization_gap(process, learned, tasks.sines(), episodes=4)
-    found = memorization_gap(process, learned, tasks.sines(), tasks.LabelOffset(-1.0, 1.0), episodes=4)
-    assert found["followed"] != found["own"]
-    with pytest.raises(ValueError, match="`augmentation` must change labels by a key"):
-        memorization_gap(learner, learned, tasks.classes(exclusive=False), tasks.ClassResample(), episodes=4)
-
-
-def test_divergence_is_the_worst_score():
-    learner, learned = process()
-    broken = {name: np.full_like(own[0], np.nan) for name, own in learner.parameters(learned).items()}
-    found = score_episodes(learner, learner.learned(broken), tasks.pose(), episodes=2)
-    assert found["mean_loss"] == np.inf
-    assert found["mean_r2"] == -np.inf
-
-
-def test_a_curve_is_the_score_after_each_number_of_steps():
-    learner = learners.MAML(keras.optimizers.SGD(0.1), (8,))
-    learned = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 64, 5).items()})
-    of, shape = tasks.classes(shots=2), {"batch_size": 5, "query_size": 10, "episodes": 9}
-    curve = adaptation_curve(learner, learned, of, at=[0, 1, 4], **shape)
-    assert curve["steps"] == [0, 1, 4]
-    for place, steps in ((1, 1), (2, 4)):
-        single = score_episodes(learner, learned, of, steps=steps, **shape)
-        np.testing.assert_allclose(curve["loss"][place], single["loss"], rtol=1e-4)
-        assert curve["mean_accuracy"][place] == pytest.approx(single["mean_accuracy"])
-    zero, one, four = curve["mean_loss"]
-    assert curve["area"] == pytest.approx(((zero + one) / 2 + 3 * (one + four) / 2) / 4)
-    with pytest.raises(ValueError, match="`at` must be two or more ascending numbers"):
-        adaptation_curve(learner, learned, of, at=[3, 1], **shape)
-    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
-        score_episodes(learner, learned, of, episodes=1)
-    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
-        adaptation_curve(learner, learned, of, at=[0, 1], **{**shape, "episodes": 1})
-
-
-@pytest.mark.slow
-def test_a_shared_key_saves_pose_from_memorisation():
-    """The claim of the paper on the synthetic pose set: a key of the episode helps, one of each
-    point does not."""
-    plain, seed = tasks.pose(), 0
-    arms = {
-        "none": plain,
-        "shared": tasks.augment(plain, tasks.LabelRotation()),
-        "points": tasks.augment(plain, tasks.LabelRotation(), shared=False),
-    }
-    runs = {name: trained(of, seed, 4000) for name, of in arms.items()}
-    error = {name: score_episodes(run.learner, run.learned, plain)["mean_loss"] for name, run in runs.items()}
-    assert error["shared"] <= 0.03
-    assert error["none"] >= 15 * error["shared"]
-    assert error["points"] >= 10 * error["shared"]
-    gap = {name: memorization_gap(run.learner, run.learned, plain)["gap"] for name, run in runs.items()}
-    assert gap["none"] > 0.1
-    assert abs(gap["shared"]) < 0.01
-    assert abs(gap["points"]) < 0.02
-    new = memorization_gap(runs["none"].learner, runs["none"].learned, plain, split="test")
-    assert abs(new["gap"]) < 0.02
-
-
-@pytest.mark.slow
-def test_shuffles_help_as_in_the_paper():
-    """Five ways, one shot, MAML on the made classes: non-exclusive below intra-shuffle, not above
-    inter-shuffle."""
-    found = {}
-    plain = tasks.classes(exclusive=False)
-    settings = {"non": tasks.Compose([]), "intra": tasks.LabelPermutation(), "inter": tasks.ClassResample()}
-    for name, augmentation in settings.items():
-        of = tasks.augment(plain, augmentation)
-        learner = learners.MAML(keras.optimizers.SGD(0.1), (64,))
-        run = meta.MetaTrainer(of, learner, meta.Unroll(3), meta_batch_size=4, batch_size=5, query_size=25, seed=0)
-        run.compile("adam")
-        run.fit(1, 1500, verbose=0)
-        scored = score_episodes(learner, run.learned, of, steps=3, batch_size=5, query_size=25, episodes=400)
-        found[name] = scored["mean_accuracy"]
-    assert found["intra"] >= found["non"] + 0.04
-    assert found["inter"] >= found["intra"] - 0.01

@@ -3,7 +3,6 @@ they are missing."""
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from on_backend import digits
 
 from keras_blur.tasks.datasets import load_images
@@ -11,8 +10,7 @@ from keras_blur.tasks.datasets import load_images
 
 def write_set(folder, name, shape=(6, 5, 1), splits=("train", "test"), label=True):
     """A small prepared set, of a name that tensorflow_datasets does not know."""
-    import tensorflow_datasets as tfds
-
+    tf, tfds = map(pytest.importorskip, ("tensorflow", "tensorflow_datasets"))
     rng = np.random.default_rng(0)
     parts = {}
     for split in splits:

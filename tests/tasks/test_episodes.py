@@ -5,8 +5,9 @@ import os
 
 import numpy as np
 import pytest
-import tensorflow as tf
-from task_harness import rows, same, take
+from keras import ops
+from on_backend import JAX, compiled, in_a_graph
+from task_harness import arrays, rows, same, specs, take
 
 from keras_blur import random, tasks
 from keras_blur.tasks.datasets import Images, load_images
@@ -28,11 +29,15 @@ def numbered(sizes, ways=2, shots=1):
     return EpisodeTasks(splits, ways, shots, "numbers")
 
 
+def images_of(classes):
+    """The images of a split."""
+    return ops.convert_to_numpy(classes.images)
+
+
 def write_set(folder, train, test, shape=(6, 6, 3), kin=None):
     """A prepared set with the given labels, an image each, and the feature `kin`, a function of a
     label, if there is one."""
-    import tensorflow_datasets as tfds
-
+    tf, tfds = map(pytest.importorskip, ("tensorflow", "tensorflow_datasets"))
     rng = np.random.default_rng(0)
     parts = {
         split: {"image": rng.integers(0, 256, (len(labels), *shape), dtype=np.uint8), "label": np.array(labels)}
@@ -60,11 +65,8 @@ def digits():
 
 
 def test_shapes_are_static(digits):
-    spec = digits.dataset(0, **SHAPE).element_spec
-    assert {name: tuple(part.shape) for name, part in spec.items()} == {
-        "x": (3, 15, 64), "y": (3, 15, 3), "query_x": (12, 64), "query_y": (12, 3),
-    }  # fmt: skip
-    assert {part.dtype for part in spec.values()} == {tf.float32}
+    shapes = {"x": (3, 15, 64), "y": (3, 15, 3), "query_x": (12, 64), "query_y": (12, 3)}
+    assert specs(digits.dataset(0, **SHAPE)) == {name: (shape, "float32") for name, shape in shapes.items()}
     assert (digits.features, digits.outputs, digits.kind) == (64, 3, "classes")
     assert digits.name == "digits 8x8, 3 ways, 5 shots"
 
@@ -82,10 +84,10 @@ def test_episodes_are_equal_under_every_compiler(digits):
     def draw(seed):
         return digits.episode(seed, **SHAPE)
 
-    compiled = tf.function(draw, jit_compile=True)
+    program = compiled(draw)
     for number in range(3):
         seed = random.seed_of(number)
-        assert same(draw(seed), {name: value.numpy() for name, value in compiled(seed).items()})
+        assert same(arrays(draw(seed)), arrays(program(seed)))
 
 
 def test_splits_of_digits_share_no_class_and_cover_the_set(digits):
@@ -130,19 +132,18 @@ def test_support_and_query_are_balanced_and_apart(digits, query):
 @pytest.mark.parametrize(("steps", "batch"), [(10, 15), (7, 4), (2, 40)])
 def test_batches_go_through_the_support_again(digits, steps, batch):
     seed = random.seed_of(3)
-    once = digits.episode(seed, steps=1, batch=15, query=9)
-    many = digits.episode(seed, steps=steps, batch=batch, query=9)
+    once = arrays(digits.episode(seed, steps=1, batch=15, query=9))
+    many = arrays(digits.episode(seed, steps=steps, batch=batch, query=9))
     place = np.arange(steps * batch) % 15
     for name in ("x", "y"):
-        flat = many[name].numpy().reshape(steps * batch, -1)
-        np.testing.assert_array_equal(flat, once[name].numpy()[0][place])
+        np.testing.assert_array_equal(many[name].reshape(steps * batch, -1), once[name][0][place])
     np.testing.assert_array_equal(many["query_x"], once["query_x"])
 
 
 def test_every_class_and_every_image_is_drawn_alike():
     some = numbered([3, 5, 8, 4], ways=2, shots=2)
-    draw = tf.function(lambda seed: some.examples(seed, 6, "test")[0])
-    drawn = np.concatenate([draw(random.seed_of(number)).numpy() for number in range(1500)]).astype(int)
+    draw = in_a_graph(lambda seed: some.examples(seed, 6, "test")[0], JAX)
+    drawn = np.concatenate([draw(random.seed_of(number)) for number in range(1500)]).astype(int)
     assert (np.bincount(drawn[:, 0] - 200) / len(drawn)) == pytest.approx([0.25] * 4, abs=0.03)
     for label, size in enumerate([3, 5, 8, 4]):
         fraction = np.bincount(drawn[drawn[:, 0] - 200 == label, 1]) / (drawn[:, 0] - 200 == label).sum()
@@ -153,7 +154,7 @@ def test_a_class_can_be_used_up():
     some = numbered([5, 4], ways=2, shots=1)
     assert some.available("train") == 8
     for number in range(20):
-        x, y = (value.numpy() for value in some.examples(random.seed_of(number), 8, "train"))
+        x, y = arrays(some.examples(random.seed_of(number), 8, "train"))
         assert len(rows(x)) == 8
         assert len(set(zip(x[:, 0], y.argmax(1), strict=True))) == 2
 
@@ -215,13 +216,13 @@ def test_classes_of_an_episode_are_of_one_group(tmp_path):
     assert [len(groups[split]) for split in SPLITS] == [7, 2, 1]
     assert len(set().union(*groups.values())) == 10
     label_of = {row.tobytes(): label for known in some._splits.values()
-                for row, label in zip(known.images.numpy(), np.repeat(known.labels, known.counts), strict=True)}  # fmt: skip
+                for row, label in zip(images_of(known), np.repeat(known.labels, known.counts), strict=True)}  # fmt: skip
     seen, orders = [], set()
-    draw = tf.function(lambda seed: some.examples(seed, 4, "train"))
+    draw = in_a_graph(lambda seed: some.examples(seed, 4, "train"), JAX)
     for number in range(300):
-        x, y = draw(random.seed_of(number))
-        labels = [label_of[row.tobytes()] for row in x.numpy()]
-        assert len(set(labels)) == 4 == len(set(y.numpy().argmax(1)))
+        x, y = arrays(draw(random.seed_of(number)))
+        labels = [label_of[row.tobytes()] for row in x]
+        assert len(set(labels)) == 4 == len(set(y.argmax(1)))
         assert len({kin(label) for label in labels}) == 1
         seen += labels
         orders.add(tuple(labels))
@@ -233,7 +234,7 @@ def test_classes_of_an_episode_are_of_one_group(tmp_path):
     whole = {
         kin(label_of[row.tobytes()])
         for n in range(20)
-        for row in some.resampled().examples(random.seed_of(n), 4, "train")[0].numpy()
+        for row in arrays(some.resampled().examples(random.seed_of(n), 4, "train"))[0]
     }
     assert whole == groups["train"]  # and without groups any
     for options, message in (
@@ -260,12 +261,12 @@ def test_a_class_in_two_groups_is_refused(tmp_path):
 
 def test_standardised_by_the_classes_of_meta_training():
     digits, plain = (tasks.episodes("digits", ways=2, standardize=option) for option in (True, False))
-    known = {split: some.images.numpy() for split, some in digits._splits.items()}
-    training = plain._splits["train"].images.numpy()
+    known = {split: images_of(some) for split, some in digits._splits.items()}
+    training = images_of(plain._splits["train"])
     assert known["train"].mean() == pytest.approx(0.0, abs=1e-4)
     assert known["train"].std() == pytest.approx(1.0, abs=1e-3)
     for split in SPLITS:
-        expected = (plain._splits[split].images.numpy() - training.mean()) / training.std()
+        expected = (images_of(plain._splits[split]) - training.mean()) / training.std()
         np.testing.assert_allclose(known[split], expected, atol=1e-3)
 
 

@@ -1,10 +1,12 @@
 """Functions of the plane as tasks: their shapes, and episodes that follow from seed and number
 alone."""
 
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from task_harness import rows, same, take
+from keras import ops
+from on_backend import JAX, compiled, in_a_graph
+from task_harness import arrays, rows, same, specs, take
 
 from keras_blur import random, tasks
 from keras_blur.tasks.functions import _SIDES, function_names
@@ -16,8 +18,7 @@ ALL = function_names()
 
 
 def drawn(name, count=2000, number=0, split="train", **options):
-    x, y = tasks.functions(name, **options).examples(random.seed_of(number), count, split)
-    return x.numpy(), y.numpy()
+    return arrays(tasks.functions(name, **options).examples(random.seed_of(number), count, split))
 
 
 def points_of(episode):
@@ -27,7 +28,12 @@ def points_of(episode):
 def angle_of(number, index=0, low=0.0, high=2 * np.pi):
     """What an episode draws for itself, by the place of its seed."""
     task = random.fold_in(random.seed_of(number), 0)
-    return random.uniform(random.fold_in(task, index), (), low, high).numpy()
+    return ops.convert_to_numpy(random.uniform(random.fold_in(task, index), (), low, high))
+
+
+def side(name, points, task):
+    """Whether points are of class 1 in an episode."""
+    return ops.convert_to_numpy(_SIDES[name](ops.convert_to_tensor(points), task))
 
 
 def turned(x, angle):
@@ -52,15 +58,15 @@ def test_function_episodes_are_equal_under_every_compiler(name):
     def draw(seed):
         return some.episode(seed, **SHAPE)
 
-    compiled = tf.function(draw, jit_compile=True)
+    program = compiled(draw)
     shapes = {"x": (3, 8, features), "y": (3, 8, outputs), "query_x": (10, features), "query_y": (10, outputs)}
-    traced = compiled.get_concrete_function(tf.TensorSpec((2,), tf.int32)).structured_outputs
-    assert {key: (tuple(part.shape), part.dtype) for key, part in traced.items()} == {
-        key: (shape, tf.float32) for key, shape in shapes.items()
-    }
     for number in (1, 2):
         seed = random.seed_of(number)
-        eager, fast = draw(seed), compiled(seed)
+        eager, fast = arrays(draw(seed)), arrays(program(seed))
+        for found in (eager, fast):
+            assert {key: (part.shape, part.dtype.name) for key, part in found.items()} == {
+                key: (shape, "float32") for key, shape in shapes.items()
+            }
         for key, value in eager.items():
             exact = name != "sine" and key.endswith("y")
             np.testing.assert_allclose(fast[key], value, rtol=0, atol=0 if exact else 5e-6)
@@ -69,14 +75,15 @@ def test_function_episodes_are_equal_under_every_compiler(name):
 @pytest.mark.parametrize("names", [["xor", "rotated_moons"], "sine", "blobs5"])
 def test_function_streams(names):
     some = tasks.functions(names, relabel=names != "sine", noise=0.01)
-    spec = some.dataset(0, **SHAPE).element_spec
-    assert all(part.shape.is_fully_defined() and part.dtype == tf.float32 for part in spec.values())
+    sizes = {"x": (3, 8, some.features), "y": (3, 8, some.outputs), "query_x": (10, some.features)}
+    sizes["query_y"] = (10, some.outputs)
+    assert specs(some.dataset(0, **SHAPE)) == {name: (shape, "float32") for name, shape in sizes.items()}
     whole = take(some.dataset(5, **SHAPE), 6)
     assert same(take(some.dataset(5, **SHAPE, start=4), 1)[0], whole[4])
     shards = [take(some.dataset(5, **SHAPE, start=shard, stride=2), 3) for shard in range(2)]
     assert all(same(shards[number % 2][number // 2], episode) for number, episode in enumerate(whole))
     assert len({episode["x"].tobytes() for episode in whole}) == 6
-    number = tf.Variable(0)
+    number = keras.Variable(0, dtype="int32", trainable=False)
     stream = some.dataset(5, **SHAPE, start=number)
     number.assign(3)
     assert same(take(stream, 1)[0], whole[3])
@@ -89,9 +96,9 @@ def test_no_point_is_in_two_splits_nor_in_support_and_query(name):
     seen = [set(), set(), set()]
     for number in range(4):
         for place, split in enumerate(("train", "validation", "test")):
-            episode = some.episode(random.seed_of(number), **SHAPE, split=split)
-            support = rows(episode["x"].numpy().reshape(-1, some.features))
-            query = rows(episode["query_x"].numpy())
+            episode = arrays(some.episode(random.seed_of(number), **SHAPE, split=split))
+            support = rows(episode["x"].reshape(-1, some.features))
+            query = rows(episode["query_x"])
             assert (len(support), len(query)) == (24, 10)  # none twice
             assert not support & query
             seen[place] |= support | query
@@ -142,10 +149,10 @@ def test_classes_are_balanced(name):
     ],
 )
 def test_geometry(name, inside, outside):
-    answer = _SIDES[name](tf.constant(inside + outside), random.seed_of(0)).numpy()
+    answer = side(name, np.array(inside + outside, np.float32), random.seed_of(0))
     assert answer.tolist() == [True] * len(inside) + [False] * len(outside)
     x, y = drawn(name)  # class 1 is the inside
-    np.testing.assert_array_equal(y.argmax(1) == 1, _SIDES[name](tf.constant(x), random.seed_of(0)).numpy())
+    np.testing.assert_array_equal(y.argmax(1) == 1, side(name, x, random.seed_of(0)))
 
 
 def test_angular_slice_is_three_eighths_of_a_turn():
@@ -154,7 +161,7 @@ def test_angular_slice_is_three_eighths_of_a_turn():
         offset = np.array([0.0, 1.17, -1.17, 1.19, -1.19, np.pi])  # the edge is at 3 pi / 8 = 1.178
         for radius in (0.01, 1.0):
             ray = radius * np.stack([np.cos(angle + offset), np.sin(angle + offset)], 1).astype(np.float32)
-            assert _SIDES["angular_slice"](ray, task).numpy().tolist() == [True] * 3 + [False] * 3
+            assert side("angular_slice", ray, task).tolist() == [True] * 3 + [False] * 3
         x, y = drawn("angular_slice", number=number)
         away = np.abs((np.arctan2(x[:, 1], x[:, 0]) - angle + np.pi) % (2 * np.pi) - np.pi)
         clear = np.abs(away - 3 * np.pi / 8) > 1e-4
@@ -174,7 +181,7 @@ def test_random_xor_is_a_turned_checkerboard():
     task = random.fold_in(random.seed_of(0), 0)
     here = np.array([[0.11, 0.07]], np.float32)
     quarter = turned(here, np.pi / 2).astype(np.float32)  # a quarter of a turn exchanges the classes
-    assert _SIDES["random_xor"](here, task).numpy() != _SIDES["random_xor"](quarter, task).numpy()
+    assert side("random_xor", here, task) != side("random_xor", quarter, task)
 
 
 def test_moons_are_half_circles_that_interlock():
@@ -234,8 +241,8 @@ def test_sines_have_an_amplitude_and_a_phase():
 
 @pytest.mark.parametrize("name", RANDOM_SIDES)
 def test_random_sides_differ_between_episodes(name):
-    points = tf.constant(drawn("xor")[0])
-    answers = {_SIDES[name](points, random.seed_of(number)).numpy().tobytes() for number in range(5)}
+    points = drawn("xor")[0]
+    answers = {side(name, points, random.seed_of(number)).tobytes() for number in range(5)}
     assert len(answers) == 5
 
 
@@ -243,10 +250,10 @@ def test_a_list_draws_one_name_an_episode():
     names = ["xor", "circle", "two_moons"]
     mixed, single = tasks.functions(names), [tasks.functions(name) for name in names]
     assert mixed.name == "xor, circle, two_moons"
-    draw = tf.function(lambda seed: [one.examples(seed, 60, "train") for one in (mixed, *single)])
+    draw = in_a_graph(lambda seed: [one.examples(seed, 60, "train") for one in (mixed, *single)], JAX)
     chosen = []
     for number in range(90):
-        (x, y), *others = draw(random.seed_of(number))
+        (x, y), *others = map(arrays, draw(random.seed_of(number)))
         equal = [np.allclose(x, a, atol=1e-6) and np.array_equal(y, b) for a, b in others]
         assert sum(equal) == 1
         chosen.append(equal.index(True))
@@ -255,25 +262,22 @@ def test_a_list_draws_one_name_an_episode():
 
 def test_a_list_is_equal_under_every_compiler():
     mixed = tasks.functions([name for name in ALL if name != "sine" and not name.startswith("blobs")] + ["blobs2"])
-    fast = tf.function(lambda seed: mixed.examples(seed, 50, "train"), jit_compile=True)
+    fast = compiled(lambda seed: mixed.examples(seed, 50, "train"))
     for number in range(6):
         seed = random.seed_of(number)
-        for value, other in zip(mixed.examples(seed, 50, "train"), fast(seed), strict=True):
+        for value, other in zip(arrays(mixed.examples(seed, 50, "train")), arrays(fast(seed)), strict=True):
             np.testing.assert_allclose(other, value, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "episodes", "least"), [("xor", 20, 2), ("blobs4", 8, 6), (["xor", "circle"], 20, 2)])
 def test_functions_relabelled_by_one_permutation_an_episode(name, episodes, least):
     plain, relabelled = tasks.functions(name), tasks.functions(name, relabel=True)
-    draw = tf.function(lambda seed: (plain.episode(seed, **SHAPE), relabelled.episode(seed, **SHAPE)))
+    draw = in_a_graph(lambda seed: (plain.episode(seed, **SHAPE), relabelled.episode(seed, **SHAPE)), JAX)
     found = set()
     for number in range(episodes):
-        before, after = draw(random.seed_of(number))
+        before, after = map(arrays, draw(random.seed_of(number)))
         np.testing.assert_array_equal(before["x"], after["x"])
-        labels = [
-            np.concatenate([e["y"].numpy().reshape(-1, plain.outputs), e["query_y"].numpy()]).argmax(1)
-            for e in (before, after)
-        ]
+        labels = [np.concatenate([e["y"].reshape(-1, plain.outputs), e["query_y"]]).argmax(1) for e in (before, after)]
         pairs = set(zip(*(one.tolist() for one in labels), strict=True))
         assert len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs}) == plain.outputs
         found.add(tuple(sorted(pairs)))
