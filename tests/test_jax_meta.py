@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("jax")
 
 SCRIPT = pathlib.Path(__file__).with_name("jax_meta.py")
-CASES = ["unroll", "recomputed", "truncated", "es", "pes", "cma"]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("recomputed", "truncated", "es", "pes")]
+CASES = ["unroll", "cma", *SLOW]
 HIDE = "import sys; sys.modules['tensorflow'] = None; "
 
 
