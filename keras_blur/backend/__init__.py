@@ -6,7 +6,8 @@ have the same functions:
 - `value_of`: a Keras variable as an array;
 - `leaves`, `pack`, `tree_map`: trees of arrays, also of classes that are registered;
 - `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
-  one loop of a program; `recomputed`: a function that keeps nothing for its gradient;
+  one loop of a program; `one_by_one`: a function of each place of an axis, as one loop, too;
+  `recomputed`: a function that keeps nothing for its gradient;
 - `gradient`: of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a
   function at a point;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
@@ -45,6 +46,7 @@ leaves = _chosen.leaves
 loop = _chosen.loop
 matmul = _chosen.matmul
 mean = _chosen.mean
+one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
 pack = _chosen.pack
 recomputed = _chosen.recomputed
@@ -79,6 +81,7 @@ __all__ = [
     "loop",
     "matmul",
     "mean",
+    "one_by_one",
     "outside_of_programs",
     "pack",
     "recomputed",

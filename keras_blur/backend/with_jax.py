@@ -92,6 +92,12 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
+def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
+    """The values of a function of a tree at each place of the first axis of its arrays."""
+    del like
+    return jax.lax.map(function, arrays)
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.distribution import ALL, Shard
@@ -72,7 +72,7 @@ class MAML(BaselineLearner, MetaLearner):
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> BaselineState:
         weights = dense.weights(_NAME, outer)
-        return self.begin(tuple(tf.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
+        return self.begin(tuple(ops.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
 
     def adapted(self, state: BaselineState) -> dict[str, Array]:
         names = [f"{_NAME}_{kind}_{index}" for index in range(len(state.weights) // 2) for kind in ("kernel", "bias")]
@@ -80,4 +80,4 @@ class MAML(BaselineLearner, MetaLearner):
 
     def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
         gradients, prediction = super().gradients(weights, x, y)
-        return tuple(map(tf.stop_gradient, gradients)) if self.first_order else gradients, prediction
+        return tuple(map(ops.stop_gradient, gradients)) if self.first_order else gradients, prediction

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.distribution import ALL, Shard
@@ -70,9 +70,9 @@ class NeuralProcess(MetaLearner):
         encoded = keras.layers.Concatenate()([support_x, support_y])
         for layer in dense.layers("encoder", outer, self.activation):
             encoded = layer(encoded)
-        count = keras.ops.sum(keras.ops.ones_like(encoded[:, :, :1]), axis=1, keepdims=True)
-        told = keras.ops.sum(encoded, axis=1, keepdims=True) / keras.ops.maximum(count, 1.0)
-        told = told + keras.ops.zeros_like(query_x[:, :, :1])  # for each x that is asked for
+        count = ops.sum(ops.ones_like(encoded[:, :, :1]), axis=1, keepdims=True)
+        told = ops.sum(encoded, axis=1, keepdims=True) / ops.maximum(count, 1.0)
+        told = told + ops.zeros_like(query_x[:, :, :1])  # for each x that is asked for
         decoded = keras.layers.Concatenate()([query_x, told])
         for layer in dense.layers("decoder", outer, self.activation):
             decoded = layer(decoded)
@@ -85,17 +85,18 @@ class NeuralProcess(MetaLearner):
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> Encoded:
         dtype = dense.weights("encoder", outer)[0].dtype
-        return Encoded(tf.zeros((*leading, 1, self.representation), dtype), tf.zeros((*leading, 1, 1), dtype))
+        return Encoded(ops.zeros((*leading, 1, self.representation), dtype), ops.zeros((*leading, 1, 1), dtype))
 
     def step(self, outer: Outer, state: Encoded, x: Array, y: Array) -> tuple[Encoded, Array]:
         encoder = dense.weights("encoder", outer)
-        encoded = dense.forward(encoder, tf.concat([x, y], axis=-1), self.activation)  # equation 1
-        total = state.total + tf.reduce_sum(encoded, axis=-2, keepdims=True)
+        encoded = dense.forward(encoder, ops.concatenate([x, y], axis=-1), self.activation)  # equation 1
+        total = state.total + ops.sum(encoded, axis=-2, keepdims=True)
         return Encoded(total, state.count + float(x.shape[-2])), self.predict(outer, state, x)
 
     def predict(self, outer: Outer, state: Encoded, x: Array) -> Array:
-        told = state.total / tf.maximum(state.count, 1.0)  # equation 2
-        leading = tf.broadcast_static_shape(x.shape[:-2], told.shape[:-2])
-        x = tf.broadcast_to(x, (*leading, *x.shape[-2:]))
-        told = tf.broadcast_to(told, (*leading, x.shape[-2], self.representation))
-        return dense.forward(dense.weights("decoder", outer), tf.concat([x, told], axis=-1), self.activation)  # equation 3
+        told = state.total / ops.maximum(state.count, 1.0)  # equation 2
+        leading = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(told.shape[:-2]))
+        x = ops.broadcast_to(x, (*leading, *x.shape[-2:]))
+        told = ops.broadcast_to(told, (*leading, x.shape[-2], self.representation))
+        x = ops.concatenate([x, told], axis=-1)
+        return dense.forward(dense.weights("decoder", outer), x, self.activation)  # equation 3

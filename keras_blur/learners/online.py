@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer, keras_model, places
@@ -115,7 +115,7 @@ class OnlineRule(MetaLearner):
         found = [cell for cell in cells if isinstance(cell, OnlineCell)]
         if not found:
             raise ValueError(f"The model must have an OnlineCell. Received: {learned!r}")
-        return {name: variable.numpy()[None] for name, variable in found[0].outer.items()}
+        return {name: ops.convert_to_numpy(variable)[None] for name, variable in found[0].outer.items()}
 
     def check(self, kind: str, outputs: int) -> None:
         if kind != "bits":
@@ -125,8 +125,8 @@ class OnlineRule(MetaLearner):
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> OnlineState:
         dtype = outer["types"].dtype
-        neurons = tf.zeros((*leading, outputs, self.neuron), dtype)
-        return OnlineState(neurons, tf.zeros((*leading, outputs, outputs, self.synapse), dtype))
+        neurons = ops.zeros((*leading, outputs, self.neuron), dtype)
+        return OnlineState(neurons, ops.zeros((*leading, outputs, outputs, self.synapse), dtype))
 
     def step(self, outer: Outer, state: OnlineState, x: Array, y: Array) -> tuple[OnlineState, Array]:
         neurons, synapses = state
@@ -138,49 +138,42 @@ class OnlineRule(MetaLearner):
 
     def predict(self, outer: Outer, state: OnlineState, x: Array) -> Array:
         """Logits `[..., batch, units]` of the bits. Neurons are wiped before each cue."""
-        wiped = tf.zeros_like(state.neurons)[..., None, :, :]
-        wiped = tf.broadcast_to(wiped, (*_sizes(wiped)[:-3], x.shape[-2], *wiped.shape[-2:]))
+        wiped = ops.zeros_like(state.neurons)[..., None, :, :]
+        wiped = ops.broadcast_to(wiped, (*ops.shape(wiped)[:-3], x.shape[-2], *wiped.shape[-2:]))
         neurons = self._settled(outer, wiped, state.synapses[..., None, :, :, :], x, RECALL)
         return _shared("read", outer, neurons)[..., 0]
 
     def _settled(self, outer: Outer, neurons: Array, synapses: Array, x: Array, phase: int) -> Array:
         """Neurons `[..., units, neuron]` after several ticks under an input `[..., 2 units]`."""
-        leading, units = _sizes(neurons)[:-2], neurons.shape[-2]
-        synapses = tf.broadcast_to(synapses, (*leading, units, units, self.synapse))
-        shown = tf.stack([x[..., :units], x[..., units:]], axis=-1)
-        told = tf.one_hot(phase, 2, dtype=x.dtype)
-        types = tf.gather(outer["types"], tf.range(units) % self.types, axis=-2)
-        types = tf.reshape(types, (*types.shape[:-2], *[1] * (len(leading) - types.shape.rank + 2), *types.shape[-2:]))
-        fixed = [tf.broadcast_to(own, (*leading, units, own.shape[-1])) for own in (shown, told, types)]
+        leading, units = ops.shape(neurons)[:-2], neurons.shape[-2]
+        synapses = ops.broadcast_to(synapses, (*leading, units, units, self.synapse))
+        shown = ops.stack([x[..., :units], x[..., units:]], axis=-1)
+        told = ops.convert_to_tensor(np.eye(2)[phase], dtype=x.dtype)
+        types = ops.take(outer["types"], np.arange(units) % self.types, axis=-2)
+        types = ops.reshape(types, (*types.shape[:-2], *[1] * (len(leading) - len(types.shape) + 2), *types.shape[-2:]))
+        fixed = [ops.broadcast_to(own, (*leading, units, own.shape[-1])) for own in (shown, told, types)]
         for _ in range(self.ticks[phase]):
-            sender = tf.broadcast_to(neurons[..., :, None, :], (*leading, units, units, self.neuron))
-            message = tf.reduce_mean(_shared("message", outer, tf.concat([synapses, sender], axis=-1)), axis=-3)
-            neurons = tf.tanh(_shared("body", outer, tf.concat([neurons, message, *fixed], axis=-1)))
+            sender = ops.broadcast_to(neurons[..., :, None, :], (*leading, units, units, self.neuron))
+            message = backend.mean(_shared("message", outer, ops.concatenate([synapses, sender], axis=-1)), -3)
+            neurons = backend.tanh(_shared("body", outer, ops.concatenate([neurons, message, *fixed], axis=-1)))
         return neurons
 
     def _written(self, outer: Outer, neurons: Array, synapses: Array) -> Array:
         """Synapses after an item."""
-        square = (*_sizes(synapses)[:-1], self.neuron)
-        ends = [tf.broadcast_to(neurons[..., :, None, :], square), tf.broadcast_to(neurons[..., None, :, :], square)]
-        gate, value = tf.split(_shared("write", outer, tf.concat([synapses, *ends], axis=-1)), 2, axis=-1)
-        gate = tf.sigmoid(gate - 1.0)
-        return (1.0 - gate) * synapses + gate * tf.tanh(value)
+        square = (*ops.shape(synapses)[:-1], self.neuron)
+        ends = [ops.broadcast_to(neurons[..., :, None, :], square), ops.broadcast_to(neurons[..., None, :, :], square)]
+        gate, value = ops.split(_shared("write", outer, ops.concatenate([synapses, *ends], axis=-1)), 2, axis=-1)
+        gate = ops.sigmoid(gate - 1.0)
+        return (1.0 - gate) * synapses + gate * backend.tanh(value)
 
 
 def _shared(name: str, outer: Outer, values: Array) -> Array:
     """Applies a shared network to each vector of `[..., size]`."""
-    arrays, sizes = dense.weights(name, outer), _sizes(values)
-    leading = sizes[: arrays[0].shape.rank - 2]
-    rows = tf.reshape(values, (*leading, -1, sizes[-1]))
+    arrays, sizes = dense.weights(name, outer), ops.shape(values)
+    leading = sizes[: len(arrays[0].shape) - 2]
+    rows = ops.reshape(values, (*leading, -1, sizes[-1]))
     found = dense.forward(arrays, rows, "tanh")
-    return tf.reshape(found, (*sizes[:-1], found.shape[-1]))
-
-
-def _sizes(value: Array) -> list[Any]:
-    """The shape of an array, with tensors for sizes that are unknown before execution."""
-    if value.shape.is_fully_defined():
-        return list(value.shape)
-    return [tf.shape(value)[axis] if size is None else size for axis, size in enumerate(value.shape)]
+    return ops.reshape(found, (*sizes[:-1], found.shape[-1]))
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -199,8 +192,8 @@ class OnlineCell(keras.layers.Layer):
 
     >>> import keras
     >>> layer = keras.layers.RNN(OnlineCell(8))
-    >>> layer(keras.ops.zeros((3, 5, 17))).shape
-    TensorShape([3, 8])
+    >>> tuple(layer(keras.ops.zeros((3, 5, 17))).shape)
+    (3, 8)
     """
 
     def __init__(self, units: int, *, name: str | None = None, dtype: Any = None, trainable: bool = True, **options: Any):
@@ -220,13 +213,14 @@ class OnlineCell(keras.layers.Layer):
             self.outer[name] = made
 
     def call(self, inputs: Array, states: list[Array]) -> tuple[Array, list[Array]]:
-        outer = {name: tf.convert_to_tensor(variable.value) for name, variable in self.outer.items()}
-        neurons = tf.reshape(states[0], (-1, self.units, self.rule.neuron))
-        synapses = tf.reshape(states[1], (-1, self.units, self.units, self.rule.synapse))
+        outer = {name: backend.value_of(variable) for name, variable in self.outer.items()}
+        neurons = ops.reshape(states[0], (-1, self.units, self.rule.neuron))
+        synapses = ops.reshape(states[1], (-1, self.units, self.units, self.rule.synapse))
         old = OnlineState(neurons, synapses)
         new, logits = self.rule.step(outer, old, inputs[:, None, :-1], None)
         store = inputs[:, -1:] < 0.5
-        kept = [tf.where(store, tf.reshape(value, tf.shape(state)), state) for value, state in zip(new, states, strict=True)]
+        learned = [ops.reshape(value, ops.shape(state)) for value, state in zip(new, states, strict=True)]
+        kept = [ops.where(store, value, state) for value, state in zip(learned, states, strict=True)]
         return logits[:, 0], kept
 
     def get_config(self) -> dict[str, Any]:

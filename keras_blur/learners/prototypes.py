@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
 from keras_blur.distribution import ALL, Shard
@@ -80,13 +80,13 @@ class Prototypes(MetaLearner):
     ) -> Sums | TwoSides:
         dtype = dense.weights(_NAME, outer)[0].dtype
         kind, classes = (TwoSides, 2) if outputs == 1 else (Sums, outputs)
-        return kind(tf.zeros((*leading, classes, self.dimensions), dtype), tf.zeros((*leading, classes, 1), dtype))
+        return kind(ops.zeros((*leading, classes, self.dimensions), dtype), ops.zeros((*leading, classes, 1), dtype))
 
     def step(self, outer: Outer, state: Sums | TwoSides, x: Array, y: Array) -> tuple[Sums | TwoSides, Array]:
         embedded = self._embed(outer, x)
-        member = 0.5 * (tf.concat([y, -y], axis=-1) if isinstance(state, TwoSides) else y) + 0.5
-        total = state.total + tf.matmul(member, embedded, transpose_a=True)  # equation 1, before the division
-        count = state.count + tf.reduce_sum(member, axis=-2)[..., None]
+        member = 0.5 * (ops.concatenate([y, -y], axis=-1) if isinstance(state, TwoSides) else y) + 0.5
+        total = state.total + ops.matmul(ops.swapaxes(member, -1, -2), embedded)  # equation 1, before the division
+        count = state.count + ops.sum(member, axis=-2)[..., None]
         return type(state)(total, count), _logits(state, embedded)
 
     def predict(self, outer: Outer, state: Sums | TwoSides, x: Array) -> Array:
@@ -111,18 +111,15 @@ def _nearness(state: Sums | TwoSides, embedded: Array) -> Array:
     finite loss with a zero gradient. If no class has support, all logits are equal.
     """
     shown = state.count > 0
-    prototypes = state.total / tf.where(shown, state.count, tf.ones_like(state.count))  # zeros of those not shown
-    squares = tf.reduce_sum(tf.square(prototypes), axis=-1)
-    logits = 2.0 * tf.matmul(embedded, prototypes, transpose_b=True) - squares[..., None, :]
-    shown = tf.broadcast_to(shown[..., 0][..., None, :], tf.shape(logits))
-    largest = tf.stop_gradient(tf.reduce_max(tf.where(shown, logits, logits.dtype.min), axis=-1, keepdims=True))
-    some = tf.reduce_any(shown, axis=-1, keepdims=True)
-    largest = tf.where(some, largest, tf.zeros_like(largest))
-    powers = tf.where(shown, tf.exp(tf.where(shown, logits - largest, tf.zeros_like(logits))), tf.zeros_like(logits))
-    total = tf.reduce_sum(powers, axis=-1, keepdims=True)
-    away = (
-        largest
-        + tf.math.log(tf.where(some, total, tf.ones_like(total)))
-        + math.log(np.finfo(logits.dtype.as_numpy_dtype).eps)
-    )
-    return tf.where(shown | ~some, logits, away)
+    prototypes = state.total / ops.where(shown, state.count, ops.ones_like(state.count))  # zeros of those not shown
+    squares = ops.sum(ops.square(prototypes), axis=-1)
+    logits = 2.0 * ops.matmul(embedded, ops.swapaxes(prototypes, -1, -2)) - squares[..., None, :]
+    float_type = np.finfo(keras.backend.standardize_dtype(logits.dtype))
+    shown = ops.broadcast_to(shown[..., 0][..., None, :], ops.shape(logits))
+    largest = ops.stop_gradient(ops.max(ops.where(shown, logits, float_type.min), axis=-1, keepdims=True))
+    some = ops.any(shown, axis=-1, keepdims=True)
+    largest = ops.where(some, largest, ops.zeros_like(largest))
+    powers = ops.where(shown, ops.exp(ops.where(shown, logits - largest, ops.zeros_like(logits))), ops.zeros_like(logits))
+    total = ops.sum(powers, axis=-1, keepdims=True)
+    away = largest + ops.log(ops.where(some, total, ops.ones_like(total))) + math.log(float_type.eps)
+    return ops.where(ops.logical_or(shown, ops.logical_not(some)), logits, away)

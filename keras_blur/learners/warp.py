@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense, updates
@@ -94,7 +94,8 @@ class Warp(MetaLearner):
         self.rate = updates.rate_of(optimizer)
         names = _names(model, self.warp)
         self._trainable = [names[id(variable)] for variable in model.trainable_variables]
-        self._buffers = [variable.numpy() for variable in model.non_trainable_variables]  # with which a task starts
+        # What a task starts with.
+        self._buffers = [ops.convert_to_numpy(variable) for variable in model.non_trainable_variables]
         self._adapted = [name for name in self._trainable if name.startswith(_START)]
         if not self._adapted:
             raise ValueError(f"`warp` must leave a layer to adapt. Received: warp={list(warp)!r}")
@@ -107,7 +108,7 @@ class Warp(MetaLearner):
             )
         rng, made = np.random.default_rng(seed), {}
         for name, variable in zip(self._trainable, self.model.trainable_variables, strict=True):
-            own = variable.numpy()
+            own = ops.convert_to_numpy(variable)
             others = np.broadcast_to(own, (members - 1, *own.shape))
             if name.startswith(_START):
                 others = own.mean() + own.std() * rng.standard_normal(others.shape)
@@ -132,7 +133,7 @@ class Warp(MetaLearner):
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         model = keras_model(learned)
         names = _names(model, self.warp)
-        found = {names[id(v)]: v.numpy()[None] for v in model.weights}
+        found = {names[id(v)]: ops.convert_to_numpy(v)[None] for v in model.weights}
         missing = [name for name in self._trainable if name not in found]
         if missing:
             raise ValueError(
@@ -180,8 +181,10 @@ class Warp(MetaLearner):
         x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
         kind = type(self.optimizer)
         model.compile(optimizer or kind.from_config(self.optimizer.get_config()), loss)
-        data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed).repeat()
-        model.fit(data.batch(min(batch_size, len(x))), epochs=1, steps_per_epoch=steps, shuffle=False, verbose=0)
+        rng, size = np.random.default_rng(seed), min(batch_size, len(x))
+        rows = np.concatenate([rng.permutation(len(x)) for _ in range(-(-steps * size // len(x)))])
+        batches = ((x[own], y[own]) for own in rows[: steps * size].reshape(steps, size))
+        model.fit(batches, epochs=1, steps_per_epoch=steps, shuffle=False, verbose=0)
         return model
 
     def check(self, kind: str, outputs: int) -> None:
@@ -198,19 +201,18 @@ class Warp(MetaLearner):
             for name, variable in zip(self._trainable, self.model.trainable_variables, strict=True)
             if name.startswith(_START)
         ]
-        kept = [tf.constant(value) for value in self._buffers]
-        zeros = tuple(tf.zeros_like(weight) for weight in weights)
-        buffers = tuple(_spread(value, leading, value.shape.rank) for value in kept)
-        return WarpState(tuple(weights), zeros, zeros, buffers, tf.zeros((), tf.int32))
+        zeros = tuple(ops.zeros_like(weight) for weight in weights)
+        buffers = tuple(_spread(ops.convert_to_tensor(value), leading, value.ndim) for value in self._buffers)
+        return WarpState(tuple(weights), zeros, zeros, buffers, ops.zeros((), "int32"))
 
     def step(self, outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[WarpState, Array]:
         def one(outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[Any, Array]:
-            with tf.GradientTape() as tape:
-                tape.watch(state.weights)
-                prediction, buffers = self._call(outer, state, x, training=True)
-                loss = tf.reduce_mean(updates.losses(self.loss, prediction, y))
-            gradients = tape.gradient(loss, state.weights, unconnected_gradients="zero")
-            rate = tf.constant(self.rate, loss.dtype)
+            def loss(weights: tuple[Array, ...]) -> tuple[Array, Any]:
+                prediction, buffers = self._call(outer, state._replace(weights=weights), x, training=True)
+                return backend.mean(updates.losses(self.loss, prediction, y), 0), (prediction, buffers)
+
+            (prediction, buffers), gradients = backend.gradient(loss, state.weights)
+            rate = ops.convert_to_tensor(self.rate, dtype=prediction.dtype)
             moments = (state.weights, state.first, state.second, gradients)
             return (*updates.updated(self.optimizer, rate, state.step, *moments), buffers), prediction
 
@@ -226,10 +228,10 @@ class Warp(MetaLearner):
     def _call(self, outer: Outer, state: WarpState, x: Array, training: bool) -> tuple[Array, tuple[Array, ...]]:
         """Outputs and new buffers of the model for a single network."""
         every = {**outer, **self.adapted(state)}
-        x = tf.reshape(x, (-1, *self.model.input_shape[1:]))
+        x = ops.reshape(x, (-1, *self.model.input_shape[1:]))
         trainable = [every[name] for name in self._trainable]
         prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
-        return tf.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
+        return ops.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
 
     def _each(self, one: Callable[..., Any], learns: bool, outer: Outer, state: WarpState, *data: Array) -> Any:
         """Maps a function of a single network over several networks.
@@ -237,28 +239,28 @@ class Warp(MetaLearner):
         The function returns a prediction and, if it learns, new arrays.
         """
         ranks = {name: len(v.shape) for name, v in zip(self._trainable, self.model.trainable_variables, strict=True)}
-        place = state.weights[0].shape.rank - ranks[self._adapted[0]]
+        place = len(state.weights[0].shape) - ranks[self._adapted[0]]
         leading = tuple(state.weights[0].shape[:place])
         count = int(np.prod(leading, dtype=int))
 
         def flat(value: Array, rank: int) -> Array:
             value = _spread(value, leading, rank)
-            return tf.reshape(value, (count, *value.shape[place:]))
+            return ops.reshape(value, (count, *value.shape[place:]))
 
         def single(given: Any) -> Any:
             warps, arrays, *data = given
             return one(warps, WarpState._make((*arrays, state.step)), *data)
 
         warps = {name: flat(outer[name], ranks[name]) for name in self._trainable if name.startswith(_WARP)}
-        arrays = tf.nest.map_structure(lambda leaf: flat(leaf, leaf.shape.rank - place), tuple(state[:-1]))
+        arrays = backend.tree_map(lambda leaf: flat(leaf, len(leaf.shape) - place), tuple(state[:-1]))
         given = (warps, arrays, *(flat(value, 2) for value in data))
         if count == 1:  # no loop where there is nothing to loop over
-            results = single(tf.nest.map_structure(lambda leaf: leaf[0], given))
-            return tf.nest.map_structure(lambda leaf: tf.reshape(leaf, (*leading, *leaf.shape)), results)
-        specs = tf.nest.map_structure(lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), arrays)
-        output = tf.TensorSpec((data[0].shape[-2], *self.model.output_shape[1:]), state.weights[0].dtype)
-        results = tf.map_fn(single, given, fn_output_signature=(specs, output) if learns else output)
-        return tf.nest.map_structure(lambda leaf: tf.reshape(leaf, (*leading, *leaf.shape[1:])), results)
+            results = single(backend.tree_map(lambda leaf: leaf[0], given))
+            return backend.tree_map(lambda leaf: ops.reshape(leaf, (*leading, *leaf.shape)), results)
+        kept = backend.tree_map(lambda leaf: keras.KerasTensor(leaf.shape[1:], leaf.dtype), arrays)
+        output = keras.KerasTensor((data[0].shape[-2], *self.model.output_shape[1:]), state.weights[0].dtype)
+        results = backend.one_by_one(single, given, (kept, output) if learns else output)
+        return backend.tree_map(lambda leaf: ops.reshape(leaf, (*leading, *leaf.shape[1:])), results)
 
 
 def warped(
@@ -305,9 +307,10 @@ def _spread(value: Array, leading: tuple[int, ...], rank: int) -> Array:
 
     The array may have the first of the leading axes, or axes of size 1.
     """
-    own, given = value.shape[value.shape.rank - rank :], value.shape[: value.shape.rank - rank]
-    value = tf.reshape(value, (*given, *[1] * (len(leading) - len(given)), *own))
-    return tf.broadcast_to(value, (*leading, *own))
+    place = len(value.shape) - rank
+    own, given = value.shape[place:], value.shape[:place]
+    value = ops.reshape(value, (*given, *[1] * (len(leading) - len(given)), *own))
+    return ops.broadcast_to(value, (*leading, *own))
 
 
 def _names(model: keras.Model, warp: Sequence[str]) -> dict[int, str]:
