@@ -274,8 +274,7 @@ def constant(value: np.ndarray) -> np.ndarray:
 class stream:
     """An endless iterable of draws of the numbers `start`, `start + stride`, ... as numpy arrays.
 
-    They are drawn on the CPU, one program for each function. What a function raises, it raises when
-    the stream is made, as on TensorFlow.
+    They are drawn on the CPU, one program for each function.
 
     Args:
         draws: functions from a number to a tree of arrays.
