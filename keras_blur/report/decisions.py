@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur.backend import compiled
 from keras_blur.core import network, random
 from keras_blur.core.genome import Genome
 from keras_blur.files import check_output
 from keras_blur.learners import Blur, Learner
+from keras_blur.meta.estimator import at as batch_of
 from keras_blur.meta.estimator import classes_of
 from keras_blur.report import style
 from keras_blur.report.synapses import learner_of
@@ -102,25 +103,25 @@ def trace_decisions(
     for task in apart:
         stream = task.dataset(seed, steps=max(1, at[-1]), batch=batch_size, query=query, split=split)
         episodes.append(next(iter(stream)))
-    reach = 1.05 * max(1.0, *(float(tf.reduce_max(tf.abs(episode["query_x"]))) for episode in episodes))
+    reach = 1.05 * max(1.0, *(float(ops.max(ops.abs(episode["query_x"]))) for episode in episodes))
     axis = np.linspace(-reach, reach, resolution).astype(np.float32)
-    square = tf.constant(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
+    square = ops.convert_to_tensor(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
     rows = []
     for task, episode in zip(apart, episodes, strict=True):
-        classes = classes_of(episode["query_y"]).numpy()
+        classes = ops.convert_to_numpy(classes_of(episode["query_y"]))
         for name, (begin, learn, decide) in programs.items():
             state = begin(random.seed_of(seed), task.features, task.outputs)
             regions, accuracy, done = [], [], 0
             for step in at:
-                state = learn(state, episode["x"], episode["y"], tf.constant(done), tf.constant(step))
+                state = learn(state, episode["x"], episode["y"], ops.array(done, "int32"), ops.array(step, "int32"))
                 done = step
-                told, region = decide(state, episode["query_x"], square)
-                regions.append(region.numpy().reshape(resolution, resolution))
-                accuracy.append(float(np.mean(told.numpy() == classes)))
+                told, region = map(ops.convert_to_numpy, decide(state, episode["query_x"], square))
+                regions.append(region.reshape(resolution, resolution))
+                accuracy.append(float(np.mean(told == classes)))
             rows.append(
                 {
                     "task": task.name, "learner": name, "classes": task.outputs, "regions": np.stack(regions),
-                    "accuracy": np.array(accuracy), "query_x": episode["query_x"].numpy(), "query_y": classes,
+                    "accuracy": np.array(accuracy), "query_x": ops.convert_to_numpy(episode["query_x"]), "query_y": classes,
                 }
             )  # fmt: skip
     return {"steps": np.array(at), "axis": axis, "rows": rows}
@@ -169,9 +170,9 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
 
     def learn(state: Any, x: Array, y: Array, start: Array, stop: Array) -> Any:
         def body(time: Array, state: Any) -> tuple[Array, Any]:
-            return time + 1, learner.step(outer, state, x[time], y[time])[0]
+            return time + 1, learner.step(outer, state, batch_of(x, time, axis=0), batch_of(y, time, axis=0))[0]
 
-        return tf.while_loop(lambda time, _: time < stop, body, (start, state))[1]
+        return ops.while_loop(lambda time, _: time < stop, body, (start, state))[1]
 
     def decide(state: Any, query: Array, square: Array) -> tuple[Array, Array]:
         if isinstance(learner, Blur) and learner.rule.normalization_axis == "batch":
@@ -189,8 +190,7 @@ def _programs(learner: Learner, outer: Mapping[str, Array]) -> tuple[Callable[..
 
 def _class(output: Array) -> Array:
     """The predicted class, or -1 if the output is not finite."""
-    finite = tf.reduce_all(tf.math.is_finite(output), axis=-1)
-    return tf.where(finite, classes_of(output), -1)
+    return ops.where(ops.all(ops.isfinite(output), axis=-1), classes_of(output), -1)
 
 
 def draw_decisions(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Figure:

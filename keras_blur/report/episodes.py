@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
+from keras_blur import backend
 from keras_blur.backend import compiled
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.core import random
 from keras_blur.learners.base import Array, MetaLearner
 from keras_blur.meta.estimator import InnerLoop, over_tasks, start
+from keras_blur.meta.estimator import at as batch_of
 from keras_blur.tasks.augment import Augmentation, LabelPermutation, LabelRotation
 from keras_blur.tasks.base import Tasks
 
@@ -108,10 +110,10 @@ def adaptation_curve(
 
     def learn(outer: Mapping[str, Array], state: Any, drawn: Mapping[str, Array], start: Array, stop: Array) -> Any:
         def body(time: Array, state: Any) -> tuple[Array, Any]:
-            x, y = (tf.gather(drawn[name], time, axis=1)[None] for name in ("x", "y"))
+            x, y = (batch_of(drawn[name], time, axis=1)[None] for name in ("x", "y"))
             return time + 1, learner.step(outer, state, x, y)[0]
 
-        return tf.while_loop(lambda time, _: time < stop, body, (start, state))[1]
+        return ops.while_loop(lambda time, _: time < stop, body, (start, state))[1]
 
     def score(outer: Mapping[str, Array], state: Any, drawn: Mapping[str, Array]) -> tuple[Array, Array]:
         return inner.scores(learner.predict(outer, state, drawn["query_x"][None]), drawn["query_y"][None])
@@ -121,11 +123,11 @@ def adaptation_curve(
     state = learner.init(outer, seeds, tasks.features, tasks.outputs, (1, episodes))
     losses, quality, done = [], [], 0
     for step in at:
-        state = learn(outer, state, drawn, tf.constant(done), tf.constant(step))
+        state = learn(outer, state, drawn, ops.array(done, "int32"), ops.array(step, "int32"))
         done = step
         found = score(outer, state, drawn)
-        losses.append(found[0][0].numpy())
-        quality.append(found[1][0].numpy())
+        losses.append(ops.convert_to_numpy(found[0][0]))
+        quality.append(ops.convert_to_numpy(found[1][0]))
     made = _summary(np.stack(losses), np.stack(quality), tasks.kind)
     means = np.asarray(made["mean_loss"])
     area = np.sum(0.5 * (means[1:] + means[:-1]) * np.diff(at)) / (at[-1] - at[0])
@@ -187,7 +189,7 @@ def memorization_gap(
             )
         augmentation = LabelPermutation() if tasks.kind == "classes" else LabelRotation()
     augmentation.prepared(tasks)
-    if not tf.nest.flatten(augmentation.draw(random.seed_of(seed), 1, tasks)):
+    if not backend.leaves(augmentation.draw(random.seed_of(seed), 1, tasks)):
         raise ValueError(f"`augmentation` must change labels by a key. Received: augmentation={augmentation!r}")
     of = augmentation
 
@@ -198,9 +200,9 @@ def memorization_gap(
         for name in names:
             labels = found[name]
             each = math.prod(labels.shape[1:-1])
-            own = tf.nest.map_structure(lambda key, each=each: tf.repeat(key, each, axis=0), keys)
-            flat = tf.reshape(labels, (count * each, labels.shape[-1]))
-            found[name] = tf.reshape(of.apply(own, flat), labels.shape)
+            own = backend.tree_map(lambda key, each=each: ops.repeat(key, each, axis=0), keys)
+            flat = ops.reshape(labels, (count * each, labels.shape[-1]))
+            found[name] = ops.reshape(of.apply(own, flat), labels.shape)
         return found
 
     supports = {"own": (), "kept": ("y",), "followed": ("y", "query_y")}
@@ -232,10 +234,12 @@ def _scored(
     block = min(_BLOCK, episodes)
     stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query_size, split=split).batch(block)
     parts = []
-    for number, drawn in enumerate(stream.take(-(-episodes // block))):
+    for number, drawn in enumerate(islice(stream, -(-episodes // block))):
         drawn = change(number, drawn) if change else drawn
-        parts.append(score(outer, drawn, tf.constant(number)))
-    losses, quality = (np.concatenate([part[place].numpy() for part in parts])[:episodes] for place in (0, 1))
+        parts.append(score(outer, drawn, ops.array(number, "int32")))
+    losses, quality = (
+        np.concatenate([ops.convert_to_numpy(one) for one in column])[:episodes] for column in zip(*parts, strict=True)
+    )
     return _summary(losses, quality, tasks.kind)
 
 
@@ -246,7 +250,7 @@ def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> d
     learner.check(tasks.kind, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
-    return {name: tf.constant(own[:1]) for name, own in learner.parameters(learned).items()}
+    return {name: ops.convert_to_tensor(own[:1]) for name, own in learner.parameters(learned).items()}
 
 
 def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:

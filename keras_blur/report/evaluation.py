@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
+from keras_blur import backend
 from keras_blur.backend import compiled
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.learners import Blur, updates
 from keras_blur.learners.blur import check_genome
 from keras_blur.learners.networks import Network
+from keras_blur.meta.estimator import at as batch_of
 from keras_blur.meta.estimator import classes_of
 from keras_blur.report.progress import Progress, Watch
 from keras_blur.report.sources import Source, source_of
@@ -87,7 +89,9 @@ def evaluate(
     if isinstance(data, Tasks):
         learner.check(data.kind, data.outputs)
     learner = learner.on(source.shape, source.classes)
-    outer = {name: tf.constant(array[:, None]) for name, array in genome.by_member().items()}  # [members, tasks, ...]
+    outer = {
+        name: ops.convert_to_tensor(array[:, None]) for name, array in genome.by_member().items()
+    }  # [members, tasks, ...]
     members = outer["nu"].shape[0]
     names = [f"genome {number}" for number in range(members)] if genome.population else ["genome"]
     header = {
@@ -126,25 +130,20 @@ def _curves(
 
     @compiled
     def learn(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> Any:
-        count = x.shape[2]
+        def body(time: Array, state: Any) -> tuple[Any]:
+            return (learner.step(outer, state, batch_of(x, time, axis=2), batch_of(y, time, axis=2))[0],)
 
-        def body(time: Array, state: Any) -> tuple[Array, Any]:
-            state, _ = learner.step(outer, state, tf.gather(x, time, axis=2), tf.gather(y, time, axis=2))
-            return time + 1, state
-
-        return tf.while_loop(lambda time, _: time < count, body, (tf.constant(0), state), maximum_iterations=count)[1]
+        return backend.loop(x.shape[2], body, state)[0]
 
     @compiled
     def score(outer: Mapping[str, Array], state: Any, x: Array, y: Array) -> tuple[Array, Array]:
         prediction = learner.predict(outer, state, x[None])
-        y = tf.broadcast_to(y[None], tf.shape(prediction)[:-1])
-        correct = tf.cast(tf.equal(classes_of(prediction), y), tf.float32)
-        signs = tf.one_hot(y, data.classes, on_value=1.0, off_value=-1.0)
-        if data.classes == 1:  # one output tells two classes
-            signs = 2.0 * tf.cast(y, tf.float32)[..., None] - 1.0
-        losses = updates.losses("cross_entropy", prediction, signs)
-        finite = tf.reduce_all(tf.math.is_finite(prediction), axis=-1)
-        return tf.reduce_sum(tf.where(finite, correct, 0.0), -1), tf.reduce_sum(losses, -1)
+        y = ops.broadcast_to(y[None], prediction.shape[:-1])
+        # One output tells two classes.
+        indicators = ops.cast(y, "float32")[..., None] if data.classes == 1 else ops.one_hot(y, data.classes)
+        losses = updates.losses("cross_entropy", prediction, 2.0 * indicators - 1.0)
+        correct = ops.equal(classes_of(prediction), y) & ops.all(ops.isfinite(prediction), axis=-1)
+        return ops.sum(ops.cast(correct, "float32"), -1), ops.sum(losses, -1)
 
     single = {name: value[:1] for name, value in outer.items()}
     begin = learner.init(single, random.seed_of(data.seed), data.features, data.classes, (1, data.seeds))
@@ -153,7 +152,7 @@ def _curves(
     times = []
     for _ in range(6):
         start = time.perf_counter()
-        tf.nest.flatten(learn(single, begin, *block))[0].numpy()
+        ops.convert_to_numpy(backend.leaves(learn(single, begin, *block))[0])
         times.append(time.perf_counter() - start)
     one_step = float(np.median(times[1:])) / (count * data.seeds)  # the first compiles
     tests = [data.test(number) for number in range(data.seeds)]
@@ -174,9 +173,8 @@ def _curves(
             done += count
         correct, loss = np.zeros(leading), np.zeros(leading)
         for rows in np.array_split(np.arange(examples), -(-examples // _CHUNK)):
-            label = tf.constant(test_y[:, rows])
-            found = score(outer, state, tf.constant(test_x[:, rows]), label)
-            correct, loss = correct + found[0].numpy(), loss + found[1].numpy()
+            found = score(outer, state, *(ops.convert_to_tensor(part[:, rows]) for part in (test_x, test_y)))
+            correct, loss = (total + ops.convert_to_numpy(own) for total, own in zip((correct, loss), found, strict=True))
         for member, curve in enumerate(curves):
             curve["seconds"].append(one_step * target)
             for number in range(data.seeds):
@@ -200,6 +198,6 @@ def _reader(data: Source) -> Callable[[int], tuple[Array, Array]]:
         x = np.stack([np.stack([one.reshape(len(one), -1) for one, _ in batches]) for batches in drawn])
         labels = np.stack([np.stack([y for _, y in batches]) for batches in drawn])
         signs = 2.0 * (labels[..., None] == (1 if data.classes == 1 else np.arange(data.classes))) - 1.0
-        return tf.constant(x[None]), tf.constant(signs[None].astype(np.float32))
+        return ops.convert_to_tensor(x[None]), ops.convert_to_tensor(signs[None].astype(np.float32))
 
     return read

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from keras_blur.checks import Expected, checked_arrays
 from keras_blur.checks.tasks import check_tasks
@@ -82,7 +83,7 @@ class Episodes(Source):
         super().__init__(batch_size, seeds, seed)
         query = min(_QUERY, tasks.available(split) - batch_size)
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
-        drawn = {name: value.numpy() for name, value in next(iter(stream.batch(seeds))).items()}
+        drawn = {name: ops.convert_to_numpy(value) for name, value in next(iter(stream.batch(seeds))).items()}
         self.shape, self.classes = tasks.shape, tasks.outputs
         self._x, self._test_x = (drawn[name].reshape(*drawn[name].shape[:-1], *tasks.shape) for name in ("x", "query_x"))
         self._y, self._test_y = _labels(drawn["y"]), _labels(drawn["query_y"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur.backend import compiled
 from keras_blur.checks.tasks import check_tasks
@@ -41,7 +41,7 @@ def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, A
         hidden: units of the hidden layers.
 
     Returns:
-        The learner, and the arrays of the genome as tensors.
+        The learner, and the arrays of the genome.
 
     Raises:
         ValueError: if the genome is a population or does not fit the number of layers.
@@ -54,7 +54,7 @@ def learner_of(genome: Genome, hidden: Sequence[int]) -> tuple[Blur, dict[str, A
     ((8, 2), 'mu')
     """
     check_genome(genome, hidden)
-    outer = {name: tf.constant(np.asarray(array), tf.float32) for name, array in genome.arrays.items()}
+    outer = {name: ops.convert_to_tensor(np.asarray(array), "float32") for name, array in genome.arrays.items()}
     return Blur(tuple(hidden), genome.rule), outer
 
 
@@ -116,26 +116,26 @@ def trace_synapses(
         found = []
         for own in state.synapses:
             kernel = own["kernel"]
-            finite = tf.reduce_all(tf.math.is_finite(kernel), axis=(-2, -1), keepdims=True)
-            values = tf.linalg.svd(tf.where(finite, kernel, tf.zeros_like(kernel)), compute_uv=False)
-            found.append(tf.where(finite[..., 0], values, float("nan")))
+            finite = ops.all(ops.isfinite(kernel), axis=(-2, -1), keepdims=True)
+            values = ops.svd(ops.where(finite, kernel, 0.0), compute_uv=False)
+            found.append(ops.where(finite[..., 0], values, float("nan")))
         return found
 
-    def run(outer: Mapping[str, Array], state: network.NetworkState, x: Array, y: Array) -> list[Array]:
-        first = spectra(state)
-        kept = [tf.TensorArray(tf.float32, steps + 1, element_shape=one.shape).write(0, one) for one in first]
-
-        def body(time: Array, state: network.NetworkState, kept: list[Any]) -> tuple[Array, Any, list[Any]]:
-            state, _ = learner.step(outer, state, x[time], y[time])
-            new = [own.write(time + 1, one) for own, one in zip(kept, spectra(state), strict=True)]
-            return time + 1, state, new
-
-        loop = tf.while_loop(lambda time, *_: time < steps, body, (tf.constant(0), state, kept), maximum_iterations=steps)
-        return [own.stack() for own in loop[2]]
+    def learn(
+        outer: Mapping[str, Array], state: network.NetworkState, x: Array, y: Array
+    ) -> tuple[network.NetworkState, list[Array]]:
+        state, _ = learner.step(outer, state, x, y)
+        return state, spectra(state)
 
     # Without XLA, whose singular values are slow and less exact.
-    found = compiled(run, jit_compile=False)(outer, state, episode["x"], episode["y"])
-    layers = [np.moveaxis(one.numpy().astype(np.float64), 0, 1) for one in found]
+    look, learn = compiled(spectra, jit_compile=False), compiled(learn, jit_compile=False)
+    found = [look(state)]
+    for x, y in zip(episode["x"], episode["y"], strict=True):
+        state, now = learn(outer, state, x, y)
+        found.append(now)
+    layers = [
+        np.stack([ops.convert_to_numpy(one) for one in own], axis=1).astype(np.float64) for own in zip(*found, strict=True)
+    ]
     most = max(one.shape[-1] for one in layers)
     values = np.stack([np.pad(one, [(0, 0), (0, 0), (0, most - one.shape[-1])], constant_values=np.nan) for one in layers])
     norm = np.stack([np.sqrt(np.sum(one * one, axis=-1)) for one in layers])

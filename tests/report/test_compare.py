@@ -6,9 +6,10 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
+from on_backend import in_a_graph
 
-from keras_blur import Genome, Rule, cli, genomes, random, tasks
+from keras_blur import Genome, Rule, backend, cli, genomes, random, tasks
 from keras_blur.learners import BaselineLearner, Blur
 from keras_blur.models.networks import lenet, mlp, normalized, resnet
 from keras_blur.report import comparison, envelopes
@@ -25,7 +26,7 @@ def batches(steps=6, leading=()):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((steps, *leading, 9, 5)).astype("float32")
     y = 2 * np.eye(3, dtype="float32")[rng.integers(0, 3, (steps, *leading, 9))] - 1
-    return tf.constant(x), tf.constant(y)
+    return ops.array(x), ops.array(y)
 
 
 MAKERS = {
@@ -54,7 +55,7 @@ def test_optimizer_equals_keras_step_by_step(name):
 
 def test_leading_axes_are_separate_networks_with_their_own_rates():
     learner = BaselineLearner(keras.optimizers.Adam(), (6,))
-    rates = tf.constant([[0.01], [0.1]])
+    rates = ops.array([[0.01], [0.1]])
     xs, ys = batches(leading=(2,))  # two tasks
     state = learner.init({}, random.seed_of(2), 5, 3, (2, 2))
     for x, y in zip(xs, ys, strict=True):
@@ -64,9 +65,9 @@ def test_leading_axes_are_separate_networks_with_their_own_rates():
         for task in range(2):
 
             def own(leaf, member=member, task=task):
-                return leaf if leaf.shape.rank == 0 else leaf[member, task]
+                return leaf[member, task] if len(leaf.shape) else leaf
 
-            alone = tf.nest.map_structure(own, start)
+            alone = backend.tree_map(own, start)
             for x, y in zip(xs, ys, strict=True):
                 alone, _ = learner.step({"learning_rate": rates[member, 0]}, alone, x[task], y[task])
             for one, other in zip(alone.weights, state.weights, strict=True):
@@ -104,7 +105,7 @@ def test_compiled_equals_eager(name):
     xs, ys = batches(1)
     state = learner.init({}, random.seed_of(2), 5, 3)
     eager, _ = learner.step({}, state, xs[0], ys[0])
-    compiled, _ = tf.function(lambda s, x, y: learner.step({}, s, x, y), jit_compile=True)(state, xs[0], ys[0])
+    compiled, _ = in_a_graph(lambda s, x, y: learner.step({}, s, x, y), True)(state, xs[0], ys[0])
     for one, other in zip(eager.weights, compiled.weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 

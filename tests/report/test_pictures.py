@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import rule_table
-import tensorflow as tf
+from keras import ops
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rule_table import COVER, SINGLE
 
@@ -136,10 +136,10 @@ def kernels_of(genome, of, hidden, steps, batch):
     learner, outer = learner_of(genome, hidden)
     episode = next(iter(of.dataset(3, steps=steps, batch=batch, query=1, split="test")))
     state = learner.init({}, random.seed_of(3), of.features, of.outputs)
-    kept = [[own["kernel"].numpy() for own in state.synapses]]
+    kept = [[ops.convert_to_numpy(own["kernel"]) for own in state.synapses]]
     for x, y in zip(episode["x"], episode["y"], strict=True):
         state, _ = learner.step(outer, state, x, y)
-        kept.append([own["kernel"].numpy() for own in state.synapses])
+        kept.append([ops.convert_to_numpy(own["kernel"]) for own in state.synapses])
     return kept
 
 
@@ -231,7 +231,7 @@ SMALL = {"steps": (0, 1, 3), "seed": 2, "resolution": 9, "batch_size": 8, "query
 
 
 def told(learner, outer, state, x):
-    return tf.argmax(learner.predict(outer, state, tf.constant(x)), -1).numpy()
+    return ops.convert_to_numpy(ops.argmax(learner.predict(outer, state, ops.array(x)), -1))
 
 
 @pytest.mark.parametrize("name", ["backprop", "random", "optimizer"])
