@@ -57,8 +57,7 @@ from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.models import Model, Sequential, convert
 
-_ON_TENSORFLOW = ("bilevel",)
-_IN_WORK = ("learners", "meta", "report", "tasks")
+_IN_WORK = ("bilevel", "learners", "meta", "report", "tasks")
 if _keras.backend.backend() == "tensorflow":
     from keras_blur import bilevel, learners, meta, report, tasks
 
@@ -66,11 +65,6 @@ if _keras.backend.backend() == "tensorflow":
 def __getattr__(name: str) -> object:
     if name in _IN_WORK:
         return _import_module(f"keras_blur.{name}")
-    if name in _ON_TENSORFLOW:
-        raise ImportError(
-            f"keras_blur.{name} needs the TensorFlow backend of Keras; the backend is {_keras.backend.backend()!r}. Set the "
-            "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
-        )
     raise AttributeError(f"module 'keras_blur' has no attribute {name!r}")
 
 

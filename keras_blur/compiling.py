@@ -1,4 +1,4 @@
-"""TensorFlow programs for a TPU: branches with constants, and operations without a TPU kernel."""
+"""TensorFlow programs for a TPU: their operations, and those without a TPU kernel."""
 
 from __future__ import annotations
 
@@ -6,52 +6,8 @@ import collections
 import functools
 import importlib.resources
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
-
-import tensorflow as tf
-
-
-def with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes a branch of `tf.cond` that copies the constants it captures.
-
-    A captured value becomes an argument of the branch. Second-order gradients capture shapes, which
-    XLA must know at compile time. On a TPU it cannot read them from an argument.
-
-    Args:
-        function: a function without arguments that returns a nest of tensors.
-
-    Example:
-
-    >>> shape = tf.constant([1])
-    >>> choose = tf.function(lambda x: tf.cond(x > 0.0, with_own_constants(lambda: tf.reshape(x, shape)), lambda: x[None]))
-    >>> choose(tf.constant(2.0)).numpy().tolist()
-    [2.0]
-    """
-
-    def branch() -> Any:
-        if tf.executing_eagerly():
-            return function()
-        traced = tf.function(function, autograph=False).get_concrete_function()
-        given = zip(traced.inputs, traced.captured_inputs, strict=True)
-        inside = {}
-        for placeholder, outside in given:
-            value = None if outside.dtype == tf.resource else tf.get_static_value(outside)
-            inside[placeholder.name] = tf.identity(outside) if value is None else tf.constant(value)
-        graph = traced.graph.as_graph_def()
-        arguments = {name.split(":")[0] for name in inside}
-        nodes = [node for node in graph.node if node.name not in arguments]
-        for node in nodes:  # the gradient of a gather wants to be where its input is, which may be outside
-            node.attr.pop("_class", None)
-        del graph.node[:]
-        graph.node.extend(nodes)
-        names = [output.name for output in traced.outputs]
-        results = tf.graph_util.import_graph_def(graph, inside, names, name="branch")
-        for result, output in zip(results, traced.outputs, strict=True):
-            result.set_shape(output.shape)
-        return tf.nest.pack_sequence_as(traced.structured_outputs, results)
-
-    return branch
 
 
 def operations(function: Any) -> collections.Counter[str]:

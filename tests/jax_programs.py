@@ -178,6 +178,49 @@ def core(folder):
     assert jax.vmap(size)(population).shape == (4,)
 
 
+def hypergradients():
+    """The first outer gradient of each estimator, and what a training makes of it: weights,
+    learned weights of examples and the numbers that were logged."""
+    from bilevel_table import ESTIMATORS
+
+    x, y = data()
+    found = {}
+    for name, estimator in ESTIMATORS.items():
+        first, second = keras.layers.Dense(6, use_bias=False), keras.layers.Dense(3)  # the normalisation has a bias
+        middle = [keras.layers.BatchNormalization(), keras.layers.Activation("tanh")]
+        model = keras.Sequential([keras.Input((8, 8, 2)), keras.layers.Flatten(), first, *middle, second])
+        net, rng = kb.bilevel.SampleWeightNet(5), np.random.default_rng(1)
+        for variable in (first.kernel, second.kernel, net.first.kernel, net.second.kernel):
+            variable.assign(rng.standard_normal(variable.shape) / variable.shape[0] ** 0.5)
+        trainer = kb.bilevel.BilevelTrainer(model, net, estimator)
+        trainer.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.SGD(1.0), LOSS, ["accuracy"])
+        before = [keras.ops.convert_to_numpy(one) for one in net.weights]
+        options = {"meta_data": (x[:32], y[:32]), "batch_size": 16, "verbose": 0}
+        trainer.fit(x, y, steps_per_epoch=1, **options)
+        for place, (old, variable) in enumerate(zip(before, net.weights, strict=True)):
+            found[f"{name}, gradient {place}"] = old - keras.ops.convert_to_numpy(variable)
+        logs = trainer.fit(x, y, epochs=2, **options).history
+        found |= {f"{name}, {key}": np.array(value) for key, value in logs.items()}
+        for place, variable in enumerate([*model.weights, *net.weights]):
+            found[f"{name}, weight {place}"] = keras.ops.convert_to_numpy(variable)
+    return found
+
+
+def make_hypergradients(folder):
+    np.savez(os.path.join(folder, "hypergradients.npz"), **hypergradients())
+
+
+def check_hypergradients(folder):
+    """The same numbers as on the backend that made them."""
+    wanted = np.load(os.path.join(folder, "hypergradients.npz"))
+    found = hypergradients()
+    assert set(found) == set(wanted)
+    for name, value in found.items():
+        rtol = 1e-5 if "gradient" in name else 1e-4
+        scale = np.abs(wanted[name]).max()
+        np.testing.assert_allclose(value, wanted[name], rtol=rtol, atol=rtol * scale, err_msg=name)
+
+
 if __name__ == "__main__":
     for program in sys.argv[1].split(","):
         keras.utils.set_random_seed(0)

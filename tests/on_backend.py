@@ -33,6 +33,7 @@ def served(folder, inputs):
 
 if JAX:
     import jax
+    from jax.interpreters.partial_eval import dce_jaxpr
 
     TAPES = [(jax, "grad"), (jax, "value_and_grad"), (jax, "vjp")]  # all by which a gradient is taken
 
@@ -48,6 +49,36 @@ if JAX:
     def slopes(function, points, cotangent=1.0):
         """Derivatives of the sum of cotangent times function, by each point."""
         return jax.grad(lambda points: ops.sum(ops.multiply(cotangent, function(*points))))(tuple(points))
+
+    def soon(function):
+        """The function as a few calls of it end soonest."""
+        return jax.jit(function)
+
+    @jax.custom_vjp
+    def once(x):
+        """A hyperbolic tangent whose gradient cannot be differentiated."""
+        return jax.numpy.tanh(x)
+
+    @jax.custom_vjp
+    def _slope(y, upstream):
+        return upstream * (1.0 - y * y)
+
+    def _refuse(*_):
+        raise RuntimeError("no second derivative")
+
+    _slope.defvjp(lambda y, upstream: (_slope(y, upstream), None), _refuse)
+    once.defvjp(lambda x: (once(x), once(x)), lambda y, upstream: (_slope(y, upstream),))
+
+    def products_of_branches(function, *arguments):
+        """Matrix products that each branch of each conditional in a program computes."""
+        program = jax.make_jaxpr(function)(*arguments)
+
+        def products(branch):
+            kept = dce_jaxpr(branch.jaxpr, [True] * len(branch.out_avals))[0]  # what the results come from
+            return sum(equation.primitive.name == "dot_general" for equation in kept.eqns)
+
+        cases = [equation.params["branches"] for equation in program.eqns if equation.primitive.name == "cond"]
+        return [[products(branch) for branch in branches] for branches in cases]
 
 else:
     import tensorflow as tf
@@ -71,6 +102,44 @@ else:
             tape.watch(points)
             value = ops.sum(ops.multiply(cotangent, function(*points)))
         return tape.gradient(value, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+    def soon(function):
+        """The function as a few calls of it end soonest."""
+        return function
+
+    @tf.custom_gradient
+    def once(x):
+        """A hyperbolic tangent whose gradient cannot be differentiated."""
+        y = tf.tanh(x)
+
+        @tf.custom_gradient
+        def backward(upstream):
+            def refuse(*_):
+                raise RuntimeError("no second derivative")
+
+            return upstream * (1.0 - y * y), refuse
+
+        return y, lambda upstream: backward(upstream)
+
+    def products_of_branches(function, *arguments):
+        """Matrix products that each branch of each conditional in a program computes."""
+        traced = tf.function(function, autograph=False).get_concrete_function(*arguments)
+        graph = traced.graph.as_graph_def()
+        library = {one.signature.name: one for one in graph.library.function}
+
+        def products(branch):
+            """Of those operations that the results come from: others are not executed."""
+            nodes = {node.name: node for node in branch.node_def}
+            reached, ahead = set(), [value.split(":")[0] for value in [*branch.ret.values(), *branch.control_ret.values()]]
+            while ahead:
+                name = ahead.pop()
+                if name in nodes and name not in reached:
+                    reached.add(name)
+                    ahead += [value.split(":")[0].lstrip("^") for value in nodes[name].input]
+            return sum(nodes[name].op == "MatMul" for name in reached)
+
+        cases = [[library[one.name] for one in node.attr["branches"].list.func] for node in graph.node if "Case" in node.op]
+        return [[products(branch) for branch in branches] for branches in cases]
 
 
 def compiled(function):

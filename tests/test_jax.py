@@ -42,6 +42,11 @@ def test_files_and_ten_steps_of_tensorflow_are_the_same_on_jax(tmp_path):
     run("jax", "check", tmp_path)
 
 
+def test_hypergradients_and_what_they_teach_are_the_same_on_both_backends(tmp_path):
+    run("tensorflow", "make_hypergradients", tmp_path)
+    run("jax", "check_hypergradients", tmp_path)
+
+
 def test_four_devices_are_one(made_by_jax):
     run("jax", "parallel", made_by_jax, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4")
 

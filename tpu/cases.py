@@ -94,7 +94,7 @@ def bilevel_case(size: Size, by: Any) -> Case:
     train, judge = ((x.numpy(), tf.argmax(y, -1).numpy()) for x, y in drawn)
     made._open(train, judge, batch, batch)
     made.rewind()
-    return Case(made._program(True), (random.seed_of(5), made._next(0, 0), made._next(1, 0)), _variables(made))
+    return Case(made._program(True), (made._next(0, 0), made._next(1, 0)), _variables(made))
 
 
 def _warped(size: Size) -> learners.Warp:

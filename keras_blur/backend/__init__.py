@@ -9,7 +9,9 @@ have the same functions:
   one loop of a program; `one_by_one`: a function of each place of an axis, as one loop, too;
   `recomputed`: a function that keeps nothing for its gradient;
 - `gradient`: of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a
-  function at a point;
+  function at a point; `pullback`: the transposed Jacobian of some results by some arguments;
+- `gradient_for_keras`, `dense`: gradients as Keras's optimizers get them, and as arrays;
+- `branch`: one of several functions, chosen when a program runs;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
@@ -22,7 +24,8 @@ have the same functions:
   sums over them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
   integers, where 64 bits would overflow;
-- `stream`, `constant`: draws of numbers in order as data, and an array that they read;
+- `stream`, `constant`: draws of numbers in order as data, and an array that they read; `passes`,
+  `repeated`: batches of arrays and of datasets without an end;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
   of the two backends ask of a model in different ways.
@@ -37,9 +40,12 @@ _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backe
 after = _chosen.after
 bits = _chosen.bits
 bits_of_rows = _chosen.bits_of_rows
+branch = _chosen.branch
 compiled = _chosen.compiled
 constant = _chosen.constant
+dense = _chosen.dense
 gradient = _chosen.gradient
+gradient_for_keras = _chosen.gradient_for_keras
 is_dataset = _chosen.is_dataset
 jvp = _chosen.jvp
 leaves = _chosen.leaves
@@ -49,9 +55,12 @@ mean = _chosen.mean
 one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
 pack = _chosen.pack
+passes = _chosen.passes
+pullback = _chosen.pullback
 recomputed = _chosen.recomputed
 reducible = _chosen.reducible
 register = _chosen.register
+repeated = _chosen.repeated
 replica = _chosen.replica
 replicas = _chosen.replicas
 replicas_of_program = _chosen.replicas_of_program
@@ -72,9 +81,12 @@ __all__ = [
     "after",
     "bits",
     "bits_of_rows",
+    "branch",
     "compiled",
     "constant",
+    "dense",
     "gradient",
+    "gradient_for_keras",
     "is_dataset",
     "jvp",
     "leaves",
@@ -84,9 +96,12 @@ __all__ = [
     "one_by_one",
     "outside_of_programs",
     "pack",
+    "passes",
+    "pullback",
     "recomputed",
     "reducible",
     "register",
+    "repeated",
     "replica",
     "replicas",
     "replicas_of_program",

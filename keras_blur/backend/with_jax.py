@@ -98,15 +98,46 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
     return jax.lax.map(function, arrays)
 
 
+def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
+    """The values of a function, and its transposed Jacobian, which computes only what is asked
+    for."""
+    values, tangents = jax.linearize(lambda arrays: dict(function(arrays)), arrays)
+
+    def pull(cotangents: Mapping[str, Array], names: Sequence[str] | None = None) -> Any:
+        def chosen(arrays: Any) -> dict[str, Array]:  # `jax.vjp` would carry zeros of the others through
+            found = tangents(arrays)
+            return {name: found[name] for name in cotangents}
+
+        (found,) = jax.linear_transpose(chosen, arrays)(dict(cotangents))
+        return found if names is None else {name: found[name] for name in names}  # the compiler drops the others
+
+    return values, pull
+
+
+def gradient_for_keras(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """`gradient`: Keras's `fit` gives an optimizer the same on JAX."""
+    return gradient(function, arrays)
+
+
+def dense(gradient: Any) -> Array:
+    """The gradient itself."""
+    return gradient
+
+
+def branch(index: Array, functions: Sequence[Callable[[], Any]]) -> Any:
+    """The result of one of several functions of no arguments; the others are not computed."""
+    return jax.lax.switch(index, list(functions))
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""
     return jnp.tanh(x)
 
 
-def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
+def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     """The mean in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
-    return jnp.mean(x, axis=axis if isinstance(axis, int) else tuple(axis), keepdims=keepdims)
+    return jnp.mean(x, axis=axis if axis is None or isinstance(axis, int) else tuple(axis), keepdims=keepdims)
 
 
 def solve_positive(matrix: Array, right: Array) -> Array:
@@ -316,6 +347,38 @@ def _on_cpu() -> Any:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
+class passes:
+    """An endless iterable of batches of arrays; their indices are drawn on the CPU."""
+
+    def __init__(self, arrays: Sequence[np.ndarray], rows: Callable[[Array], Array], first: int, skipped: int):
+        self._arrays, self._rows, self._first, self._skipped = arrays, jax.jit(rows), first, skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        skipped = self._skipped
+        for number in itertools.count(self._first):
+            with _on_cpu():
+                chosen = np.asarray(self._rows(np.int32(number)))
+            for row in chosen[skipped:]:
+                yield tuple(array[row] for array in self._arrays)
+            skipped = 0
+
+
+class repeated:
+    """An endless iterable of the batches of passes over data."""
+
+    def __init__(self, data: Any, skipped: int, index: int, count: int):
+        del index, count  # there is one replica
+        self._data, self._skipped = data, skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        seen, before = 0, -1
+        while seen > before:  # a pass without batches ends it
+            before = seen
+            for seen, batch in enumerate(self._data, before + 1):
+                if seen > self._skipped:
+                    yield tuple(np.asarray(part) for part in batch)
+
+
 class Program:
     """A compiled function that reads and assigns Keras variables; see `Runner.program`."""
 
@@ -357,7 +420,7 @@ class Runner:
     """
 
     replicas = 1
-    compiles = False
+    compiles = True  # whole programs: a function in one needs no compilation of its own
 
     def __init__(self) -> None:
         layout = keras.distribution.distribution()

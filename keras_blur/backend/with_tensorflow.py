@@ -302,13 +302,106 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
     return tf.map_fn(function, arrays, fn_output_signature=specs)
 
 
+def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
+    """The values of a function, and its transposed Jacobian, which computes only what is asked for.
+
+    Args:
+        function: from a tree of arrays to arrays by name.
+        arrays: where to take the Jacobian.
+
+    Returns:
+        The values, and a function of cotangents of some of them by name. It gives a tree like
+        `arrays`. If `arrays` have names, too, it takes those wanted as a second argument. It may be
+        called several times, also in branches, which compute no part of the values again.
+
+    Example:
+
+    >>> arrays = {"u": tf.constant(2.0), "v": tf.constant(3.0)}
+    >>> values, pull = pullback(lambda x: {"product": x["u"] * x["v"], "first": x["u"]}, arrays)
+    >>> {name: float(value) for name, value in pull({"product": tf.constant(1.0)}, ["v"]).items()}
+    {'v': 2.0}
+    """
+    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(arrays)
+        values = dict(function(arrays))
+
+    def pull(cotangents: Mapping[str, Array], names: Sequence[str] | None = None) -> Any:
+        chosen = {name: values[name] for name in cotangents}
+        wanted = arrays if names is None else {name: arrays[name] for name in names}
+        return tape.gradient(chosen, wanted, output_gradients=dict(cotangents), unconnected_gradients="zero")
+
+    return values, pull
+
+
+def gradient_for_keras(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """As `gradient`, with the gradients that Keras's `fit` gives an optimizer: `None` for an array
+    that is not used, and slices for a lookup."""
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value, extra = function(arrays)
+    return extra, tape.gradient(value, arrays)
+
+
+def dense(gradient: Any) -> Array:
+    """A gradient as an array; that of a lookup may be slices."""
+    return tf.convert_to_tensor(gradient)
+
+
+def branch(index: Array, functions: Sequence[Callable[[], Any]]) -> Any:
+    """The result of one of several functions of no arguments; the others are not computed.
+
+    Args:
+        index: which, an int32 scalar.
+        functions: functions that give trees of arrays of the same shapes and dtypes.
+
+    Example:
+
+    >>> float(branch(tf.constant(1), [lambda: tf.constant(2.0), lambda: tf.constant(3.0)]))
+    3.0
+    """
+    return tf.switch_case(index, [_with_own_constants(one) for one in functions])
+
+
+def _with_own_constants(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A branch that copies the constants it captures.
+
+    A captured value becomes an argument of the branch. Second-order gradients capture shapes, which
+    XLA must know at compile time. On a TPU it cannot read them from an argument.
+    """
+
+    def branch() -> Any:
+        if tf.executing_eagerly():
+            return function()
+        traced = tf.function(function, autograph=False).get_concrete_function()
+        given = zip(traced.inputs, traced.captured_inputs, strict=True)
+        inside = {}
+        for placeholder, outside in given:
+            value = None if outside.dtype == tf.resource else tf.get_static_value(outside)
+            inside[placeholder.name] = tf.identity(outside) if value is None else tf.constant(value)
+        graph = traced.graph.as_graph_def()
+        arguments = {name.split(":")[0] for name in inside}
+        nodes = [node for node in graph.node if node.name not in arguments]
+        for node in nodes:  # the gradient of a gather wants to be where its input is, which may be outside
+            node.attr.pop("_class", None)
+        del graph.node[:]
+        graph.node.extend(nodes)
+        names = [output.name for output in traced.outputs]
+        results = tf.graph_util.import_graph_def(graph, inside, names, name="branch")
+        for result, output in zip(results, traced.outputs, strict=True):
+            result.set_shape(output.shape)
+        return tf.nest.pack_sequence_as(traced.structured_outputs, results)
+
+    return branch
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""
     return tf.math.tanh(x)
 
 
-def mean(x: Array, axis: Any, keepdims: bool = False) -> Array:
+def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     """The mean in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
     return ops.mean(x, axis=axis, keepdims=keepdims)
 
@@ -484,6 +577,37 @@ def stream(
         return tf.switch_case(tf.ensure_shape(chosen, ()), branches)
 
     return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+
+
+def passes(arrays: Sequence[np.ndarray], rows: Callable[[Array], Array], first: int, skipped: int) -> tf.data.Dataset:
+    """An endless iterable of batches of arrays.
+
+    Args:
+        arrays: `[n, ...]`.
+        rows: from the number of a pass, an int32 array, to the indices of its batches,
+            `[batches, batch]`.
+        first: number of the first pass.
+        skipped: number of its batches to leave out.
+    """
+    held = [tf.constant(array) for array in arrays]
+    numbers = tf.data.Dataset.range(first, np.iinfo(np.int32).max)
+    chosen = numbers.flat_map(lambda number: tf.data.Dataset.from_tensor_slices(rows(number)))
+    return chosen.skip(skipped).map(lambda row: tuple(tf.gather(array, row) for array in held)).prefetch(2)
+
+
+def repeated(data: Any, skipped: int, index: int, count: int) -> tf.data.Dataset:
+    """An endless iterable of the batches of passes over data.
+
+    Args:
+        data: a `tf.data.Dataset`, or an iterable of numpy batches with an `element_spec`: shapes
+            and dtypes of the parts of a batch.
+        skipped: number of batches to leave out.
+        index, count: which examples of each batch: `index`, `index + count`, ...
+    """
+    if not isinstance(data, tf.data.Dataset):
+        spec = tuple(tf.TensorSpec(one.shape, one.dtype) for one in data.element_spec)
+        data = tf.data.Dataset.from_generator(lambda: iter(data), output_signature=spec)
+    return data.repeat().skip(skipped).map(lambda *batch: tuple(part[index::count] for part in batch)).prefetch(2)
 
 
 class Runner:

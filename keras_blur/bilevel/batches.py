@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.checks import Expected, checked, checked_arrays, plain_errors
 from keras_blur.core import random
 
 Array = Any
+
+
+class Spec(NamedTuple):
+    """The shape and the dtype of batches."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
 
 
 class Arrays:
@@ -28,48 +35,62 @@ class Arrays:
     def __init__(self, arrays: tuple[np.ndarray, ...], batch: int):
         self.arrays, self.batch = arrays, batch
         self.steps = len(arrays[0]) // batch
-        self.spec = tuple(tf.TensorSpec((batch, *array.shape[1:]), array.dtype) for array in arrays)
+        self.spec = tuple(Spec((batch, *array.shape[1:]), array.dtype) for array in arrays)
 
     def settings(self) -> dict[str, Any]:
         """The settings that identify the data."""
         x, y = self.arrays
         return {"x": x, "y": y, "batch_size": self.batch}
 
-    def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
+    def stream(self, seed: Array, done: int, index: int, count: int) -> Any:
         """The remaining batches after `done` batches; the part of one replica of each."""
         whole, rest = divmod(done, self.steps)
-        arrays = tuple(tf.constant(array) for array in self.arrays)
         size, batch = len(self.arrays[0]), self.batch
 
-        def one_pass(number: Array) -> tf.data.Dataset:
+        def rows(number: Array) -> Array:
             order = random.permutation(random.fold_in(seed, number), size)[: self.steps * batch]
-            return tf.data.Dataset.from_tensor_slices(tf.reshape(order, (self.steps, batch)))
+            return ops.reshape(order, (self.steps, batch))[:, index::count]
 
-        def pick(chosen: Array) -> Any:
-            return tuple(tf.gather(array, chosen[index::count]) for array in arrays)
-
-        passes = tf.data.Dataset.range(whole, np.iinfo(np.int32).max).flat_map(one_pass)
-        return passes.skip(rest).map(pick).prefetch(2)
+        return backend.passes(self.arrays, rows, whole, rest)
 
 
 class Batches:
-    """Batches of a dataset."""
+    """Batches of a `tf.data.Dataset` or of a `Passes`."""
 
-    def __init__(self, dataset: tf.data.Dataset):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
         self.spec = dataset.element_spec
         self.steps = max(0, int(dataset.cardinality()))
 
     def settings(self) -> dict[str, Any]:
         """The settings that identify the dataset, as far as they are known."""
-        shapes = [f"{one.dtype.name} {one.shape}" for one in tf.nest.flatten(self.spec)]
-        return {"dataset": shapes, "batches": self.steps}
+        return {"dataset": [f"{one.dtype.name} {one.shape}" for one in self.spec], "batches": self.steps}
 
-    def stream(self, seed: Array, done: int, index: int, count: int) -> tf.data.Dataset:
+    def stream(self, seed: Array, done: int, index: int, count: int) -> Any:
         """The remaining batches after `done` batches; the part of one replica of each."""
         del seed
-        parts = self.dataset.repeat().skip(done).map(lambda x, y: (x[index::count], y[index::count]))
-        return parts.prefetch(2)
+        return backend.repeated(self.dataset, done, index, count)
+
+
+class Passes:
+    """Passes over a `PyDataset`, with what a `tf.data.Dataset` says of itself."""
+
+    def __init__(self, data: keras.utils.PyDataset):
+        self._data = data
+        with plain_errors():
+            first = data[0]
+        self.element_spec = tuple(Spec((None, *np.shape(part)[1:]), np.asarray(part).dtype) for part in first)
+
+    def cardinality(self) -> int:
+        """The number of batches of a pass, or -1."""
+        return -1 if self._data.num_batches is None else self._data.num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        count = self._data.num_batches
+        self._data.on_epoch_begin()
+        for index in itertools.count() if count is None else range(count):
+            yield self._data[index]
+        self._data.on_epoch_end()
 
 
 def source(
@@ -88,10 +109,10 @@ def source(
     Raises:
         ValueError: if the data have another type, are too few, or fail a check.
     """
-    if isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+    if backend.is_dataset(data) or isinstance(data, keras.utils.PyDataset):
         dataset = checked(data, None, None, expected, within=within)[0]
         if isinstance(data, keras.utils.PyDataset):
-            dataset = _from_py_dataset(dataset)
+            dataset = Passes(dataset)
         if len(dataset.element_spec) != 2:
             raise ValueError(f"`{name}` must give batches (x, y). Received: batches of {len(dataset.element_spec)} parts")
         size = dataset.element_spec[0].shape[0]
@@ -112,20 +133,3 @@ def source(
     if len(x) < batch:
         raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")
     return Arrays((x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x, y), batch)
-
-
-def _from_py_dataset(data: keras.utils.PyDataset) -> tf.data.Dataset:
-    """Converts one pass of a `PyDataset` to a dataset."""
-    count = data.num_batches
-    with plain_errors():
-        first = data[0]
-
-    def batches() -> Iterator[Any]:
-        data.on_epoch_begin()
-        for index in itertools.count() if count is None else range(count):
-            yield data[index]
-        data.on_epoch_end()
-
-    spec = tuple(tf.TensorSpec((None, *np.shape(part)[1:]), np.asarray(part).dtype) for part in first)
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=spec)
-    return dataset if count is None else dataset.apply(tf.data.experimental.assert_cardinality(count))

@@ -25,9 +25,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.bilevel.hypergradient import (
     Array,
     Bilevel,
@@ -90,43 +90,37 @@ class EvoGrad(HypergradientEstimator):
         names = list(weights) if self.scope is None else named(problem.layers, self.scope, "scope")
         noise = [
             {
-                name: tf.cast(self._drawn(random.fold_in(seed, k, place), tuple(weights[name].shape)), weights[name].dtype)
+                name: ops.cast(self._drawn(random.fold_in(seed, k, place), tuple(weights[name].shape)), weights[name].dtype)
                 for place, name in enumerate(names)
             }
             for k in range(self.population)
         ]
 
-        def losses(values: Outer) -> Array:
+        def losses(values: Outer) -> dict[str, Array]:
             moved = [{name: weights[name] + self.sigma * eps[name] for name in names} for eps in noise]
-            return tf.stack([problem.train(values, {**weights, **candidate}) for candidate in moved])
+            return {"losses": ops.stack([problem.train(values, {**weights, **candidate}) for candidate in moved])}
 
-        watched = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-        with tf.GradientTape() as tape:
-            tape.watch(watched)
-            own_losses = losses(watched)
-            scaled_losses = scaled(own_losses, problem.scale)
-        weighing = tf.nn.softmax(-problem.mean(own_losses) / self.temperature)
-        shares = tf.unstack(weighing)
+        own, pull = backend.pullback(losses, dict(outer))
+        goodness = -problem.mean(own["losses"]) / self.temperature
+        weighing = ops.softmax(goodness) if self.population > 1 else ops.ones_like(goodness)  # Keras warns of a single one
+        shares = ops.unstack(weighing)
         merged = {
             name: weights[name]
-            + self.sigma
-            * tf.add_n([tf.cast(one, eps[name].dtype) * eps[name] for one, eps in zip(shares, noise, strict=True)])
+            + self.sigma * sum(ops.cast(one, eps[name].dtype) * eps[name] for one, eps in zip(shares, noise, strict=True))
             for name in names
         }
         loss, slope = problem.mean(gradient(lambda values: problem.judge({**weights, **values}), merged, problem.scale))
-        parts = [[tf.cast(tf.reduce_sum(slope[n] * eps[n]), weighing.dtype) for n in names] for eps in noise]
-        gains = self.sigma * tf.stack([tf.add_n(part) for part in parts])
-        by_losses = -weighing * (gains - tf.reduce_sum(gains * weighing)) / self.temperature  # sum_k gains_k dw_k / dl
-        gradients = unscaled(
-            tape.gradient(scaled_losses, watched, output_gradients=by_losses, unconnected_gradients="zero"), problem.scale
-        )
-        effective = 1.0 / tf.reduce_sum(tf.square(weighing))  # K if all weigh the same, 1 if one takes all
+        parts = [[ops.cast(ops.sum(slope[n] * eps[n]), weighing.dtype) for n in names] for eps in noise]
+        gains = self.sigma * ops.stack([sum(part) for part in parts])
+        by_losses = -weighing * (gains - ops.sum(gains * weighing)) / self.temperature  # sum_k gains_k dw_k / dl
+        gradients = unscaled(pull({"losses": scaled(by_losses, problem.scale)}), problem.scale)
+        effective = 1.0 / ops.sum(ops.square(weighing))  # K if all weigh the same, 1 if one takes all
         return Hypergradient(problem.mean(gradients), loss, {"candidates": effective}), {}
 
     def _drawn(self, seed: Array, shape: tuple[int, ...]) -> Array:
         if self.noise == "normal":
             return random.normal(seed, shape)
-        return 2.0 * tf.cast(random.integers(seed, shape, 2), tf.float32) - 1.0
+        return 2.0 * ops.cast(random.integers(seed, shape, 2), "float32") - 1.0
 
 
 def named(layers: Mapping[str, tuple[str, ...]], chosen: tuple[str, ...], argument: str) -> list[str]:

@@ -33,11 +33,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.bilevel.hypergradient import Array, Bilevel, Hypergradient, LookAhead, Outer, VirtualStep, Weights
-from keras_blur.compiling import with_own_constants
 from keras_blur.core import random
 from keras_blur.distribution import shard
 from keras_blur.learners.base import resolve
@@ -157,11 +156,11 @@ class LayerwiseMetaGradient(VirtualStep):
         parts: Sequence[tuple[str, ...]], seed: Array, own: Mapping[str, Array],
     ) -> tuple[Hypergradient, dict[str, Array]]:  # fmt: skip
         training = ahead.training
-        watched = {name: tf.convert_to_tensor(value) for name, value in own.items()}
-        with tf.GradientTape() as tape:
-            tape.watch(watched)
-            gates = self._gates(sampler, chosen, parts, training, seed, watched)
-        lowest = tf.argmax(tf.cast(gates > 0.5, tf.int32), output_type=tf.int32)  # the first open one; the last always is
+        values, pull = backend.pullback(
+            lambda own: {"gates": self._gates(sampler, chosen, parts, training, seed, own)}, dict(own)
+        )
+        gates = values["gates"]
+        lowest = ops.cast(ops.argmax(ops.cast(gates > 0.5, "int32")), "int32")  # the first open one; the last always is
         names = [name for own_names in parts for name in own_names]
         above = [[name for own_names in parts[first:] for name in own_names] for first in range(len(parts))]
 
@@ -170,22 +169,20 @@ class LayerwiseMetaGradient(VirtualStep):
         def of_lowest(back: Callable[[list[str]], Any]) -> Any:
             if not branches:
                 return back(names)
-            return tf.switch_case(lowest, [with_own_constants(functools.partial(back, some)) for some in above])
+            return backend.branch(lowest, [functools.partial(back, some) for some in above])
 
         def slope_of(some: list[str]) -> dict[str, Array]:
-            return {**{name: tf.zeros_like(training[name]) for name in names}, **ahead.slope(some)}
+            return {**{name: ops.zeros_like(training[name]) for name in names}, **ahead.slope(some)}
 
         loss, slope = problem.mean((ahead.loss, of_lowest(slope_of)))
-        products = tf.stack(
-            [
-                tf.add_n([tf.cast(tf.reduce_sum(slope[name] * training[name]), tf.float32) for name in own_names])
-                for own_names in parts
-            ]
+        products = ops.stack(
+            [sum(ops.cast(ops.sum(slope[name] * training[name]), "float32") for name in own_names) for own_names in parts]
         )
-        products = tf.where(tf.range(len(parts)) < lowest, 0.0, products)  # gates below the backward pass get no gradient
+        below = ops.arange(len(parts), dtype="int32") < lowest
+        products = ops.where(below, 0.0, products)  # gates below the backward pass get no gradient
         kept = {
-            name: tf.cast(gate, slope[name].dtype) * slope[name]
-            for gate, own_names in zip(tf.unstack(gates), parts, strict=True)
+            name: ops.cast(gate, slope[name].dtype) * slope[name]
+            for gate, own_names in zip(ops.unstack(gates), parts, strict=True)
             for name in own_names
         }
         # The third loss is another product with the last layer's training gradient: 2 (pooled
@@ -194,14 +191,14 @@ class LayerwiseMetaGradient(VirtualStep):
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-            distance[name] = factor * tf.broadcast_to(apart, slope[name].shape)
+            distance[name] = factor * ops.broadcast_to(apart, slope[name].shape)
         found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
-        signs = tf.where(gates > 0.5, -1.0, 1.0)
-        count = tf.reduce_sum(gates)
-        alpha = tf.cast(ahead.alpha, tf.float32)
+        signs = ops.where(gates > 0.5, -1.0, 1.0)
+        count = ops.sum(gates)
+        alpha = ops.cast(ahead.alpha, "float32")
         by_gates = alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)
-        changes = tape.gradient(gates, watched, output_gradients=by_gates, unconnected_gradients="zero")
-        depth = tf.cast(len(chosen) - lowest, tf.float32)
+        changes = pull({"gates": by_gates})
+        depth = ops.cast(len(chosen) - lowest, "float32")
         return Hypergradient(found, loss, {"layers": count, "depth": depth}), changes
 
     def _gates(
@@ -211,17 +208,17 @@ class LayerwiseMetaGradient(VirtualStep):
         """Gates `[layers]` of 0 or 1 with the derivative of the soft sample (equations 8 and 9)."""
         gates = []
         for place, (layer, names) in enumerate(zip(chosen[:-1], parts[:-1], strict=True)):
-            inputs = tf.stop_gradient(tf.concat([tf.cast(pooled(training[name]), tf.float32) for name in names], 0))
-            inputs = (inputs - tf.reduce_mean(inputs)) / (tf.math.reduce_std(inputs) + 1e-8)
-            hidden = tf.linalg.matvec(own[f"{layer}_first"], inputs, transpose_a=True)
-            hidden = tf.maximum(hidden, 0.0) + own[f"{layer}_slope"] * tf.minimum(hidden, 0.0)
-            logits = tf.linalg.matvec(own[f"{layer}_second"], hidden, transpose_a=True)
+            inputs = ops.stop_gradient(ops.concatenate([ops.cast(pooled(training[name]), "float32") for name in names]))
+            inputs = (inputs - ops.mean(inputs)) / (ops.std(inputs) + 1e-8)
+            hidden = ops.matmul(inputs, own[f"{layer}_first"])
+            hidden = ops.maximum(hidden, 0.0) + own[f"{layer}_slope"] * ops.minimum(hidden, 0.0)
+            logits = ops.matmul(hidden, own[f"{layer}_second"])
             uniform = random.uniform(random.fold_in(seed, place), (2,), 1e-6, 1.0 - 1e-6)
-            soft = tf.nn.softmax((logits - tf.math.log(-tf.math.log(uniform))) / sampler.temperature)[1]
-            gates.append(soft + tf.stop_gradient(tf.cast(soft > 0.5, soft.dtype) - soft))
-        return tf.stack([*gates, tf.ones(())])
+            soft = ops.softmax((logits - ops.log(-ops.log(uniform))) / sampler.temperature)[1]
+            gates.append(soft + ops.stop_gradient(ops.cast(soft > 0.5, soft.dtype) - soft))
+        return ops.stack([*gates, ops.ones(())])
 
 
 def pooled(value: Array) -> Array:
     """The mean over all axes except the last, `[outputs]`."""
-    return tf.reduce_mean(tf.reshape(value, (-1, value.shape[-1] if value.shape.rank else 1)), axis=0)
+    return backend.mean(ops.reshape(value, (-1, value.shape[-1] if len(value.shape) else 1)), axis=0)

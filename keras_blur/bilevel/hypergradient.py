@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 
 Array = Any
 Outer = Mapping[str, Array]
@@ -140,7 +140,7 @@ class VirtualStep(HypergradientEstimator):
     ) -> LookAhead:
         """Computes the virtual step. `names` as in `LookAhead`."""
         dtype = widest([rate, *weights.values()])
-        alpha = tf.cast(rate, dtype) if self.rate is None else tf.constant(self.rate, dtype)
+        alpha = ops.cast(rate, dtype) if self.rate is None else ops.convert_to_tensor(self.rate, dtype)
         return LookAhead(problem, outer, weights, alpha, names)
 
 
@@ -164,26 +164,28 @@ class LookAhead:
 
     def __init__(self, problem: Bilevel, outer: Outer, weights: Weights, alpha: Array, names: Sequence[str] | None = None):
         self.alpha, self._scale = alpha, problem.scale
-        self._outer = {name: tf.convert_to_tensor(value) for name, value in outer.items()}
-        with tf.GradientTape(persistent=True) as self._above:
-            self._above.watch(self._outer)
+
+        def first(values: Outer) -> dict[str, Array]:
             # Scaled: dividing here would start the backward pass with numbers too small for
             # float16.
-            self._first = gradient(lambda values: scaled(problem.train(self._outer, values), problem.scale), weights)[1]
-        self.training: dict[str, Array] = problem.mean(unscaled(self._first, problem.scale))
-        self.weights = {n: value - tf.cast(alpha, value.dtype) * self.training[n] for n, value in weights.items()}
-        with tf.GradientTape(persistent=True) as self._below:
-            self._below.watch(self.weights if names is None else {name: self.weights[name] for name in names})
-            self.loss = problem.judge(self.weights)
-            self._scaled_loss = scaled(self.loss, problem.scale)
+            return gradient(lambda own: scaled(problem.train(values, own), problem.scale), weights)[1]
+
+        def judge(values: Weights) -> dict[str, Array]:
+            return {"loss": problem.judge({**self.weights, **values})}
+
+        own, self._above = backend.pullback(first, dict(outer))
+        self.training: dict[str, Array] = problem.mean(unscaled(own, problem.scale))
+        self.weights = {n: value - ops.cast(alpha, value.dtype) * self.training[n] for n, value in weights.items()}
+        chosen = self.weights if names is None else {name: self.weights[name] for name in names}
+        judged, self._below = backend.pullback(judge, chosen)
+        self.loss = judged["loss"]
 
     def slope(self, names: Sequence[str]) -> dict[str, Array]:
         """The meta gradient with respect to some weights, on the replica's own batch.
 
         The backward pass stops at the lowest of these weights.
         """
-        chosen = {name: self.weights[name] for name in names}
-        return unscaled(self._below.gradient(self._scaled_loss, chosen, unconnected_gradients="zero"), self._scale)
+        return unscaled(self._below({"loss": scaled(ops.ones_like(self.loss), self._scale)}, list(names)), self._scale)
 
     def mixed(self, slope: Weights, beside: Weights | None = None) -> dict[str, Array]:
         """-alpha grad_lambda < grad_w L_train, v > over the weights in v, on the own batch.
@@ -193,17 +195,15 @@ class LookAhead:
             beside: arrays for some of these weights; grad_lambda < grad_w L_train, beside > is
                 added.
         """
-        first = {name: self._first[name] for name in slope}
-        upstream = {name: -tf.cast(self.alpha, value.dtype) * value for name, value in slope.items()}
+        upstream = {name: -ops.cast(self.alpha, value.dtype) * value for name, value in slope.items()}
         for name, value in (beside or {}).items():
             upstream[name] = upstream[name] + value
         size = None
         if self._scale is not None:  # float16 holds numbers around 1
-            largest = tf.reduce_max([tf.reduce_max(tf.cast(tf.abs(value), tf.float32)) for value in upstream.values()])
-            size = tf.where(largest > 0.0, largest, 1.0)
+            largest = ops.max(ops.stack([ops.max(ops.cast(ops.abs(value), "float32")) for value in upstream.values()]))
+            size = ops.where(largest > 0.0, largest, 1.0)
             upstream = unscaled(upstream, size)
-        found = self._above.gradient(first, self._outer, output_gradients=upstream, unconnected_gradients="zero")
-        return found if size is None else unscaled(found, self._scale / size)
+        return unscaled(self._above(upstream), None if size is None else self._scale / size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,17 +256,17 @@ class FiniteDifference(VirtualStep):
         ahead = self.ahead(problem, outer, weights, rate)
         loss, slope = problem.mean((ahead.loss, ahead.slope(list(weights))))
         dtype = widest(slope.values())
-        length = tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(v)), dtype) for v in slope.values()]))
+        length = ops.sqrt(sum(ops.cast(ops.sum(ops.square(v)), dtype) for v in slope.values()))
         number = sum(math.prod(v.shape) for v in slope.values())
-        scale = 0.5 * self.width * math.sqrt(number) / tf.maximum(length, 1e-12)
+        scale = 0.5 * self.width * math.sqrt(number) / ops.maximum(length, 1e-12)
 
         def outer_gradient(sign: float) -> dict[str, Array]:
-            moved = {n: value + tf.cast(sign * scale, value.dtype) * slope[n] for n, value in weights.items()}
+            moved = {n: value + ops.cast(sign * scale, value.dtype) * slope[n] for n, value in weights.items()}
             return gradient(lambda values: problem.train(values, moved), outer, problem.scale)[1]
 
         above, below = outer_gradient(1.0), outer_gradient(-1.0)
         factor = -ahead.alpha / (2.0 * scale)
-        found = {name: tf.cast(factor, above[name].dtype) * (above[name] - below[name]) for name in outer}
+        found = {name: ops.cast(factor, above[name].dtype) * (above[name] - below[name]) for name in outer}
         return Hypergradient(problem.mean(found), loss, {}), {}
 
 
@@ -280,26 +280,26 @@ def gradient(
         values: the arrays.
         scale: loss scale during differentiation, as in `Bilevel`. The gradient is divided by it.
     """
-    values = {name: tf.convert_to_tensor(value) for name, value in values.items()}
-    with tf.GradientTape() as tape:
-        tape.watch(values)
+
+    def differentiated(values: Any) -> tuple[Array, Array]:
         result = function(values)
-        differentiated = scaled(result, scale)
-    found = tape.gradient(differentiated, values, unconnected_gradients="zero")
+        return scaled(result, scale), result
+
+    result, found = backend.gradient(differentiated, dict(values))
     return result, unscaled(found, scale)
 
 
 def scaled(loss: Array, scale: Array | None) -> Array:
     """The loss multiplied by the loss scale."""
-    return loss if scale is None else loss * tf.cast(scale, loss.dtype)
+    return loss if scale is None else loss * ops.cast(scale, loss.dtype)
 
 
 def unscaled(gradients: Mapping[str, Array], scale: Array | None) -> dict[str, Array]:
     """Gradients divided by the loss scale."""
-    dense = {name: tf.convert_to_tensor(g) for name, g in gradients.items()}  # that of a lookup is sparse
-    return {name: g if scale is None else g / tf.cast(scale, g.dtype) for name, g in dense.items()}
+    dense = {name: backend.dense(g) for name, g in gradients.items()}
+    return {name: g if scale is None else g / ops.cast(scale, g.dtype) for name, g in dense.items()}
 
 
-def widest(values: Iterable[Array]) -> tf.DType:
+def widest(values: Iterable[Array]) -> str:
     """The widest floating-point dtype of some arrays, at least float32."""
-    return max((tf.float32, *(value.dtype for value in values)), key=lambda dtype: dtype.size)
+    return "float64" if "float64" in {keras.backend.standardize_dtype(value.dtype) for value in values} else "float32"

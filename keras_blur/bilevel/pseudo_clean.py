@@ -15,9 +15,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
-from keras_blur import arguments
+from keras_blur import arguments, backend
 from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.core.losses import as_keras, check_weighable, mask_of, per_example
 from keras_blur.tasks.datasets import needs
@@ -95,15 +95,24 @@ class PseudoCleanSplit:
         """
         loss = as_keras(loss)
         x, y, _ = checked_arrays(x, y, None, model_expects(model, loss))
-        predict = tf.function(lambda batch: _with_mask(model(batch, training=False)))
-        parts = [predict(x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
-        prediction = tf.concat([one for one, _ in parts], 0)
-        if parts[0][1] is not None:
-            prediction._keras_mask = tf.concat([mask for _, mask in parts], 0)
-        losses = per_example(loss, y, prediction)
+
+        def predict(values: list[Any], batch: Any) -> tuple[Any, ...]:
+            with keras.StatelessScope(list(zip(model.variables, values, strict=True))):
+                prediction = model(batch, training=False)
+            mask = mask_of(prediction)
+            return (prediction,) if mask is None else (prediction, mask)
+
+        predict = backend.compiled(predict, jit_compile=False)
+        values = [ops.convert_to_tensor(variable) for variable in model.variables]
+        batches = (ops.convert_to_tensor(x[start : start + batch_size]) for start in range(0, len(x), batch_size))
+        parts = zip(*(predict(values, batch) for batch in batches), strict=True)
+        losses = _losses(loss, y, *(ops.concatenate(part) for part in parts))
         check_weighable(losses)
-        return self.probabilities(np.array(losses)) > self.threshold
+        return self.probabilities(ops.convert_to_numpy(losses)) > self.threshold
 
 
-def _with_mask(prediction: Any) -> tuple[Any, Any]:
-    return prediction, mask_of(prediction)
+def _losses(loss: keras.losses.Loss, y: np.ndarray, prediction: Any, mask: Any = None) -> Any:
+    """The loss of each example, under the mask of the model's layers."""
+    if mask is not None:
+        prediction._keras_mask = mask
+    return per_example(loss, y, prediction)

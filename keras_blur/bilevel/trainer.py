@@ -25,10 +25,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import compiled, total
+from keras_blur.backend import compiled, gradient_for_keras, total, value_of
+from keras_blur.backend import mean as mean_of
 from keras_blur.bilevel import batches
 from keras_blur.bilevel.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
 from keras_blur.bilevel.training_losses import TrainingLoss
@@ -165,11 +166,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             metrics: as in Keras. Training metrics use the given, possibly noisy labels and the
                 first prediction that the training loss computes.
             weighted_metrics: metrics that use the sample weights of validation data.
-            run_eagerly: whether to run steps without `tf.function` and XLA, for debugging.
+            run_eagerly: whether to run steps uncompiled, for debugging.
             steps_per_execution: steps between calls of batch callbacks.
             jit_compile: whether to compile steps with XLA. Ignored on several replicas, which
-                reduce inside a step, and with a sampler, whose branches take minutes to compile. On
-                a CPU, convolutions are many times faster without XLA.
+                reduce inside a step, with a sampler, whose branches take minutes to compile, and on
+                JAX, which compiles every step. On a CPU, convolutions are many times faster without
+                XLA on TensorFlow.
             auto_scale_loss: whether to use loss scaling for both optimizers if the dtype policy of
                 the model is mixed_float16, as in Keras.
 
@@ -296,9 +298,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """
         if self._metric_state or not self._measures:
             return
-        x, y = (tf.zeros((2, *spec.shape[1:]), spec.dtype) for spec in self._sources[0].spec)
+        shapes = [((2, *spec.shape[1:]), keras.backend.standardize_dtype(spec.dtype)) for spec in self._sources[0].spec]
+        x, y = (ops.convert_to_tensor(np.zeros(*one)) for one in shapes)
         with self.runner.scope():
-            self.compute_metrics(x, y, tf.zeros((2, *self.model.output_shape[1:])))  # Keras makes them when it sees data
+            self.compute_metrics(x, y, ops.zeros((2, *self.model.output_shape[1:])))  # Keras makes them when it sees data
             self.reset_metrics()
         self._metric_state = [
             self.counter(f"metric_{place}", np.zeros(v.shape, v.dtype)) for place, v in enumerate(self.metrics_variables)
@@ -308,7 +311,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def start_means(self) -> None:
         super().start_means()
         for variable in self._metric_state:
-            variable.assign(tf.zeros_like(variable.value))
+            variable.assign(ops.zeros_like(value_of(variable)))
 
     def _expected(self) -> Expected:
         """The data specification of the model."""
@@ -374,25 +377,28 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         batches = [self._next(_TRAIN, step)]
         if turn:
             batches.append(self._next(_META, step // self.meta_every))
-        seed = random.fold_in(random.seed_of(self.seed), _NOISE, step)
-        logs = self._program(turn)(seed, *batches)
+        logs = self._program(turn)(*batches)
         return {name: float(value) for name, value in logs.items()}
 
     def _program(self, turn: bool) -> Any:
         if turn not in self._programs:
-            # Nothing that adds up over replicas, or that a strategy compiles, may stand in a
-            # function of its own.
+            # Nothing that adds up over replicas, or that the runner compiles, may stand in a function
+            # of its own.
             inner = compiled(self._step, jit_compile=True) if self.jit_step else self._step
 
-            def step(seed: Array, *batches: Any) -> dict[str, Array]:
+            def step(*batches: Any) -> dict[str, Array]:
+                seed = random.fold_in(random.seed_of(self.seed), _NOISE, value_of(self.meta_step))
                 found, metrics = inner(seed, *batches)
                 return {**self.count_step(found), **metrics}
 
-            def meta_step(*arguments: Any) -> dict[str, Array]:
-                return self.runner.run(step, *arguments)
-
-            self._programs[turn] = meta_step if self.run_eagerly else tf.function(meta_step, autograph=False)
+            self._programs[turn] = self.runner.program(step, self._all_variables, eager=self.run_eagerly)
         return self._programs[turn]
+
+    def _all_variables(self) -> list[keras.Variable]:
+        """What a step may read or assign."""
+        optimizers = [self.optimizer, self.meta_optimizer, *([self.own_optimizer] if self.own_optimizer else [])]
+        of_optimizers = [variable for one in optimizers for variable in one.variables]
+        return [*self.variables, *self._buffers(), *self.outer.values(), *of_optimizers]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
         """The replica program: logged values with weights, and training metrics.
@@ -418,39 +424,40 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         The weight is 0 if a step lacks the value or skips its estimate.
         """
         if name not in found:
-            return tf.zeros(()), tf.zeros(())
-        value, weight = tf.cast(found[name], tf.float32), tf.cast(size, tf.float32)
+            return ops.zeros(()), ops.zeros(())
+        value, weight = ops.cast(found[name], "float32"), ops.cast(size, "float32")
         if name == "meta_loss" or name in self.estimator.logged:
             weight = weight * (1.0 - found["skipped"])
-            value = tf.where(weight > 0, value, 0.0)
+            value = ops.where(weight > 0, value, 0.0)
         return value, weight
 
     def _change_model(self, batch: Any) -> tuple[Array, dict[str, Array]]:
         """Takes the training step; returns its loss and the training metrics."""
         weights, scale = _values(self._trained), loss_scale(self.optimizer)
-        with tf.GradientTape() as tape:
-            tape.watch(weights)
-            loss, buffers, prediction = self._pass(_values(self.outer), weights, batch)
-            differentiated = scaled(loss, scale)
-        found = tape.gradient(differentiated, weights)  # None of a weight that is not used: Keras leaves it as it is
+
+        def training_loss(values: dict[str, Array]) -> tuple[Array, Any]:
+            loss, buffers, prediction = self._pass(_values(self.outer), values, batch)
+            return scaled(loss, scale), (loss, buffers, prediction)
+
+        (loss, buffers, prediction), found = gradient_for_keras(training_loss, weights)
         used = {name: value for name, value in found.items() if value is not None}
         if scale is not None or self.runner.replicas > 1:  # else the sparse gradient of a lookup stays, as in Keras
             loss, used = mean((loss, unscaled(used, scale)))
         self._apply(self.optimizer, used, self._trained)
         for variable, value in zip(self._buffers(), buffers, strict=True):
-            variable.assign(mean(value) if value.dtype.is_floating else value)
+            variable.assign(mean(value) if keras.backend.is_float_dtype(value.dtype) else value)
         for variable, kept_seed in zip(self._seeds, self._kept_seeds, strict=True):
-            kept_seed.assign(variable.value)
+            kept_seed.assign(value_of(variable))
         return loss, self._measure(batch[1], prediction)
 
     def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
         """Updates the training metrics of the epoch, with sums over replicas."""
-        before = [tf.convert_to_tensor(variable.value) for variable in self._metric_state]
+        before = [value_of(variable) for variable in self._metric_state]
         if not before:
             return {}
         with keras.StatelessScope(list(zip(self.metrics_variables, before, strict=True))) as scope:
             self.compute_metrics(None, y, prediction)
-        after = [tf.convert_to_tensor(scope.get_current_value(variable)) for variable in self.metrics_variables]
+        after = [ops.convert_to_tensor(scope.get_current_value(variable)) for variable in self.metrics_variables]
         added = total([new - old for new, old in zip(after, before, strict=True)])
         after = [old + new for old, new in zip(before, added, strict=True)]
         for variable, value in zip(self._metric_state, after, strict=True):
@@ -468,15 +475,15 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             lambda outer, weights: self._pass(outer, weights, batch)[0], lambda weights: self._judge(weights, judge),
             self._weights_of_layers, mean, loss_scale(self.meta_optimizer),
         )  # fmt: skip
-        rate = tf.convert_to_tensor(getattr(self.optimizer, "learning_rate", math.nan))  # a MultiOptimizer has none
+        rate = ops.convert_to_tensor(getattr(self.optimizer, "learning_rate", math.nan))  # a MultiOptimizer has none
         own = _values(self._own)
         found, changes = self.estimator.estimate(problem, _values(self.outer), _values(self._trained), rate, seed, own)
         every = [found.loss, *found.gradients.values(), *changes.values()]
-        sound = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in every])
+        sound = ops.all(ops.stack([ops.all(ops.isfinite(value)) for value in every]))
         self._apply(self.meta_optimizer, found.gradients, self.outer, sound)
         if self.own_optimizer is not None:
             self._apply(self.own_optimizer, changes, self._own, sound)
-        skipped = 1.0 - tf.cast(sound, tf.float32)
+        skipped = 1.0 - ops.cast(sound, "float32")
         return {"meta_loss": found.loss, **found.logs, "skipped": skipped}
 
     def _buffers(self) -> list[keras.Variable]:
@@ -486,7 +493,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _scope(self, outer: Mapping[str, Array], weights: Mapping[str, Array]) -> keras.StatelessScope:
         mapping = [(self.outer[name], value) for name, value in outer.items()]
         mapping += [(self._trained[name], value) for name, value in weights.items()]
-        mapping += [(variable, tf.convert_to_tensor(variable.value)) for variable in self._buffers()]
+        mapping += [(variable, value_of(variable)) for variable in self._buffers()]
         return keras.StatelessScope(mapping, collect_losses=True)
 
     def _pass(
@@ -498,7 +505,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             loss = self._training_loss(self.model, *batch, losses)
             others = self.model.losses
             dtype = widest([loss, *others])
-            loss = tf.add_n([tf.cast(tf.reduce_sum(one), dtype) for one in (loss, *others)])
+            loss = sum(ops.cast(ops.sum(one), dtype) for one in (loss, *others))
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
         predictions = losses.predictions
         if not predictions:  # a loss of its own kind
@@ -509,7 +516,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _judge(self, weights: Mapping[str, Array], batch: Any) -> Array:
         x, y = batch
         with self._scope({}, weights):
-            return tf.reduce_mean(per_example(self._loss_of, y, self.model(x, training=self.judge_training)))
+            return mean_of(per_example(self._loss_of, y, self.model(x, training=self.judge_training)))
 
     def _apply(
         self, optimizer: Any, gradients: Mapping[str, Array], variables: Mapping[str, keras.Variable], sound: Any = None
@@ -525,18 +532,18 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             parts = {name: value / self.runner.replicas for name, value in gradients.items()}
         touched = [] if sound is None else [*variables.values(), *optimizer.variables]
         if sound is not None and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            parts = {name: tf.where(sound, value, math.nan) for name, value in parts.items()}
+            parts = {name: ops.where(sound, value, math.nan) for name, value in parts.items()}
             touched = []
-        before = [tf.identity(variable.value) for variable in touched]
+        before = [value_of(variable) for variable in touched]
         apply_scaled(optimizer, [parts.get(name) for name in variables], list(variables.values()))
         for variable, old in zip(touched, before, strict=True):
-            variable.assign(tf.where(sound, variable.value, old))
+            variable.assign(ops.where(sound, value_of(variable), old))
 
 
 def _size(batch: Any) -> Array:
     """The number of examples of a batch over all replicas, which have equal parts."""
-    return tf.cast(tf.shape(batch[0])[0] * shard().count, tf.float32)
+    return ops.cast(ops.shape(batch[0])[0] * shard().count, "float32")
 
 
 def _values(variables: Mapping[str, keras.Variable]) -> dict[str, Array]:
-    return {name: tf.convert_to_tensor(variable.value) for name, variable in variables.items()}
+    return {name: value_of(variable) for name, variable in variables.items()}

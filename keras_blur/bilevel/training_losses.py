@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import total
+from keras_blur.backend import mean, total
 from keras_blur.core.losses import ExampleLosses, check_weighable
 from keras_blur.distribution import shard
 
@@ -45,7 +45,7 @@ class TrainingLoss(keras.Model):
         Returns:
             A scalar.
         """
-        return ops.mean(losses(y, model(x, training=True)))
+        return mean(losses(y, model(x, training=True)))
 
     def read(self) -> dict[str, Array]:
         """Scalars to log, computed from the current outer parameters."""
@@ -72,8 +72,8 @@ class SampleWeightNet(TrainingLoss):
     Example:
 
     >>> net = SampleWeightNet(hidden=20)
-    >>> net(np.array([0.1, 2.0], "float32")).shape
-    TensorShape([2])
+    >>> tuple(net(np.array([0.1, 2.0], "float32")).shape)
+    (2,)
     """
 
     def __init__(self, hidden: int = 100, seed: int = 0, name: str | None = None):
@@ -114,7 +114,8 @@ class LearnedRotation(TrainingLoss):
     Example:
 
     >>> turn = LearnedRotation(90.0)
-    >>> turn(np.eye(3, dtype="float32")[None, :, :, None])[0, :, :, 0].numpy().round(3).tolist()
+    >>> turned = turn(np.eye(3, dtype="float32")[None, :, :, None])
+    >>> ops.convert_to_numpy(turned)[0, :, :, 0].round(3).tolist()
     [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
 
@@ -130,7 +131,7 @@ class LearnedRotation(TrainingLoss):
         return rotated(inputs, self.angle)
 
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
-        return ops.mean(losses(y, model(self(x), training=True)))
+        return mean(losses(y, model(self(x), training=True)))
 
     def read(self) -> dict[str, Array]:
         return {"degrees": ops.convert_to_tensor(self.angle) * (180.0 / math.pi)}
@@ -194,7 +195,7 @@ class Hyperparameters(TrainingLoss):
         if self.given["class_weights"] is not None:
             check_weighable(each)
             each = each * ops.cast(self._weights_of(y, prediction), each.dtype)
-        loss = ops.mean(each)
+        loss = mean(each)
         if self.given["weight_decay"] is not None:
             kernels = [v for v in model.trainable_variables if len(v.shape) > 1]
             squares = sum(ops.cast(ops.sum(ops.square(v)), loss.dtype) for v in kernels)
