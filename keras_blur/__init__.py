@@ -9,7 +9,6 @@ import importlib.util as _util
 import json as _json
 import os as _os
 import sys as _sys
-from importlib import import_module as _import_module
 
 # The command line's own process, as a script or as `python -m`: hide TensorFlow's start-up
 # messages.
@@ -50,23 +49,12 @@ import keras as _keras
 
 _check_backend(_keras.backend.backend())  # Keras may have been imported before
 
-from keras_blur import genomes, layers
+from keras_blur import bilevel, genomes, layers, learners, meta, report, tasks
 from keras_blur._version import __version__
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.models import Model, Sequential, convert
-
-_IN_WORK = ("bilevel", "learners", "meta", "report", "tasks")
-if _keras.backend.backend() == "tensorflow":
-    from keras_blur import bilevel, learners, meta, report, tasks
-
-
-def __getattr__(name: str) -> object:
-    if name in _IN_WORK:
-        return _import_module(f"keras_blur.{name}")
-    raise AttributeError(f"module 'keras_blur' has no attribute {name!r}")
-
 
 __all__ = [
     "Genome",

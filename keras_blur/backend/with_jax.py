@@ -424,7 +424,8 @@ class Runner:
 
     def __init__(self) -> None:
         layout = keras.distribution.distribution()
-        self._mesh, self._axis = None, ""
+        self._mesh: Any = None
+        self._axis = ""
         if isinstance(layout, keras.distribution.DataParallel):
             self._mesh, self._axis = layout.device_mesh.backend_mesh, layout.batch_dim_name
 
