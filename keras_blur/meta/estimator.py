@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_blur import arguments, backend
@@ -383,7 +384,8 @@ def at(values: Array, place: Array, axis: int) -> Array:
 
     A slice of static size, as a TPU needs it.
     """
-    begin = [place if number == axis else 0 for number in range(len(values.shape))]
+    # Of one type: JAX with 64 bits would make its own of Python's numbers.
+    begin = [ops.cast(place, "int32") if number == axis else np.int32(0) for number in range(len(values.shape))]
     size = [1 if number == axis else length for number, length in enumerate(values.shape)]
     return ops.squeeze(ops.slice(values, begin, size), axis)
 

@@ -4,7 +4,7 @@ wrapped models."""
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
 from keras_blur import bilevel, learners, meta, random, tasks
 from keras_blur.learners.base import places, resolve
@@ -219,15 +219,15 @@ def test_warps_of_models_inside_a_model_are_held(name, warp):
 def test_a_step_inside_is_the_step_of_keras():
     learner, (x, y) = learners.Warp(nested(), ["second/fc"], keras.optimizers.SGD(0.1)), data()
     drawn = learner.draw(0, 1, FEATURES, CLASSES)
-    outer = over_tasks({key: tf.constant(own) for key, own in drawn.items()})
+    outer = over_tasks({key: ops.array(own) for key, own in drawn.items()})
     model = learner.learned({key: own[0] for key, own in drawn.items()})
     model.compile(keras.optimizers.SGD(0.1), LOSS)
     state = learner.init(outer, random.seed_of(0), FEATURES, CLASSES, (1, 1))
     signs = 2.0 * np.eye(CLASSES, dtype="float32")[y] - 1.0
     for _ in range(2):
-        state, _ = learner.step(outer, state, tf.constant(x[None, None]), tf.constant(signs[None, None]))
+        state, _ = learner.step(outer, state, ops.array(x[None, None]), ops.array(signs[None, None]))
         model.train_on_batch(x, y)
-    found = learner.predict(outer, state, tf.constant(x[None, None]))[0, 0]
+    found = learner.predict(outer, state, ops.array(x[None, None]))[0, 0]
     np.testing.assert_allclose(found, model.predict(x, verbose=0), atol=1e-5)
 
 

@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
+from on_backend import JAX, in_a_graph
 
 import keras_blur as kb
-from keras_blur import learners, meta, random, tasks
+from keras_blur import backend, learners, meta, random, tasks
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import Shard
 from keras_blur.report.episodes import score_episodes
@@ -56,7 +57,7 @@ NETWORKS = {
 
 def batch(count=12, seed=0):
     x, y = tasks.images("digits").examples(random.seed_of(seed), count, "train")
-    return tf.reshape(x, (count, -1)), y
+    return ops.reshape(x, (count, -1)), y
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -66,14 +67,14 @@ def test_a_network_learns_in_a_learner_as_under_fit(name):
     learner = learners.Blur(NETWORKS[name], RULE).on(SHAPE, OUTPUTS)
     outer = {key: value[None, None] for key, value in genome.arrays.items()}
     # Two tasks on a leading axis. The second one's batches are in another order.
-    order = tf.constant([0, 1, 2]), tf.constant([2, 0, 1])
+    order = [0, 1, 2], [2, 0, 1]
     state = learner.init(outer, random.seed_of(5), 64, OUTPUTS, (1, 2))
     begin = state
-    x, y = (tf.stack(one) for one in zip(*(batch(seed=seed) for seed in range(3)), strict=True))
+    x, y = (ops.stack(one) for one in zip(*(batch(seed=seed) for seed in range(3)), strict=True))
     for time in range(3):
-        now = [own[time] for own in order]
-        before = learner.predict(outer, state, tf.gather(x, now)[None])
-        state, prediction = learner.step(outer, state, tf.gather(x, now)[None], tf.gather(y, now)[None])
+        now_x, now_y = (ops.stack([part[own[time]] for own in order])[None] for part in (x, y))
+        before = learner.predict(outer, state, now_x)
+        state, prediction = learner.step(outer, state, now_x, now_y)
         np.testing.assert_allclose(before, prediction, rtol=1e-4, atol=1e-5)  # with the statistics of the batch, too
     made = learner.network(SHAPE, OUTPUTS)
     if isinstance(made, list):
@@ -89,12 +90,12 @@ def test_a_network_learns_in_a_learner_as_under_fit(name):
                 variable.assign(start[key][0, task])
         model.learning_step.assign(0)
         for time in range(3):
-            number = int(order[task][time])
-            model.train_on_batch(tf.reshape(x[number], (-1, *SHAPE)), y[number])
+            number = order[task][time]
+            model.train_on_batch(ops.reshape(x[number], (-1, *SHAPE)), y[number])
         for layer, learned in zip(model.reading.layers, state.synapses, strict=True):
             for key, variable in layer.synapses.items():
-                scale = np.abs(variable.numpy()).max()
-                np.testing.assert_allclose(learned[key][0, task], variable.numpy(), rtol=2e-4, atol=2e-5 * scale)
+                wanted = ops.convert_to_numpy(variable)
+                np.testing.assert_allclose(learned[key][0, task], wanted, rtol=2e-4, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_dense_layers_of_a_function_are_the_shorthand_bit_for_bit():
@@ -108,7 +109,7 @@ def test_dense_layers_of_a_function_are_the_shorthand_bit_for_bit():
     states = [one.init(outer, random.seed_of(0), 64, OUTPUTS, (2, 1)) for one in (short, long)]
     for _ in range(2):
         states = [one.step(outer, state, x, y)[0] for one, state in zip((short, long), states, strict=True)]
-    for ours, theirs in zip(*map(tf.nest.flatten, states), strict=True):
+    for ours, theirs in zip(*map(backend.leaves, states), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(*(one.predict(outer, state, x) for one, state in zip((short, long), states, strict=True)))
 
@@ -120,14 +121,14 @@ def test_a_start_depends_on_seed_and_task_alone():
     for ours, all_of in zip(part.synapses, whole.synapses, strict=True):
         for name, value in ours.items():
             np.testing.assert_array_equal(value, all_of[name][:, 1::2])
-    kernel = whole.synapses[1]["kernel"].numpy()  # [members, tasks, channels, 3, 3, 4, 4]
+    kernel = ops.convert_to_numpy(whole.synapses[1]["kernel"])  # [members, tasks, channels, 3, 3, 4, 4]
     np.testing.assert_array_equal(kernel[0], kernel[1])
     assert np.abs(kernel[0, 0] - kernel[0, 1]).max() > 0.1
     assert kernel.std() == pytest.approx(36**-0.5, rel=0.1)
     scale = whole.synapses[2]
     assert set(scale) == {"kernel", "bias", "backward_kernel"}
     assert np.unique(scale["kernel"]).tolist() == np.unique(scale["backward_kernel"]).tolist() == [1.0]
-    assert not scale["bias"].numpy().any()
+    assert not ops.convert_to_numpy(scale["bias"]).any()
 
 
 def test_an_embedding_starts_with_vectors_of_norm_one():
@@ -136,15 +137,16 @@ def test_an_embedding_starts_with_vectors_of_norm_one():
 
     learner = learners.Blur(words, RULE).on((6,), 3)
     state = learner.init({}, random.seed_of(0), 6, 3, (1, 1))
-    vectors = state.synapses[0]["kernel"][0, 0, 0].numpy()
+    vectors = ops.convert_to_numpy(state.synapses[0]["kernel"])[0, 0, 0]
     assert np.linalg.norm(vectors, axis=1).mean() == pytest.approx(1.0, abs=0.1)
     outer = {name: value[None, None] for name, value in kb.Genome.random(RULE, 1).arrays.items()}
-    x = tf.constant(np.random.default_rng(0).integers(0, 50, (1, 1, 8, 6)), tf.float32)
-    y = 2.0 * tf.one_hot(np.arange(8) % 3, 3)[None, None] - 1.0
-    after, prediction = learner.step(outer, state, x, y)
+    x = np.random.default_rng(0).integers(0, 50, (1, 1, 8, 6)).astype("float32")
+    y = 2.0 * np.eye(3, dtype="float32")[np.arange(8) % 3][None, None] - 1.0
+    after, prediction = learner.step(outer, state, ops.array(x), ops.array(y))
     assert prediction.shape == (1, 1, 8, 3)
-    changed = np.abs(after.synapses[0]["kernel"][0, 0] - state.synapses[0]["kernel"][0, 0]).max(axis=(0, 2)) > 0
-    assert set(np.flatnonzero(changed)) == set(x.numpy().astype(int).ravel())
+    old, new = (ops.convert_to_numpy(one.synapses[0]["kernel"])[0, 0] for one in (state, after))
+    changed = np.abs(new - old).max(axis=(0, 2)) > 0
+    assert set(np.flatnonzero(changed)) == set(x.astype(int).ravel())
 
 
 def test_the_outer_gradient_of_a_convolutional_net_is_that_of_difference_quotients():
@@ -155,15 +157,17 @@ def test_the_outer_gradient_of_a_convolutional_net_is_that_of_difference_quotien
 
     learner = learners.Blur(smooth, RULE).on(SHAPE, OUTPUTS)
     estimator = meta.Unroll(steps=2, trajectory_loss_weight=1.0)
-    episodes = next(iter(tasks.images("digits").dataset(0, steps=2, batch=8, query=16).batch(2)))
+    of = tasks.images("digits")
+    drawn = [of.episode(random.seed_of(seed), steps=2, batch=8, query=16) for seed in range(2)]
+    episodes = {name: ops.stack([one[name] for one in drawn]) for name in drawn[0]}
     arrays = kb.Genome.random(RULE, 3, std=0.3).arrays
-    outer = {name: tf.constant(value[None]) for name, value in arrays.items()}
-    loss = tf.function(lambda outer: estimator(learner, outer, episodes, random.seed_of(1))[0])
+    outer = {name: ops.array(value[None]) for name, value in arrays.items()}
+    loss = in_a_graph(lambda outer: estimator(learner, outer, episodes, random.seed_of(1))[0], JAX)
     found = loss(outer)
     rng = np.random.default_rng(0)
     for _ in range(3):
         direction = {name: rng.standard_normal(value.shape).astype("float32") for name, value in outer.items()}
-        slope = sum(float(tf.reduce_sum(found.gradients[name] * direction[name])) for name in outer)
+        slope = sum(float(np.sum(np.asarray(found.gradients[name]) * direction[name])) for name in outer)
         ahead, behind = (
             float(loss({name: value + sign * 1e-3 * direction[name] for name, value in outer.items()}).loss[0])
             for sign in (1, -1)
@@ -185,11 +189,11 @@ def test_several_networks_and_shapes_share_a_genome():
         (8, 8, 1), (12, 10), (6, 6, 1), (12, 10),
     ]  # fmt: skip
     trainer.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
-    before = {name: value.numpy() for name, value in trainer.outer.items()}
+    before = {name: ops.convert_to_numpy(value) for name, value in trainer.outer.items()}
     history = trainer.fit(1, 4, callbacks=[meta.MetaValidate(images, episodes=2)], verbose=0).history
     assert np.isfinite([*history["loss"], *history["val_loss"]]).all()
     assert history["skipped"] == [0.0]
-    assert max(np.abs(trainer.outer[name].numpy() - old).max() for name, old in before.items()) > 1e-3
+    assert max(np.abs(ops.convert_to_numpy(trainer.outer[name]) - old).max() for name, old in before.items()) > 1e-3
     assert trainer.genome.rule == RULE
     scores = score_episodes(
         learners.Blur(NETWORKS["convolutions"], RULE), trainer.genome, images[1], steps=1, batch_size=4, query_size=8,
@@ -208,7 +212,7 @@ def test_xla_compiles_the_outer_gradient():
         )  # fmt: skip
         trainer.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
         trainer.fit(1, 2, verbose=0)
-        found[jit_compile] = {key: value.numpy() for key, value in trainer.outer.items()}
+        found[jit_compile] = {key: ops.convert_to_numpy(value) for key, value in trainer.outer.items()}
     for key, value in found[True].items():
         np.testing.assert_allclose(value, found[False][key], rtol=1e-4, atol=1e-5)
 
@@ -245,14 +249,14 @@ def test_a_function_needs_the_shape_first():
 def test_a_convolutional_model_with_learned_starts_takes_the_step_of_keras():
     model = keras.Sequential([keras.Input(SHAPE), kl.Conv2D(3, 3, activation="tanh"), kl.Flatten(), kl.Dense(OUTPUTS)])
     learner = learners.Warp(model, [], keras.optimizers.SGD(0.1))
-    outer = {name: tf.constant(value[:, None]) for name, value in learner.draw(0, 1, 64, OUTPUTS).items()}
+    outer = {name: ops.array(value[:, None]) for name, value in learner.draw(0, 1, 64, OUTPUTS).items()}
     state = learner.init(outer, random.seed_of(0), 64, OUTPUTS, (1, 2))
     x, y = batch()
-    both = [tf.stack([one, one[::-1]])[None] for one in (x, y)]  # the same examples in another order
+    both = [ops.stack([one, one[::-1]])[None] for one in (x, y)]  # the same examples in another order
     after, prediction = learner.step(outer, state, *both)
-    np.testing.assert_allclose(prediction[0, 0], model(tf.reshape(x, (-1, *SHAPE))), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(prediction[0, 0], model(ops.reshape(x, (-1, *SHAPE))), rtol=1e-5, atol=1e-6)
     model.compile(keras.optimizers.SGD(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-    model.train_on_batch(tf.reshape(x, (-1, *SHAPE)), 0.5 * (y + 1.0))
+    model.train_on_batch(ops.reshape(x, (-1, *SHAPE)), 0.5 * (y + 1.0))
     for ours, theirs in zip(after.weights, model.trainable_variables, strict=True):
         for task in range(2):
-            np.testing.assert_allclose(ours[0, task], theirs.numpy(), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(ours[0, task], ops.convert_to_numpy(theirs), rtol=1e-4, atol=1e-6)

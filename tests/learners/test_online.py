@@ -4,10 +4,12 @@ Keras cell."""
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from gradient_harness import assert_difference_quotient
+from keras import ops
+from on_backend import compiled, served
+from task_harness import arrays, take
 
-from keras_blur import learners, meta, random, tasks
+from keras_blur import backend, learners, meta, random, tasks
 from keras_blur.meta.estimator import binary_cross_entropy, correct_bits, over_tasks, start
 from keras_blur.report.episodes import score_episodes
 
@@ -22,12 +24,17 @@ def rule(**options):
 def drawn(learner, members=2, dtype="float64"):
     rng = np.random.default_rng(1)
     begin = learner.draw(1, members, 2 * UNITS, UNITS)
-    return {name: tf.constant(own + 0.3 * rng.standard_normal(own.shape), dtype) for name, own in begin.items()}
+    return {name: ops.array(own + 0.3 * rng.standard_normal(own.shape), dtype) for name, own in begin.items()}
 
 
 def episodes(units=UNITS, items=ITEMS, dtype="float64"):
-    stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=QUERY)
-    return {name: tf.cast(value, dtype) for name, value in next(iter(stream.batch(TASKS))).items()}
+    return drawn_episodes(units, items, QUERY, TASKS, dtype)
+
+
+def drawn_episodes(units, items, query, count, dtype="float32", split="train"):
+    stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=query, split=split)
+    every = take(stream, count)
+    return {name: ops.array(np.stack([one[name] for one in every]), dtype) for name in every[0]}
 
 
 def stored(learner, outer, data):
@@ -63,14 +70,14 @@ def by_hand(outer, learner, data, member, task):
         return x
 
     x, w = np.zeros((UNITS, learner.neuron)), np.zeros((UNITS, UNITS, learner.synapse))
-    for item in data["x"][task].numpy()[:, 0]:
+    for item in np.asarray(data["x"][task])[:, 0]:
         x, old = ticks(x, w, item, 0), w
         w = np.zeros_like(old)
         for i in range(UNITS):
             for j in range(UNITS):
                 gate, value = np.split(net("write", [old[i, j], x[i], x[j]]), 2)
                 w[i, j] = (1 - sigmoid(gate - 1)) * old[i, j] + sigmoid(gate - 1) * np.tanh(value)
-    recalled = [ticks(np.zeros_like(x), w, cue, 1) for cue in data["query_x"][task].numpy()]
+    recalled = [ticks(np.zeros_like(x), w, cue, 1) for cue in np.asarray(data["query_x"][task])]
     return np.array([[net("read", [one])[0] for one in x] for x in recalled])
 
 
@@ -101,15 +108,13 @@ def test_units_of_one_type_can_change_places():
     outer = drawn(learner)
     order = np.array([4, 3, 0, 1, 2, 5])  # even stay even, odd stay odd: the two types
     moved = {
-        name: tf.gather(value, np.concatenate([order, UNITS + order]) if "x" in name else order, axis=-1)
+        name: ops.take(value, np.concatenate([order, UNITS + order]) if "x" in name else order, axis=-1)
         for name, value in data.items()
     }
     losses = [binary_cross_entropy(logits(learner, outer, one), one["query_y"][None]) for one in (data, moved)]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-12)
     wrong = np.array([1, 0, 2, 3, 4, 5])  # of different types
-    moved = {
-        n: tf.gather(v, np.concatenate([wrong, UNITS + wrong]) if "x" in n else wrong, axis=-1) for n, v in data.items()
-    }
+    moved = {n: ops.take(v, np.concatenate([wrong, UNITS + wrong]) if "x" in n else wrong, axis=-1) for n, v in data.items()}
     other = binary_cross_entropy(logits(learner, outer, moved), moved["query_y"][None])
     assert np.abs(other - losses[0]).max() > 1e-4
 
@@ -137,8 +142,8 @@ def test_compiled_equals_uncompiled():
     def gradients(outer, data):
         return estimator(learner, outer, data, SEED)[0]
 
-    plain, whole = gradients(outer, data), tf.function(gradients, jit_compile=True, autograph=False)(outer, data)
-    for one, other in zip(tf.nest.flatten(plain), tf.nest.flatten(whole), strict=True):
+    plain, whole = gradients(outer, data), compiled(gradients)(outer, data)
+    for one, other in zip(backend.leaves(plain), backend.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -146,10 +151,10 @@ def test_a_keras_cell_stores_and_recalls_as_the_learner(tmp_path):
     learner, data = rule(ticks=(1, 2)), episodes(dtype="float32")
     outer = drawn(learner, members=1, dtype="float32")
     wanted = logits(learner, outer, data)[0]
-    model = learner.learned({name: value.numpy()[0] for name, value in outer.items()})
+    model = learner.learned({name: ops.convert_to_numpy(value)[0] for name, value in outer.items()})
     flags = np.concatenate([np.zeros(ITEMS), np.ones(QUERY)]).astype("float32")
-    items = tf.concat([data["x"][:, :, 0], data["query_x"]], axis=1)
-    sequence = tf.concat([items, tf.broadcast_to(flags[None, :, None], (*items.shape[:2], 1))], axis=-1)
+    items = ops.concatenate([data["x"][:, :, 0], data["query_x"]], axis=1)
+    sequence = ops.concatenate([items, ops.broadcast_to(flags[None, :, None], (*items.shape[:2], 1))], axis=-1)
     np.testing.assert_allclose(model(sequence)[:, ITEMS:], wanted, atol=1e-5)
     model.save(tmp_path / "rule.keras")
     back = keras.models.load_model(tmp_path / "rule.keras")
@@ -162,24 +167,24 @@ def test_a_keras_cell_stores_and_recalls_as_the_learner(tmp_path):
 def test_remember_shows_part_of_what_was_stored_and_asks_for_the_rest():
     of = tasks.remember(8, cue=0.25)
     for seed in range(20):
-        drawn = of.episode(random.seed_of(seed), steps=3, batch=2, query=9)
-        patterns = drawn["y"].numpy().reshape(6, 8)
-        np.testing.assert_array_equal(drawn["x"].numpy().reshape(6, 16), np.concatenate([patterns, np.ones((6, 8))], 1))
+        drawn = arrays(of.episode(random.seed_of(seed), steps=3, batch=2, query=9))
+        patterns = drawn["y"].reshape(6, 8)
+        np.testing.assert_array_equal(drawn["x"].reshape(6, 16), np.concatenate([patterns, np.ones((6, 8))], 1))
         assert set(np.unique(patterns)) == {-1.0, 1.0}
-        cue, shown = np.split(drawn["query_x"].numpy(), 2, axis=1)
+        cue, shown = np.split(drawn["query_x"], 2, axis=1)
         np.testing.assert_array_equal(shown.sum(1), 2.0)
         asked = patterns[np.arange(9) % 6]
         np.testing.assert_array_equal(cue, asked * shown)
         np.testing.assert_array_equal(drawn["query_y"], asked * (1 - shown))
-    again = of.episode(random.seed_of(3), steps=3, batch=2, query=9)
-    other = of.episode(random.seed_of(4), steps=3, batch=2, query=9)
-    assert (again["y"].numpy() != other["y"].numpy()).any()
+    again = arrays(of.episode(random.seed_of(3), steps=3, batch=2, query=9))
+    other = arrays(of.episode(random.seed_of(4), steps=3, batch=2, query=9))
+    assert (again["y"] != other["y"]).any()
 
 
 def test_only_labelled_bits_are_scored():
-    y = tf.constant([[[1.0, -1.0, 0.0, 0.0]]])
+    y = ops.array([[[1.0, -1.0, 0.0, 0.0]]])
     for unscored in (-5.0, 5.0):
-        prediction = tf.constant([[[2.0, 1.0, unscored, unscored]]])
+        prediction = ops.array([[[2.0, 1.0, unscored, unscored]]])
         assert float(correct_bits(prediction, y)[0]) == 0.5
         loss = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(1.0))) / 2
         assert float(binary_cross_entropy(prediction, y)[0]) == pytest.approx(loss, rel=1e-6)
@@ -195,7 +200,7 @@ def test_only_labelled_bits_are_scored():
         (lambda: learners.OnlineRule(ticks=(0, 1)), "`ticks` must be a sequence of positive integers"),
         (lambda: learners.OnlineRule().check("classes", 2), "needs tasks of bits"),
         (lambda: learners.OnlineRule().parameters(keras.Sequential([keras.Input((2,))])), "must have an OnlineCell"),
-        (lambda: keras.layers.RNN(learners.OnlineCell(4))(tf.zeros((1, 2, 4))), r"2 \* units \+ 1 = 9"),
+        (lambda: keras.layers.RNN(learners.OnlineCell(4))(ops.zeros((1, 2, 4))), r"2 \* units \+ 1 = 9"),
         (lambda: meta.Unroll(2, kind="bit"), "`kind` must be one of"),
     ],
 )
@@ -207,8 +212,7 @@ def test_errors(call, message):
 def hopfield(units, items, episodes=500):
     """Accuracy of hidden bits after one step of the outer-product rule."""
     correct = []
-    stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=items, split="test").batch(episodes)
-    drawn = {name: value.numpy() for name, value in next(iter(stream)).items()}
+    drawn = arrays(drawn_episodes(units, items, items, episodes, split="test"))
     patterns = drawn["y"][:, :, 0]
     weights = np.einsum("epi,epj->eij", patterns, patterns) * (1 - np.eye(units))
     field = np.einsum("eqi,eij->eqj", drawn["query_x"][..., :units], weights)
@@ -249,7 +253,7 @@ def sequences(batch, time=3, seed=0):
 
 def learned(**options):
     learner = rule(**options)
-    return learner.learned({name: own.numpy()[0] for name, own in drawn(learner, 1, "float32").items()})
+    return learner.learned({name: ops.convert_to_numpy(own)[0] for name, own in drawn(learner, 1, "float32").items()})
 
 
 _SLOW = [pytest.param(policy, marks=pytest.mark.slow) for policy in ("float64", "mixed_bfloat16", "mixed_float16")]
@@ -269,9 +273,8 @@ def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
     again = keras.models.load_model(tmp_path / "model.keras", compile=False)
     np.testing.assert_allclose(again.predict(x, batch_size=2, verbose=0), whole, atol=rough)
     model.export(str(tmp_path / "model"), verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "model"))
     for size in (2, 3):
-        np.testing.assert_allclose(served.serve(tf.constant(x[:size])), whole[:size], atol=rough)
+        np.testing.assert_allclose(served(tmp_path / "model", x[:size]), whole[:size], atol=rough)
     model.fit(x, y, batch_size=2, epochs=20, verbose=0)
     assert model.evaluate(x, y, batch_size=2, verbose=0) < before
 
@@ -282,8 +285,7 @@ def test_a_cell_has_no_size_of_its_own_compiled_and_in_a_functional_model():
     around = keras.Model(given, model(given))
     whole = model.predict(x, verbose=0)
     np.testing.assert_allclose(around.predict(x, batch_size=2, verbose=0), whole, atol=1e-5)
-    compiled = tf.function(model, jit_compile=True)
-    np.testing.assert_allclose(compiled(tf.constant(x[:2])), whole[:2], atol=1e-5)
+    np.testing.assert_allclose(compiled(model)(ops.array(x[:2])), whole[:2], atol=1e-5)
     found = rule(types=1).parameters(around)
     assert found.keys() == rule(types=1).draw(0, 1, 2 * UNITS, UNITS).keys()
 
