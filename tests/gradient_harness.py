@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_blur import backend
 from keras_blur.meta.estimator import start
 
 
@@ -18,7 +19,7 @@ def draw_episodes(tasks, steps, batch, query, features, classes, dtype="float64"
         "x": rng.standard_normal((tasks, steps, batch, features)), "y": labels(tasks, steps, batch),
         "query_x": rng.standard_normal((tasks, query, features)), "query_y": labels(tasks, query),
     }  # fmt: skip
-    return {name: ops.array(value, dtype) for name, value in made.items()}
+    return {name: ops.convert_to_tensor(value, dtype) for name, value in made.items()}
 
 
 def assert_difference_quotient(estimator, learner, outer, data, seed, gradients):
@@ -30,7 +31,7 @@ def assert_difference_quotient(estimator, learner, outer, data, seed, gradients)
     def loss(width):
         moved = {name: value + width * direction[name] for name, value in outer.items()}
         losses = estimator.objective(learner, moved, data, start(learner, moved, data, seed))[0]
-        return float(ops.convert_to_numpy(losses).mean(axis=1).sum())
+        return float(ops.sum(backend.mean(losses, axis=1)))
 
     quotient = (loss(1e-6) - loss(-1e-6)) / 2e-6
     slope = sum(float(np.sum(np.asarray(gradients[name]) * direction[name])) for name in outer)

@@ -1,6 +1,9 @@
 """What tests need of the backend and `keras.ops` cannot say: compiled functions and gradients, on
 TensorFlow and on JAX; and what both take of TensorFlow, where it is installed."""
 
+import math
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -46,6 +49,13 @@ if JAX:
         """The same for arrays `[k, batch, *features]` of shapes `[k, *features]` and any batch."""
         return in_a_graph(function, jit)
 
+    def operations(function, *arguments):
+        """Number of operations of a function's program, those in bodies of loops counted once."""
+        return jax.jit(function).lower(*arguments).as_text().count("stablehlo.")
+
+    def _machine_code(function, arguments):
+        return jax.jit(function).lower(*arguments).compile().as_text()
+
     def slopes(function, points, cotangent=1.0):
         """Derivatives of the sum of cotangent times function, by each point."""
         return jax.grad(lambda points: ops.sum(ops.multiply(cotangent, function(*points))))(tuple(points))
@@ -83,6 +93,8 @@ if JAX:
 else:
     import tensorflow as tf
 
+    from keras_blur import compiling
+
     TAPES = [(tf, "GradientTape")]  # all by which a gradient is taken
 
     def in_a_graph(function, jit):
@@ -94,6 +106,13 @@ else:
         """The same for arrays `[k, batch, *features]` of shapes `[k, *features]` and any batch."""
         specs = [tf.TensorSpec((shape[0], None, *shape[1:]), dtype) for shape in shapes]
         return tf.function(function, input_signature=specs, jit_compile=jit, autograph=False)
+
+    def operations(function, *arguments):
+        """Number of operations of a function's program, those in bodies of loops counted once."""
+        return compiling.operations(in_a_graph(function, False).get_concrete_function(*arguments)).total()
+
+    def _machine_code(function, arguments):
+        return compiled(function).experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
 
     def slopes(function, points, cotangent=1.0):
         """Derivatives of the sum of cotangent times function, by each point."""
@@ -145,3 +164,12 @@ else:
 def compiled(function):
     """The function under XLA."""
     return in_a_graph(function, True)
+
+
+def bytes_of_loops(function, *arguments):
+    """Bytes of float32 numbers that the outermost loops of a function's compiled program carry."""
+    text = _machine_code(function, arguments)
+    loops = [line.split(" while(")[0] for line in text[text.index("\nENTRY") :].splitlines() if " while(" in line]
+    assert loops
+    shapes = re.findall(r"f32\[([\d,]*)\]", "".join(loops))
+    return 4 * sum(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)

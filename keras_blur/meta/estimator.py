@@ -349,11 +349,8 @@ class Truncated(Estimator):
         return self.episode_steps // self.steps
 
     def part(self, episodes: Episodes, window: Array) -> Episodes:
-        def cut(batches: Array) -> Array:  # of `[tasks, steps, ...]`, by a slice of static size, as a TPU needs it
-            begin = [0, window * self.steps, *[0] * (len(batches.shape) - 2)]
-            return ops.slice(batches, begin, (batches.shape[0], self.steps, *batches.shape[2:]))
-
-        return {**episodes, **{name: cut(episodes[name]) for name in ("x", "y")}}
+        support = {name: section(episodes[name], window * self.steps, self.steps, axis=1) for name in ("x", "y")}
+        return {**episodes, **support}
 
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -379,15 +376,19 @@ def over_tasks(outer: Outer) -> Outer:
     return {name: value[:, None] for name, value in outer.items()}
 
 
-def at(values: Array, place: Array, axis: int) -> Array:
-    """The part of an array at a place of an axis, which it loses.
+def section(values: Array, begin: Array, size: int, axis: int) -> Array:
+    """A number of places of an axis, from a given one on.
 
-    A slice of static size, as a TPU needs it.
+    It is a slice of static size, as a TPU needs it.
     """
-    # Of one type: JAX with 64 bits would make its own of Python's numbers.
-    begin = [ops.cast(place, "int32") if number == axis else np.int32(0) for number in range(len(values.shape))]
-    size = [1 if number == axis else length for number, length in enumerate(values.shape)]
-    return ops.squeeze(ops.slice(values, begin, size), axis)
+    starts, sizes = [np.int32(0)] * len(values.shape), list(values.shape)
+    starts[axis], sizes[axis] = ops.cast(begin, "int32"), size
+    return ops.slice(values, starts, sizes)
+
+
+def at(values: Array, place: Array, axis: int) -> Array:
+    """One place of an axis, without that axis."""
+    return ops.squeeze(section(values, place, 1, axis), axis)
 
 
 def choose(first: Any, fresh: Any, old: Any) -> Any:

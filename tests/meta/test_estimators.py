@@ -1,11 +1,14 @@
 """Truncated unrolls, evolution strategies and the score of evolution, against exact numbers."""
 
+import functools
+
 import numpy as np
 import pytest
-import tensorflow as tf
-from test_unroll import BATCH, Double, episodes, outer_of
+from keras import ops
+from on_backend import compiled
+from test_unroll import BATCH, Double, episodes, estimated, outer_of
 
-from keras_blur import Genome, Rule, random
+from keras_blur import Genome, Rule, backend, random
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import Blur, Learner
 from keras_blur.meta import ES, PES, Evolution, TruncatedUnroll, Unroll
@@ -21,28 +24,37 @@ class Drift(Learner):
     polynomials."""
 
     def init(self, outer, seed, features, outputs, leading=(), shard=ALL):
-        return {"s": tf.ones(leading)}
+        return {"s": ops.ones(leading)}
 
     def step(self, outer, state, x, y):
         return {"s": state["s"] + outer["theta"]}, self.predict(outer, state, x)
 
     def predict(self, outer, state, x):
-        return tf.square(state["s"])[..., None, None]
+        return ops.square(state["s"])[..., None, None]
 
 
 def test_a_share_of_the_tasks_starts_as_among_all():
     learner, seed = Blur((4,), Rule(states=2)), random.seed_of(3)
-    whole = learner.init({}, seed, 3, 2, (2, 6))
+
+    def begin(*arguments):
+        return backend.compiled(lambda seed: learner.init({}, seed, 3, 2, *arguments), jit_compile=False)(seed)
+
+    whole = begin((2, 6))
     for index in range(3):
         shard = Shard(index, 3)
-        part = learner.init({}, seed, 3, 2, (2, 2), shard)
-        for one, other in zip(tf.nest.flatten(part), tf.nest.flatten(shard.part(whole, axis=1)), strict=True):
+        part = begin((2, 2), shard)
+        for one, other in zip(backend.leaves(part), backend.leaves(shard.part(whole, axis=1)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
+def begun(learner, outer, data, seed):
+    """The learner state before the first batch, computed by a program."""
+    return backend.compiled(lambda seed: start(learner, outer, data, seed), jit_compile=False)(seed)
+
+
 def nothing(steps=STEPS):
-    return {"x": tf.zeros((1, steps, 1, 1)), "y": tf.zeros((1, steps, 1, 1)),
-            "query_x": tf.zeros((1, 1, 1)), "query_y": tf.zeros((1, 1, 1))}  # fmt: skip
+    return {"x": ops.zeros((1, steps, 1, 1)), "y": ops.zeros((1, steps, 1, 1)),
+            "query_x": ops.zeros((1, 1, 1)), "query_y": ops.zeros((1, 1, 1))}  # fmt: skip
 
 
 def true_gradient(window):
@@ -62,8 +74,8 @@ def within_errors(found, wanted):
 
 def test_es_is_the_gradient_of_the_smoothed_loss():
     estimator = ES(STEPS, antithetic_pairs=500, sigma=SIGMA, kind="values")
-    outer = {"theta": tf.constant([THETA])}
-    run = tf.function(lambda seed: estimator(Drift(), outer, nothing(), seed)[0])
+    outer = {"theta": ops.array([THETA], "float32")}
+    run = backend.compiled(lambda seed: estimator(Drift(), outer, nothing(), seed)[0], jit_compile=False)
     found = [run(random.seed_of(number)) for number in range(60)]
     within_errors([float(one.gradients["theta"][0]) for one in found], true_gradient(1))
     assert true_gradient(1) > 1.3 * 4 * STEPS * (1 + STEPS * THETA) ** 3  # the plain gradient would be told from it
@@ -73,14 +85,18 @@ def test_es_is_the_gradient_of_the_smoothed_loss():
 
 def test_pes_is_the_gradient_of_the_smoothed_loss_over_all_pieces():
     estimator = PES(STEPS, antithetic_pairs=500, sigma=SIGMA, kind="values", episode_steps=3 * STEPS)
-    outer = {"theta": tf.constant([THETA])}
-    run = tf.function(lambda seed, carried, first: estimator(Drift(), outer, nothing(), seed, carried, first))
+    outer = {"theta": ops.array([THETA], "float32")}
+
+    def run(seed, carried, first):
+        return estimator(Drift(), outer, nothing(), seed, carried, first)
+
+    run = backend.compiled(run, jit_compile=False)
     found = np.zeros((3, 60))
     for number in range(60):
         carried = estimator.nothing_carried(Drift(), outer, nothing())
         for window in range(3):
             seed = random.fold_in(random.seed_of(number), window)
-            estimate, carried = run(seed, carried, tf.constant(window == 0))
+            estimate, carried = run(seed, carried, ops.array(window == 0))
             found[window, number] = float(estimate.gradients["theta"][0])
     for window in range(3):
         within_errors(found[window], true_gradient(window + 1))
@@ -88,30 +104,28 @@ def test_pes_is_the_gradient_of_the_smoothed_loss_over_all_pieces():
 
 def test_pes_starts_anew_where_an_episode_begins():
     estimator = PES(STEPS, antithetic_pairs=4, kind="values", episode_steps=2 * STEPS)
-    outer, seed = {"theta": tf.constant([THETA, -0.5])}, random.seed_of(5)
+    outer, seed = {"theta": ops.array([THETA, -0.5], "float32")}, random.seed_of(5)
     empty = estimator.nothing_carried(Drift(), outer, nothing())
-    garbage = tf.nest.map_structure(lambda leaf: leaf + 7.0, empty)
-    for one, other in zip(
-        tf.nest.flatten(estimator(Drift(), outer, nothing(), seed, empty, True)),
-        tf.nest.flatten(estimator(Drift(), outer, nothing(), seed, garbage, True)),
-        strict=True,
-    ):
+    garbage = backend.tree_map(lambda leaf: leaf + 7.0, empty)
+    fresh, again = (estimator(Drift(), outer, nothing(), seed, carried, True) for carried in (empty, garbage))
+    for one, other in zip(backend.leaves(fresh), backend.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
     rule = Rule(states=2, normalize_activations="both", batch_reduction="mean")
     learner, outer, data, seed = Double((5,), rule), outer_of(rule), episodes(), random.seed_of(3)
-    exact = Unroll(STEPS)(learner, outer, data, seed)[0].gradients
+    exact = estimated(Unroll(STEPS), learner, outer, data, seed)[0].gradients
     estimator, antithetic_pairs = ES(STEPS, antithetic_pairs=100, sigma=1e-4), 100
-    state = start(learner, outer, data, seed)
-    copies = tf.nest.map_structure(lambda leaf: tf.repeat(leaf, 2 * antithetic_pairs, 0) if leaf.shape.rank else leaf, state)
+    state = begun(learner, outer, data, seed)
+    copies = backend.tree_map(lambda leaf: ops.repeat(leaf, 2 * antithetic_pairs, 0) if len(leaf.shape) else leaf, state)
 
-    @tf.function
     def gradient(number):  # other noise, the same initial network
         noise = perturbations(outer, antithetic_pairs, number)
         losses, accuracies, _ = estimator.objective(learner, perturbed(outer, noise, estimator.sigma), data, copies)
-        return estimator.estimate(outer, noise, tf.reduce_mean(losses, 1), tf.reduce_mean(accuracies, 1)).gradients
+        return estimator.estimate(outer, noise, backend.mean(losses, 1), backend.mean(accuracies, 1)).gradients
+
+    gradient = backend.compiled(gradient, jit_compile=False)
 
     def along(gradients):
         return sum(float(np.sum(np.asarray(gradients[name]) * np.asarray(exact[name]))) for name in outer)
@@ -124,18 +138,18 @@ def test_es_of_a_genome_is_the_gradient_where_noise_is_small():
 
 def test_a_pair_without_a_finite_loss_is_left_out():
     estimator = ES(1, antithetic_pairs=3, sigma=0.5)
-    outer = {"theta": tf.zeros((1,))}
-    directions = {"theta": tf.constant([[1.0, 2.0, -1.0]])}
-    losses = tf.constant([3.0, np.nan, 1.0, 1.0, 9.0, 2.0])  # three pluses, three minuses
-    found = estimator.estimate(outer, directions, losses, tf.zeros(6))
+    outer = {"theta": ops.zeros((1,))}
+    directions = {"theta": ops.array([[1.0, 2.0, -1.0]])}
+    losses = ops.array([3.0, np.nan, 1.0, 1.0, 9.0, 2.0])  # three pluses, three minuses
+    found = estimator.estimate(outer, directions, losses, ops.zeros(6))
     assert float(found.gradients["theta"][0]) == pytest.approx(((3 - 1) * 1.0 + (1 - 2) * -1.0) / (2 * 0.5) / 2)
     assert float(found.loss[0]) == pytest.approx((3 + 1 + 1 + 2) / 4)
-    nothing_left = estimator.estimate(outer, directions, losses * np.nan, tf.zeros(6))
+    nothing_left = estimator.estimate(outer, directions, losses * np.nan, ops.zeros(6))
     assert np.isnan(float(nothing_left.loss[0]))
 
 
 def test_perturbations_are_antithetic_and_differ():
-    outer = {"a": tf.zeros((2, 3)), "b": tf.zeros((2,))}
+    outer = {"a": ops.zeros((2, 3)), "b": ops.zeros((2,))}
     noise = perturbations(outer, 4, random.seed_of(1))
     moved = perturbed(outer, noise, 0.5)
     a = np.asarray(moved["a"]).reshape(2, 2, 4, 3)
@@ -154,20 +168,20 @@ def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_differen
     data = episodes(steps=6)
     estimator = TruncatedUnroll(3, trajectory_loss_weight=0.5, episode_steps=6)
     empty = estimator.nothing_carried(learner, outer, cut(data, 0, 3))
-    first, carried = estimator(learner, outer, cut(data, 0, 3), seed, empty, tf.constant(True))
-    second, final = estimator(learner, outer, cut(data, 1, 3), random.seed_of(9), carried, tf.constant(False))
-    same = Unroll(3, trajectory_loss_weight=0.5)(learner, outer, cut(data, 0, 3), seed)[0]
+    first, carried = estimated(estimator, learner, outer, cut(data, 0, 3), seed, empty)
+    second, final = estimated(estimator, learner, outer, cut(data, 1, 3), random.seed_of(9), carried, first=False)
+    same = estimated(Unroll(3, trajectory_loss_weight=0.5), learner, outer, cut(data, 0, 3), seed)[0]
     for name in outer:
         np.testing.assert_array_equal(first.gradients[name], same.gradients[name])
-    _, _, whole = Unroll(6).objective(learner, outer, data, start(learner, outer, data, seed))
-    for one, other in zip(tf.nest.flatten(final), tf.nest.flatten(whole), strict=True):
+    _, _, whole = Unroll(6).objective(learner, outer, data, begun(learner, outer, data, seed))
+    for one, other in zip(backend.leaves(final), backend.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
     rng = np.random.default_rng(2)
     direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
 
     def loss(sign):
         moved = {name: value + sign * 1e-6 * direction[name] for name, value in outer.items()}
-        return float(tf.reduce_mean(estimator.objective(learner, moved, cut(data, 1, 3), carried.learners)[0]))
+        return np.mean(estimator.objective(learner, moved, cut(data, 1, 3), carried.learners)[0])
 
     slope = sum(float(np.sum(np.asarray(second.gradients[name]) * direction[name])) for name in outer)
     assert slope == pytest.approx((loss(1) - loss(-1)) / 2e-6, rel=2e-5)
@@ -190,8 +204,8 @@ def test_compiled_equals_uncompiled(make):
     def estimate(outer, data, carried):
         return estimator(learner, outer, data, random.seed_of(1), carried, True)
 
-    plain, whole = (run(outer, data, empty) for run in (estimate, tf.function(estimate, jit_compile=True)))
-    for one, other in zip(tf.nest.flatten(plain), tf.nest.flatten(whole), strict=True):
+    plain, whole = (run(outer, data, empty) for run in (backend.compiled(estimate, jit_compile=False), compiled(estimate)))
+    for one, other in zip(backend.leaves(plain), backend.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=5e-3, atol=2e-3 * (1 + np.abs(one).max()))
 
 
@@ -199,13 +213,16 @@ def test_evolution_scores_each_genome_and_marks_what_is_not_finite():
     rule = Rule(batch_reduction="mean", last_activation="linear", forward_activation="linear")
     learner, data, seed = Blur((5,), rule), episodes("float32"), random.seed_of(3)
     outer = outer_of(rule, members=3, dtype="float32")
-    outer = {name: tf.concat([value[:2], value[2:] * 1e30], 0) for name, value in outer.items()}
-    fitness, loss, accuracy = Evolution(3, population=4).score(learner, outer, data, seed)
-    wanted = Unroll(3)(learner, outer, data, seed)[0]
+    outer = {name: ops.concatenate([value[:2], value[2:] * 1e30], 0) for name, value in outer.items()}
+    scores = []
+    for fitness in ("accuracy", "loss"):
+        score = functools.partial(Evolution(3, population=4, fitness=fitness).score, learner)
+        scores.append(backend.compiled(score, jit_compile=False)(outer, data, seed))
+    (fitness, loss, accuracy), (by_loss, _, _) = scores
+    wanted = estimated(Unroll(3), learner, outer, data, seed)[0]
     np.testing.assert_allclose(loss[:2], wanted.loss[:2], rtol=1e-5)
     np.testing.assert_allclose(fitness[:2], -np.asarray(wanted.accuracy[:2]))
     assert np.isnan(float(fitness[2]))
-    by_loss, _, _ = Evolution(3, population=4, fitness="loss").score(learner, outer, data, seed)
     np.testing.assert_allclose(by_loss[:2], wanted.loss[:2], rtol=1e-5)
     assert float(accuracy[0]) * BATCH * 2 == pytest.approx(round(float(accuracy[0]) * BATCH * 2), abs=1e-4)
 
@@ -224,12 +241,12 @@ def test_vectors_of_genomes_go_there_and_back(options):
 
 
 def test_losses_of_values_and_single_outputs():
-    y = tf.constant([[1.0], [-1.0], [1.0]])
-    p = tf.constant([[2.0], [0.5], [-1.0]])
+    y = ops.array([[1.0], [-1.0], [1.0]], "float32")
+    p = ops.array([[2.0], [0.5], [-1.0]], "float32")
     assert float(squared_error(p, y)) == pytest.approx((1 + 2.25 + 4) / 3)
     assert float(binary_cross_entropy(p, y)) == pytest.approx(np.log1p(np.exp([-2.0, 0.5, 1.0])).mean())
     assert float(explained(y, y)) == 1.0
-    assert float(explained(tf.zeros_like(y) + 1 / 3, y)) == pytest.approx(0.0, abs=1e-6)
+    assert float(explained(ops.zeros_like(y) + 1 / 3, y)) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +276,7 @@ def test_products_in_bfloat16_round_what_a_learner_learns_and_little_else():
     outer, data = outer_of(rule, dtype="float32"), episodes("float32", steps=2)
     for kind in (None, "bfloat16"):
         learner = Blur((4,), rule, compute_dtype=kind)
-        found[kind] = Unroll(2)(learner, outer, data, random.seed_of(0))[0].loss.numpy()
+        found[kind] = np.asarray(estimated(Unroll(2), learner, outer, data, random.seed_of(0))[0].loss)
     assert found["bfloat16"].dtype == np.float32
     assert 0 < np.abs(found["bfloat16"] - found[None]).max() < 0.05 * np.abs(found[None]).max()
     with pytest.raises(ValueError, match=r"`compute_dtype` must be .*Received: compute_dtype='int8'"):
