@@ -41,7 +41,6 @@ EXAMPLES = (
     "compare --genome mine.json --optimizers SGD,Adam --plot compare.png",
 )
 
-_ON_BOTH_BACKENDS = ("conformance",)  # all others need TensorFlow
 _BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -71,12 +70,6 @@ def run(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _mistake("keras-blur", f"unknown command {name!r}; known commands: {', '.join(COMMANDS)}")
-    if keras.backend.backend() != "tensorflow" and name not in _ON_BOTH_BACKENDS:
-        return _mistake(
-            "keras-blur",
-            f"{name} needs the TensorFlow backend of Keras; the backend is {keras.backend.backend()!r}. Set the environment "
-            "variable KERAS_BACKEND=tensorflow",
-        )
     command = importlib.import_module(f"keras_blur.cli.{name.replace('-', '_')}")
     return call(command, f"keras-blur {name}", COMMANDS[name], rest)
 
@@ -127,19 +120,23 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         return 0
     except MemoryError:
         return _mistake(program, "there is not enough memory; a smaller batch or network needs less")
-    except _exhausted() as error:
-        return _mistake(program, f"there is not enough memory; a smaller batch or network needs less ({_sentence(error)})")
     except (ValueError, ImportError, OSError) as error:
         return _mistake(program, _sentence(error))
     except KeyboardInterrupt:
         _mistake(program, "interrupted; nothing was kept")
         return INTERRUPTED
+    except Exception as error:
+        if not _exhausted(error):
+            raise
+        return _mistake(program, f"there is not enough memory; a smaller batch or network needs less ({_sentence(error)})")
 
 
-def _exhausted() -> tuple[type[Exception], ...]:
-    """TensorFlow's own error for a lack of memory, where TensorFlow is in use."""
-    tensorflow = sys.modules.get("tensorflow")
-    return () if tensorflow is None else (tensorflow.errors.ResourceExhaustedError,)
+def _exhausted(error: Exception) -> bool:
+    """Whether a program of TensorFlow or JAX lacked memory."""
+    tensorflow, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
+    if tensorflow is not None and isinstance(error, tensorflow.errors.ResourceExhaustedError):
+        return True
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _sentence(error: Exception) -> str:

@@ -13,6 +13,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from on_backend import JAX
 
 from keras_blur import Genome, Rule, __version__, cli, genomes
 from keras_blur.cli.flags import Flags
@@ -235,7 +236,7 @@ def test_each_flag_of_a_command_is_in_its_help(command):
 
 def test_version(capsys):
     assert cli.run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"keras-blur {__version__} (TensorFlow ")
+    assert capsys.readouterr().out.startswith(f"keras-blur {__version__} ({'JAX' if JAX else 'TensorFlow'} ")
 
 
 def test_the_package_runs_as_a_module(monkeypatch, capsys):
@@ -319,6 +320,27 @@ def test_errors_of_many_lines_are_shortened(capsys, monkeypatch):
 
     monkeypatch.setattr(modules()["zoo"], "run", fail)
     assert mistake(capsys, "zoo") == "keras-blur: The first line says it: the second says what."
+
+
+def lack_of_memory(text):
+    """What a program of the backend raises where an array is too large."""
+    if JAX:
+        return importlib.import_module("jax").errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+    return importlib.import_module("tensorflow").errors.ResourceExhaustedError(None, None, text)
+
+
+def test_a_lack_of_memory_is_one_sentence_and_a_fault_of_a_program_is_none(capsys, monkeypatch):
+    def fail(flag, positional):
+        raise raised
+
+    monkeypatch.setattr(modules()["zoo"], "run", fail)
+    raised = lack_of_memory("Out of memory on the device.")
+    text = mistake(capsys, "zoo")
+    assert "there is not enough memory; a smaller batch or network needs less" in text
+    assert "Out of memory on the device." in text
+    raised = RuntimeError("a fault")
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.run(["zoo"])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b"null", b'{"format": "other"}'])
