@@ -11,6 +11,7 @@ have the same functions:
 - `gradient`: of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a
   function at a point; `pullback`: the transposed Jacobian of some results by some arguments;
 - `gradient_for_keras`, `dense`: gradients as Keras's optimizers get them, and as arrays;
+  `apply_gradients`: an optimizer's step;
 - `branch`: one of several functions, chosen when a program runs;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
@@ -38,6 +39,7 @@ import keras
 _chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backend()}")
 
 after = _chosen.after
+apply_gradients = _chosen.apply_gradients
 bits = _chosen.bits
 bits_of_rows = _chosen.bits_of_rows
 branch = _chosen.branch
@@ -79,6 +81,7 @@ vjp = _chosen.vjp
 __all__ = [
     "Runner",
     "after",
+    "apply_gradients",
     "bits",
     "bits_of_rows",
     "branch",

@@ -124,6 +124,19 @@ def dense(gradient: Any) -> Array:
     return gradient
 
 
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """An optimizer's step; `apply` of one that scales losses assigns in a branch, which no program
+    may."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(list(gradients), list(variables))
+        return
+    touched = [*variables, *optimizer.variables]
+    before = [one.value for one in touched]
+    own, state = optimizer.stateless_apply(before[len(variables) :], list(gradients), before[: len(variables)])
+    for variable, value in zip(touched, [*own, *state], strict=True):
+        variable.assign(value)
+
+
 def branch(index: Array, functions: Sequence[Callable[[], Any]]) -> Any:
     """The result of one of several functions of no arguments; the others are not computed."""
     return jax.lax.switch(index, list(functions))

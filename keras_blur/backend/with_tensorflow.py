@@ -348,6 +348,17 @@ def dense(gradient: Any) -> Array:
     return tf.convert_to_tensor(gradient)
 
 
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """An optimizer's step.
+
+    Args:
+        optimizer: any Keras optimizer, which was built for the variables.
+        gradients: gradients, scaled as the optimizer's own; `None` for a variable that is not used.
+        variables: Keras variables in the optimizer's order.
+    """
+    optimizer.apply(list(gradients), list(variables))
+
+
 def branch(index: Array, functions: Sequence[Callable[[], Any]]) -> Any:
     """The result of one of several functions of no arguments; the others are not computed.
 

@@ -382,8 +382,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
     def _program(self, turn: bool) -> Any:
         if turn not in self._programs:
-            # Nothing that adds up over replicas, or that the runner compiles, may stand in a function
-            # of its own.
+            # Nothing that adds up over replicas, or that the runner compiles, may stand in a
+            # function of its own.
             inner = compiled(self._step, jit_compile=True) if self.jit_step else self._step
 
             def step(*batches: Any) -> dict[str, Array]:

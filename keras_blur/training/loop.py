@@ -46,7 +46,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, files
-from keras_blur.backend import Runner, value_of
+from keras_blur.backend import Runner, apply_gradients, value_of
 from keras_blur.files import check_output
 from keras_blur.training import settings
 from keras_blur.training.checkpoint import Checkpoint
@@ -470,7 +470,7 @@ def apply_scaled(
         gradients: gradients of the unscaled loss; `None` if the loss does not depend on a variable.
         variables: the variables, in the same order.
     """
-    optimizer.apply([None if g is None else optimizer.scale_loss(g) for g in gradients], list(variables))
+    apply_gradients(optimizer, [None if g is None else optimizer.scale_loss(g) for g in gradients], variables)
 
 
 def check_frequency(frequency: Any) -> None:
