@@ -19,14 +19,14 @@ import keras
 import numpy as np
 import pytest
 
-# Files about what needs TensorFlow: learners, tasks, meta-learning and its trainers, the command
-# line, `tf.data`, TPUs; and those that run JAX in processes of their own.
+# Files about TensorFlow alone (`tf.data`, `tf.distribute`, its graphs), files not ported yet, and
+# those that run a backend in processes of their own.
 collect_ignore = [
     "checks", "replicas.py", "core/test_losses.py", "core/test_singular.py", "genomes",
     "meta/test_estimates_on_jax.py", "meta/test_memorisation.py", "meta/test_meta_estimators.py",
     "meta/test_meta_trainer.py", "meta/test_on_arrays.py", "meta/test_warp.py", "models/test_on_tensorflow.py",
     "tasks/test_two_backends.py", "test_claims.py", "test_compiled.py", "test_examples.py", "test_files.py",
-    "test_fuzz.py", "test_jax.py", "test_notebooks.py", "test_readme.py", "test_site.py", "tpu", "training",
+    "test_fuzz.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py", "test_readme.py", "test_site.py", "tpu", "training",
 ] if JAX else []  # fmt: skip
 
 
