@@ -141,6 +141,6 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 def mean_weights(trainer: bilevel.BilevelTrainer, losses: Any, correct: np.ndarray) -> dict[str, float]:
     """Mean weights of the examples with correct and with wrong labels."""
-    weights = trainer.learned(losses).numpy()
+    weights = keras.ops.convert_to_numpy(trainer.learned(losses))
     sides = {"correct": correct, "wrong": ~correct}
     return {name: float(weights[chosen].mean()) for name, chosen in sides.items() if chosen.any()}
