@@ -615,10 +615,11 @@ def repeated(data: Any, skipped: int, index: int, count: int) -> tf.data.Dataset
         skipped: number of batches to leave out.
         index, count: which examples of each batch: `index`, `index + count`, ...
     """
+    dataset = data
     if not isinstance(data, tf.data.Dataset):
         spec = tuple(tf.TensorSpec(one.shape, one.dtype) for one in data.element_spec)
-        data = tf.data.Dataset.from_generator(lambda: iter(data), output_signature=spec)
-    return data.repeat().skip(skipped).map(lambda *batch: tuple(part[index::count] for part in batch)).prefetch(2)
+        dataset = tf.data.Dataset.from_generator(lambda: iter(data), output_signature=spec)
+    return dataset.repeat().skip(skipped).map(lambda *batch: tuple(part[index::count] for part in batch)).prefetch(2)
 
 
 class Runner:
