@@ -27,8 +27,8 @@ collect_ignore = [
     "core/test_singular.py", "genomes", "meta/test_estimates_on_jax.py", "meta/test_memorisation.py",
     "meta/test_meta_estimators.py", "meta/test_meta_trainer.py", "meta/test_on_arrays.py", "meta/test_warp.py",
     "models/test_on_tensorflow.py", "tasks/test_two_backends.py", "test_claims.py", "test_compiled.py",
-    "test_examples.py", "test_files.py", "test_fuzz.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py", "test_readme.py",
-    "test_site.py", "tpu", "training",
+    "test_examples.py", "test_files.py", "test_fuzz.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py",
+    "test_readme.py", "test_site.py", "tpu", "training",
 ] if JAX else []  # fmt: skip
 
 

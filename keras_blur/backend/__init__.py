@@ -25,8 +25,8 @@ have the same functions:
   sums over them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
   integers, where 64 bits would overflow;
-- `stream`, `constant`: draws of numbers in order as data, and an array that they read; `passes`,
-  `repeated`: batches of arrays and of datasets without an end;
+- `stream`, `constant`: draws of numbers in order as data, and an array that they read; `on_cpu`:
+  where they are drawn; `passes`, `repeated`: batches of arrays and of datasets without an end;
 - `training_elsewhere`: whether a gradient tape of another model records;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
   of the two backends ask of a model in different ways.
@@ -54,6 +54,7 @@ leaves = _chosen.leaves
 loop = _chosen.loop
 matmul = _chosen.matmul
 mean = _chosen.mean
+on_cpu = _chosen.on_cpu
 one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
 pack = _chosen.pack
@@ -96,6 +97,7 @@ __all__ = [
     "loop",
     "matmul",
     "mean",
+    "on_cpu",
     "one_by_one",
     "outside_of_programs",
     "pack",

@@ -331,7 +331,7 @@ class stream:
         self._draws, self._which, self._start, self._stride = [jax.jit(one) for one in draws], which, start, stride
         self._size: int | None = None
         for draw in self._draws:  # what cannot be drawn raises now
-            with _on_cpu():
+            with on_cpu():
                 draw.eval_shape(np.int32(0))
 
     def batch(self, size: int, drop_remainder: bool = True) -> stream:
@@ -351,12 +351,12 @@ class stream:
 
     def _drawn(self, number: int) -> Any:
         draw = self._draws[self._which(number) if self._which else 0]
-        with _on_cpu():
+        with on_cpu():
             return jax.tree.map(np.asarray, draw(np.int32(number)))
 
 
-def _on_cpu() -> Any:
-    """A scope whose programs run on the CPU."""
+def on_cpu() -> Any:
+    """A scope whose arrays are on this process's CPU."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
@@ -369,7 +369,7 @@ class passes:
     def __iter__(self) -> Iterator[Any]:
         skipped = self._skipped
         for number in itertools.count(self._first):
-            with _on_cpu():
+            with on_cpu():
                 chosen = np.asarray(self._rows(np.int32(number)))
             for row in chosen[skipped:]:
                 yield tuple(array[row] for array in self._arrays)

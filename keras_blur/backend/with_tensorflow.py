@@ -559,9 +559,14 @@ def is_dataset(value: Any) -> bool:
     return isinstance(value, tf.data.Dataset)
 
 
+def on_cpu() -> Any:
+    """A scope whose arrays are on the CPU."""
+    return tf.device("CPU")
+
+
 def constant(value: np.ndarray) -> Array:
     """An array on the CPU, where streams are drawn: a graph refers to it and holds no copy."""
-    with tf.init_scope(), tf.device("CPU"):
+    with tf.init_scope(), on_cpu():
         return tf.constant(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_blur import backend
 from keras_blur.core import random
 
 _TASK_KINDS = ("classes", "values", "bits")
@@ -38,7 +39,7 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         known = ", ".join(map(repr, _TASK_KINDS))
         raise ValueError(f"{named} must have a `kind`, one of {known}. Received: kind={tasks.kind!r}")
     seed = random.seed_of(0)
-    with keras.device("cpu"):
+    with backend.on_cpu():
         count = min(batch + query, tasks.available(split))
         drawn = tasks.examples(seed, count, split)
         if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:

@@ -7,7 +7,8 @@ the mean loss of each step's prediction of its own batch before learning from it
 and gives early steps a direct gradient. The published code uses the squared error to labels of +1
 and -1 instead, which is `loss="squared"`.
 
-The loop is one loop of the program (`backend.loop`). Its compile time does not depend on its length.
+The loop is one loop of the program (`backend.loop`). Its compile time does not depend on its
+length.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The training loop of both trainers: epochs, progress, callbacks, checkpoints and resumption.
 
-Keras's own loop does not run under every strategy of TensorFlow, and outer loops have other data. This loop keeps
-Keras's progress bar, callbacks and history. All state that affects later steps is in variables, so
-a run that is killed and resumed from a checkpoint gives bit for bit the result of an uninterrupted
-run.
+Keras's own loop does not run under every strategy of TensorFlow, and outer loops have other data.
+This loop keeps Keras's progress bar, callbacks and history. All state that affects later steps is
+in variables, so a run that is killed and resumed from a checkpoint gives bit for bit the result of
+an uninterrupted run.
 
 Keras's `fit` does more around a step than apply an optimizer. Both trainers cover:
 
