@@ -18,6 +18,7 @@ def operations(function: Any) -> collections.Counter[str]:
 
     Example:
 
+    >>> import tensorflow as tf
     >>> @tf.function
     ... def double(x):
     ...     return 2 * x
@@ -50,6 +51,7 @@ def without_tpu_kernel(function: Any) -> dict[str, int]:
 
     Example:
 
+    >>> import tensorflow as tf
     >>> @tf.function
     ... def shout(x):
     ...     return tf.strings.upper(x)

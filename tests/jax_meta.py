@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_blur import Rule, learners, meta, tasks
 
-asked: dict = json.loads(sys.argv[1])
+asked: dict = {}  # the JSON
 RULE = Rule(batch_reduction="mean", last_activation="linear", normalize_activations="both", normalize_synapses="stored")
 ESTIMATORS = {
     "unroll": lambda: meta.Unroll(3, trajectory_loss_weight=0.5),
@@ -48,6 +48,7 @@ def trainer():
 
 
 if __name__ == "__main__":
+    asked.update(json.loads(sys.argv[1]))
     lay()
     made = trainer()
     history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
