@@ -1,7 +1,7 @@
 """Arrays that a rule keeps beside synapses: traces of their terms, and averages over the steps.
 
-A companion is known by the name of its synapse array with an ending, so it goes wherever synapses
-go.
+The name of a companion is that of its synapse array with a suffix, so it travels wherever synapses
+do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ TRACE, AVERAGE = "_trace", "_average"
 def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
     """Names of the arrays that a rule keeps beside synapses, and the array that each is like.
 
-    A trace starts at zero; an average, of what `predict` reads, starts as its synapses do.
+    A trace starts at zero. An average, which `predict` reads, starts with the values of its
+    synapses.
     """
     traces = {name + TRACE: name for name in names if rule.momentum != "none" and rule.changes(name)}
     read = [name for name in names if rule.slow_synapses and not name.startswith("backward")]
@@ -34,7 +35,8 @@ def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
 def averaged(genome: Genome, synapses: Synapses, step: Array, learns: bool) -> Synapses:
     """The synapses after a step, with their averages moved towards them.
 
-    Where a layer does not learn, its averages start as its synapses in the first step, and stay.
+    If a layer does not learn, the first step sets its averages to its synapses, and they stay
+    there.
     """
     moved = dict(synapses)
     for name, old in synapses.items():

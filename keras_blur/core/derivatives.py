@@ -1,10 +1,10 @@
 """Jacobians of functions of arrays, and transposes of linear ones.
 
-A kind of connection states one bilinear map, and its transpose and outer product follow from it
-here, as each backend's own kernels for them: a convolution's transpose is the backend's, not one of
-ours.
+A kind of connection states one bilinear map. Its transpose and its outer product are derived here,
+so each backend uses its own kernels for them: the transpose of a convolution is the backend's, not
+one of ours.
 
-`tanh` and `mean` stand here because those of `keras.ops` round float64 to float32 on JAX.
+`tanh` and `mean` are here because those of `keras.ops` round float64 to float32 on JAX.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def transpose(linear: Callable[[Array], Array], shape: tuple[Any, ...], y: Array
     """The transpose of a linear function, applied to y.
 
     Args:
-        linear: from an array of `shape` to one of y's shape.
-        shape: of what the function takes.
-        y: an array.
+        linear: a linear function from an array of `shape` to one of y's shape.
+        shape: shape of the argument of the function.
+        y: an array, of the shape of the function's value. The result has shape `shape`.
 
     Example:
 

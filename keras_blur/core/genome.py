@@ -1,16 +1,16 @@
-"""What evolves: a rule and its numbers.
+"""The genome: a rule and its numbers.
 
-A `Genome` is a `Rule`, every discrete choice of how a network learns, plus its arrays, the "genome"
-G = {f, eta, f~, eta~, nu, mu, nu~, mu~} of "Meta-Learning Bidirectional Update Rules" (Sandler et
-al., ICML 2021, section 3.2, Table 1), with the learned numbers of the stabilising options of
-sections 3.4, B and C.6. It is shared by all neurons and, unless `Rule.layers` says otherwise, by
+A `Genome` is a `Rule`, every discrete choice of how a network learns, plus its arrays. These are
+the "genome" G = {f, eta, f~, eta~, nu, mu, nu~, mu~} of "Meta-Learning Bidirectional Update Rules"
+(Sandler et al., ICML 2021, section 3.2, Table 1), with the learned numbers of the stabilising
+options of sections 3.4, B and C.6. All neurons share it and, unless `Rule.layers` says otherwise,
 all layers.
 
-Why two objects: the rule decides shapes and which code runs, so it must be known when a graph is
-traced and is hashable; the arrays may be numpy constants (inside `fit`) or tensors (inside a
-meta-gradient). Files are JSON with exact floats and a checksum: a genome is an experimental result,
-so a file that was cut short or edited by hand must not pass for one. A file also has the version of
-its format, the release that wrote it, and a licence.
+Rule and arrays are two objects for a reason. The rule decides shapes and which code runs, so it
+must be known when a graph is traced, and it is hashable. The arrays may be numpy constants (inside
+`fit`) or tensors (inside a meta-gradient). Files are JSON with exact floats and a checksum: a
+genome is an experimental result, so a file that was cut short or edited by hand is refused. A file
+also states the version of its format, the release that wrote it, and a licence.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Genome:
 
     Arrays are attributes (`genome.nu`). The transforms `nu`, `mu` (neurons) and `nu_tilde`
     (synapses) are indexed `[source state, target state]`; `mu_tilde` is
-    `[synapse channel, source state]`. Each may carry a leading layer axis (`Rule.layers`) and then
-    population axes, the same for all arrays.
+    `[synapse channel, source state]`. Each array may have a leading layer axis (`Rule.layers`), and
+    then population axes, the same for all arrays.
 
     Args:
         rule: a `Rule`.
-        arrays: a mapping from the names of `rule.shapes()` to arrays, of those shapes after the
-            shared leading axes. Numbers are taken as float32 unless they are float64 arrays;
-            tensors are kept as they are.
+        arrays: a mapping from the names of `rule.shapes()` to arrays of these shapes, after the
+            shared leading axes. Numbers become float32 unless they are float64 arrays; tensors are
+            kept as they are.
 
     Raises:
         ValueError: if a name is missing or unknown, a shape is wrong, or a number is not finite.
@@ -119,8 +119,8 @@ class Genome:
 
     @classmethod
     def unchecked(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
-        """A genome of arrays that are known to fit, or of what a transformation of trees puts in
-        their place."""
+        """A genome of arrays that are known to fit, or of what a tree transformation replaces them
+        by."""
         made = object.__new__(cls)
         made.__dict__.update(_rule=rule, _arrays=MappingProxyType(dict(arrays)))
         return made
@@ -187,15 +187,24 @@ class Genome:
         return int(sum(np.prod(array.shape, dtype=int) for array in self.arrays.values()))
 
     def replace(self, **arrays: Any) -> Genome:
-        """A copy with some arrays changed."""
+        """A copy with some arrays changed.
+
+        Raises:
+            ValueError: if a name is unknown, or an array has a wrong shape.
+
+        Example:
+
+        >>> float(Genome.random(Rule(), seed=0).replace(temperature=2.0).temperature)
+        2.0
+        """
         return Genome(self.rule, {**self.arrays, **arrays})
 
     def with_rule(self, rule: Rule) -> Genome:
-        """The same numbers under another rule of as many states; numbers that only the new rule has
-        start as in `random`.
+        """The same numbers under another rule with as many states. Numbers that only the new rule
+        has start as in `random`.
 
         Raises:
-            ValueError: if the new rule lacks one of the arrays, or has a matrix more.
+            ValueError: if the new rule lacks one of the arrays, or has an additional matrix.
         """
         leading = tuple(np.shape(self.arrays["neuron_keep"]))
         new = {
@@ -206,8 +215,8 @@ class Genome:
         return Genome(rule, {**self.arrays, **new})
 
     def by_member(self) -> dict[str, Any]:
-        """The arrays by name with members first, `[members, (layers,) ...]`; a single genome is one
-        member.
+        """The arrays by name, with members first: `[members, (layers,) ...]`. A single genome is
+        one member.
 
         Raises:
             ValueError: if there is more than one population axis.
@@ -227,7 +236,7 @@ class Genome:
 
     @classmethod
     def stack(cls, genomes: Sequence[Genome]) -> Genome:
-        """Genomes and populations of one rule as one population, in their order.
+        """Joins genomes and populations of one rule into one population, in their order.
 
         Raises:
             ValueError: if there are none, or their rules differ.
@@ -247,7 +256,7 @@ class Genome:
         return Genome(self.rule, {name: array[number] for name, array in self.by_member().items()})
 
     def layer(self, index: int) -> Genome:
-        """The genome of one layer: itself unless `Rule.layers` gives each layer its own."""
+        """The genome of one layer: this genome, unless `Rule.layers` gives each layer its own."""
         if self.rule.layers is None:
             return self
         return Genome.unchecked(self.rule.replace(layers=None), {n: a[index] for n, a in self.arrays.items()})
@@ -262,8 +271,8 @@ class Genome:
         synapse_update: float = -1e-3,
         population: tuple[int, ...] = (),
     ) -> Genome:
-        """A genome whose four transforms are drawn from a normal distribution; gates start as
-        published.
+        """A genome whose four transforms are drawn from a normal distribution; the gates start as
+        in the published code.
 
         Args:
             rule: a `Rule`.
@@ -302,7 +311,8 @@ class Genome:
     def license(self) -> str:
         """The licence of the file that the genome was loaded from, by its SPDX identifier.
 
-        A genome that was made, learned or changed has `"NOASSERTION"`, until `save` is given one.
+        A genome that was made, learned or changed has `"NOASSERTION"`. `save` can give its file
+        another.
         """
         return self._license
 
@@ -310,7 +320,7 @@ class Genome:
         """The genome as plain JSON values, with its checksum.
 
         Args:
-            license: the SPDX identifier of a licence; `None` is the genome's own.
+            license: the SPDX identifier of a licence; `None` takes the genome's own.
         """
         arrays = {}
         for name, array in self.arrays.items():
@@ -332,7 +342,7 @@ class Genome:
 
     @classmethod
     def from_dict(cls, document: Any, *, source: str = "document") -> Genome:
-        """The genome of a `to_dict`.
+        """Makes a genome of what `to_dict` returned.
 
         Args:
             document: the mapping.
@@ -374,7 +384,7 @@ class Genome:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> Genome:
-        """The genome of a `to_json`. Raises a `ValueError` as `from_dict` does."""
+        """Makes a genome of what `to_json` returned. Raises a `ValueError` as `from_dict` does."""
         try:
             document = json.loads(text)
         except json.JSONDecodeError as error:
@@ -382,17 +392,17 @@ class Genome:
         return cls.from_dict(document, source=source)
 
     def save(self, path: str | os.PathLike[str], license: str | None = None) -> None:
-        """Writes the genome to a JSON file, to a temporary name first, then renamed.
+        """Writes the genome to a JSON file, which appears whole or not at all.
 
         Args:
             path: the file, with the ending `.json`: on a disk, in a bucket (`gs://...`), or on the
                 Hugging Face Hub (`hf://OWNER/REPOSITORY/FILE.json`).
-            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` is that of the
-                file that the genome was loaded from, or `"NOASSERTION"`.
+            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` takes that of
+                the file that the genome was loaded from, or else `"NOASSERTION"`.
 
         Raises:
-            ValueError: if the path has another ending, is a folder, or lies in no folder that can
-                be written; or if `license` is empty or no text.
+            ValueError: if the path has another ending, is a folder, or is in a folder that cannot
+                be written; or if `license` is empty or not text.
             OSError: if a bucket or the Hub cannot be reached, or what it needs is not installed.
         """
         check_output("path", path, (".json",))
@@ -477,7 +487,7 @@ class Genome:
         return "\n".join(lines)
 
     def _steps_of_a_term(self) -> list[str]:
-        """What happens to a Hebbian term before the gate, as text."""
+        """The steps from a Hebbian term to the gate, as text."""
         rule, beta = self.rule, self._number("momentum") if self.rule.momentum != "none" else ""
         trace = [f"H + {beta} m where m = {beta} m + H"] if beta else []
         steps = ["whitened(H)"] if rule.whitening else []

@@ -1,11 +1,10 @@
 """The plan of a network: layers of neurons, connections that end in them, and maps without synapses
-between.
+between them.
 
 A plan is read once, from a chain of connections or from Keras's Functional graph, and knows no
-Keras model. Every array of states is a *value* with a number: the inputs come first, then what each
-operation gives. No order stands for topology: an operation names the values that it reads, so
-residual sums, concatenations, layers used twice, several inputs and several outputs need nothing of
-their own.
+Keras model. Every array of states is a *value* with a number: the inputs come first, then the
+result of each operation. An operation names the values that it reads. So residual sums,
+concatenations, layers used twice, several inputs and several outputs need no code of their own.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ Operation = Connect | Pass
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """A network as its operations in an order in which each reads only what is there.
+    """A network as a list of operations, each of which reads only inputs and earlier results.
 
     Attributes:
         features: number of feature axes of each input.
         operations: what is computed.
         outputs: numbers of the values that receive feedback.
-        groups: for each holder, which of the genome's layers it learns by (`Rule.layers`); `()` for
-            each its own.
+        groups: for each holder, which of the genome's layers it learns by (`Rule.layers`); `()` if
+            holder i learns by layer i.
     """
 
     features: tuple[int, ...]
@@ -113,8 +112,8 @@ class Graph:
         )
 
     def holder_of(self, number: int) -> int:
-        """The synapses of the layer of neurons that a value is, or of the first one that it comes
-        from."""
+        """The holder of the layer of neurons that a value is, or of the first such layer that it
+        comes from."""
         one = self.operations[number - len(self.features)]
         return one.holder if isinstance(one, Connect) else self.holder_of(one.sources[0])
 
@@ -144,18 +143,18 @@ class Graph:
 
     @functools.cached_property
     def after_synapses(self) -> frozenset[int]:
-        """Numbers of the values that some synapses lead to."""
+        """Numbers of the values downstream of some synapses."""
         return self._below(False)
 
     @functools.cached_property
     def after_learning(self) -> frozenset[int]:
-        """Numbers of the values that synapses which learn lead to: where feedback has to arrive."""
+        """Numbers of the values downstream of synapses that learn: the feedback has to reach
+        these."""
         return self._below(True)
 
     @functools.cached_property
     def feeds_back(self) -> tuple[bool, ...]:
-        """For each holder, whether something before it has synapses, so that it needs a feedback
-        path."""
+        """For each holder, whether there are synapses upstream of it, so that it needs a feedback path."""
         found = [False] * len(self.holders)
         for one in self.connects:
             found[one.holder] |= one.source in self.after_synapses
@@ -192,8 +191,8 @@ class Builder:
         Args:
             connection: its operations.
             source: number of the value that it reads.
-            key: what its synapses are known by; connections of one key share them. `None`: none
-                shares these.
+            key: identifies its synapses; connections with the same key share them. `None`: not
+                shared.
             learns: whether its synapses are updated.
         """
         holder = self._holders.setdefault(object() if key is None else key, len(self._holders))
@@ -211,7 +210,7 @@ class Builder:
 
 
 def chain(connections: Sequence[Connection], features: int = 1) -> Graph:
-    """A network of connections one after the other.
+    """A network of connections, one after the other, on inputs with that many feature axes.
 
     Example:
 

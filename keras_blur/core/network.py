@@ -5,15 +5,15 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 equations 5 to 7.
 
 This is the only loop over layers in the project. `Model.fit`, the learners of meta-training and the
-replay of published numbers all call it, with variables' values, tensors of an unroll, or arrays of
-a file. Order inside a step, as published: neurons start at zero (or where they were), stored
-synapses are normalised, forward pass, optional synapse update, feedback into the outputs, backward
-pass, synapse update.
+replay of published numbers all call it: with the values of variables, the tensors of an unroll, or
+the arrays of a file. The order inside a step is the published one: neurons start at zero (or keep
+their states), stored synapses are normalised, forward pass, optional synapse update, feedback into
+the outputs, backward pass, synapse update.
 
-In the backward pass what comes back to a value that several operations read is summed, the
-transpose of a copy, before equation 6. Synapses that several connections share change by the sum of
-their Hebbian terms. With a genome for each layer, neurons change in the backward pass by the genome
-of the connection that reads them, as published; of several, the first.
+If several operations read a value, the backward pass sums what comes back from them (the transpose
+of a copy) before equation 6. If several connections share synapses, these change by the sum of the
+Hebbian terms. With a genome for each layer, neurons change in the backward pass by the genome of
+the connection that reads them, as published; if several read them, by that of the first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Inputs = Array | tuple[Array, ...]
 
 
 class NetworkState(NamedTuple):
-    """What a learning step reads and writes.
+    """The state of a network, which a learning step reads and replaces.
 
     Attributes:
         synapses: one mapping of arrays for each of the graph's `holders`.
@@ -51,13 +51,14 @@ class NetworkState(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What a forward pass leaves.
+    """The results of a forward pass.
 
     Attributes:
         values: states of each value of the graph, as arrays or in parts; an input is
             `[..., 1, batch, *features]`.
-        statistics: those that normalised each connection's sums, or `None`s.
-        contexts: what each map drew, by the number of its value.
+        statistics: the mean and the variance that normalised the sums of each connection, or
+            `None`.
+        contexts: what each map drew, such as a dropout mask, by the number of its value.
     """
 
     values: tuple[Array, ...]
@@ -66,11 +67,12 @@ class Sweep(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The state after a step, and what an observer may want.
+    """The state after a step, and what an observer may want to see.
 
     Attributes:
         state: the state.
-        output: the prediction before feedback; a tuple of them if there are several outputs.
+        output: the prediction before feedback, `[..., batch, *features]`; a tuple if there are
+            several outputs.
         neurons: states of the inputs and of each layer.
         sweep: the forward pass.
     """
@@ -82,13 +84,12 @@ class StepResult(NamedTuple):
 
 
 def predicting(genome: Genome, graph: Graph, state: NetworkState) -> tuple[Synapses, ...]:
-    """The synapses as a prediction reads them: the slow ones, if the rule has them."""
+    """The synapses that a prediction reads: the slow ones, if the rule has them."""
     return stored(genome, graph, [slow(genome.rule, own, state.step) for own in state.synapses])
 
 
 def stored(genome: Genome, graph: Graph, synapses: Sequence[Synapses]) -> tuple[Synapses, ...]:
-    """The synapses as a step starts with them: normalised if the rule normalises the stored
-    ones."""
+    """The synapses at the start of a step: normalised, if the rule normalises stored synapses."""
     if genome.rule.normalize_synapses not in ("stored", "both"):
         return tuple(synapses)
     return tuple(
@@ -113,11 +114,12 @@ def forward(
     Args:
         genome: the genome.
         graph: the network.
-        synapses: as `stored` gives them.
+        synapses: the result of `stored`.
         x: inputs `[..., batch, *features]`; a tuple of them if there are several.
         neurons: states of inputs and layers before the pass; `()` for zeros.
-        statistics: with which to normalise each connection's sums; `()` takes those of this batch.
-        training: whether dropout drops, and maps that normalise take the statistics of the batch.
+        statistics: mean and variance to normalise the sums of each connection with; `()` takes
+            those of this batch.
+        training: whether dropout is active, and normalising maps take the statistics of the batch.
         batch: the batch, if x is the part of it that one of several devices holds.
 
     Returns:
@@ -184,16 +186,27 @@ def step(
         graph: the network.
         state: synapses, step counter and kept neurons.
         x: inputs `[..., batch, *features]`; a tuple of them if there are several.
-        feedback: maps the output `[..., batch, *features]` to what state 2 of that layer receives,
-            of the same shape; a tuple of outputs to a tuple.
+        feedback: a function from the output `[..., batch, *features]` to what state 2 of that layer
+            receives, of the same shape; for several outputs, from a tuple to a tuple.
         sample_weight: weight of each example in the Hebbian term, `[..., batch]`, or `None`.
-        batch: the batch, if x is the part of it that one of several devices holds: statistics and
-            Hebbian sums are added up over devices, before saturation and the other stabilisers, and
-            every device comes to the same synapses.
-        training: whether dropout drops.
+        batch: the batch, if x is the part of it that one of several devices holds. Statistics and
+            Hebbian sums are added up over devices, before saturation and the other stabilisers, so
+            every device computes the same synapses.
+        training: whether dropout is active.
 
     Returns:
         A `StepResult`.
+
+    Example:
+
+    >>> from keras_blur.core.connections.dense import DenseConnection
+    >>> from keras_blur.core.graph import chain
+    >>> from keras_blur.core.rule import Rule
+    >>> genome, graph = Genome.random(Rule(), seed=0), chain([DenseConnection(3)])
+    >>> synapses = graph.holders[0].init(genome.rule, 4, lambda name, channel, shape: ops.ones(shape), feeds_back=False)
+    >>> result = step(genome, graph, NetworkState((synapses,)), ops.ones((2, 4)), lambda output: -output)
+    >>> tuple(result.output.shape), result.state.step
+    ((2, 3), 1)
     """
     rule = genome.rule
     synapses = stored(genome, graph, state.synapses)
@@ -259,13 +272,13 @@ def backward(
     Args:
         genome: the genome.
         graph: the network.
-        synapses: as the forward pass used them.
+        synapses: those that the forward pass used.
         sweep: the forward pass.
-        signals: what state 2 of each output receives.
+        signals: what state 2 of each output receives, `[..., batch, *features]`.
         batch: the batch, if devices share it.
 
     Returns:
-        The states of each value: those of layers of neurons by equation 6, all others as they were.
+        The states of each value: those of layers of neurons after equation 6, all others unchanged.
     """
     rule = genome.rule
     reached = graph.after_synapses if rule.keep_neurons else graph.after_learning
@@ -319,13 +332,13 @@ def _gene_of(genome: Genome, graph: Graph, number: int) -> Genome:
 
 
 def _read_forward(genome: Genome) -> int:
-    """How many states the forward pass of a layer reads of those before it."""
+    """How many states of the layers before it the forward pass of a layer reads."""
     nu = genome.nu
     return equations.sources(equations.select(genome.rule, nu, -1) if genome.rule.derivative_state else nu)
 
 
 def _read_hebbian(genome: Genome, prefix: str) -> int:
-    """How many states of those before a layer its Hebbian term reads."""
+    """How many states of the layer before it the Hebbian term of a layer reads."""
     rule = genome.rule
     few = slice(0, rule.update_channels)
     read = [genome.arrays[prefix + "nu_tilde"][..., :, few]]
@@ -335,7 +348,7 @@ def _read_hebbian(genome: Genome, prefix: str) -> int:
 
 
 def _entering(one: Pass, values: Sequence[Array], read: int) -> tuple[Array, ...]:
-    """States that enter a map: as many of each input, those that are read."""
+    """The states that enter a map: only those that are read, and equally many of each input."""
     axes = [len(shape) for shape in one.map.sources]
     states = [first_states(values[source], read, rank) for source, rank in zip(one.sources, axes, strict=True)]
     most = max(value.shape[len(value.shape) - 2 - rank] for value, rank in zip(states, axes, strict=True))
@@ -343,7 +356,7 @@ def _entering(one: Pass, values: Sequence[Array], read: int) -> tuple[Array, ...
 
 
 def _padded(states: Array, count: int, features: int) -> Array:
-    """States with zeros for those that an array leaves out."""
+    """States, with zeros for those that the array leaves out."""
     axis = len(states.shape) - 2 - features
     missing = count - states.shape[axis]
     if not missing:
@@ -360,8 +373,8 @@ def _propagated(
     prefix: str,
     batch: equations.SharedBatch | None,
 ) -> Sequence[Array]:
-    """The values as connections read them for the Hebbian term: new states of the neurons, through
-    the maps again."""
+    """The values that connections read for the Hebbian term: the new states of the neurons, sent
+    through the maps again."""
     read = _read_hebbian(genome, prefix)
     same = below is sweep.values
     if (same and read <= _read_forward(genome)) or (read == 1 and _keeps_first(genome)):
@@ -381,7 +394,7 @@ def _keeps_first(genome: Genome) -> bool:
 
 
 def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
-    """The feedback as an array of one state; an error is divided by the temperature, as the output
+    """The feedback as an array of one state. An error is divided by the temperature, as the output
     is."""
     signal = ops.cast(ops.expand_dims(signal, -2 - features), like.dtype)
     if genome.rule.feedback == "error":  # dL/da_L: the prediction is state 1 over the temperature
@@ -390,8 +403,8 @@ def _signal(genome: Genome, signal: Array, like: Array, features: int) -> Array:
 
 
 def _with_feedback(genome: Genome, last: Array | Parts, signal: Array, features: int) -> Parts:
-    """An output layer for the backward pass (section 3.3): state 1 kept, state 2 the feedback, the
-    rest zero."""
+    """An output layer at the start of the backward pass (section 3.3): state 1 is kept, state 2 is
+    the feedback, the others are zero."""
     signal = _signal(genome, signal, last, features)
     if genome.rule.feedback == "error" and genome.rule.derivative_state:  # with the pair, times s' as eq. 2 asks
         signal = signal * between(last, 1, 2, features)
@@ -402,7 +415,8 @@ def _with_feedback(genome: Genome, last: Array | Parts, signal: Array, features:
 
 
 def _as_states(rule: Any, signal: Array, like: Array, features: int) -> Array:
-    """Feedback as what comes back: state 2 of it, the rest zero, with as many states as `like`."""
+    """Feedback in the form of what comes back: its state 2, with zeros for the others, and as many
+    states as `like`."""
     axis = len(like.shape) - 2 - features
     signal = ops.broadcast_to(signal, ops.shape(first_states(like, 1, features)))
     zero = ops.zeros_like(signal)
@@ -411,8 +425,8 @@ def _as_states(rule: Any, signal: Array, like: Array, features: int) -> Array:
 
 
 def _without_first(rule: Any, states: Array, features: int) -> Array:
-    """States without the first, where the backward update leaves it alone and what comes back does
-    not have it."""
+    """States without the first one, if the backward update leaves it alone, so that nothing comes
+    back for it."""
     if rule.backward_update != "multiplicative_after_first":
         return states
     return later_states(states, features)

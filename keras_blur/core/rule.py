@@ -1,9 +1,9 @@
 """Which rule: every discrete choice of how a network learns.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), whose options and
-those of its published code are fields of `Rule`, and what later work added. A rule decides shapes
-and which code runs, so it must be known when a graph is traced and is hashable; the numbers that go
-with it are a `keras_blur.core.genome.Genome`.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), and later work. The
+options of the paper, of its published code and of that later work are fields of `Rule`. A rule
+decides shapes and which code runs, so it must be known when a graph is traced, and it is hashable.
+The numbers that go with it are in a `keras_blur.core.genome.Genome`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Every discrete choice of how a network learns. Immutable, hashable, validated.
+    """Every discrete choice of how a network learns; immutable, hashable and validated.
 
     Equation numbers are those of "Meta-Learning Bidirectional Update Rules" (ICML 2021).
 
@@ -56,88 +56,89 @@ class Rule:
         derivative_state: the value-and-derivative pair of eq. 1: after the forward pass state 1 is
             `s(z)` and state 2 is `s'(z)` of the same argument, the argument of state 1.
         backward_update: how the backward pass changes a state (eq. 6): `"additive"`;
-            `"multiplicative"` (old * new); `"multiplicative_after_first"` (state 1 is left as it
-            is; eq. 2 and 4).
+            `"multiplicative"` (old * new); `"multiplicative_after_first"` (multiplicative, but
+            state 1 stays as it is; eq. 2 and 4).
         directions: `"untied"`: forward and backward synapses are separate parameters; `"tied"`: one
             kernel is read both ways; `"tied_updates"`: two kernels that receive the same Hebbian
             term; `"fixed"`: backward synapses stay as they start (feedback alignment); `"signs"`: a
-            backward synapse has the size that it starts with and the sign that the forward one has
-            now, `|b| sign(w)` (sign-symmetric feedback). Both are brought to unit norm where
-            `normalize_synapses` says so.
+            backward synapse keeps the size that it starts with and takes the current sign of the
+            forward one, `|b| sign(w)` (sign-symmetric feedback). `normalize_synapses` applies to
+            both.
         channels: `"own"`: each state has a synapse channel of its own; `"tied"`: one channel serves
             all states; `"tied_updates"`: separate channels that all receive the Hebbian term of
             channel 1.
         normalize_activations: the pass or passes (`"none"`, `"forward"`, `"backward"`, `"both"`) in
             which the summed input of a neuron is normalised before the nonlinearity, to a learned
             scale and shift (section 3.4).
-        normalization_axis: what the statistics run over: the `"batch"` (each unit has its own) or
-            the `"units"` of a layer (each example has its own).
+        normalization_axis: the axis of the statistics: the `"batch"` (each unit has its own) or the
+            `"units"` of a layer (each example has its own).
         normalization_epsilon: added to the variance.
-        normalization_momentum: share of the old value in the running statistics that `predict` uses
-            with `normalization_axis="batch"`; 0 keeps those of the last training batch.
-        oja: Oja's term that bounds the synapses: `"weights"` (eq. 8, first term), `"activations"`
+        normalization_momentum: weight of the old value in the running statistics that `predict`
+            uses with `normalization_axis="batch"`; 0 takes those of the last training batch.
+        oja: Oja's term, which bounds the synapses: `"weights"` (eq. 8, first term), `"activations"`
             (the textbook form on transformed states) or `"none"`.
         oja_factor: constant factor of Oja's term.
-        oja_learned: whether the genome has a learned multiplier of Oja's term too.
+        oja_learned: whether the genome also has a learned multiplier of Oja's term.
         saturation: `"exp_update"`: the change of a synapse is damped by
             `exp(-|w| (epsilon + |saturation|))`; `"tanh"`: `w <- alpha tanh(w / alpha)`
             (section 3.4); `"none"`.
         saturation_epsilon: the epsilon of `"exp_update"`.
-        normalize_synapses: synapses brought to unit norm over their input axis (section C.6): the
-            `"stored"` ones at the start of a step, only the `"effective"` ones where they are used,
-            `"both"`, or `"none"`.
+        normalize_synapses: which synapses are brought to unit norm over their input axis (section
+            C.6): the `"stored"` ones, at the start of a step; only the `"effective"` ones, where
+            they are used; `"both"`; or `"none"`.
         rescale_synapses: whether normalised synapses are multiplied by a learned number.
         forward_synapse_update: whether synapses also change after the forward pass, before
             feedback.
         separate_forward_synapse: whether that forward change has genome arrays of its own.
-        supervised_every: the backward pass and its synapse update run on each step that is a
-            multiple of this.
-        presynaptic: whether a layer's input side of the Hebbian term (eq. 7) is taken after the
-            `"backward"` pass or as the `"forward"` pass left it.
+        supervised_every: the backward pass and its synapse update run on every step whose number is
+            a multiple of this.
+        presynaptic: which states of a layer's inputs enter the Hebbian term (eq. 7): those after
+            the `"backward"` pass, or those that the `"forward"` pass left.
         keep_neurons: whether neuron states are kept from one step to the next; by default they
             start at zero.
-        layers: which layers have genome arrays of their own. `None`: one genome for all. A number:
-            each of so many layers, in the network's order. Names: each group of layers, where a
-            layer belongs to the first name that is its own or its kind's; `*` and `?` stand for any
-            text and character, as in `("Conv*", "head", "*")`.
+        layers: which layers have genome arrays of their own. `None`: none; all layers share one
+            genome. A number: each layer, in the network's order; the network must have that many.
+            Names: each group of layers. A layer belongs to the first name that matches its name or
+            its class; `*` and `?` match any text and any character, as in `("Conv*", "head", "*")`.
         update_decay: `"power"`: the synapse update gate is multiplied by `(1 + t / steps) ** -p` at
             learning step t, with p and the logarithm of the steps learned; `"none"`: constant.
         whitening: whether the inputs of a Hebbian term are decorrelated over the batch, with a
             learned damping (eq. W1 of `keras_blur.core.terms`).
-        whitening_positions: at most so many positions of an example, evenly spaced, tell a
-            convolution or another layer with shared synapses how its inputs are correlated; 0: all.
-        whitening_rows: the rows of a batch are whitened in groups of at most so many consecutive
-            ones, each by its own correlations (eq. W3); `None`: in one. Groups are in layers that
-            read a row for each example or position, as dense ones do; convolutions, layers that
-            share their synapses and those with fewer `whitening_positions` whiten by the whole
-            batch. On several devices that is so where a device's rows are not known to be whole
-            groups.
+        whitening_positions: in a convolution, or another layer with shared synapses, the maximum
+            number of positions of an example from which the correlations of the inputs are
+            computed. They are evenly spaced. 0 takes all positions.
+        whitening_rows: the maximum number of consecutive rows of a batch that are whitened
+            together, as a group, by their own correlations (eq. W3); `None` takes the whole batch
+            as one group. Groups are used in layers that read one row for each example or position,
+            as dense layers do. Convolutions, layers that share their synapses, and layers that use
+            only some positions whiten by the whole batch. On several devices, so does every layer
+            for which a device is not known to hold whole groups.
         normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
             `"orthogonal"`: before that, its singular values are brought nearer to each other
-            (eq. N2); `"none"`. Only the direction of a term counts then, and the gate is its size.
-            The bias is a row of the term. Where rows are whitened in groups, eq. N2 acts on the
-            term of each group (eq. N3), unless a trace or a penalty joins the term first.
+            (eq. N2); `"none"`. Normalisation keeps only the direction of a term, and the gate alone
+            sets the size of the change. The bias is a row of the term. Where rows are whitened in groups,
+            eq. N2 acts on the term of each group (eq. N3), unless a trace or a penalty is added to
+            the term first.
         orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small
-            singular values, 5 make nearly all equal.
+            singular values, 5 make all of them nearly equal.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by
-            `H + beta m` in the place of `H`, with beta learned: of the terms `"before"` or
-            `"after"` normalisation; `"none"`. A trace is one more array beside each kernel and
-            bias.
-        slow_synapses: whether `predict` reads an average of the synapses of polynomial decay,
+            `H + beta m` in place of `H`, with beta learned. The terms are those `"before"` or
+            `"after"` normalisation; `"none"` keeps no trace. A trace is one more array beside each
+            kernel and bias.
+        slow_synapses: whether `predict` reads an average of the synapses with polynomial decay,
             `a <- a + (w - a) (e + 1) / (t + 1 + e)`, with the logarithm of e learned. Learning does
-            not read it. An average is one more array beside each kernel and bias.
+            not read the average. An average is one more array beside each kernel and bias.
         batch_reduction: whether the Hebbian term is the `"sum"` over the batch (as published) or
             its `"mean"`.
         feedback: what state 2 of the output receives: `"labels"` (+1 and -1, section 3.3) or the
-            `"error"`, the derivative of a Keras loss by the output, which a rule with
-            `derivative_state` multiplies by s'.
+            `"error"`, the derivative of a Keras loss with respect to the output. A rule with
+            `derivative_state` multiplies the error by s'.
         loss: the Keras loss of `feedback="error"` (a `keras.losses.Loss` or its name; kept as JSON
-            text), which a model learns from unless its `compile` is given another; `None` leaves
+            text). A model learns from it unless its `compile` is given another loss. `None` leaves
             the choice to `compile`.
 
     Raises:
-        ValueError: if an option has a value that it does not know, or two options exclude each
-            other.
+        ValueError: if an option has an unknown value, or two options exclude each other.
 
     Example:
 
@@ -242,7 +243,7 @@ class Rule:
             object.__setattr__(self, "loss", loss_text(self.loss))
 
     def _check_layers(self) -> None:
-        """Checks `layers`, and makes a tuple of a list of names, as JSON has it."""
+        """Checks `layers`, and turns a list of names, as JSON has it, into a tuple."""
         if isinstance(self.layers, (list, tuple)):
             names = tuple(self.layers)
             if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
@@ -253,8 +254,8 @@ class Rule:
 
     @property
     def layer_count(self) -> int:
-        """Number of layers or groups of layers with genome arrays of their own; 0 if one genome
-        serves all."""
+        """Number of layers, or groups of layers, with genome arrays of their own; 0 if all share
+        one."""
         return len(self.layers) if isinstance(self.layers, tuple) else self.layers or 0
 
     @property
@@ -278,14 +279,14 @@ class Rule:
         return self.directions != "tied"
 
     def changes(self, name: str) -> bool:
-        """Whether the synapse array of a name, such as `"backward_kernel"`, changes by
-        equation 7."""
+        """Whether the synapse array called `name`, such as `"backward_kernel"`, changes by equation
+        7."""
         return self.directions not in ("fixed", "signs") or not name.startswith("backward_")
 
     @property
     def orthogonal_first(self) -> bool:
-        """Whether a term is made orthogonal before its trace is added to it, so while its rows are
-        at hand."""
+        """Whether a term is made orthogonal before its trace is added, while its rows are at
+        hand."""
         return self.normalize_term == "orthogonal" and self.momentum != "before"
 
     @property
