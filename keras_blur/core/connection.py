@@ -4,18 +4,18 @@ functions of arrays.
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 7 and
 8.
 
-A kind of layer supplies one map, `product` of a kernel and an array of states, and how it looks as
-a matrix product. Its transpose and its outer product follow by automatic differentiation, unless a
-kind has faster ones. What the rule does with them stands here once, for every kind, on *rows*:
-states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A convolution is a dense
-connection on patches: its positions join the batch as rows, so that bias sums, statistics and
-stabilisers keep their meaning, since sharing weights is a sum over rows. What counts examples (the
-mean over the batch, sample weights) counts examples, not rows.
+A kind of layer supplies one map, `product`, of a kernel and an array of states, and says how it
+looks as a matrix product. The transpose and the outer product follow by automatic differentiation,
+unless a kind has faster ones. What the rule does with them is written here once, for every kind, on
+*rows*: states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A convolution is a dense
+connection on patches. Its positions join the batch as rows. Sharing weights is a sum over rows, so
+bias sums, statistics and stabilisers keep their meaning. The mean over the batch and sample weights
+count examples, not rows.
 
-Work that no later result depends on is not done: the input layer has one non-zero state, so its
-sums are formed once a channel and mixed afterwards; nothing flows back into the input, so the first
-connection has no backward kernel; the bias has none either, since nothing would read it. A backward
-array that is given all the same (a replay of published numbers does) is updated like the others.
+Work that no later result depends on is not done. The input layer has one non-zero state, so its
+sums are formed once per channel and mixed afterwards. Nothing flows back into the input, so the
+first connection has no backward kernel. The bias has none either, since nothing would read it. If a
+backward array is given anyway, as in a replay of published numbers, it is updated like the others.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _LEAST = 1e-30  # stands for zero in a divisor
 
 
 class Sums(NamedTuple):
-    """What a connection learns from a batch.
+    """The sums over a batch that a connection learns from.
 
     Attributes:
-        arrays: sums over the batch by the names of the synapses, and what whitening and Oja's term
-            need.
-        whitened: whether the terms are whitened already.
-        orthogonal: whether eq. N2 was applied to them already.
+        arrays: sums over the batch, by the names of the synapses, and those that whitening and
+            Oja's term need.
+        whitened: whether the terms are already whitened.
+        orthogonal: whether eq. N2 has already been applied to them.
     """
 
     arrays: Mapping[str, Array]
@@ -75,15 +75,16 @@ class Connection(abc.ABC):
     `backward_kernel` `[..., c, *kernel_shape]`; c is k, or 1 if the rule ties channels.
 
     Args:
-        units: number of units that a row has, that is of synapses' targets.
-        use_bias: whether a constant 1 in every state stands beside the inputs.
+        units: number of units of a row, the targets of the synapses.
+        use_bias: whether the inputs have a constant 1 beside them, in every state.
         activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function;
             `None` takes the rule's.
-        compute_dtype: type of the factors of the map and of the outer product, whose sums stay
-            float32; `None` takes the type of the states.
+        compute_dtype: type of the factors of the map and of the outer product. Their sums stay
+            float32. `None` takes the type of the states.
         penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to
             the Hebbian term.
-        limits: for `"kernel"` and `"bias"`, functions of a channel that a changed one goes through.
+        limits: for `"kernel"` and `"bias"`, functions that each channel goes through after a
+            change.
     """
 
     units: int
@@ -97,12 +98,13 @@ class Connection(abc.ABC):
 
     @property
     def reads_integers(self) -> bool:
-        """Whether what enters are numbers of entries instead of features."""
+        """Whether the inputs are indices of entries instead of features."""
         return False
 
     @property
     def gathers(self) -> bool:
-        """Whether `patches` gathers all that enters, so that the map is a product with them."""
+        """Whether `patches` gathers all inputs, so that the map is a matrix product with the
+        patches."""
         return False
 
     @property
@@ -153,8 +155,8 @@ class Connection(abc.ABC):
         """A matrix `[..., c, in, units]`, each entry added up over the units that read the same
         input.
 
-        Of size 1 or of the number of units along the last axis. Every unit of a row reads every
-        input, unless a kind of connection says otherwise, as one with groups does.
+        The last axis of the result has size 1, or the number of units. Every unit of a row reads
+        every input, unless the kind of connection says otherwise, as one with groups does.
         """
         return ops.sum(matrix, axis=-1, keepdims=True)
 
@@ -173,7 +175,7 @@ class Connection(abc.ABC):
         Args:
             states: states that enter, `[..., s, batch, *source]`.
             source: shape of the features that enter.
-            most: at most so many positions of an example, evenly spaced; 0 for all.
+            most: the maximum number of positions of an example, evenly spaced; 0 for all.
         """
         return ops.expand_dims(states, -3)
 
@@ -212,7 +214,7 @@ class Connection(abc.ABC):
         return ops.reshape(mixed, (*ops.shape(mixed)[:-1], *self.source(states)))
 
     def linear(self, kernel: Array, x: Array) -> Array:
-        """The map, on factors of the compute type."""
+        """The map, with factors of the compute type."""
         return self.product(self.rounded(kernel), self.rounded(x))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
@@ -251,9 +253,8 @@ class Connection(abc.ABC):
     def product_of_members(self, kernel: Array, x: Array) -> Array:
         """The map of a population of kernels: one matrix product with what `patches` gathers.
 
-        It, its transpose and its outer product are written by hand: TensorFlow's derivative of a
-        product that broadcasts has no derivative of its own under XLA, which an outer gradient
-        needs.
+        The map, its transpose and its outer product are written by hand. An outer gradient needs
+        second derivatives, and TensorFlow has none under XLA for a product that broadcasts.
         """
         source = tuple(x.shape[len(x.shape) - self.axes :])
         blocks = ops.matmul(self.patches(x, source, 0), self.split(self.matrix(kernel)))
@@ -276,7 +277,7 @@ class Connection(abc.ABC):
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
 
     def rounded(self, factor: Array) -> Array:
-        """A factor as the compute type has it, its sums still to be formed in the type of the
+        """A factor rounded to the compute type. Its sums are still formed in the type of the
         states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
             return factor
@@ -294,8 +295,8 @@ class Connection(abc.ABC):
         Args:
             rule: the options.
             source: shape of the features that enter, or their number.
-            draw: called with the name of an array, the channel and the shape of one channel;
-                returns its values.
+            draw: a function of the name of an array, the channel, and the shape of one channel;
+                returns the values of that channel.
             feeds_back: whether something before this connection learns, so that it needs a feedback
                 path.
 
@@ -346,8 +347,8 @@ class Connection(abc.ABC):
         Args:
             genome: the layer's genome.
             synapses: the layer's synapses.
-            pre: states before the connection `[..., s, batch, *source]`; states that are left out
-                are zero, as those of an input layer are.
+            pre: states before the connection, `[..., s, batch, *source]`. States that are left out
+                are zero, as for an input layer.
             old: this layer's states before the step, or `None` for zeros.
             last: whether this is an output layer.
             statistics: mean and variance to normalise with; `None` takes those of the batch.
@@ -396,8 +397,7 @@ class Connection(abc.ABC):
         return math.prod(self.target(source)) // self.units
 
     def backward(self, genome: Genome, synapses: Synapses, post: Array | Parts, source: Shape) -> Array:
-        """The sums of equation 6: what the neurons before the connection receive from this layer's
-        states.
+        """The sums of equation 6: what the neurons before the connection receive from this layer.
 
         Returns:
             `[..., k, batch, *source]`; without state 1 if the rule's backward update does not read
@@ -438,23 +438,23 @@ class Connection(abc.ABC):
         batch: equations.SharedBatch | None = None,
         alone: bool = True,
     ) -> Sums:
-        """The sums over the batch in equation 7, times the update gate unless `Rule.gates_last`;
-        and those of Oja's term.
+        """The sums over the batch in equation 7 and in Oja's term. Those of equation 7 are
+        multiplied by the update gate, unless `Rule.gates_last`.
 
         Args:
             genome: the layer's genome.
             synapses: the layer's synapses. Only their names are used.
             pre: states before the connection.
             post: states of this layer `[..., k, batch, *target]`.
-            prefix: `""` or `"forward_"`: which synapse arrays of the genome act.
+            prefix: `""` or `"forward_"`: which synapse arrays of the genome are used.
             step: the learning step, from 0.
             sample_weight: `[..., batch]` or `None`.
             batch: the batch, if devices share it; the sums are then over all of it.
-            alone: whether these rows are all that the synapses learn from: no other layer shares
+            alone: whether the synapses learn from these rows alone, so that no other layer shares
                 them.
 
         Returns:
-            `Sums` by the names of the synapses, and of what else `update` needs of the batch.
+            `Sums`: by the names of the synapses, and whatever else `update` needs of the batch.
         """
         rule, source = genome.rule, self.source(pre)
         nu_tilde = genome.arrays[prefix + "nu_tilde"]
@@ -519,9 +519,10 @@ class Connection(abc.ABC):
         Args:
             context: what all terms of a connection share.
             pre: states before the connection.
-            transform: what mixes them, `[..., source, channel]`.
-            senders: what the units send, `[..., channel, rows, units]`, times weights and factors.
-            names: under which names the sums of `kernel` and `bias` are given.
+            transform: the transform that mixes them, `[..., source, channel]`.
+            senders: what the units send, `[..., channel, rows, units]`, already multiplied by
+                weights and factors.
+            names: the names under which the sums of `kernel` and `bias` are returned.
         """
         rule, source = context.genome.rule, context.source
         read = first_states(pre, equations.sources(transform), self.axes)
@@ -565,9 +566,9 @@ class Connection(abc.ABC):
         """The groups in which a term is whitened with its rows at hand; `None` if the whole batch's
         Gram matrix does it.
 
-        The latter is so where rows are many, where several layers add up their sums first, or
-        devices whose rows are not known to be whole groups; and where not all positions tell the
-        correlations.
+        The Gram matrix is used if there are many rows; if several layers, or devices that are not
+        known to hold whole groups, first add up their sums; and if only some positions are used for
+        the correlations.
         """
         most, positions = rule.whitening_rows, self.positions_of(source)
         if not (rule.whitening and alone and self.few_rows and self.kept(source, rule.whitening_positions) == positions):
@@ -590,18 +591,19 @@ class Connection(abc.ABC):
     def whitened(
         self, genome: Genome, sums: Mapping[str, Array], gram: Array, names: Mapping[str, str], examples: Array
     ) -> dict[str, Array]:
-        """Eq. W1 on a kernel's term with the bias's as its last row."""
+        """Eq. W1 on the term of a kernel, with the bias as its last row."""
         damping = equations.per_state(genome.log_damping, gram, 4)
         return self.as_whole(sums, names, lambda term: terms.whitened(gram, term, ops.exp(damping), examples))
 
     def orthogonal_term(self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-        """Eq. N2 on a kernel's term with the bias's as its last row."""
+        """Eq. N2 on the term of a kernel, with the bias as its last row."""
         return self.as_whole(sums, names, lambda term: terms.orthogonal(term, rule.orthogonal_iterations))
 
     def sized_term(
         self, rule: Rule, sums: Mapping[str, Array], names: Mapping[str, str], gate: Array | None = None
     ) -> dict[str, Array]:
-        """Eq. N1 on a kernel's term with the bias's as its last row; times the gate, if given."""
+        """Eq. N1 on the term of a kernel, with the bias as its last row; times the gate, if
+        given."""
         blocks = [self.split(sums[name]).shape[-3:] for name in names.values()]
         shape = (blocks[0][0], sum(block[1] for block in blocks), blocks[0][2])
         orthogonal = rule.normalize_term == "orthogonal"
@@ -613,8 +615,8 @@ class Connection(abc.ABC):
     def as_whole(
         self, sums: Mapping[str, Array], names: Mapping[str, str], function: Callable[[Array], Array]
     ) -> dict[str, Array]:
-        """A function of `[..., c, blocks, in, units]` on the matrix of a kernel's sum with the
-        bias's as its last row."""
+        """Applies a function of `[..., c, blocks, in, units]` to the sum of a kernel as a matrix,
+        with the sum of the bias as its last row."""
         parts = [self.split(sums[name]) for name in names.values()]
         whole = function(parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-2))
         found, start = {}, 0
@@ -624,7 +626,7 @@ class Connection(abc.ABC):
         return found
 
     def of_rows(self, weight: Array, source: Shape) -> Array:
-        """Weights of examples `[..., batch]` as those of rows, `[..., 1, rows, 1]`."""
+        """Weights of examples, `[..., batch]`, repeated for rows, `[..., 1, rows, 1]`."""
         positions = self.positions_of(source)
         return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
 
@@ -640,7 +642,7 @@ class Connection(abc.ABC):
         return self.matrix(self.outer(states, ones, source))
 
     def update(self, genome: Genome, synapses: Synapses, totals: Sums, *, prefix: str, step: Array) -> dict[str, Array]:
-        """Equation 7 with the stabilising options: the new synapses from the sums of `hebbian`."""
+        """Equation 7 with the stabilising options: the new synapses, from the sums of `hebbian`."""
         rule = genome.rule
         arrays = genome.arrays
         gate = self._gate(genome, prefix, step)
@@ -706,8 +708,8 @@ class Connection(abc.ABC):
         return {**stored, **changed}
 
     def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
-        """The sums, as matrices, with the gradients of the penalties, times the gate where the sums
-        have it too."""
+        """The sums, as matrices, with the gradients of the penalties added. These are multiplied by
+        the gate if the sums are."""
         sums = dict(sums)
         for name in synapses:
             if name not in sums:
@@ -727,9 +729,9 @@ class Connection(abc.ABC):
         return equations.update_gate(genome.rule, genome, number, step)
 
     def _energies(self, synapses: Synapses) -> dict[str, Array]:
-        """Sum of squares over the input axis of each matrix: that of a forward kernel runs over its
-        inputs and bias, that of a backward kernel, whose inputs are this layer's units, over those
-        that send to the same neuron."""
+        """Sum of squares over the input axis of each matrix. For a forward kernel it runs over
+        inputs and bias. The inputs of a backward kernel are this layer's units, so there it runs
+        over the units that send to the same neuron."""
         squares = [ops.square(synapses["bias"])] if "bias" in synapses else []
         if "kernel" in synapses:
             squares.insert(0, ops.sum(ops.square(synapses["kernel"]), axis=-2, keepdims=True))
@@ -742,8 +744,8 @@ class Connection(abc.ABC):
         return {name: energy for name, energy in energies.items() if name in synapses}
 
     def _squares(self, synapses: Synapses, sums: Mapping[str, Array]) -> dict[str, Array]:
-        """The same for Oja's term on activations; the bias unit has none, so its backward synapses
-        do not shrink."""
+        """The same for Oja's term on activations. The bias unit has no activation, so its backward
+        synapses do not shrink."""
         squares = {"kernel": sums["oja"], "bias": sums["oja"]}
         if "backward_kernel" in synapses:
             squares["backward_kernel"] = sums["backward_oja"]
@@ -766,14 +768,14 @@ def _pairs(synapses: Synapses) -> list[dict[str, str]]:
 
 
 def _reads_first_alone(transform: Array) -> bool:
-    """Whether the numbers of a transform `[..., source, target]` are known, and all but those of
-    state 1 zero."""
+    """Whether the numbers of a transform `[..., source, target]` are known, and only those of state
+    1 are not zero."""
     return isinstance(transform, np.ndarray) and not np.any(transform[..., 1:, :])
 
 
 def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -> None:
-    """Moves the traces by the terms, and puts Nesterov's form in the terms' place: a term counts at
-    once."""
+    """Moves the traces by the terms, and replaces the terms by Nesterov's form, in which a term
+    counts at once."""
     for name in traces:
         own = name.removesuffix(TRACE)
         beta = equations.scalar(momentum, sums[own])

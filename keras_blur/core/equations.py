@@ -4,13 +4,13 @@ of arrays.
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
 3.4, appendices B and C.6. Equation numbers are the paper's.
 
-Neuron states are `[..., k, batch, units]`, synapse kernels `[..., k, in, out]`; genome arrays
+Neuron states are `[..., k, batch, units]`, synapse kernels `[..., k, in, out]`, and genome arrays
 `[..., k, k]` or `[...]`. Leading axes (a population of genomes, replicas) broadcast. The state axis
-stands before the batch, so that a layer is one batched matrix product over k channels, which is as
-fast as one product k times as wide, and needs no transposition.
+comes before the batch, so a layer is one batched matrix product over k channels. That is as fast as
+one product k times as wide, and needs no transposition.
 
-The paper writes a transform with the source state as its second index and backpropagation needs it
-as its first; here `nu` and `mu` are `[source, target]` throughout.
+The paper writes a transform with the source state as its second index, but backpropagation needs it
+as the first. Here `nu` and `mu` are always `[source, target]`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SharedBatch(NamedTuple):
 
     Attributes:
         examples: number of examples of the whole batch.
-        total: gives the sums over the devices of a list of arrays.
+        total: a function that returns the sums over the devices of a list of arrays.
     """
 
     examples: Array
@@ -63,8 +63,7 @@ def activate(activation: Activation, z: Array) -> Array:
 
 
 def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Callable[[], Array]]:
-    """The nonlinearity of the summed input z, and its derivative there, computed from the value
-    when it is asked for."""
+    """The nonlinearity of the summed input z, and a function that computes its derivative there."""
     if callable(activation):
         value, pull = vjp(lambda one: activate(activation, one), z)
         return value, lambda: pull(ops.ones_like(value))[0]
@@ -73,7 +72,7 @@ def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Calla
 
 
 def _derivative(activation: str, value: Array) -> Array:
-    """The derivative of a nonlinearity where it has a value."""
+    """The derivative of a nonlinearity at the point where it takes `value`."""
     if activation == "tanh":
         return 1.0 - value * value
     if activation == "sigmoid":
@@ -100,8 +99,7 @@ def scalar(number: Array, like: Array) -> Array:
 
 
 def times(number: Array, states: Array) -> Array:
-    """Arrays `[..., k, rows, columns]` times a genome number; as they are, if it is known to be
-    1."""
+    """Arrays `[..., k, rows, columns]` times a genome number; unchanged, if it is known to be 1."""
     if isinstance(number, (np.ndarray, np.generic)) and np.all(number == 1.0):
         return states
     return scalar(number, states) * states
@@ -110,9 +108,8 @@ def times(number: Array, states: Array) -> Array:
 def mix(states: Array | Parts, transform: Array) -> Array:
     """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
 
-    An array of fewer states, such as the input layer, stands for one whose other states are zero.
-    Of a transform whose numbers are known, only those that are not zero cost anything, if they are
-    few.
+    In an array of fewer states, such as the input layer, the other states are zero. If the numbers
+    of a transform are known and few of them are not zero, only those cost anything.
     """
     count = states.shape[-3]
     if count == 1:
@@ -129,8 +126,8 @@ def mix(states: Array | Parts, transform: Array) -> Array:
 
 
 def mix_one(states: Array, transform: Array) -> Array:
-    """`[..., s, batch, units]`, one state or what each target makes of it, times the first row of a
-    transform."""
+    """Multiplies `[..., s, batch, units]` by the first row of a transform; s is 1, or one entry for
+    each target."""
     row = transform[..., 0, :]
     if isinstance(row, np.ndarray) and row.shape == (1,) and row[0] == 1.0:
         return states
@@ -138,7 +135,7 @@ def mix_one(states: Array, transform: Array) -> Array:
 
 
 def _mix_sparse(states: Array | Parts, transform: np.ndarray) -> Array:
-    """`mix` for a known transform with few numbers, written out."""
+    """`mix` for a known transform with few non-zero numbers, written out."""
     if transform.shape[0] == transform.shape[1] and np.array_equal(transform, np.eye(transform.shape[0])):
         return joined(states)
     columns = []
@@ -153,7 +150,7 @@ def _mix_sparse(states: Array | Parts, transform: np.ndarray) -> Array:
 
 
 def swapped(transform: Array) -> Array:
-    """A transform with its two axes exchanged; numbers that are known stay known."""
+    """A transform with its two axes exchanged. If its numbers are known, they stay known."""
     if isinstance(transform, np.ndarray):
         return np.swapaxes(transform, -1, -2)
     return ops.swapaxes(ops.convert_to_tensor(transform), -1, -2)
@@ -163,7 +160,7 @@ def sources(*transforms: Array) -> int:
     """How many states transforms `[..., source, target]` read: up to the last source with a number
     that is not zero.
 
-    Of a transform whose numbers are not known, a tensor, all.
+    If the numbers are not known, because a transform is a tensor, it reads all of them.
     """
     last = 1
     for transform in transforms:
@@ -175,7 +172,7 @@ def sources(*transforms: Array) -> int:
 
 
 def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Array, Array]:
-    """Mean and variance of the summed input over the normalisation axis: of all the batch, where
+    """Mean and variance of the summed input over the normalisation axis; over the whole batch, if
     devices share it."""
     axis = -2 if rule.normalization_axis == "batch" else -1
     if axis == -2 and batch is not None:
@@ -195,8 +192,8 @@ def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tupl
 
 
 def select(rule: Rule, values: Array, axis: int) -> Array:
-    """Drops state 2, whose argument the value-and-derivative pair does not need, from an axis of
-    size k."""
+    """Drops state 2 from an axis of size k: the value-and-derivative pair does not need its
+    argument."""
     if isinstance(values, np.ndarray):
         return np.delete(values, 1, axis)
     ahead = (slice(None),) * (axis % len(values.shape))
@@ -219,10 +216,10 @@ def forward_neurons(
         rule: the options.
         genome: the layer's genome.
         activation: the layer's nonlinearity.
-        z: summed input `[..., k, batch, units]`; without state 2 if `rule.derivative_state`.
+        z: summed input, `[..., k, batch, units]`; without state 2 if `rule.derivative_state`.
         old: the states before, or `None` for zeros.
         statistics: mean and variance to normalise with; `None` takes those of z.
-        batch: the batch, if z is of a part of it.
+        batch: the batch, if z belongs to a part of it.
 
     Returns:
         The states, in parts if `rule.derivative_state`, and the statistics that were used (`None`
@@ -251,7 +248,8 @@ def forward_neurons(
 def backward_neurons(
     rule: Rule, genome: Genome, z: Array, old: Array | Parts, batch: SharedBatch | None = None
 ) -> Array | Parts:
-    """Equation 6: new neuron states from what came back, z, and what the forward pass left, old.
+    """Equation 6: new neuron states from what came back, z, and from the states of the forward
+    pass, old.
 
     z lacks state 1 if `rule.backward_update` is `"multiplicative_after_first"`, which does not read
     it.
@@ -276,11 +274,11 @@ def backward_neurons(
 
 
 def inverse_norm(genome: Genome, energy: Array) -> Array:
-    """What brings synapses of this energy (sum of squares) to unit norm, times the learned
-    rescaling.
+    """The factor that brings synapses of this energy (sum of squares) to unit norm, times the
+    learned rescaling.
 
-    A kernel normalised "where it is used" is never formed: the sums it gives are multiplied by this
-    instead.
+    A kernel that is normalised where it is used is never formed. The sums that it gives are
+    multiplied by this factor instead.
     """
     inverse = ops.rsqrt(energy + SYNAPSE_EPSILON)
     if genome.rule.rescale_synapses:
@@ -298,8 +296,8 @@ def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
 
 
 def averaging_share(genome: Genome, step: Array) -> Array:
-    """The share of the new value in an average of polynomial decay, at a learning step: 1 at step
-    0.
+    """The weight of the new value in an average with polynomial decay, at a learning step; 1 at
+    step 0.
 
     Source: "Stochastic Gradient Descent for Non-smooth Optimization" (Shamir and Zhang, 2013),
     section 4.
@@ -313,7 +311,7 @@ _TINY = 1e-30  # stands for zero in a divisor
 
 
 def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | float:
-    """The factors of Oja's term that do not depend on the synapse, as they multiply arrays like
+    """The factors of Oja's term that do not depend on the synapse, shaped to multiply arrays like
     `like`."""
     if multiplier is None:
         return rule.oja_factor

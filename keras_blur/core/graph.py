@@ -154,7 +154,8 @@ class Graph:
 
     @functools.cached_property
     def feeds_back(self) -> tuple[bool, ...]:
-        """For each holder, whether there are synapses upstream of it, so that it needs a feedback path."""
+        """For each holder, whether synapses stand before it in the network, so that it needs a
+        feedback path."""
         found = [False] * len(self.holders)
         for one in self.connects:
             found[one.holder] |= one.source in self.after_synapses

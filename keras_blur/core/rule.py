@@ -115,10 +115,10 @@ class Rule:
             for which a device is not known to hold whole groups.
         normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
             `"orthogonal"`: before that, its singular values are brought nearer to each other
-            (eq. N2); `"none"`. Normalisation keeps only the direction of a term, and the gate alone
-            sets the size of the change. The bias is a row of the term. Where rows are whitened in groups,
-            eq. N2 acts on the term of each group (eq. N3), unless a trace or a penalty is added to
-            the term first.
+            (eq. N2); `"none"`. Normalisation keeps only the direction of a term; the gate alone
+            sets the size of the change. The bias is a row of the term. Where rows are whitened in
+            groups, eq. N2 acts on the term of each group (eq. N3), unless a trace or a penalty is
+            added to the term first.
         orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small
             singular values, 5 make all of them nearly equal.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by

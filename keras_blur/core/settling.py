@@ -1,10 +1,11 @@
-"""What becomes of a Hebbian term whose rows are at hand, before they are added up.
+"""Whitening and orthogonalising a Hebbian term while its rows are at hand, before they are added
+up.
 
-Whitening by groups of rows and orthogonal terms (eq. W2, W3, N2 and N3 of `terms`) have two systems
-each: of the rows of a group, and of the features. The rows are at hand where one layer alone learns
-from them, and if there are several devices, where each has whole groups. Then the smaller system is
-solved; it is chosen here. Elsewhere `Connection.update` takes the features' system of the whole
-batch.
+Whitening by groups of rows, and orthogonal terms (eq. W2, W3, N2 and N3 of `terms`), can each be
+computed from two systems: that of the rows of a group, and that of the features. The rows are at
+hand if a single layer learns from them and, with several devices, if each device holds whole
+groups. Then the smaller system is chosen here, and solved. Otherwise `Connection.update` solves the
+system of the features for the whole batch.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class TermContext(NamedTuple):
         source: shape of the features that enter.
         weight: weights of the examples, `[..., batch]`, or `None`.
         dtype: type of the states.
-        groups: the groups of rows in which terms are whitened with their rows at hand, or `None`.
-        orthogonal: whether terms are made orthogonal with their rows at hand.
+        groups: the groups of rows in which terms are whitened while their rows are at hand, or
+            `None`.
+        orthogonal: whether terms are made orthogonal while their rows are at hand.
     """
 
     genome: Genome
@@ -47,7 +49,7 @@ class TermContext(NamedTuple):
 
     @property
     def settles(self) -> bool:
-        """Whether something is done to terms with their rows at hand."""
+        """Whether anything is done to terms while their rows are at hand."""
         return self.groups is not None or self.orthogonal
 
     def damping(self, like: Array) -> Array:
@@ -59,7 +61,8 @@ class TermContext(NamedTuple):
         return None if self.weight is None else ops.sqrt(ops.abs(connection.of_rows(self.weight, self.source)))
 
     def examples(self, connection: Connection, post: Array) -> Array:
-        """The number of examples, `[..., 1, 1, 1]`: the sum of their weights, if they have some."""
+        """The number of examples, `[..., 1, 1, 1]`; the sum of their weights, if they have
+        weights."""
         if self.weight is None:
             count = ops.shape(post)[-2] / connection.positions_of(self.source)
             return ops.reshape(ops.cast(count, self.dtype), (1, 1, 1))
@@ -67,8 +70,8 @@ class TermContext(NamedTuple):
         return ops.reshape(size, (*size.shape, 1, 1, 1))
 
     def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
-        """The number of examples of each group, `[..., 1, groups, 1, 1]` or `[1, 1, 1]` where all
-        have as many."""
+        """The number of examples of each group, `[..., 1, groups, 1, 1]`, or `[1, 1, 1]` if all
+        groups are equally large."""
         positions = connection.positions_of(self.source)
         if self.weight is None and groups.full:
             return ops.reshape(ops.cast(groups.size / positions, self.dtype), (1, 1, 1))
@@ -87,7 +90,7 @@ def settle(
     whole: Callable[[Array], dict[str, Array]],
     names: Mapping[str, str],
 ) -> dict[str, Array]:
-    """A term whitened and made orthogonal, as the context says, each by the smaller one of two
+    """Whitens a term and makes it orthogonal, as the context says, each by the smaller of two
     systems."""
     rule = context.genome.rule
     x = connection.rows_read(read)
@@ -156,14 +159,14 @@ def settle(
 
 
 def choose(first: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
-    """One of two functions' values, by what is known now or when the program runs."""
+    """Calls one of two functions: at once if the condition is known, else when the program runs."""
     if isinstance(first, bool):
         return one() if first else other()
     return ops.cond(first, one, other)
 
 
 def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | None) -> Array:
-    """The Gram matrices of the rows of groups, with the bias and times weights:
+    """The Gram matrices of the rows of each group, with bias and weights:
     `[..., c, groups, size, size]`."""
     x = groups.apart(x)
     inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
@@ -179,6 +182,6 @@ def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | Non
 
 
 def _over(senders: Array, root: Array) -> Array:
-    """Senders over the square roots of their weights; zero without weight."""
+    """Senders divided by the square roots of their weights; zero where the weight is zero."""
     none = root <= _LEAST
     return ops.where(none, ops.zeros_like(senders), senders / ops.where(none, ops.ones_like(root), root))

@@ -1,7 +1,7 @@
-"""What becomes of a Hebbian term before the gate: presynaptic whitening, and normalisation.
+"""What happens to a Hebbian term before the gate: presynaptic whitening and normalisation.
 
-A term is `H = X^T D`: X, `[rows, in]`, holds what comes in, with a column for the bias, and D,
-`[rows, units]`, what the units send.
+A term is `H = X^T D`. X, `[rows, in]`, holds what comes in, with a column for the bias. D,
+`[rows, units]`, holds what the units send.
 
 Whitening decorrelates the inputs over the batch, `H <- (X^T X / s + damping I)^-1 H` (eq. W1),
 where `s = trace(X^T X) / examples` makes it independent of the inputs' scale. It is the input half
@@ -9,13 +9,14 @@ of the Fisher information that K-FAC factorises, and local: a connection needs n
 inputs. By the push-through identity it equals `X^T (X X^T / s + damping I)^-1 D` (eq. W2), so the
 smaller of the two systems is solved. The rows may be whitened in groups g, each by its own second
 moments and `s_g = trace(X_g^T X_g) / examples_g`:
-`H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3). The systems of the rows are as
-large as a group then, so that the price of a large batch grows with its size, not with its cube.
+`H <- sum_g (X_g^T X_g / s_g + damping I)^-1 X_g^T D_g` (eq. W3). The systems of the rows are then
+only as large as a group, so the cost grows with the size of the batch, not with its cube.
 
-Normalisation keeps only the direction of a term, so that the gate alone is its size: `"frobenius"`
+Normalisation keeps only the direction of a term, so the gate alone sets the size of the change:
+`"frobenius"`
 gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings its singular
 values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly
-equal. Where the rows are whitened in groups, each group's term is (eq. N3):
+equal. Where the rows are whitened in groups, this is done to the term of each group (eq. N3):
 `H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a group, a
 device can do its own groups, and no group outweighs the others.
 
@@ -23,8 +24,9 @@ Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvatu
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,
 2024), after "Old Optimizer, New Norm: An Anthology" (Bernstein and Newhouse, 2024), for N2.
 
-Arrays are `[..., blocks, rows or in, units]`: a convolution with groups is several matrices. All is
-computed in the type of the synapses, float32 or float64, whatever the type of the products.
+Arrays are `[..., blocks, rows or in, units]`, since a convolution with groups is several matrices.
+Everything is computed in the type of the synapses, float32 or float64, whatever the type of the
+products.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _TINY = 1e-30  # stands for zero in a divisor
 
 
 def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array:
-    """Eq. W1: the term with its inputs decorrelated, by the system of the features.
+    """Eq. W1: the term with decorrelated inputs, by the system of the features.
 
     Args:
         gram: `X^T X`, `[..., in, in]`.
@@ -59,7 +61,8 @@ def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array
 
 
 def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Array) -> Array:
-    """Eq. W2: what takes the place of D, so that `X^T` times it is the whitened term.
+    """Eq. W2: an array in place of D, `[..., rows, units]`, such that `X^T` times it is the
+    whitened term.
 
     Args:
         inner: `X X^T`, `[..., rows, rows]`.
@@ -71,7 +74,7 @@ def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Arr
 
 
 def responses(inner: Array, senders: Array, whitened: Array, damping: Array, examples: Array) -> Array:
-    """`X X^T W` of whitened senders W without the product: by eq. W2 it is `s (D - damping W)`.
+    """`X X^T W` for whitened senders W, without the product: by eq. W2 it is `s (D - damping W)`.
 
     Args:
         inner: `X X^T`, `[..., rows, rows]`.
@@ -89,7 +92,7 @@ def _damped(gram: Array, damping: Array, examples: Array) -> Array:
 
 
 def _to_unit(gram: Array, examples: Array) -> Array:
-    """1 / s, and 1 of inputs that are all zero: they have no direction to favour."""
+    """1 / s; 1 if all inputs are zero, since they then have no direction to favour."""
     trace = _trace(gram)
     none = trace <= _TINY
     return ops.where(none, ops.ones_like(trace), examples / ops.where(none, ops.ones_like(trace), trace))
@@ -100,7 +103,7 @@ class Groups(NamedTuple):
 
     Attributes:
         rows: number of rows, an integer or a scalar array.
-        most: number of rows of a group; `None` for all. Rows of zeros fill up the last group.
+        most: number of rows of a group; `None` for all rows. Rows of zeros fill up the last group.
     """
 
     rows: Any
@@ -155,10 +158,10 @@ def frobenius(
     Args:
         parts: the rows of the term in parts, such as those of kernel and bias:
             `[..., rows, columns]`.
-        shape: number of blocks, and of the rows and columns of one, of which a term consists. The
-            norm is that of all blocks.
-        times: what the result is multiplied by, a number or `[..., 1, 1]`: one pass for both.
-        moderate: whether no square of an entry can overflow, as after eq. N2.
+        shape: the number of blocks of a term, and the rows and columns of a block. The norm is that
+            of all blocks together.
+        times: a factor of the result, a number or `[..., 1, 1]`, applied in the same pass.
+        moderate: whether the square of an entry cannot overflow, as after eq. N2.
     """
     blocks, rows, columns = shape
     norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
@@ -171,7 +174,7 @@ def frobenius(
 def orthogonal(term: Array, iterations: int) -> Array:
     """Eq. N2: a term at Frobenius norm 1 whose singular values went through the iterations.
 
-    Products only, so that it compiles everywhere and has a gradient. A term of zeros has no
+    It uses products only, so it compiles everywhere and has a gradient. A term of zeros has no
     direction: it stays zero, and so does its gradient.
 
     Args:
@@ -193,7 +196,7 @@ def orthogonal(term: Array, iterations: int) -> Array:
 
 
 def orthogonal_senders(senders: Array, responses: Array, iterations: int) -> Array:
-    """Eq. N2 by the system of the rows: what takes the place of D.
+    """Eq. N2 by the system of the rows: an array in place of D, `[..., rows, units]`.
 
     All iterates are `X^T M D` with M a polynomial in `P = D (X X^T D)^T`.
 
@@ -211,8 +214,8 @@ def orthogonal_senders(senders: Array, responses: Array, iterations: int) -> Arr
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
-    """M, of which `x M` is what the iterations make of x, from `x^T x`: all its iterates
-    commute."""
+    """The matrix M such that `x M` is the result of the iterations on x, from `x^T x`, with which
+    all iterates commute."""
     whole = factor = _factor(gram, first=True)
     for _ in range(iterations - 1):
         gram = ops.matmul(ops.matmul(factor, gram), factor)
@@ -222,7 +225,7 @@ def _polynomial(gram: Array, iterations: int) -> Array:
 
 
 def _factor(gram: Array, *, first: bool) -> Array:
-    """What an iteration multiplies x by, from `x^T x`."""
+    """The factor by which an iteration multiplies x, from `x^T x`."""
     a, b, c = _FIRST if first else _OTHERS
     factor = a * ops.eye(ops.shape(gram)[-1], dtype=gram.dtype) + b * gram
     return factor + c * ops.matmul(gram, gram) if c else factor
@@ -231,15 +234,15 @@ def _factor(gram: Array, *, first: bool) -> Array:
 def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int, *, whitened: bool) -> Any:
     """Whether N2 by the system of the rows costs less than that of the matrix.
 
-    Whitening before it costs both the same: where the rows of a group are at least as many as the
-    inputs, so that it has no use for their systems, the matrix is cheaper anyway.
+    The cost of whitening is the same for both. If a group has at least as many rows as there are
+    inputs, whitening does not use the system of the rows, but then the matrix is cheaper anyway.
 
     Args:
         rows: number of rows of a group, an integer or a scalar array.
-        inputs: size of X's rows, the bias counted.
+        inputs: size of a row of X, including the bias.
         units: of the target.
         iterations: number of Newton-Schulz iterations.
-        whitened: whether whitening forms the system of the rows anyway.
+        whitened: whether whitening forms the system of the rows in any case.
     """
     if not isinstance(rows, int):
         rows = ops.cast(rows, "float32")  # its third power is no 32-bit integer
@@ -261,7 +264,7 @@ def _trace(matrix: Array) -> Array:
 def _scaled(parts: Sequence[Array], axes: tuple[int, ...]) -> tuple[list[Array], Array]:
     """Parts over their largest entry, so that no square overflows, and that entry; zeros stay zero.
 
-    What is made of them does not depend on that entry, so no derivative goes through it.
+    The final result does not depend on that entry, so no derivative goes through it.
     """
     largest = None
     for part in parts:
