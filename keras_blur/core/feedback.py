@@ -1,9 +1,9 @@
-"""What the output layer receives between the two sweeps: labels as +1 and -1, or the derivative of
+"""What the output layer receives between the two passes: labels as +1 and -1, or the derivative of
 a loss.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3 (labels)
-and 3.2, eq. 1 to 4 (error). The derivatives of the Keras losses are written out, one line each:
-they are the only calculus that a network needs to descend a loss, and no tape is recorded for it.
+and 3.2, eq. 1 to 4 (error). The derivatives of the Keras losses are written out below. A network
+needs no other derivative to descend a loss, and no tape is recorded for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def resolve_loss(loss: Any) -> keras.losses.Loss:
 
     Args:
         loss: a `Loss`, its name, a function of labels and predictions, or the JSON text of a
-            serialized loss. A function of Keras, or a `functools.partial` of one, gives the class
+            serialized loss. A function of Keras, or a `functools.partial` of one, becomes the class
             that wraps it.
 
     Raises:
@@ -70,7 +70,7 @@ def _classes() -> tuple[tuple[Any, Any], ...]:
 
 
 def loss_text(loss: Any) -> str:
-    """A loss as JSON text, the same for equal losses."""
+    """A loss as JSON text; equal losses give the same text."""
     loss = resolve_loss(loss)
     document = keras.losses.serialize(loss)
     document["config"] = {**_arguments(loss), **document["config"]}  # Keras leaves the delta of a Huber loss out
@@ -87,7 +87,7 @@ def _without_identity(document: Any) -> Any:
 
 
 def _arguments(loss: keras.losses.Loss) -> dict[str, Any]:
-    """The config of a loss, with those of its arguments that its `get_config` forgets."""
+    """The config of a loss, including the arguments that its `get_config` leaves out."""
     known = inspect.signature(type(loss).__init__).parameters
     kept = {name: value for name, value in getattr(loss, "_fn_kwargs", {}).items() if name in known}
     return {**kept, **loss.get_config()}
@@ -110,8 +110,8 @@ def target_kind(loss: keras.losses.Loss) -> str:
 
 
 def encode(y: Array, units: int, kind: str) -> Array:
-    """Labels as the output layer receives them: `[batch, units]`, +1 for the true class and -1 for
-    others.
+    """Labels as the output layer receives them: `[batch, units]`, with +1 for the true class and -1
+    for others.
 
     Args:
         y: labels: `[batch]` or `[batch, 1]` integers for `"classes"`, else `[batch, units]`
@@ -207,18 +207,19 @@ def error(
     sample_weight: Array | None = None,
     total: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """The derivative of a Keras loss by the prediction, weights, masks and reduction included.
+    """The derivative of a Keras loss by the prediction, with weights, masks and reduction.
 
     It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a
-    reduction it is that of the sum, which Keras's `fit` descends then.
+    reduction, it is the derivative of the sum, which Keras's `fit` then descends.
 
     Args:
         loss: one of the losses of `differentiable()`, from `resolve_loss`.
         y: labels as that loss takes them.
-        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one; without weights,
-            leading axes stand for networks with a batch each.
+        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one. Without weights, it
+            may have leading axes: networks with a batch each.
         sample_weight: `[batch]` or `[batch, 1]`, or `None`.
-        total: gives the sum of a number over the devices that share the batch, if several do.
+        total: a function that returns the sum of a number over the devices that share the batch, or
+            `None`.
 
     Returns:
         An array like the prediction.
@@ -228,7 +229,8 @@ def error(
 
     Example:
 
-    >>> error(keras.losses.MeanSquaredError(), [[0.0, 1.0]], ops.array([[1.0, 1.0]])).numpy().tolist()
+    >>> slope = error(keras.losses.MeanSquaredError(), [[0.0, 1.0]], ops.array([[1.0, 1.0]]))
+    >>> ops.convert_to_numpy(slope).tolist()
     [[1.0, 0.0]]
     """
     function, options = _slope_of(loss)
@@ -280,7 +282,7 @@ def _integers(y: Array, prediction: Array, column: bool) -> Array:
 
 
 def _columns_of(y: Array, prediction: Array) -> Array:
-    """Labels with one column for each unit."""
+    """Labels, with one column for each unit."""
     y = ops.cast(y, prediction.dtype)
     if len(y.shape) == 1:
         y = y[:, None]

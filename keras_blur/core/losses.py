@@ -2,8 +2,7 @@
 reductions.
 
 Source: `keras.losses.Loss.__call__` and `keras.Model.compile` of Keras 3. A loss is taken apart
-here and nowhere else: the mean of the losses that `per_example` gives is the number that `fit`
-minimises.
+only here. The mean of the losses that `per_example` returns is the number that `fit` minimises.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
     """The loss of each example: its mean over the batch is the loss that Keras's `fit` minimises.
 
     Args:
-        loss: from `as_keras`. A `sum`, or no reduction, multiplies each loss by the number of
-            examples.
+        loss: from `as_keras`. If its reduction is `"sum"` or none, each loss is multiplied by the
+            number of examples.
         y: labels as the loss takes them.
         prediction: `[batch, ...]`, with Keras's mask if it has one.
 
@@ -72,7 +71,8 @@ def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
 
     Example:
 
-    >>> per_example(keras.losses.MeanSquaredError(), [0.0, 1.0], ops.array([[2.0], [1.0]])).numpy().tolist()
+    >>> each = per_example(keras.losses.MeanSquaredError(), [0.0, 1.0], ops.array([[2.0], [1.0]]))
+    >>> ops.convert_to_numpy(each).tolist()
     [4.0, 0.0]
     """
     mask = mask_of(prediction)
@@ -110,13 +110,13 @@ def mask_of(array: Array) -> Array | None:
 
 
 def same_rank(one: Array, other: Array) -> tuple[Array, Array]:
-    """Two arrays, the last axis of one squeezed or added, as Keras does where ranks differ by an
-    axis of size 1.
+    """Two arrays of the same rank: if the ranks differ by an axis of size 1, the last axis of one
+    is squeezed or added, as in Keras.
 
     Example:
 
-    >>> [array.shape[1:] for array in same_rank(ops.zeros(3), ops.zeros((3, 1)))]
-    [TensorShape([1]), TensorShape([1])]
+    >>> [tuple(array.shape) for array in same_rank(ops.zeros(3), ops.zeros((3, 1)))]
+    [(3, 1), (3, 1)]
     """
     ranks = len(one.shape), len(other.shape)
     if ranks[0] == ranks[1] + 1 and one.shape[-1] == 1:
@@ -127,14 +127,15 @@ def same_rank(one: Array, other: Array) -> tuple[Array, Array]:
 
 
 class ExampleLosses:
-    """From labels and predictions to the loss of each example, as `per_example`.
+    """A function from labels and predictions to the loss of each example, as `per_example`. It
+    records the predictions.
 
     Args:
         loss: from `as_keras`.
 
     Attributes:
         loss: the same.
-        predictions: the predictions that it was called with.
+        predictions: the predictions that it was called with, in order.
 
     Example:
 
@@ -152,12 +153,12 @@ class ExampleLosses:
         return per_example(self.loss, y, prediction)
 
     def smoothed(self, y: Array, prediction: Array, spread: Array) -> Array:
-        """The losses with label smoothing, as the `label_smoothing` of Keras's losses.
+        """The losses with label smoothing, like the `label_smoothing` of Keras's losses.
 
         Args:
             y: labels as the loss takes them: integers, or one column a class.
             prediction: `[batch, ..., classes]`, or `[batch, 1]` for two classes.
-            spread: share of a label that goes to all classes alike, a scalar.
+            spread: the part of a label that is spread evenly over all classes, a scalar.
         """
         columns = prediction.shape[-1] if len(prediction.shape) > 1 else 1
         if len(y.shape) == len(prediction.shape) and y.shape[-1] == columns > 1:

@@ -1,5 +1,5 @@
-"""The patches that a convolution or a pooling reads, by strided slices: no gather, static shapes,
-any number of axes."""
+"""The patches that a convolution or a pooling reads, by strided slices: without a gather, with
+static shapes, for any number of axes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape)
     """The patches that a convolution reads, `[..., *positions, taps, channels]`, of
     `[..., *spatial, channels]`.
 
-    Taps run in the order of the kernel's spatial axes, the last one fastest. Outside of x stand
-    zeros.
+    A tap is one position of the kernel. Taps run in the order of the kernel's spatial axes, the
+    last one fastest. Outside of x there are zeros.
 
     Example:
 
@@ -33,7 +33,7 @@ def taps(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, o
     """What each tap of a window reads, `[..., *positions, channels]`, of `[..., *spatial,
     channels]`.
 
-    Outside of x stands `outside`.
+    Outside of x, they read `outside`.
     """
     rank = len(size)
     lengths = x.shape[-1 - rank : -1]
@@ -69,7 +69,7 @@ def positions(length: int, size: int, stride: int, padding: str, rate: int) -> i
 
 
 def thinned(rows: Array, positions: int, most: int) -> Array:
-    """At most so many of the positions of each example, evenly spaced: of
+    """Keeps at most `most` positions of each example, evenly spaced, of rows
     `[..., batch * positions, features]`.
 
     Example:
@@ -87,8 +87,7 @@ def thinned(rows: Array, positions: int, most: int) -> Array:
 
 
 def coarser(counts: Shape, most: int) -> Shape:
-    """By what to multiply the strides, so that at most so many of the positions along the axes are
-    left.
+    """The factors of the strides that leave at most `most` positions of those along the axes.
 
     Example:
 

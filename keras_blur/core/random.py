@@ -1,10 +1,10 @@
 """Random numbers that depend only on a seed.
 
-The numbers do not depend on the backend, the device, the compiler, the number of replicas or
-earlier draws, and are equal to the bit. All follow from the integers of the Philox generator
-(`backend.bits`). Floats come of these by operations that every compiler rounds alike: one of
-integers to a float32, products that are exact in float32, so that fusing one with a sum changes
-nothing, and no sum of several floats, which compilers reorder.
+The numbers are equal to the bit, whatever the backend, the device, the compiler, the number of
+replicas and earlier draws. All of them follow from the integers of the Philox generator
+(`backend.bits`). Floats are made of these by operations that every compiler rounds alike: a
+conversion of integers to float32, and products that are exact in float32, so that fusing one with a
+sum changes nothing. There is no sum of several floats, since compilers reorder those.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
 def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float = 1.0) -> Array:
     """Uniform float32 numbers from `low` to `high`, from the upper 24 bits of each integer.
 
-    A range whose width is a power of two has exact products, and each number is rounded once. The
-    numbers of any other range are integers first, of 31 bits and a sign.
+    If the width of the range is a power of two, products are exact, and each number is rounded
+    once. For any other range, the numbers are first computed as integers, of 31 bits and a sign.
 
     Args:
         seed: a seed.
         shape: of the array.
-        low, high: bounds, Python numbers.
+        low, high: bounds, as Python numbers.
     """
     low, high = float(np.float32(low)), float(np.float32(high))
     upper = ops.bitwise_and(bits(seed, shape), _word(_UPPER))
@@ -94,9 +94,10 @@ def _word(number: int) -> Array:
 def normal(seed: Array, shape: tuple[int, ...], rows: Array | None = None) -> Array:
     """Standard normal float32 numbers.
 
-    Each is the sum of two quantiles of the normal distribution, which the halves of an integer
-    choose from a table of 2**16. The table's numbers are integers, so the sum is exact and rounded
-    once. It has the mean 0, the variance 1 and an excess kurtosis of -0.0004, and reaches to 6.1.
+    Each number is the sum of two quantiles of the normal distribution, which the two halves of an
+    integer choose from a table of 2**16. The table holds integers, so the sum is exact and is
+    rounded once. The numbers have mean 0, variance 1 and an excess kurtosis of -0.0004, and reach
+    to 6.1.
 
     Args:
         seed: a seed.
@@ -136,7 +137,8 @@ def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
 
 
 def order(keys: Array) -> Array:
-    """The order of uint32 numbers along the last axis, int32; equal ones stay as they are.
+    """The indices that sort uint32 numbers along the last axis, int32; equal numbers keep their
+    order.
 
     Example:
 

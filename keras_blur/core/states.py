@@ -1,10 +1,9 @@
-"""Arrays of states `[..., k, batch, *features]`: their parts by slices, and states that are kept in
-parts.
+"""Arrays of states `[..., k, batch, *features]`: slices of them, and states that are kept in parts.
 
-A slice and not a gather: XLA merges equal slices and looks through a concatenation at them, so that
-what two passes take of the same array is formed once. A backend without such a compiler joins what
-it is told to join. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: no array
-joins what the way back reads apart, and a derivative takes no memory until it is read.
+States are sliced, not gathered. XLA merges equal slices, and sees through a concatenation, so what
+two passes take of the same array is formed once. A backend without such a compiler forms each
+concatenation. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: what the
+backward pass reads separately is never joined, and a derivative takes no memory until it is read.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class Parts:
 
     Args:
         features: number of feature axes.
-        parts: arrays, the first one of a single state; and functions that give an array of a single
-            state when they are called.
+        parts: arrays, the first of which holds a single state; and functions that return an array
+            of a single state.
 
     Example:
 
@@ -90,7 +89,8 @@ def mapped(function: Callable[[Array], Array], states: Array | Parts, features: 
 
 
 def first_states(states: Array | Parts, count: int, features: int) -> Array:
-    """The first `count` states, with that many feature axes; all, if there are no more."""
+    """The first `count` states of arrays with `features` feature axes; all of them, if there are no
+    more."""
     return between(states, 0, count, features)
 
 

@@ -1,17 +1,17 @@
-"""Maps without synapses between layers of neurons: how states go forward through them, and back.
+"""Maps without synapses between layers of neurons: how states pass through them, forward and back.
 
-One definition serves all: state 1 goes through the map f, every other state through the Jacobian of
-f at state 1, and what comes back goes through the transposed Jacobian. Then the feedback path stays
-the transpose of what the forward pass did, and the genome that is backpropagation stays
-backpropagation through any map. For a linear f, the Jacobian is f itself, so every state goes
-through it.
+One definition serves all maps. State 1 goes through the map f, every other state through the
+Jacobian of f at state 1, and what comes back goes through the transposed Jacobian. So the feedback
+path is the transpose of the forward pass, and the genome that is backpropagation stays
+backpropagation through any map. The Jacobian of a linear f is f itself, so every state goes through
+f.
 
 Source: the chain rule; eq. 5 and 6 of "Meta-Learning Bidirectional Update Rules" (2021) need no
 more.
 
-The Jacobians come from automatic differentiation of that one map. Those of dropout and
-normalisation are written by hand: dropout draws one mask for all states, and normalisation adds up
-over the devices that share a batch.
+The Jacobians come from automatic differentiation of the map. Those of dropout, normalisation and
+max pooling are written by hand: dropout draws one mask for all states, normalisation adds up over
+the devices that share a batch, and max pooling needs a second derivative that is exact under XLA.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ class WeightlessMap(abc.ABC):
         self.target = tuple(target)
 
     def context(self, states: Sequence[Array], training: bool) -> Any:
-        """What is drawn once for all states and both passes, such as the mask of a dropout."""
+        """What is drawn once for all states and both passes, such as a dropout mask."""
         return None
 
     @abc.abstractmethod
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
-        """The states through the map. All inputs have the same number of states."""
+        """The states after the map, `[..., k, batch, *target]`. All inputs have the same number of
+        states."""
 
     @abc.abstractmethod
     def backward(
         self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
     ) -> tuple[Array, ...]:
-        """What comes back, `[..., k, batch, *target]`, through the transposed Jacobian at state 1
-        of `states`."""
+        """The cotangent, `[..., k, batch, *target]`, after the transposed Jacobian at state 1 of
+        `states`: one array for each input."""
 
 
 class Linear(WeightlessMap):
-    """A linear function of examples, which the states pass as if they were more examples.
+    """A linear function of examples. States pass through it as if they were more examples.
 
     Args:
         function: of arrays `[n, *features]`, to an array `[n, *target]`.
@@ -91,7 +92,7 @@ class Linear(WeightlessMap):
 
 
 class Jacobian(WeightlessMap):
-    """Any differentiable function of whole batches: the other states go through its Jacobian at
+    """Any differentiable function of whole batches. The other states go through its Jacobian at
     state 1.
 
     Args:
@@ -139,8 +140,8 @@ class Jacobian(WeightlessMap):
 
 
 class Softmax(Jacobian):
-    """A softmax over the last axis. A cross-entropy of probabilities looks through it, to the
-    logits."""
+    """A softmax over the last axis. For a cross-entropy of probabilities it is skipped: the loss is
+    taken of the logits."""
 
     def __init__(self, shape: Shape):
         super().__init__(ops.softmax, [shape], shape)
@@ -171,8 +172,8 @@ class Elementwise(Jacobian):
 
 
 class MaxPooling(Jacobian):
-    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest: the
-    first of equals.
+    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest; among
+    equals, the first.
 
     Written by hand: XLA rounds the second derivative of TensorFlow's max pooling to 16 bits.
 
@@ -183,7 +184,7 @@ class MaxPooling(Jacobian):
         size: of a window.
         strides: of the windows.
         padding: `"valid"` or `"same"`.
-        first: whether channels stand before the spatial axes.
+        first: whether channels come before the spatial axes.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class MaxPooling(Jacobian):
         return _split(self.function(_merged(one, rank)), one, rank, self.target)
 
     def _winners(self, one: Array, largest: Array) -> list[Array]:
-        """For each tap, whether it is the first to read the largest entry of a window."""
+        """For each tap, where it is the first to read the largest entry of a window."""
         found: list[Array] = []
         taken = None
         for read in self._taps(one, -math.inf):
@@ -257,15 +258,16 @@ class MaxPooling(Jacobian):
 class Dropout(WeightlessMap):
     """Dropout: one mask for all states and both passes.
 
-    The mask comes from the layer's own seed, but not from its random numbers, which are others in a
-    step that XLA compiles. Every replica draws the mask of the whole batch and takes its own rows.
+    The mask follows from the layer's own seed. It is not drawn by the layer, whose random numbers
+    differ in a step that XLA compiles. Every replica draws the mask of the whole batch and takes
+    its own rows.
 
     Args:
         shape: of the features.
         rate: share of the entries that are dropped.
-        noise_shape: sizes of the axes, batch included, on which what is dropped differs; `None` for
-            all of an axis, 1 where an axis is dropped as one.
-        draw: gives a seed, two integers, at each call.
+        noise_shape: shape of the mask before it is broadcast, batch included, as in Keras; `None`
+            for the full size of an axis, 1 for an axis that is dropped as a whole.
+        draw: a function that returns a new seed, two integers, at each call.
     """
 
     def __init__(self, shape: Shape, rate: float, noise_shape: Sequence[int | None], draw: Callable[[], Array]):
@@ -291,7 +293,7 @@ class Dropout(WeightlessMap):
 
 
 class Normalize(WeightlessMap):
-    """Centring and scaling by statistics of the values themselves: that of batch, layer and group
+    """Centring and scaling by statistics of the values themselves, as in batch, layer and group
     normalisation.
 
     With y = (x - mean) / deviation, the Jacobian takes v to (v - mean(v) - y mean(y v)) /
@@ -299,14 +301,16 @@ class Normalize(WeightlessMap):
 
     Args:
         shape: of the features.
-        axes: of `[batch, *features]` that the statistics run over; 0 is the batch.
+        axes: axes of `[batch, *features]` that the statistics run over; 0 is the batch.
         epsilon: added to the variance.
-        center: whether the mean is subtracted; without, the second moment stands for the variance.
-        groups: shape into which the features are brought for the statistics, and back.
-        given: gives mean and variance to use instead, as in prediction; `None` takes those of the
-            values.
-        active: whether training takes the statistics of the values; a frozen layer takes the given
-            ones.
+        center: whether the mean is subtracted; if not, the second moment takes the place of the
+            variance.
+        groups: shape to which the features are reshaped for the statistics; afterwards they are
+            reshaped back.
+        given: a function that returns mean and variance to use instead, as in prediction; `None`
+            always takes those of the values.
+        active: a function that returns whether training takes the statistics of the values; a
+            frozen layer takes the given ones.
     """
 
     def __init__(
@@ -389,8 +393,8 @@ class Normalize(WeightlessMap):
 
 
 def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function whose value has the type of its first argument, which a layer of another policy
-    may change."""
+    """A function whose value keeps the type of its first argument, even if a layer of another dtype
+    policy changes it."""
 
     def cast(*arrays: Array) -> Array:
         return ops.cast(function(*arrays), arrays[0].dtype)
@@ -399,7 +403,7 @@ def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def drop_mask(seed: Array, rate: float, rows: Any, shape: Shape, noise_shape: Sequence[int | None], dtype: Any) -> Array:
-    """What a dropout multiplies by, `[rows, *shape]`: 0, or the inverse of the share that stays.
+    """The factors of a dropout, `[rows, *shape]`: 0, or the inverse of the fraction that stays.
 
     Args:
         seed: two integers.
