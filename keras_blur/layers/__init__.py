@@ -1,4 +1,4 @@
-"""Layers whose synapses learn by a genome; each stands where the Keras layer of its name stood."""
+"""Layers whose synapses learn by a genome. Each takes the place of the Keras layer of its name."""
 
 from keras_blur.layers.attention import MultiHeadAttention
 from keras_blur.layers.convolution import (

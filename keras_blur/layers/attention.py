@@ -1,7 +1,8 @@
 """Multi-head attention: four dense connections around scaled dot products.
 
 Source: "Attention is all you need" (Vaswani et al., 2017). The dot products and their softmax have
-no synapses: states go through their Jacobian at state 1 of queries, keys and values together.
+no synapses. States go through their Jacobian at state 1, taken of queries, keys and values
+together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _DotProducts(Jacobian):
 
     Args:
         sources: shapes of the features of the three.
-        causal: whether a position attends only to those up to it.
+        causal: whether a position attends only to itself and earlier positions.
         rate: share of the attention that is dropped in training.
         draw: gives a seed at each call.
     """
@@ -87,14 +88,14 @@ class MultiHeadAttention(BlurLayer):
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
         kernel_constraint: as of `Dense`.
         bias_constraint: as of `Dense`.
-        seed: of dropout.
+        seed: random seed of the dropout.
         **kwargs: as of `Dense`.
 
     Call arguments:
         query: `(batch_size, length, size)`.
         value: `(batch_size, other length, size)`.
         key: as `value`; `None` takes `value`.
-        use_causal_mask: whether a position attends only to those up to it.
+        use_causal_mask: whether a position attends only to itself and earlier positions.
 
     Raises:
         ValueError: if an argument is not one of the above.

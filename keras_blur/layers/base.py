@@ -1,4 +1,4 @@
-"""What all layers with synapses share: channels of weights, the part in a network, and use in a
+"""What all layers with synapses share: channels of weights, their part in a network, and use in a
 plain Keras model."""
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NAMES = ("kernel", "bias", "backward_kernel")
 
 
 class Plan(Protocol):
-    """What a layer adds its operations to when a model reads its graph; values are numbers."""
+    """The plan to which a layer adds its operations when a model reads its graph. Values are known
+    by numbers."""
 
     def connect(self, layer: SynapticLayer, value: int, activation: equations.Activation | None) -> int:
         """Adds the layer's connection and gives the number of its neurons."""
@@ -43,18 +44,18 @@ class Plan(Protocol):
         ...
 
     def follow(self, layer: Any, weightless: WeightlessMap, value: int) -> None:
-        """Notes that a layer's moving statistics are those by which a map normalises a value."""
+        """Notes that a layer has moving statistics, by which a map normalises a value."""
         ...
 
 
 def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises a `ValueError` if a keyword argument is not known, since Keras's base class would take
-    some silently.
+    """Raises a `ValueError` if a keyword argument is unknown. Keras's base class would accept some
+    silently.
 
     Args:
-        kind: what the arguments are of, for the message.
+        kind: name of the class that takes the arguments, for the message.
         given: the arguments.
-        known: names of those that are taken.
+        known: names of the arguments that it takes.
     """
     for name, value in given.items():
         if name not in known:
@@ -65,8 +66,8 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
 
 
 def _outermost(layer: keras.Layer) -> keras.Layer:
-    """The layer whose call is under way, by which Keras resolves `training`; the layer itself
-    outside of any."""
+    """The outermost layer whose call is under way, by which Keras resolves `training`; the layer
+    itself outside of any call."""
     context = layer._get_call_context()  # begins one where there is none, which nothing would end
     if not hasattr(context, "training"):
         layer._maybe_reset_call_context()
@@ -101,7 +102,7 @@ def refuse_activity(regularizer: Any) -> None:
 
 
 def numbers_of(variable: Any) -> np.ndarray:
-    """A copy of a variable's numbers. Not by `ops.convert_to_numpy`, at which numpy 2 warns on
+    """A copy of a variable's numbers. It avoids `ops.convert_to_numpy`, at which numpy 2 warns on
     TensorFlow."""
     return np.asarray(ops.convert_to_tensor(variable)).copy()
 
@@ -115,7 +116,7 @@ class BlurLayer(keras.layers.Layer):
 
         Args:
             plan: the plan.
-            *values: numbers of the values that it is called on.
+            *values: numbers of the values that the layer is called on.
             **arguments: the other arguments of the call.
 
         Returns:
@@ -123,17 +124,18 @@ class BlurLayer(keras.layers.Layer):
         """
 
     def parts(self) -> list[SynapticLayer]:
-        """The layers with synapses of their own that it consists of: a method, since Keras saves
-        what properties hold."""
+        """The layers with synapses of which this layer consists. A method, since Keras would save
+        the value of a property."""
         return [layer for layer in self._flatten_layers() if isinstance(layer, SynapticLayer)]
 
 
 class SynapticLayer(BlurLayer):
-    """A layer of one connection. A subclass says which, and what its Keras twin takes.
+    """A layer of one connection. A subclass says which one, and takes the arguments of its Keras
+    twin.
 
-    Inside a model that learns by a genome it holds the synapses of the model's rule: a channel of
-    weights for each state, and a backward kernel where the rule has one. Elsewhere it is the Keras
-    layer on state 1.
+    Inside a model that learns by a genome, it holds the synapses of the model's rule: a channel of
+    weights for each state, and a backward kernel if the rule has one. Elsewhere it is the Keras
+    layer, on state 1.
     """
 
     _keywords = ("name", "dtype", "trainable")
@@ -188,10 +190,10 @@ class SynapticLayer(BlurLayer):
         return plan.map(activation_map(self.activation, shape), neurons)
 
     def join(self, rule: Rule, *, feeds_back: bool, default: str) -> None:
-        """Takes the part of a layer in a network: called by a model that reads its graph.
+        """Makes the layer a part of a network. A model calls this when it reads its graph.
 
-        A built layer gets the synapses of the rule; its first channel keeps the weights that it
-        has.
+        A built layer gets the synapses of the rule, and its first channel keeps the present
+        weights.
 
         Args:
             rule: the rule whose synapses to hold.
@@ -263,7 +265,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def statistics(self) -> tuple[keras.Variable, keras.Variable] | None:
-        """The running statistics of a rule that normalises sums over the batch, if it does."""
+        """The running statistics of a rule that normalises sums over the batch; else `None`."""
         mean, variance = (getattr(self, name, None) for name in self.statistics_names)
         return None if mean is None or variance is None or not self._normalizes else (mean, variance)
 
@@ -274,7 +276,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def synapses(self) -> Mapping[str, keras.Variable]:
-        """The weights by the names that `connection` knows them by."""
+        """The weights, by their names in `connection`."""
         known = (*NAMES, *(name + end for end in (TRACE, AVERAGE) for name in NAMES))
         return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
 
@@ -328,7 +330,7 @@ class SynapticLayer(BlurLayer):
         return equations.activate(activation, self.summed(inputs))
 
     def summed(self, inputs: Array) -> Array:
-        """What state 1 sums up, before the nonlinearity."""
+        """The summed input of state 1, before the nonlinearity."""
         source = tuple(inputs.shape[1:])
         connection = self.connection_for(source)
         values = {name: ops.cast(value, self.compute_dtype)[:1] for name, value in self.synapses.items()}
@@ -358,7 +360,7 @@ class SynapticLayer(BlurLayer):
         return {**super().get_config(), **config}
 
     def save_own_variables(self, store: Any) -> None:
-        """As in Keras, but by name: a layer that joins a network after it is built makes its
+        """As in Keras, but by name: a layer that joins a network after it was built makes its
         variables in another order."""
         for variable in self._trainable_variables + self._non_trainable_variables:
             store[variable.name] = variable
@@ -394,7 +396,7 @@ class SynapticLayer(BlurLayer):
 class _Channels(initializers.Initializer):
     """Draws each channel of a kernel on its own, as if it were the kernel of a Keras layer.
 
-    A Keras initializer gives the same values at each call; so each channel has a copy of it with
+    A Keras initializer returns the same values at each call, so each channel has a copy with
     another seed.
     """
 
@@ -437,7 +439,7 @@ def checked_activation(activation: Any) -> Any:
     """An activation as layers keep it: a name of `ACTIVATIONS`, a function, or `None`.
 
     Raises:
-        ValueError: if it is none that Keras knows.
+        ValueError: if Keras does not know it.
     """
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return activation
@@ -461,7 +463,7 @@ def serialized_activation(activation: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def is_elementwise(activation: Callable[[Any], Any]) -> bool:
-    """Whether a function of arrays gives for each entry what it gives for that entry alone."""
+    """Whether a function of arrays maps each entry as if it were alone."""
     whole = np.stack([_SAMPLES, _SAMPLES[::-1]])
     try:
         together = np.asarray(activation(ops.array(whole)))

@@ -129,7 +129,7 @@ class _Conv(_Convolution):
 
 _CONV = """A convolutional layer that learns by a genome: put it where `keras.layers.{name}` was.
 
-    Positions are rows of the batch, so the rule means for a kernel what it means for a dense layer.
+    Positions are rows of the batch, so the rule treats a kernel as it treats that of a dense layer.
 
     Args:
         filters: number of units at each position.
@@ -387,7 +387,8 @@ class SeparableConv2D(BlurLayer):
     """A separable convolution that learns by a genome: put it where `keras.layers.SeparableConv2D`
     was.
 
-    It is a `DepthwiseConv2D` without bias and nonlinearity, and a 1x1 `Conv2D`; both have neurons.
+    It consists of a `DepthwiseConv2D` without bias and nonlinearity, and of a 1x1 `Conv2D`. Both
+    have neurons.
 
     Args:
         filters: number of units at each position.

@@ -23,28 +23,29 @@ Array = Any
 class Dense(SynapticLayer):
     """A densely connected layer that learns by a genome: put it where `keras.layers.Dense` was.
 
-    Inside a model that learns by a genome it holds the synapses of the model's rule: k channels,
-    and a kernel for the feedback path. Inside an ordinary Keras model it is a Dense layer on state
-    1, trained by that model's optimizer; there a layer that a genome trains already is refused when
-    training begins.
+    Inside a model that learns by a genome, it holds the synapses of the model's rule: k channels,
+    and a kernel for the feedback path if the rule has one. Inside an ordinary Keras model, it is a
+    Dense layer on state 1, which that model's optimizer trains. If a genome trains the layer
+    already, TensorFlow refuses to train such a model. JAX cannot see it.
 
     Args:
         units: positive integer, number of neurons.
-        activation: nonlinearity of the layer: a name (`"relu_tanh"` is one of the rule's own) or
-            any Keras activation. `None` takes the rule's, or none where a normalisation, activation
+        activation: nonlinearity of the layer: a Keras activation or its name, or `"relu_tanh"`.
+            `None` takes the nonlinearity of the rule; there is none if a normalisation, activation
             or merging layer follows, and none in a plain Keras model.
-        use_bias: whether a constant 1 stands beside the inputs.
+        use_bias: whether the layer has a bias: a constant 1 beside the inputs.
         kernel_initializer: Keras initializer of each channel of the kernel.
         bias_initializer: Keras initializer of each channel of the bias.
-        kernel_regularizer: Keras regularizer of the kernel; its gradient joins the Hebbian term.
+        kernel_regularizer: Keras regularizer of the kernel; its gradient is added to the Hebbian
+            term.
         bias_regularizer: Keras regularizer of the bias.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
         kernel_constraint: Keras constraint of the kernel, applied after each update.
         bias_constraint: Keras constraint of the bias.
         backward_initializer: initializer of each channel of the backward kernel; `None` takes
             `kernel_initializer`.
-        **kwargs: `name`, `dtype`, `trainable` as for every Keras layer. `trainable=False` keeps the
-            synapses as they are.
+        **kwargs: `name`, `dtype` and `trainable`, as for every Keras layer. `trainable=False` keeps
+            the synapses as they are.
 
     Input shape:
         `(batch_size, ..., input_dim)`.
@@ -111,15 +112,14 @@ class Dense(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class EinsumDense(SynapticLayer):
-    """A dense layer of an einsum that learns by a genome: put it where `keras.layers.EinsumDense`
-    was.
+    """An einsum dense layer that learns by a genome: put it where `keras.layers.EinsumDense` was.
 
     Args:
         equation: the einsum, as in Keras. Input and output begin with the letter of the batch.
         output_shape: shape of the output without the batch; `None` for an axis of the input.
         activation: as of `Dense`.
-        bias_axes: letters of the output that have a bias of their own: `None`, or all that the
-            kernel has.
+        bias_axes: letters of the output axes that have a bias: `None` for no bias, or all those
+            that the kernel has.
         kernel_initializer: as of `Dense`.
         bias_initializer: as of `Dense`.
         kernel_regularizer: as of `Dense`.

@@ -20,7 +20,7 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Embedding(SynapticLayer):
-    """Vectors for integers that learn by a genome: put it where `keras.layers.Embedding` was.
+    """Vectors for integers, which learn by a genome: put it where `keras.layers.Embedding` was.
 
     Args:
         input_dim: number of vectors.
@@ -28,7 +28,7 @@ class Embedding(SynapticLayer):
         embeddings_initializer: Keras initializer of each channel of the vectors.
         embeddings_regularizer: as `kernel_regularizer` of `Dense`.
         embeddings_constraint: as `kernel_constraint` of `Dense`.
-        mask_zero: must be `False`, since no mask passes through a genome's network.
+        mask_zero: must be `False`, since no mask passes through a network that learns by a genome.
         **kwargs: as of `Dense`.
 
     Input shape:

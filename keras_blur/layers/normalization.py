@@ -2,7 +2,7 @@
 
 Source: "Batch normalization" (Ioffe and Szegedy, 2015), "Layer normalization" (Ba et al., 2016),
 "Group normalization" (Wu and He, 2018), "Root mean square layer normalization" (Zhang and Sennrich,
-2019). The map's Jacobian, statistics included, takes feedback through them:
+2019). Feedback passes through the Jacobian of the map, which includes the statistics:
 `keras_blur.core.weightless.Normalize`.
 """
 
@@ -110,12 +110,13 @@ class BatchNormalization(_Normalization):
     """Batch normalisation that learns by a genome: put it where `keras.layers.BatchNormalization`
     was.
 
-    The moving statistics are those of Keras, but without the bias of their start: after t batches
-    they are the weighted mean of t, so that `evaluate` is right after a few steps as well.
+    The moving statistics are those of Keras, but without the bias of their initial values: after t
+    batches they are the weighted mean of these t batches. So `evaluate` is right after a few steps,
+    too.
 
     Args:
         axis: integer, the axis of the features.
-        momentum: share of the old value in the moving statistics.
+        momentum: weight of the old value in the moving statistics.
         epsilon: added to the variance.
         center: whether there is an offset.
         scale: whether there is a scale.
@@ -207,13 +208,14 @@ class BatchNormalization(_Normalization):
         return super().trace(plan, *values, **arguments)
 
     def follow(self, mean: Array, variance: Array, share: Array | None = None) -> None:
-        """Moves the statistics towards those of a batch, `[..., features, ...]` with axes of size
-        1.
+        """Moves the statistics towards those of a batch, which have the features' shape with axes
+        of size 1.
 
         Args:
             mean: of the batch.
             variance: of the batch.
-            share: of the new values in the average; `None` takes that of `momentum`.
+            share: weight of the new values in the average; `None` takes the one that follows from
+                `momentum`.
         """
         count = ops.cast(self.updates + 1, self.variable_dtype)
         momentum = ops.convert_to_tensor(self.momentum, dtype=self.variable_dtype)
@@ -226,8 +228,8 @@ class BatchNormalization(_Normalization):
         self.updates.assign(ops.minimum(self.updates + 1, _ESTABLISHED))
 
     def settle(self) -> None:
-        """Counts the moving statistics as those of a trained network, which later batches change by
-        their share only."""
+        """Treats the moving statistics as those of a trained network, which later batches change
+        only by their weight."""
         self.updates.assign(_ESTABLISHED)
 
     def call(self, inputs: Array, training: bool | None = None, mask: None = None) -> Array:
