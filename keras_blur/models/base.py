@@ -1,10 +1,10 @@
-"""The Keras face of a network: what models that learn by a genome under `fit` share.
+"""Networks as Keras models: what models that learn by a genome under `fit` share.
 
 Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
-The model keeps the synapses as Keras variables and calls the one network step of
-`keras_blur.core.network`; no gradient of the network is taken anywhere. The genome is a constant of
-the compiled step: it does not change while a network learns, and a constant lets the plan drop what
-its zeros make vanish.
+The model keeps the synapses as Keras variables and calls the network step of
+`keras_blur.core.network`. No gradient of the network is taken anywhere. The genome is a constant of
+the compiled step: it does not change while a network learns, and its zeros let the plan leave out
+whatever they cancel.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from keras_blur.models.saving import WholeFiles
 Array = Any
 _TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
 
-# Callbacks that read or set what only an optimizer has.
+# Callbacks that read or set something that only an optimizer has.
 _OPTIMIZER_CALLBACKS = (
     keras.callbacks.LearningRateScheduler,
     keras.callbacks.ReduceLROnPlateau,
     keras.callbacks.SwapEMAWeights,
 )
-# Running statistics average over about `1 + step / _FORGETTING` batches, until the rule's momentum
-# caps that: synapses change most in the first steps, and older statistics are those of another
-# network.
+# Running statistics average over about `1 + step / _FORGETTING` batches, up to the limit that the
+# rule's momentum sets. Synapses change most in the first steps, so older statistics belong to
+# another network.
 _FORGETTING = 20.0
 
 
 class BlurModel(WholeFiles, CheckedModel):
     """What `Model` and `Sequential` share: learning by a genome over a plan.
 
-    A subclass gives `_network`, a Functional model, once it is built.
+    A subclass sets `_network`, a Functional model, when it is built.
     """
 
     built: bool  # Keras sets it
@@ -128,7 +128,7 @@ class BlurModel(WholeFiles, CheckedModel):
         self.built = True
 
     def _groups(self, layers: Sequence[SynapticLayer]) -> list[int]:
-        """Which layer of the genome each layer of synapses learns by (`Rule.layers`)."""
+        """The layer of the genome by which each layer with synapses learns (`Rule.layers`)."""
         rule = self.rule
         if rule.layers is None:
             return [0] * len(layers)
@@ -174,7 +174,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @property
     def _graph(self) -> Graph:
-        """The plan, with the layers that are not frozen learning."""
+        """The plan, in which the layers that are not frozen learn."""
         flags = tuple(self._learns(layer) for layer in self._synaptic())
         if flags not in self._graphs:
             self._graphs[flags] = self.reading.learning(flags)
@@ -187,7 +187,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return self.reading.layers
 
     def _normalizing(self) -> list[SynapticLayer]:
-        """The layers with running statistics of the rule: all layers of synapses, or none."""
+        """The layers with running statistics of the rule: all layers with synapses, or none."""
         return [layer for layer in self._synaptic() if layer.statistics is not None]
 
     @property
@@ -202,7 +202,7 @@ class BlurModel(WholeFiles, CheckedModel):
         )
 
     def _inputs(self, x: Any) -> list[Array]:
-        """Inputs of any structure as the network's, in its order."""
+        """Inputs of any structure, in the order of the network's inputs."""
         if len(self._network.inputs) == 1 and not isinstance(x, (Mapping, list, tuple)):
             return [x]
         return list(self._network._standardize_inputs(x))
@@ -220,14 +220,15 @@ class BlurModel(WholeFiles, CheckedModel):
         return [ops.cast(value, "int32" if place in numbers else self.variable_dtype) for place, value in enumerate(arrays)]
 
     def _kept(self) -> tuple[Array, ...]:
-        """States before a step; the input's are overwritten and stand empty."""
+        """States before a step. Those of the inputs are overwritten, so they are left empty."""
         if not self._neurons:
             return ()
         inputs = [None] * len(self.reading.graph.features)
         return (*inputs, *(ops.convert_to_tensor(variable) for variable in self._neurons))
 
     def _statistics(self, training: bool) -> list[Any]:
-        """With which to normalise the sums of each connection."""
+        """The statistics that normalise the sums of each connection; `None` takes those of the
+        batch."""
         layers = self._synaptic()
         found = []
         for one in self.reading.graph.connects:
@@ -240,7 +241,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
         Raises:
             ValueError: if another Keras model calls this one under a gradient tape, to train it by
-                an optimizer.
+                an optimizer. On JAX this cannot be seen.
         """
         refuse_outer_training(self)
         graph = self._graph
@@ -256,7 +257,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return self._predicted(network.output(self._genome, graph, sweep.values))
 
     def _read(self, graph: Graph, synapses: Any, step: Array, training: bool) -> tuple[Any, ...]:
-        """The synapses as a forward pass reads them: slow ones, if the rule has them, unless in
+        """The synapses that a forward pass reads: the slow ones, if the rule has them, except in
         training."""
         if training:
             return network.stored(self._genome, graph, synapses)
@@ -264,7 +265,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return network.predicting(self._genome, graph, state)
 
     def _predicted(self, outputs: Any) -> Any:
-        """Outputs through their heads, in the structure of the network's outputs."""
+        """The outputs after their heads, in the structure of the network's outputs."""
         found = [response.through(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
         return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
 
@@ -298,19 +299,19 @@ class BlurModel(WholeFiles, CheckedModel):
         *,
         targets: str = "auto",
     ) -> None:
-        """Configures learning and starts it afresh: the learning step and the traces of momentum
+        """Configures learning, and starts it afresh: the learning step and the traces of momentum
         become 0.
 
         There is no optimizer: the genome takes its place.
 
         Args:
-            optimizer: must be `None`; stands where Keras has it.
+            optimizer: must be `None`. It is here because Keras has it here.
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
-                its name, or a function of labels and predictions; of several outputs a list of
-                them, or a dict by the outputs' names. Labels are written as it takes them. `None`
-                takes the rule's.
-            loss_weights: weight of the loss of each output, in a list or a dict; `None` for one
-                output.
+                its name, or a function of labels and predictions. For several outputs: a list of
+                losses, or a dict by the names of the outputs. Labels must be written as the loss
+                takes them. `None` takes the loss of the rule.
+            loss_weights: weight of the loss of each output, in a list or a dict; `None` if there is
+                one output, or for equal weights.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
@@ -318,16 +319,16 @@ class BlurModel(WholeFiles, CheckedModel):
             jit_compile: as in Keras, whose `"auto"` is `False` on TensorFlow without an
                 accelerator. There XLA's factorisation is slow, so leave it to a rule with
                 `whitening`.
-            auto_scale_loss: as in Keras, where it concerns the optimizer: without one it has no
-                effect. Layers with float16 products scale each factor to the range of float16.
+            auto_scale_loss: as in Keras, where it concerns the optimizer; so here it has no effect.
+                Layers with float16 products scale each factor to the range of float16.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers),
-                `"indicators"` (0 and 1), `"signs"` (-1 and +1), `"values"` (numbers fed as they
-                are); `"auto"` takes what goes with the loss: integers with a sparse one, 0 and 1
-                with a cross-entropy, either with a hinge loss, values with others.
+                `"indicators"` (0 and 1), `"signs"` (-1 and +1), `"values"` (numbers that are fed as
+                they are). `"auto"` follows the loss: integers for a sparse loss, 0 and 1 for a
+                cross-entropy, 0 and 1 or -1 and +1 for a hinge loss, values for others.
 
         Raises:
-            ValueError: if an optimizer is given, no loss is known, the losses don't fit the
-                outputs, or a derivative is needed and `feedback.check_loss` refuses it.
+            ValueError: if an optimizer is given, there is no loss, the losses do not fit the
+                outputs, or the rule needs the derivative of a loss and does not know it.
         """
         if optimizer is not None:
             raise ValueError(
@@ -421,7 +422,7 @@ class BlurModel(WholeFiles, CheckedModel):
         """Builds a model that is not built yet for a batch."""
 
     def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
-        """What the outputs receive, as a function of what they are."""
+        """What the outputs receive as feedback, as a function of the outputs."""
         names = self._network.output_names
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
         parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
@@ -438,7 +439,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return respond
 
     def train_step(self, *data: Any) -> Any:
-        """One learning step on a batch; metrics are of the prediction before it, as in Keras."""
+        """One learning step on a batch. Metrics use the prediction before the step, as in Keras."""
         if len(data) == 2:  # JAX: the state of all variables, and the batch
             return _stateless(self, *data)
         return self._learn(data[0])
@@ -508,7 +509,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return backend.reducible(super().test_step(*data))
 
     def _get_jax_state(self, **kinds: bool) -> Any:
-        """Keras's asks the optimizer for its variables, and there is none."""
+        """As in Keras, whose own method asks the optimizer for variables; there is none here."""
         found: list[list[Any]] = []
         if kinds.get("trainable_variables"):
             found.append([variable.value for variable in self.trainable_variables])
@@ -521,14 +522,14 @@ class BlurModel(WholeFiles, CheckedModel):
         return tuple(found)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Keras's, which metrics are made in, looks at a batch; of a batch over several workers it
-        cannot."""
+        """As in Keras, whose own method creates the metrics and looks at a batch; it cannot do so
+        if the batch is spread over several workers."""
         with backend.symbolic_build(self, iterator, data_batch) as (iterator, data_batch):
             super()._maybe_symbolic_build(iterator, data_batch)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Keras's, which on JAX would make the variables while it traces: they are made before, for
-        the first batch."""
+        """As in Keras, whose own method would create the variables while JAX traces. They are
+        created before, for the first batch."""
         if not self.built:
             if data_batch is None:
                 _, _, batches = next(iter(iterator))
@@ -545,8 +546,8 @@ class BlurModel(WholeFiles, CheckedModel):
     def _follow_layers(self, sweep: network.Sweep, shared: SharedBatch | None) -> None:
         """Moves the moving statistics of normalisation layers towards those of this batch.
 
-        Beside slow synapses they are averages of the same kind, so that they fit the network that
-        predicts.
+        If the rule has slow synapses, the statistics are averages of the same kind, so they fit the
+        network that predicts.
         """
         slow = self.rule.slow_synapses
         share = averaging_share(self._genome.layer(0), self.learning_step) if slow else None
@@ -555,11 +556,10 @@ class BlurModel(WholeFiles, CheckedModel):
                 layer.follow(*normalize.moments((sweep.values[value],), shared), share)
 
     def _follow(self, state: network.NetworkState, prepared: Any, shared: SharedBatch | None) -> None:
-        """Moves the running statistics of `predict` towards those that the new synapses give on
-        this batch.
+        """Moves the running statistics of `predict` towards those of this batch under the new
+        synapses.
 
-        The first batch replaces them, so that they have no bias. No input is dropped, as in
-        prediction.
+        The first batch replaces them, so they have no bias. Dropout is off, as in prediction.
         """
         graph = self._graph
         synapses = self._read(graph, state.synapses, state.step, False)
@@ -596,14 +596,15 @@ class BlurModel(WholeFiles, CheckedModel):
         validation_batch_size: int | None = None,
         validation_freq: Any = 1,
     ) -> keras.callbacks.History:
-        """As in Keras, with the data checked: shapes, dtypes, labels, weights, and numbers that
-        aren't finite.
+        """As in Keras, but checks the data: shapes, dtypes, labels, weights, and whether numbers
+        are finite.
 
-        Arrays and the element specs of datasets are checked before the first step, the batches of a
-        `tf.data.Dataset`, a `PyDataset` or a generator as they arrive; so are `validation_data`.
+        Arrays and the element specs of datasets are checked before the first step. The batches of a
+        `tf.data.Dataset`, a `PyDataset` or a generator are checked as they arrive.
+        `validation_data` are checked in the same way.
 
         Raises:
-            ValueError: if data don't fit the model or the loss.
+            ValueError: if the model is not compiled, or data do not fit the model or the loss.
         """
         if not self.compiled:
             raise ValueError("The model must be compiled first: call `compile(loss=...)`.")
@@ -628,7 +629,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @staticmethod
     def _check_callbacks(callbacks: Any) -> None:
-        """Raises a `ValueError` if one of the callbacks reads or sets what only an optimizer
+        """Raises a `ValueError` if a callback reads or sets something that only an optimizer
         has."""
         for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
             counts = isinstance(callback, keras.callbacks.TensorBoard) and callback.write_steps_per_second
@@ -670,7 +671,7 @@ class BlurModel(WholeFiles, CheckedModel):
     def _first_shape(self) -> tuple[Any, ...] | None:
         return None if self._network is None else tuple(self._network.inputs[0].shape)
 
-    # What a person sees and what is saved.
+    # Summaries, and what is saved.
 
     def summary(
         self,
@@ -702,10 +703,11 @@ class BlurModel(WholeFiles, CheckedModel):
         super().export(filepath, *args, **kwargs)
 
     def to_keras(self) -> keras.Model:
-        """This network as a plain Keras model, with the first channel of its synapses.
+        """This network as a plain Keras model with the same predictions.
 
         Raises:
-            ValueError: if the genome's prediction needs more than state 1 or the plain weights.
+            ValueError: if the model is not built, or its predictions need more than state 1 or the
+                plain weights.
 
         Example:
 
@@ -720,7 +722,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @classmethod
     def _from_base_config(cls, config: Mapping[str, Any], *structure: Any) -> Any:
-        """The model of a structure and of what `_base_config` gave."""
+        """The model of a structure and of what `_base_config` returned."""
         config = dict(config)
         trainable = config.pop("trainable", True)
         genome = keras.saving.deserialize_keras_object(config.pop("genome"))
@@ -753,7 +755,7 @@ def _flat(outputs: Any) -> tuple[Any, ...]:
 
 
 def _stateless(model: BlurModel, state: Any, data: Any) -> Any:
-    """A step of JAX's trainer: the variables' values as arguments and results."""
+    """A step of JAX's trainer, with the values of the variables as arguments and results."""
     trainable, others, optimizer, metrics = state
     variables = [*model.trainable_variables, *model.non_trainable_variables, *model.metrics_variables]
     mapping = list(zip(variables, [*trainable, *others, *metrics], strict=True))

@@ -1,5 +1,4 @@
-"""Conversion of Keras networks to networks that learn by a genome, and of these to Keras
-networks."""
+"""Conversion of Keras networks to networks that learn by a genome, and back."""
 
 from __future__ import annotations
 
@@ -54,23 +53,23 @@ _USUAL = (("renorm_momentum", 0.99), ("attention_axes", (1,)), ("attention_axes"
 
 
 def convert(model: keras.Model, genome: Genome) -> BlurModel:
-    """A Keras model as one that learns by a genome.
+    """Makes a model that learns by a genome from a Keras model, with its weights.
 
     Args:
-        model: a built Functional or Sequential model. Its layers with weights have a twin in
-            `keras_blur.layers`; all others are taken as they are. Nested models are unfolded by the
-            plan; a layer used twice stays one layer.
+        model: a built Functional or Sequential model. Each layer with weights must have a twin in
+            `keras_blur.layers`; all other layers are taken as they are. Nested models are unfolded.
+            A layer used twice stays one layer.
         genome: the genome of the new model.
 
     Returns:
-        A `Sequential` for a `keras.Sequential`, else a `Model`, with the same weights in each
-        forward channel, the same names and moving statistics; backward synapses that the rule
-        updates with the same terms as the forward ones (`directions="tied_updates"`) start equal to
-        them, independent ones at random.
+        A `Sequential` for a `keras.Sequential`, else a `Model`. It has the same weights in each
+        forward channel, the same names and the same moving statistics. Backward synapses that the
+        rule updates with the same terms as the forward ones (`directions="tied_updates"`) start
+        equal to these. Other backward synapses start at random.
 
     Raises:
-        ValueError: if the model is not built, holds another layer with weights, or an option
-            without a place in the twin: LoRA, quantization, an activity regularizer.
+        ValueError: if the model is not built, has a layer with weights but without a twin, or uses
+            an option that the twin lacks: LoRA, quantization, an activity regularizer.
 
     Example:
 
@@ -130,7 +129,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _unfolded(model: keras.Model) -> Iterator[Any]:
-    """The layers of a chain, those of nested chains in their place."""
+    """The layers of a chain, with nested chains unfolded in their places."""
     for layer in model.layers:
         if type(layer) is keras.Sequential:
             yield from _unfolded(layer)
@@ -139,7 +138,8 @@ def _unfolded(model: keras.Model) -> Iterator[Any]:
 
 
 def _merged(chain: list[Any]) -> list[Any]:
-    """A chain in which an elementwise activation right after a linear layer is that layer's own."""
+    """The chain, with each elementwise activation right after a linear layer made that layer's
+    own."""
     found: list[Any] = []
     for layer in chain:
         before = found[-1] if found else None
@@ -157,7 +157,7 @@ def _merged(chain: list[Any]) -> list[Any]:
 
 
 def _all_layers(model: keras.Model) -> Iterator[Any]:
-    """The layers of a model, those of nested models too."""
+    """The layers of a model and of the models in it."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from _all_layers(layer)
@@ -214,8 +214,7 @@ def _twin(layer: Any) -> Any:
 
 
 def _copied(layer: Any) -> Any:
-    """Another layer without weights like one; a config knows a function by its name, or not at
-    all."""
+    """A copy of a layer without weights. A config knows a function by its name, or not at all."""
     if isinstance(layer, keras.layers.Lambda):
         return layer
     copy = type(layer).from_config(layer.get_config())
@@ -244,8 +243,8 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
         for name, variable in part.synapses.items():
             if name.endswith((TRACE, AVERAGE)) or (name == "backward_kernel" and not equal):
                 continue
-            # By way of numpy: models that shared arrays would lose them when JAX's trainer donates
-            # one's.
+            # Copied through numpy: if two models shared arrays, JAX's trainer would donate those of
+            # one, and the other would lose them.
             value = numbers_of(bias if name == "bias" else kernel)
             value = value.reshape(variable.shape[2:]) if name == "bias" else value
             variable.assign(np.broadcast_to(value, variable.shape))
@@ -258,18 +257,19 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
 
 
 def to_keras(model: BlurModel) -> keras.Model:
-    """A model that learned by a genome as a plain Keras model, with the first channel of its
-    synapses.
+    """Makes a plain Keras model from a model that learned by a genome, with the first channel of
+    its synapses.
 
     Args:
         model: a built model whose genome predicts from state 1 alone, as backpropagation does.
 
     Returns:
-        A `keras.Model` (a `keras.Sequential` of a `Sequential`) with the same names and
+        A `keras.Sequential` for a `Sequential`, else a `keras.Model`, with the same names and
         predictions.
 
     Raises:
-        ValueError: if the prediction needs more than state 1 or the plain weights.
+        ValueError: if the model is not built, or its predictions need more than state 1 or the
+            plain weights.
     """
     if not model.built:
         raise ValueError("The model must be built: start `layers` with a keras.Input, or call `fit`.")
@@ -333,7 +333,7 @@ def _keras_twin(layer: Any) -> Any:
 
 
 def _copy_back(layer: BlurLayer, plain: Any, slow: bool) -> None:
-    """Copies what a layer predicts with into its Keras twin."""
+    """Copies the weights with which a layer predicts into its Keras twin."""
     for part, kernel, bias in _pairs(plain, layer):
         for name, value in (("kernel", kernel), ("bias", bias)):
             own = part.synapses.get(name + AVERAGE if slow else name)

@@ -16,16 +16,17 @@ class Model(BlurModel):
 
     Args:
         inputs: Keras inputs: one, a list or a dict.
-        outputs: what layers made of them. Layers with weights are `keras_blur.layers`; all others
-            are Keras's. Layers before the first one with synapses prepare the input and may be any
-            without weights that train; between and after, states also go back through them, so they
-            must have no weights and draw no random numbers (dropout may).
+        outputs: the results of layers on these inputs. Layers with weights are `keras_blur.layers`;
+            all others are Keras's. Those before the first layer with synapses prepare the input,
+            and may be any layers without trainable weights. States also go back through those that
+            follow, so they must have no weights and draw no random numbers (dropout may).
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Raises:
-        ValueError: if there is no genome, if it is a population, or a layer cannot learn by one.
+        ValueError: if there is no genome, if it is a population, or if a layer cannot learn by a
+            genome.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Networks of the command line and of comparisons, as plain Keras models, and their twins with
+"""The networks of the command line and of comparisons, as plain Keras models, with and without
 batch normalisation."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def mlp_layers(classes: int, hidden: Sequence[int], activation: Any = "relu", ki
 def lenet_layers(shape: Sequence[int], classes: int, activation: Any = "relu", kind: Any = kl) -> list[Any]:
     """LeNet: two convolutions with average pooling, and three dense layers.
 
-    Images narrower than 14 pixels are padded at the second convolution too.
+    For images smaller than 14 pixels, the second convolution also pads.
 
     Args:
         shape: `[height, width, channels]` of an image.
@@ -147,7 +147,7 @@ def normalized(model: keras.Model) -> keras.Model | None:
         model: a built Sequential or Functional model.
 
     Returns:
-        A new model with the weights of `model`; `None` if that has normalisation layers already.
+        A new model with the weights of `model`; `None` if `model` already has normalisation layers.
     """
     if any(type(layer).__name__ in _NORMALIZING for layer in model._flatten_layers(include_self=False)):
         return None

@@ -1,12 +1,12 @@
-"""Keras's Functional graph read as a plan of the core: once, when a model is made.
+"""Reads Keras's Functional graph as a plan of the core, once, when a model is made.
 
-Three parts come out. What stands before the first layer with synapses prepares the input: Keras
-runs it as it is. What stands between the first such layer and the outputs is the
-`core.graph.Graph`. A chain of maps after the last layer of neurons is a head: it turns the
-network's output into the prediction, and a loss's derivative goes back through it.
+The result has three parts. The operations before the first layer with synapses prepare the input;
+Keras runs them as they are. Those from this layer to the outputs are the `core.graph.Graph`. A
+chain of maps after the last layer of neurons is a head: it turns the network's output into the
+prediction, and the derivative of a loss goes back through it.
 
-Layers are known by themselves, not by name or place: a layer called twice is one set of synapses,
-and nested models are unfolded.
+Layers are identified as objects, not by name or place: a layer that is called twice has one set of
+synapses. Nested models are unfolded.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class _Map:
 
 
 def _is_function(one: _Map) -> bool:
-    """Whether a map is a function of one array alone: it draws nothing, and takes no statistics of
-    a batch."""
+    """Whether a map is a function of one array alone, which draws nothing and takes no statistics
+    of a batch."""
     return len(one.sources) == 1 and isinstance(one.map, (Linear, Jacobian))
 
 
@@ -70,7 +70,7 @@ class Prepared:
     Attributes:
         operation: a layer or another operation.
         arguments: its positional and keyword arguments; integers of `Tensor` stand for arrays.
-        results: numbers of what it gives.
+        results: numbers of its results.
     """
 
     operation: Any
@@ -92,7 +92,7 @@ class Reading:
     Attributes:
         graph: the network, with every layer learning.
         layers: the layer of each set of synapses.
-        preparations: what comes before.
+        preparations: the operations before the graph.
         entries: numbers of the prepared arrays that enter the graph.
         heads: the maps after each output.
         follows: layers with moving statistics, the maps that normalise by them, and the values that
@@ -122,7 +122,7 @@ class Reading:
         return [known[number] for number in self.entries]
 
     def learning(self, flags: Sequence[bool]) -> Graph:
-        """The graph in which the layers with a flag learn."""
+        """The graph, in which only the layers whose flag is set learn."""
         operations = tuple(
             dataclasses.replace(one, learns=flags[one.holder]) if isinstance(one, Connect) else one
             for one in self.graph.operations
@@ -131,7 +131,7 @@ class Reading:
 
 
 class Plan:
-    """What is read, operation by operation; `layers.base.Plan` is what layers see of it."""
+    """The plan while it is read, operation by operation. Layers see it as `layers.base.Plan`."""
 
     def __init__(self) -> None:
         self._inputs: list[Shape] = []
@@ -234,7 +234,7 @@ class Plan:
 
     def _is_taken_over(self, number: int, readers: Mapping[int, list[int]]) -> bool:
         """Whether a normalisation, a nonlinearity or a merging layer reads a layer, which then has
-        none of its own."""
+        no nonlinearity of its own."""
         read_by = [self._operations[reader] for reader in readers.get(number, ())]
         return any(
             isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax)))
@@ -247,8 +247,8 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
 
     Args:
         network: the model, of keras_blur layers and layers without weights.
-        rule: whose synapses the layers are to hold.
-        groups: gives, of the layers, the number of the genome's layer for each.
+        rule: the rule whose synapses the layers will hold.
+        groups: a function from the layers to the number of the genome's layer for each.
 
     Raises:
         ValueError: if a layer cannot learn by a genome.

@@ -1,10 +1,11 @@
-"""What the outputs of a network receive in a learning step: losses, labels and weights of each, and
-the way through heads.
+"""What the outputs of a network receive in a learning step: the loss, labels and weights of each
+output, and the way through its head.
 
 Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule
-for errors. A head is a chain of maps after an output, which turns it into the prediction: a loss's
-derivative goes back through it, and a cross-entropy of probabilities looks through a softmax to the
-logits, as a gradient of both together would.
+for errors. A head is a chain of maps after an output, which turns the output into the prediction.
+The derivative of a loss goes back through it. If a head ends in a softmax and the loss is a
+cross-entropy of probabilities, both are replaced by the cross-entropy of the logits, which has the
+same gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         loss: its loss, or `None`.
-        share: the weight of its loss.
+        share: weight of its loss.
         head: the maps after it.
         labels: labels as the loss takes them.
         weights: a weight for each example, or `None`.
@@ -93,8 +94,8 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
 
 
 def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:
-    """A loss and the head that its derivative goes through, without a softmax that a cross-entropy
-    looks through."""
+    """A loss and the head that its derivative goes through. A cross-entropy of probabilities after
+    a softmax becomes one of logits, without the softmax."""
     if head and isinstance(head[-1], Softmax):
         logits = of_logits(loss)
         if logits is not None:
@@ -103,7 +104,7 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
 
 
 def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
-    """A cross-entropy of probabilities as the one of logits; `None` for any other loss."""
+    """The cross-entropy of logits for one of probabilities; `None` for any other loss."""
     kinds = (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy)
     if type(loss) not in kinds or loss.get_config().get("from_logits"):
         return None
@@ -111,19 +112,19 @@ def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
 
 
 def through(head: Head, value: Array) -> Array:
-    """An output `[batch, *features]` through a head: the prediction."""
+    """The prediction: an output `[batch, *features]` after its head."""
     for one in head:
         value = one.forward((value[None],), None)[0]
     return value
 
 
 def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[Array], Array] | None) -> list[Array]:
-    """The derivative of each output's loss by the output.
+    """The derivative of each loss with respect to its output.
 
     Args:
         wanted: what each output is to learn.
         outputs: the outputs before their heads.
-        total: gives the sum over devices of a number, or `None`.
+        total: a function that returns the sum of a number over devices, or `None`.
     """
     signals = []
     for one, output in zip(wanted, outputs, strict=True):
@@ -141,13 +142,13 @@ def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[
 
 
 def signs(wanted: Sequence[Wanted], outputs: Sequence[Array], kind_of: Callable[[Any], str]) -> list[Array]:
-    """The labels of each output as +1 and -1, back through the maps of its head that change the
-    shape.
+    """The labels of each output as +1 and -1, sent back through the maps of its head that change
+    the shape.
 
     Args:
         wanted: what each output is to learn.
         outputs: the outputs before their heads.
-        kind_of: how labels are written that go with a loss.
+        kind_of: a function from a loss to the way in which its labels are written.
     """
     signals = []
     for one, output in zip(wanted, outputs, strict=True):

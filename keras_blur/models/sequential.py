@@ -18,10 +18,10 @@ class Sequential(BlurModel):
     """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
 
     Args:
-        layers: a list of Keras layers: `keras_blur` layers, which hold synapses, and Keras layers
-            without weights. Those before the first `keras_blur` layer prepare the input and may be
-            any; states also go back through the others, so they must draw no random numbers
-            (dropout may). It may start with a `keras.Input`.
+        layers: a list of layers: `keras_blur` layers, which hold synapses, and Keras layers without
+            weights. Those before the first `keras_blur` layer prepare the input, and may be any
+            layers. States also go back through the others, so these must draw no random numbers
+            (dropout may). The list may start with a `keras.Input`.
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
@@ -63,7 +63,7 @@ class Sequential(BlurModel):
             self.build(self._input_batch_shape)
 
     def add(self, layer: Any) -> None:
-        """Adds a layer on top; a `keras.Input` only at the bottom, as the first."""
+        """Adds a layer on top. A `keras.Input` may only come first."""
         if hasattr(layer, "_keras_history"):
             layer = layer._keras_history[0]
         if isinstance(layer, keras.layers.InputLayer):
