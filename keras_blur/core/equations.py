@@ -48,7 +48,13 @@ SYNAPSE_EPSILON = 1e-9
 
 def activate(activation: Activation, z: Array) -> Array:
     """The nonlinearity of the summed input z: one of `ACTIVATIONS` by name, or an elementwise
-    function."""
+    function.
+
+    Example:
+
+    >>> ops.convert_to_numpy(activate("relu", ops.array([-1.0, 2.0]))).tolist()
+    [0.0, 2.0]
+    """
     if callable(activation):
         return ops.cast(activation(z), z.dtype)
     if activation == "tanh":
@@ -63,7 +69,14 @@ def activate(activation: Activation, z: Array) -> Array:
 
 
 def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Callable[[], Array]]:
-    """The nonlinearity of the summed input z, and a function that computes its derivative there."""
+    """The nonlinearity of the summed input z, and a function that computes its derivative there.
+
+    Example:
+
+    >>> value, derivative = value_and_derivative("relu", ops.array([-1.0, 2.0]))
+    >>> ops.convert_to_numpy(derivative()).tolist()
+    [0.0, 1.0]
+    """
     if callable(activation):
         value, pull = vjp(lambda one: activate(activation, one), z)
         return value, lambda: pull(ops.ones_like(value))[0]
@@ -110,6 +123,12 @@ def mix(states: Array | Parts, transform: Array) -> Array:
 
     In an array of fewer states, such as the input layer, the other states are zero. If the numbers
     of a transform are known and few of them are not zero, only those cost anything.
+
+    Example:
+
+    >>> states = ops.array([[[1.0]], [[5.0]]])
+    >>> ops.convert_to_numpy(mix(states, np.array([[1.0, 1.0], [0.0, 0.0]]))).tolist()  # both read state 1
+    [[[1.0]], [[1.0]]]
     """
     count = states.shape[-3]
     if count == 1:
@@ -161,6 +180,11 @@ def sources(*transforms: Array) -> int:
     that is not zero.
 
     If the numbers are not known, because a transform is a tensor, it reads all of them.
+
+    Example:
+
+    >>> sources(np.array([[1.0, 1.0], [0.0, 0.0]]))
+    1
     """
     last = 1
     for transform in transforms:
@@ -193,7 +217,13 @@ def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tupl
 
 def select(rule: Rule, values: Array, axis: int) -> Array:
     """Drops state 2 from an axis of size k: the value-and-derivative pair does not need its
-    argument."""
+    argument.
+
+    Example:
+
+    >>> select(Rule(), np.array([1, 2]), 0).tolist()
+    [1]
+    """
     if isinstance(values, np.ndarray):
         return np.delete(values, 1, axis)
     ahead = (slice(None),) * (axis % len(values.shape))
@@ -287,7 +317,15 @@ def inverse_norm(genome: Genome, energy: Array) -> Array:
 
 
 def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
-    """The synapse update gate eta~ at a learning step, with its decay."""
+    """The synapse update gate eta~ at a learning step, with its decay.
+
+    Example:
+
+    >>> rule = Rule(update_decay="power")
+    >>> genome = Genome.random(rule, seed=0).replace(decay_power=1.0, log_decay_steps=0.0)
+    >>> round(float(update_gate(rule, genome, 1.0, 3)), 4)
+    0.25
+    """
     if rule.update_decay == "none":
         return gate
     power = ops.convert_to_tensor(genome.decay_power)

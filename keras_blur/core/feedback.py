@@ -70,7 +70,13 @@ def _classes() -> tuple[tuple[Any, Any], ...]:
 
 
 def loss_text(loss: Any) -> str:
-    """A loss as JSON text; equal losses give the same text."""
+    """A loss as JSON text; equal losses give the same text.
+
+    Example:
+
+    >>> loss_text("mse") == loss_text(keras.losses.MeanSquaredError())
+    True
+    """
     loss = resolve_loss(loss)
     document = keras.losses.serialize(loss)
     document["config"] = {**_arguments(loss), **document["config"]}  # Keras leaves the delta of a Huber loss out
@@ -100,6 +106,11 @@ def target_kind(loss: keras.losses.Loss) -> str:
         `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (0 and 1 if
         the batch has no other labels, else -1 and 1, as in Keras) or `"values"` (numbers to be fed
         as they are).
+
+    Example:
+
+    >>> target_kind(keras.losses.SparseCategoricalCrossentropy())
+    'classes'
     """
     name = type(loss).__name__
     if name.startswith("Sparse") or name in ("CategoricalGeneralizedCrossEntropy", "Circle", "CTC"):
@@ -121,6 +132,11 @@ def encode(y: Array, units: int, kind: str) -> Array:
 
     Raises:
         ValueError: if the shape does not fit.
+
+    Example:
+
+    >>> ops.convert_to_numpy(encode([0, 2], 3, "classes")).tolist()
+    [[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]]
     """
     y = ops.convert_to_tensor(y)
     if kind == "classes":
@@ -297,7 +313,13 @@ def _columns_of(y: Array, prediction: Array) -> Array:
 
 
 def differentiable() -> list[str]:
-    """Names of the Keras losses that `feedback="error"` can descend."""
+    """Names of the Keras losses that `feedback="error"` can descend.
+
+    Example:
+
+    >>> "MeanSquaredError" in differentiable()
+    True
+    """
     known = {kind.__name__ for function, kind in _classes() for one, _ in _SLOPES if one is function}
     return sorted(known)
 

@@ -205,6 +205,11 @@ class Genome:
 
         Raises:
             ValueError: if the new rule lacks one of the arrays, or has an additional matrix.
+
+        Example:
+
+        >>> Genome.random(Rule(), seed=0).with_rule(Rule(oja="weights")).rule.oja
+        'weights'
         """
         leading = tuple(np.shape(self.arrays["neuron_keep"]))
         new = {
@@ -220,6 +225,11 @@ class Genome:
 
         Raises:
             ValueError: if there is more than one population axis.
+
+        Example:
+
+        >>> Genome.random(Rule(), seed=0).by_member()["nu"].shape
+        (1, 2, 2)
         """
         if len(self.population) > 1:
             raise ValueError(f"A genome must be single or have one population axis. Received: {self!r}")
@@ -252,11 +262,23 @@ class Genome:
         return cls.from_members(genomes[0].rule, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
 
     def member(self, number: int) -> Genome:
-        """One genome of a population."""
+        """One genome of a population.
+
+        Example:
+
+        >>> Genome.random(Rule(), seed=0, population=(3,)).member(1).nu.shape
+        (2, 2)
+        """
         return Genome(self.rule, {name: array[number] for name, array in self.by_member().items()})
 
     def layer(self, index: int) -> Genome:
-        """The genome of one layer: this genome, unless `Rule.layers` gives each layer its own."""
+        """The genome of one layer: this genome, unless `Rule.layers` gives each layer its own.
+
+        Example:
+
+        >>> Genome.random(Rule(layers=3), seed=0).layer(1).nu.shape
+        (2, 2)
+        """
         if self.rule.layers is None:
             return self
         return Genome.unchecked(self.rule.replace(layers=None), {n: a[index] for n, a in self.arrays.items()})
@@ -384,7 +406,14 @@ class Genome:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> Genome:
-        """Makes a genome of what `to_json` returned. Raises a `ValueError` as `from_dict` does."""
+        """Makes a genome of what `to_json` returned. Raises a `ValueError` as `from_dict` does.
+
+        Example:
+
+        >>> genome = Genome.random(Rule(), seed=0)
+        >>> Genome.from_json(genome.to_json()) == genome
+        True
+        """
         try:
             document = json.loads(text)
         except json.JSONDecodeError as error:

@@ -176,7 +176,13 @@ _BINARY = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentr
 
 
 def ignored_class(loss: keras.losses.Loss) -> int | None:
-    """The label that a loss ignores, or `None`."""
+    """The label that a loss ignores, or `None`.
+
+    Example:
+
+    >>> ignored_class(keras.losses.SparseCategoricalCrossentropy(ignore_class=255))
+    255
+    """
     return getattr(loss, "_fn_kwargs", {}).get("ignore_class")
 
 

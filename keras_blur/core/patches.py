@@ -62,7 +62,13 @@ def taps(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, o
 
 
 def positions(length: int, size: int, stride: int, padding: str, rate: int) -> int:
-    """Number of positions of a convolution along one axis."""
+    """Number of positions of a convolution along one axis.
+
+    Example:
+
+    >>> positions(5, 2, 1, "valid", 1)
+    4
+    """
     if padding in ("same", "causal"):
         return -(-length // stride)
     return (length - (size - 1) * rate - 1) // stride + 1

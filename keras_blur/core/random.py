@@ -32,6 +32,11 @@ def seed_of(number: int | Array) -> Array:
 
     Raises:
         ValueError: if a Python integer does not fit in 32 bits.
+
+    Example:
+
+    >>> ops.convert_to_numpy(seed_of(7)).tolist()
+    [0, 7]
     """
     if isinstance(number, int) and not -(2**31) <= number < 2**31:
         raise ValueError(f"A seed must fit in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
@@ -39,14 +44,26 @@ def seed_of(number: int | Array) -> Array:
 
 
 def fold_in(seed: Array, *numbers: int | Array) -> Array:
-    """Derives a seed from a seed and numbers such as a step, a member or a purpose."""
+    """Derives a seed from a seed and numbers such as a step, a member or a purpose.
+
+    Example:
+
+    >>> tuple(fold_in(seed_of(0), 3, 1).shape)
+    (2,)
+    """
     for number in numbers:
         seed = ops.stack([backend.bits(seed, (), "int32"), ops.cast(number, "int32")])
     return seed
 
 
 def bits(seed: Array, shape: tuple[Any, ...]) -> Array:
-    """Uniform 32-bit integers, uint32."""
+    """Uniform 32-bit integers, uint32.
+
+    Example:
+
+    >>> tuple(bits(seed_of(0), (2, 3)).shape)
+    (2, 3)
+    """
     return backend.bits(seed, shape)
 
 
@@ -76,6 +93,12 @@ def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float =
         seed: a seed.
         shape: of the array.
         low, high: bounds, as Python numbers.
+
+    Example:
+
+    >>> drawn = uniform(seed_of(0), (100,), -1.0, 1.0)
+    >>> bool(ops.all(drawn >= -1.0)), bool(ops.all(drawn <= 1.0))
+    (True, True)
     """
     low, high = float(np.float32(low)), float(np.float32(high))
     upper = ops.bitwise_and(bits(seed, shape), _word(_UPPER))
@@ -103,6 +126,11 @@ def normal(seed: Array, shape: tuple[int, ...], rows: Array | None = None) -> Ar
         seed: a seed.
         shape: shape of the array.
         rows: indices `[n]` of the rows to draw; `None` draws all.
+
+    Example:
+
+    >>> tuple(normal(seed_of(0), (4, 3), rows=[1, 2]).shape)
+    (2, 3)
     """
     if rows is None:
         drawn = bits(seed, shape)
@@ -127,12 +155,24 @@ def _quantiles() -> np.ndarray:
 
 
 def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
-    """Uniform int32 numbers from 0 to `limit - 1`."""
+    """Uniform int32 numbers from 0 to `limit - 1`.
+
+    Example:
+
+    >>> bool(ops.all(integers(seed_of(0), (100,), 6) < 6))
+    True
+    """
     return ops.cast(ops.mod(bits(seed, shape), _word(limit)), "int32")
 
 
 def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
-    """Random permutations of `range(size)`, int32: `[*leading, size]`."""
+    """Random permutations of `range(size)`, int32: `[*leading, size]`.
+
+    Example:
+
+    >>> sorted(ops.convert_to_numpy(permutation(seed_of(0), 4)).tolist())
+    [0, 1, 2, 3]
+    """
     return order(bits(seed, (*leading, size)))
 
 

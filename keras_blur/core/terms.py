@@ -56,6 +56,12 @@ def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array
         term: `X^T D`, `[..., in, units]`.
         damping: `[..., 1, 1]`, positive.
         examples: number of examples of the batch.
+
+    Example:
+
+    >>> term = whitened(ops.eye(2), ops.ones((2, 1)), ops.full((1, 1), 0.5), 1.0)
+    >>> ops.convert_to_numpy(term).round(4).tolist()
+    [[1.0], [1.0]]
     """
     return solve_positive(_damped(gram, damping, examples), term)
 
@@ -162,6 +168,12 @@ def frobenius(
             of all blocks together.
         times: a factor of the result, a number or `[..., 1, 1]`, applied in the same pass.
         moderate: whether the square of an entry cannot overflow, as after eq. N2.
+
+    Example:
+
+    >>> (term,) = frobenius([ops.ones((1, 2, 2))], (1, 2, 2))
+    >>> round(float(ops.sum(ops.square(term))), 4)  # as of an orthogonal matrix
+    2.0
     """
     blocks, rows, columns = shape
     norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)

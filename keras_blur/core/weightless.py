@@ -70,6 +70,12 @@ class Linear(WeightlessMap):
         function: of arrays `[n, *features]`, to an array `[n, *target]`.
         sources: shapes of the features that enter.
         target: shape of the features that leave.
+
+    Example:
+
+    >>> halves = Linear(lambda x: 0.5 * x, [(3,)], (3,))
+    >>> tuple(halves.forward([ops.ones((2, 4, 3))], None).shape)
+    (2, 4, 3)
     """
 
     def __init__(self, function: Callable[..., Array], sources: Sequence[Shape], target: Shape):
@@ -148,7 +154,15 @@ class Softmax(Jacobian):
 
 
 class Elementwise(Jacobian):
-    """An elementwise function, whose Jacobian is its derivative: a number for each entry."""
+    """An elementwise function, whose Jacobian is its derivative: a number for each entry.
+
+    Example:
+
+    >>> square = Elementwise(ops.square, [(1,)], (1,))
+    >>> states = ops.array([[[3.0]], [[1.0]]])  # state 2 goes through the derivative at state 1
+    >>> ops.convert_to_numpy(square.forward([states], None)).tolist()
+    [[[9.0]], [[6.0]]]
+    """
 
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
         (value,) = states

@@ -270,6 +270,13 @@ def to_keras(model: BlurModel) -> keras.Model:
     Raises:
         ValueError: if the model is not built, or its predictions need more than state 1 or the
             plain weights.
+
+    Example:
+
+    >>> from keras_blur import genomes
+    >>> model = convert(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]), genomes.backprop())
+    >>> to_keras(model).count_params()
+    15
     """
     if not model.built:
         raise ValueError("The model must be built: start `layers` with a keras.Input, or call `fit`.")

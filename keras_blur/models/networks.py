@@ -58,12 +58,24 @@ def lenet_layers(shape: Sequence[int], classes: int, activation: Any = "relu", k
 
 
 def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int], activation: Any = "relu") -> keras.Model:
-    """A model of `mlp_layers`."""
+    """A model of `mlp_layers`.
+
+    Example:
+
+    >>> mlp((4,), 3, (8,)).count_params()
+    67
+    """
     return keras.Sequential([keras.Input(tuple(shape)), *mlp_layers(classes, hidden, activation)], name="mlp")
 
 
 def lenet(shape: Sequence[int], classes: int, activation: Any = "relu") -> keras.Model:
-    """A model of `lenet_layers`."""
+    """A model of `lenet_layers`.
+
+    Example:
+
+    >>> lenet((28, 28, 1), 10).count_params()
+    61706
+    """
     return keras.Sequential([keras.Input(tuple(shape)), *lenet_layers(shape, classes, activation)], name="lenet")
 
 
@@ -78,6 +90,11 @@ def resnet(
         widths: filters of each stage. Each stage but the first halves the image.
         blocks: residual blocks in a stage.
         activation: activation of all hidden neurons.
+
+    Example:
+
+    >>> resnet((8, 8, 3), 10, widths=(4,), blocks=1).output_shape
+    (None, 10)
     """
 
     def convolved(h: Any, filters: int, size: int, stride: int = 1) -> Any:
@@ -106,6 +123,11 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
 
     Raises:
         ValueError: if it is none of these.
+
+    Example:
+
+    >>> builder((8, 8))[0]
+    'hidden 8,8'
     """
     if isinstance(network, str) and network in ("lenet", "resnet20"):
         return network, lenet if network == "lenet" else resnet
@@ -148,6 +170,11 @@ def normalized(model: keras.Model) -> keras.Model | None:
 
     Returns:
         A new model with the weights of `model`; `None` if `model` already has normalisation layers.
+
+    Example:
+
+    >>> normalized(mlp((4,), 3, (8,))).count_params()
+    99
     """
     if any(type(layer).__name__ in _NORMALIZING for layer in model._flatten_layers(include_self=False)):
         return None

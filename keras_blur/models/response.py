@@ -52,6 +52,11 @@ def losses_of(loss: Any, loss_weights: Any, names: Sequence[str]) -> list[tuple[
 
     Raises:
         ValueError: if they do not fit the outputs.
+
+    Example:
+
+    >>> [weight for _, weight in losses_of(keras.losses.MeanSquaredError(), None, ["y"])]
+    [1.0]
     """
     if isinstance(loss, keras.losses.Loss):
         if len(names) > 1:
@@ -76,7 +81,13 @@ def _by_output(name: str, value: Any, names: Sequence[str], missing: Any) -> lis
 
 
 def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
-    """Labels of any structure, in the order of the outputs."""
+    """Labels of any structure, in the order of the outputs.
+
+    Example:
+
+    >>> labels_of({"b": 1, "a": 2}, ["a", "b"])
+    [2, 1]
+    """
     if len(names) == 1 and not isinstance(y, (Mapping, list, tuple)):
         return [y]
     if isinstance(y, Mapping):
@@ -104,7 +115,13 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
 
 
 def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
-    """The cross-entropy of logits for one of probabilities; `None` for any other loss."""
+    """The cross-entropy of logits for one of probabilities; `None` for any other loss.
+
+    Example:
+
+    >>> of_logits(keras.losses.CategoricalCrossentropy()).get_config()["from_logits"]
+    True
+    """
     kinds = (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy)
     if type(loss) not in kinds or loss.get_config().get("from_logits"):
         return None
