@@ -197,7 +197,7 @@ def _slope_of(loss: keras.losses.Loss) -> tuple[Slope, dict[str, Any]]:
     options = {**defaults, **loss._fn_kwargs}
     if not options.get("from_logits", True) and slope in (_categorical, _sparse, _categorical_focal):
         raise ValueError(
-            "`loss` must work on the outputs themselves, since no last activation is a softmax: use from_logits=True. "
+            "`loss` must take logits, since no last activation of a rule is a softmax: use from_logits=True. "
             f"Received: loss={kind.__name__}(from_logits=False)"
         )
     if "axis" in options:
@@ -253,7 +253,7 @@ def error(
     whole = function in (_dice, _tversky) and _axes(options["axis"]) == {0, 1}
     if whole and total is not None:
         raise ValueError(
-            "`loss` must be one of single examples on several replicas, for instance with axis=-1. Received: "
+            "`loss` must be computed for each example on several replicas, for instance with axis=-1. Received: "
             f"loss={type(loss).__name__}(axis={options['axis']!r})"
         )
     given, mask = keras.backend.standardize_dtype(prediction.dtype), mask_of(prediction)

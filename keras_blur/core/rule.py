@@ -247,7 +247,7 @@ class Rule:
         if isinstance(self.layers, (list, tuple)):
             names = tuple(self.layers)
             if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
-                raise ValueError(f"`layers` must be a number or different names. Received: layers={self.layers!r}")
+                raise ValueError(f"`layers` must be a number or a list of distinct names. Received: layers={self.layers!r}")
             object.__setattr__(self, "layers", names)
         elif self.layers is not None:
             arguments.integer("layers", self.layers, 1)

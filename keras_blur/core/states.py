@@ -46,14 +46,14 @@ class Parts:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """As of the array."""
+        """Shape of the states as one array."""
         first = tuple(self._first.shape)
         axis = len(first) - 2 - self.features
         return (*first[:axis], sum(map(self._count, self.parts)), *first[axis + 1 :])
 
     @property
     def dtype(self) -> Any:
-        """Of the first part, and so of all."""
+        """Type of the first part, and so of all parts."""
         return self._first.dtype
 
     def between(self, start: int, stop: int) -> Array:
@@ -68,8 +68,12 @@ class Parts:
         return found[0] if len(found) == 1 else ops.concatenate(found, axis=-2 - self.features)
 
     def mapped(self, function: Callable[[Array], Array], features: int) -> Parts:
-        """The states after a function of arrays that treats all states alike and leaves so many
-        feature axes."""
+        """The states after a function of arrays that treats all states alike.
+
+        Args:
+            function: a function of arrays.
+            features: number of feature axes of its values.
+        """
 
         def later(part: Callable[[], Array]) -> Callable[[], Array]:
             return lambda: function(part())
@@ -83,8 +87,13 @@ def joined(states: Array | Parts) -> Array:
 
 
 def mapped(function: Callable[[Array], Array], states: Array | Parts, features: int) -> Array | Parts:
-    """The states after a function of arrays that treats all states alike and leaves so many feature
-    axes."""
+    """The states after a function of arrays that treats all states alike.
+
+    Args:
+        function: a function of arrays.
+        states: `[..., k, batch, *features]`, as an array or in parts.
+        features: number of feature axes of the function's values.
+    """
     return states.mapped(function, features) if isinstance(states, Parts) else function(states)
 
 

@@ -198,7 +198,7 @@ def _twin(layer: Any) -> Any:
             continue
         elif value != plain.get(name):
             raise ValueError(
-                f"`{name}` of layer {layer.name!r} must be {plain.get(name)!r}, since a genome has no place for it. "
+                f"`{name}` of layer {layer.name!r} must be {plain.get(name)!r}, since the twin has no such option. "
                 f"Received: {name}={value!r}"
             )
     if isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
@@ -207,7 +207,7 @@ def _twin(layer: Any) -> Any:
         )
     if getattr(layer, "lora_enabled", False):
         raise ValueError(
-            f"`lora_rank` of layer {layer.name!r} must be None, since a genome has no place for it. "
+            f"`lora_rank` of layer {layer.name!r} must be None, since the twin has no such option. "
             f"Received: lora_rank={layer.lora_rank!r}"
         )
     return own(**kept)

@@ -194,7 +194,7 @@ class Plan:
         needed = self._ancestors(fed)
         if not any(isinstance(self._operations[number], _Connect) for number in needed):
             raise ValueError(
-                "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: none there"
+                "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: other outputs"
             )
         first = len(self._inputs)
         builder = Builder([len(shape) for shape in self._inputs])
@@ -315,7 +315,7 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
                 continue
             if len(outputs) != 1:
                 raise ValueError(
-                    f"Layer {operation.name!r} must have one output to stand behind a layer with synapses. "
+                    f"Layer {operation.name!r} must have one output, since it comes after a layer with synapses. "
                     f"Received: {len(outputs)}"
                 )
             sources = [value_of(tensor) for tensor in tensors]
@@ -326,7 +326,7 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
     outputs = [values[id(tensor)] for tensor in network.outputs if id(tensor) in values]
     if len(outputs) < len(network.outputs):
         raise ValueError(
-            "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: none there"
+            "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: other outputs"
         )
     graph, layers, heads, follows, shapes = plan.finished(outputs, rule, groups)
     return Reading(graph, layers, tuple(preparations), tuple(entries), heads, follows, shapes)
@@ -355,7 +355,7 @@ def _check_call(layer: BlurLayer, node: Any) -> None:
         known = ("key", "value", "query", "training", "use_causal_mask")
         if value is not None and value is not False and name not in known:
             raise ValueError(
-                f"`{name}` in the call of layer {layer.name!r} must be left out, since a plan has no place for it. "
+                f"`{name}` in the call of layer {layer.name!r} must be left out, since the layer does not take it. "
                 f"Received: {name}={value!r}"
             )
 
@@ -372,8 +372,8 @@ def check_weightless(layer: Any) -> None:
         )
     if isinstance(layer, kl.Masking):
         raise ValueError(
-            f"Layer {layer.name!r} (Masking) makes a mask, which no layer of synapses passes on: give examples that are "
-            "to be left out a sample weight of 0."
+            f"Layer {layer.name!r} (Masking) makes a mask, which layers with synapses do not pass on: give the examples "
+            "to leave out a sample weight of 0."
         )
     kind = type(layer).__name__
     twin = kind if kind in _TWINS and type(layer) is getattr(kl, kind) else None
