@@ -97,6 +97,9 @@ class MultiHeadAttention(BlurLayer):
         key: as `value`; `None` takes `value`.
         use_causal_mask: whether a position attends only to itself and earlier positions.
 
+    Output shape:
+        `(batch_size, length, output_shape)`.
+
     Raises:
         ValueError: if an argument is not one of the above.
 

@@ -151,6 +151,14 @@ _CONV = """A convolutional layer that learns by a genome: put it where `keras.la
         backward_initializer: as of `Dense`.
         **kwargs: as of `Dense`.
 
+    Input shape:
+        `(batch_size, *positions, channels)`; with `"channels_first"`,
+        `(batch_size, channels, *positions)`.
+
+    Output shape:
+        `(batch_size, *new_positions, filters)`; with `"channels_first"`,
+        `(batch_size, filters, *new_positions)`.
+
     Raises:
         ValueError: if an argument is not one of the above.
 
@@ -271,6 +279,14 @@ _DEPTHWISE_DOC = """A depthwise convolution that learns by a genome: put it wher
         backward_initializer: as of `Dense`.
         **kwargs: as of `Dense`.
 
+    Input shape:
+        `(batch_size, *positions, channels)`; with `"channels_first"`,
+        `(batch_size, channels, *positions)`.
+
+    Output shape:
+        `(batch_size, *new_positions, channels * depth_multiplier)`; with `"channels_first"`,
+        `(batch_size, channels * depth_multiplier, *new_positions)`.
+
     Raises:
         ValueError: if an argument is not one of the above.
 
@@ -318,6 +334,14 @@ class Conv2DTranspose(_Convolution):
         bias_constraint: as of `Dense`.
         backward_initializer: as of `Dense`.
         **kwargs: as of `Dense`.
+
+    Input shape:
+        `(batch_size, *positions, channels)`; with `"channels_first"`,
+        `(batch_size, channels, *positions)`.
+
+    Output shape:
+        `(batch_size, *new_positions, filters)`; with `"channels_first"`,
+        `(batch_size, filters, *new_positions)`.
 
     Raises:
         ValueError: if an argument is not one of the above.
@@ -411,6 +435,14 @@ class SeparableConv2D(BlurLayer):
         pointwise_constraint: as `kernel_constraint` of `Dense`.
         bias_constraint: as of `Dense`.
         **kwargs: as of `Dense`.
+
+    Input shape:
+        `(batch_size, *positions, channels)`; with `"channels_first"`,
+        `(batch_size, channels, *positions)`.
+
+    Output shape:
+        `(batch_size, *new_positions, filters)`; with `"channels_first"`,
+        `(batch_size, filters, *new_positions)`.
 
     Raises:
         ValueError: if an argument is not one of the above.

@@ -129,6 +129,12 @@ class EinsumDense(SynapticLayer):
         backward_initializer: as of `Dense`.
         **kwargs: as of `Dense`.
 
+    Input shape:
+        `(batch_size, ...)`, as the equation says.
+
+    Output shape:
+        `(batch_size, *output_shape)`.
+
     Raises:
         ValueError: if an argument is not one of the above, or the equation has another form.
 

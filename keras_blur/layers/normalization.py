@@ -131,6 +131,12 @@ class BatchNormalization(_Normalization):
         synchronized: accepted as in Keras; statistics are always those of the whole batch.
         **kwargs: as of `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
 
+    Input shape:
+        `(batch_size, ...)`, of any rank from 2.
+
+    Output shape:
+        That of the input.
+
     Raises:
         ValueError: if an argument is not one of the above.
 
@@ -270,6 +276,12 @@ class LayerNormalization(_Normalization):
         gamma_constraint: as `kernel_constraint` of `Dense`.
         **kwargs: as of `Dense`.
 
+    Input shape:
+        `(batch_size, ...)`, of any rank from 2.
+
+    Output shape:
+        That of the input.
+
     Raises:
         ValueError: if an argument is not one of the above.
 
@@ -330,6 +342,12 @@ class GroupNormalization(_Normalization):
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
         **kwargs: as of `Dense`.
+
+    Input shape:
+        `(batch_size, ...)`, of any rank from 2.
+
+    Output shape:
+        That of the input.
 
     Raises:
         ValueError: if an argument is not one of the above, or the groups do not divide the
@@ -397,6 +415,12 @@ class RMSNormalization(_Normalization):
         axis: integer, the axis that the mean square runs over.
         epsilon: added to the mean square.
         **kwargs: as of `Dense`.
+
+    Input shape:
+        `(batch_size, ...)`, of any rank from 2.
+
+    Output shape:
+        That of the input.
 
     Raises:
         ValueError: if an argument is not one of the above.
