@@ -188,7 +188,7 @@ def test_several_networks_and_shapes_share_a_genome():
     assert [one.units(10) if isinstance(one.network, tuple) else one._plan.shape for _, one in trainer.families] == [
         (8, 8, 1), (12, 10), (6, 6, 1), (12, 10),
     ]  # fmt: skip
-    trainer.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
+    trainer.compile(keras.optimizers.Adam(1e-2), run_eagerly=not JAX)
     before = {name: ops.convert_to_numpy(value) for name, value in trainer.outer.items()}
     history = trainer.fit(1, 4, callbacks=[meta.MetaValidate(images, episodes=2)], verbose=0).history
     assert np.isfinite([*history["loss"], *history["val_loss"]]).all()

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from on_backend import JAX
 
 from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
 from keras_blur.cli import meta_train
@@ -27,7 +28,7 @@ def trainer(learner=None, of=None, *, rate=1e-2, jit_compile=False, steps=3, **o
         meta.Unroll(steps, trajectory_loss_weight=1.0),
         **{"batch_size": 16, "query_size": 32, "clipnorm": 1.0, **options},
     )
-    made.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile, run_eagerly=not jit_compile)
+    made.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile, run_eagerly=not (jit_compile or JAX))
     return made
 
 
@@ -218,7 +219,7 @@ def test_synchronize_copies_the_best_with_its_optimizer_state():
 def test_gradient_of_each_member_is_clipped():
     free, tight = trainer(members=2, clipnorm=None), trainer(members=2, clipnorm=1e-3)
     for made in (free, tight):
-        made.compile(keras.optimizers.SGD(1.0), run_eagerly=True)
+        made.compile(keras.optimizers.SGD(1.0), run_eagerly=not JAX)
     start = {name: np.array(value.value) for name, value in free.outer.items()}
     lengths = []
     for made in (free, tight):

@@ -9,6 +9,7 @@ import resource
 import keras
 import numpy as np
 import pytest
+from on_backend import JAX
 
 from keras_blur import Genome, Rule, bilevel, cli, files, learners, meta, tasks
 from keras_blur.training import loop, settings
@@ -30,7 +31,7 @@ def trainer(of=None, learner=None, estimator=None, optimizer=None, **options):
     )
     if not isinstance(estimator, meta.Evolution):
         optimizer = optimizer or keras.optimizers.Adam(1e-2)
-    made.compile(optimizer, run_eagerly=True)  # a few steps are soon done
+    made.compile(optimizer, run_eagerly=not JAX)  # a few steps are soon done; on JAX each eager one compiles
     return made
 
 
@@ -48,7 +49,7 @@ def bilevel_trainer(model=None, meta_model=None, optimizer=None, meta_optimizer=
     made = bilevel.BilevelTrainer(model or network(), meta_model or bilevel.SampleWeightNet(3), **options)
     made.compile(
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9), meta_optimizer or keras.optimizers.Adam(1e-2), loss, metrics,
-        run_eagerly=True,
+        run_eagerly=not JAX,
     )  # fmt: skip
     return made
 
