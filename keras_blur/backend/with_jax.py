@@ -514,6 +514,6 @@ class Runner:
 
     def _laid(self, array: np.ndarray) -> Array:
         if self._mesh is None:
-            return array
-        layout = self._laid_out(not array.shape[0] % self.shares)
+            return jax.device_put(array)  # now, as it may serve several steps
+        layout = self._laid_out(bool(array.ndim) and not array.shape[0] % self.shares)
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])

@@ -216,7 +216,7 @@ class LayerwiseMetaGradient(VirtualStep):
             uniform = random.uniform(random.fold_in(seed, place), (2,), 1e-6, 1.0 - 1e-6)
             soft = ops.softmax((logits - ops.log(-ops.log(uniform))) / sampler.temperature)[1]
             gates.append(soft + ops.stop_gradient(ops.cast(soft > 0.5, soft.dtype) - soft))
-        return ops.stack([*gates, ops.ones(())])
+        return ops.stack([*gates, ops.ones((), "float32")])
 
 
 def pooled(value: Array) -> Array:

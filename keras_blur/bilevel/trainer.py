@@ -424,7 +424,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         The weight is 0 if a step lacks the value or skips its estimate.
         """
         if name not in found:
-            return ops.zeros(()), ops.zeros(())
+            return ops.zeros((), "float32"), ops.zeros((), "float32")
         value, weight = ops.cast(found[name], "float32"), ops.cast(size, "float32")
         if name == "meta_loss" or name in self.estimator.logged:
             weight = weight * (1.0 - found["skipped"])
@@ -491,9 +491,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         return [*self.model.non_trainable_variables, *meta]
 
     def _scope(self, outer: Mapping[str, Array], weights: Mapping[str, Array]) -> keras.StatelessScope:
-        mapping = [(self.outer[name], value) for name, value in outer.items()]
+        # On JAX, what the innermost scope lacks would be a constant of the program.
+        rate = getattr(self.optimizer, "learning_rate", None)
+        read = [*self.outer.values(), *self._buffers(), *([rate] if isinstance(rate, keras.Variable) else [])]
+        mapping = [(variable, value_of(variable)) for variable in read]
+        mapping += [(self.outer[name], value) for name, value in outer.items()]
         mapping += [(self._trained[name], value) for name, value in weights.items()]
-        mapping += [(variable, value_of(variable)) for variable in self._buffers()]
         return keras.StatelessScope(mapping, collect_losses=True)
 
     def _pass(

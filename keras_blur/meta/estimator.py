@@ -99,6 +99,8 @@ def classes_of(outputs: Array) -> Array:
     """
     if outputs.shape[-1] == 1:
         return ops.cast(outputs[..., 0] > 0, "int32")
+    # Keras's argmax ranks -0.0 below 0.0, on CPUs alone.
+    outputs = ops.where(ops.equal(outputs, 0.0), ops.zeros_like(outputs), outputs)
     return ops.cast(ops.argmax(outputs, axis=-1), "int32")
 
 

@@ -148,7 +148,7 @@ class Descent(Strategy):
             return NOTHING
         of, learner = self.families[number]
         shape = (owner.meta_batch_size, estimator.steps, owner.batch_size)
-        episodes = {"x": ops.zeros((*shape, of.features)), "y": ops.zeros((*shape, of.outputs))}
+        episodes = {name: ops.zeros((*shape, size), "float32") for name, size in (("x", of.features), ("y", of.outputs))}
         outer = {name: value_of(variable) for name, variable in self.outer.items()}
         empty = estimator.nothing_carried(learner, outer, episodes)
         slots = [

@@ -222,11 +222,11 @@ class MetaTrainer(OuterLoop):
             start_optimizer: separate optimizer of the initial weights (outer parameters named
                 `start_...`), whose gradient is then clipped separately. `None` uses `optimizer`.
                 For Reptile, use SGD; its learning rate is the interpolation factor.
-            run_eagerly: whether to run meta-steps without `tf.function` and XLA, for debugging.
+            run_eagerly: whether to run meta-steps uncompiled, for debugging.
             steps_per_execution: meta-steps between calls of batch callbacks.
             jit_compile: whether to compile meta-steps with XLA. Compilation takes time and memory.
                 Small networks and orthogonalised terms run several times as fast; wide networks on
-                a CPU do not. Under a TPU strategy everything is compiled regardless.
+                a CPU do not. On JAX and under a TPU strategy everything is compiled regardless.
 
         Raises:
             ValueError: if an optimizer clips gradients or mixes members.

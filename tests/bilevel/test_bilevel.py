@@ -182,6 +182,36 @@ def test_metrics_of_a_loss_that_asks_for_no_others():
     assert history["accuracy"] == pytest.approx([np.mean(model.predict(x, verbose=0).argmax(1) == y)], abs=1e-6)
 
 
+def test_a_training_loss_reads_the_rate_that_a_callback_sets():
+    x, _, y = blobs(50, 0)
+    model, scale, rates = network(), keras.Variable(1.0, name="scale"), [0.0625, 0.25]
+
+    def training_loss(model, x, y, losses):
+        return ops.convert_to_tensor(made.optimizer.learning_rate) + 0.0 * scale * ops.mean(
+            losses(y, model(x, training=True))
+        )
+
+    made = bilevel.BilevelTrainer(model, [scale], training_loss=training_loss)
+    made.compile(keras.optimizers.SGD(rates[0]), keras.optimizers.SGD(0.0), LOSS)
+    follow = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rates[epoch])
+    history = made.fit(x, y, meta_data=(x, y), batch_size=25, epochs=2, callbacks=[follow], verbose=0).history
+    assert history["loss"] == rates
+
+
+def test_the_meta_loss_reads_outer_parameters_that_the_model_reads():
+    x, _, y = blobs(50, 0)
+    scale = keras.Variable(1.0, name="scale")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x * scale), keras.layers.Dense(6)])
+    made = bilevel.BilevelTrainer(
+        model, [scale], training_loss=lambda model, x, y, losses: ops.mean(losses(y, model(x, training=True)))
+    )
+    made.compile(keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.0), LOSS)
+    for value in (1.0, 3.0):
+        scale.assign(value)
+        history = made.fit(x, y, meta_data=(x, y), batch_size=50, verbose=0).history
+        assert history["meta_loss"] == pytest.approx([float(LOSS(y, model(x)))], rel=1e-5)
+
+
 def test_outer_parameters_change_in_their_turn_alone():
     x, _, y = blobs(100, 0)
     made, seen = trainer(), []

@@ -13,7 +13,7 @@ from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import Blur, Learner
 from keras_blur.meta import ES, PES, Evolution, TruncatedUnroll, Unroll
 from keras_blur.meta.es import perturbations, perturbed
-from keras_blur.meta.estimator import binary_cross_entropy, explained, squared_error, start
+from keras_blur.meta.estimator import binary_cross_entropy, classes_of, explained, squared_error, start
 from keras_blur.meta.evolution import from_vectors, to_vector
 
 STEPS, SIGMA, THETA = 3, 0.4, 0.25
@@ -238,6 +238,11 @@ def test_vectors_of_genomes_go_there_and_back(options):
     for name, array in genome.arrays.items():
         np.testing.assert_array_equal(back[name][0], array)
         np.testing.assert_allclose(back[name][1], 2 * np.asarray(array), rtol=1e-6)
+
+
+def test_zeros_of_both_signs_are_equal_outputs():
+    outputs = ops.array([[-0.0, 0.0], [0.0, -0.0], [-0.0, 1.0], [-1.0, -0.0]])
+    assert ops.convert_to_numpy(classes_of(outputs)).tolist() == [0, 0, 1, 1]
 
 
 def test_losses_of_values_and_single_outputs():
