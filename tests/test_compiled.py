@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from compiled import FLAT, ROWS, Program, check, compile_seconds
 
-from keras_blur import compiling
+from keras_blur import backend
 from keras_blur.tasks import episodes, functions, images
 
 QUICK = (
@@ -32,7 +32,7 @@ def test_compile_time_does_not_grow_with_the_unroll():
 
 @pytest.mark.usefixtures("eagerly")
 def test_where_tensorflow_is_told_so_functions_run_eagerly():
-    assert compiling.compiled(lambda x: x * float(x))(tf.constant(3.0)) == 9.0
+    assert backend.compiled(lambda x: x * float(x))(tf.constant(3.0)) == 9.0
 
 
 X = [(tf.constant([1.0, -2.0, 3.0]),), (tf.constant([-1.0, 2.0, 5.0]),)]
