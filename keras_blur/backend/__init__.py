@@ -3,7 +3,7 @@
 Every other file of the package that runs on both backends asks this one. The two implementations
 have the same functions:
 
-- `value_of`: a Keras variable as an array;
+- `value_of`, `numbers_of`: a Keras variable as an array of a program, and of numpy;
 - `leaves`, `pack`, `tree_map`: trees of arrays, also of classes that are registered;
 - `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
   one loop of a program; `one_by_one`: a function of each place of an axis, as one loop, too;
@@ -54,6 +54,7 @@ leaves = _chosen.leaves
 loop = _chosen.loop
 matmul = _chosen.matmul
 mean = _chosen.mean
+numbers_of = _chosen.numbers_of
 on_cpu = _chosen.on_cpu
 one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
@@ -97,6 +98,7 @@ __all__ = [
     "loop",
     "matmul",
     "mean",
+    "numbers_of",
     "on_cpu",
     "one_by_one",
     "outside_of_programs",

@@ -47,6 +47,11 @@ def value_of(variable: Any) -> Array:
     return variable.value
 
 
+def numbers_of(variable: Any) -> np.ndarray:
+    """The value of a Keras variable, outside of programs; its own `numpy` warns under NumPy 2."""
+    return np.array(variable.value)
+
+
 def leaves(tree: Any) -> list[Array]:
     """The arrays of a tree in order."""
     return jax.tree.leaves(tree)

@@ -131,6 +131,11 @@ def value_of(variable: Any) -> Array:
     return tf.convert_to_tensor(variable.value)
 
 
+def numbers_of(variable: Any) -> np.ndarray:
+    """The value of a Keras variable, outside of programs."""
+    return np.asarray(variable.numpy())
+
+
 def leaves(tree: Any) -> list[Array]:
     """The arrays of a tree in order."""
     return tf.nest.flatten(tree)

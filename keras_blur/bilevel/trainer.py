@@ -28,7 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import compiled, gradient_for_keras, total, value_of
+from keras_blur.backend import compiled, gradient_for_keras, numbers_of, total, value_of
 from keras_blur.backend import mean as mean_of
 from keras_blur.bilevel import batches
 from keras_blur.bilevel.hypergradient import Bilevel, HypergradientEstimator, OneStep, scaled, unscaled, widest
@@ -372,7 +372,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
         Returns the running metrics.
         """
-        step = int(self.meta_step.numpy())
+        step = int(numbers_of(self.meta_step))
         turn = step % self.meta_every == 0
         batches = [self._next(_TRAIN, step)]
         if turn:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from keras_blur import genomes, learners, meta, tasks
+from keras_blur.backend import numbers_of
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
 from keras_blur.cli.outputs import interrupted, write_json, wrote
@@ -272,18 +273,18 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     log = keras.callbacks.History()
     stopped = False
     begin = time.perf_counter()
-    before = int(trainer.meta_step.numpy())
+    before = int(numbers_of(trainer.meta_step))
     try:
         trainer.fit(flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=[*callbacks, log])
     except KeyboardInterrupt:
         stopped = True
     seconds = time.perf_counter() - begin
-    if stopped and int(trainer.meta_step.numpy()) == before:
+    if stopped and int(numbers_of(trainer.meta_step)) == before:
         return interrupted("no meta-step was done, nothing was kept")
     writes = trainer.sound or not exists(output)
     if writes:  # also where a checkpoint left no epoch to do
         save(trainer.learned, output)
-    scores = trainer.member_score.numpy().tolist()
+    scores = numbers_of(trainer.member_score).tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip

@@ -115,7 +115,7 @@ class OnlineRule(MetaLearner):
         found = [cell for cell in cells if isinstance(cell, OnlineCell)]
         if not found:
             raise ValueError(f"The model must have an OnlineCell. Received: {learned!r}")
-        return {name: ops.convert_to_numpy(variable)[None] for name, variable in found[0].outer.items()}
+        return {name: backend.numbers_of(variable)[None] for name, variable in found[0].outer.items()}
 
     def check(self, kind: str, outputs: int) -> None:
         if kind != "bits":

@@ -42,7 +42,7 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
 
     Keras stores it in a variable, which a pure function cannot read.
     """
-    return float(ops.convert_to_numpy(optimizer.learning_rate))
+    return float(backend.numbers_of(optimizer.learning_rate))
 
 
 def check_loss(loss: str, kind: str | None = None) -> None:

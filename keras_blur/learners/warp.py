@@ -95,7 +95,7 @@ class Warp(MetaLearner):
         names = _names(model, self.warp)
         self._trainable = [names[id(variable)] for variable in model.trainable_variables]
         # What a task starts with.
-        self._buffers = [ops.convert_to_numpy(variable) for variable in model.non_trainable_variables]
+        self._buffers = [backend.numbers_of(variable) for variable in model.non_trainable_variables]
         self._adapted = [name for name in self._trainable if name.startswith(_START)]
         if not self._adapted:
             raise ValueError(f"`warp` must leave a layer to adapt. Received: warp={list(warp)!r}")
@@ -108,7 +108,7 @@ class Warp(MetaLearner):
             )
         rng, made = np.random.default_rng(seed), {}
         for name, variable in zip(self._trainable, self.model.trainable_variables, strict=True):
-            own = ops.convert_to_numpy(variable)
+            own = backend.numbers_of(variable)
             others = np.broadcast_to(own, (members - 1, *own.shape))
             if name.startswith(_START):
                 others = own.mean() + own.std() * rng.standard_normal(others.shape)
@@ -133,7 +133,7 @@ class Warp(MetaLearner):
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         model = keras_model(learned)
         names = _names(model, self.warp)
-        found = {names[id(v)]: ops.convert_to_numpy(v)[None] for v in model.weights}
+        found = {names[id(v)]: backend.numbers_of(v)[None] for v in model.weights}
         missing = [name for name in self._trainable if name not in found]
         if missing:
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, files
-from keras_blur.backend import compiled
+from keras_blur.backend import compiled, numbers_of
 from keras_blur.core import random
 from keras_blur.files import check_output
 from keras_blur.learners.base import MetaLearner
@@ -63,7 +63,7 @@ class UnrollCurriculum(keras.callbacks.Callback):
         return {"stages": [list(stage) for stage in self.stages]}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        fresh = int(self.model.epoch_step.numpy()) == 0  # not one that a resumed run goes on with
+        fresh = int(numbers_of(self.model.epoch_step)) == 0  # not one that a resumed run goes on with
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
             self.model.synchronize()
         if self.model.estimator.steps != self.steps_at(epoch):
@@ -143,7 +143,7 @@ class MetaValidate(keras.callbacks.Callback):
             scorer = self._scorer(learner.on(tasks.shape, tasks.outputs), inner)
             self._scores.append(compiled(scorer, jit_compile=trainer.jit_step))
 
-        if self.path is not None and files.exists(self.path) and int(trainer.meta_step.numpy()):
+        if self.path is not None and files.exists(self.path) and int(numbers_of(trainer.meta_step)):
             before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
             quality = self._score({name: own[0] for name, own in before.items()})[1]
             self.best = quality if np.isfinite(quality) else None

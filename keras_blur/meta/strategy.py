@@ -20,7 +20,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import Runner, compiled, leaves, pack, tree_map, value_of
+from keras_blur.backend import Runner, compiled, leaves, numbers_of, pack, tree_map, value_of
 from keras_blur.core import random
 from keras_blur.distribution import Shard, mean, shard
 from keras_blur.learners.base import MetaLearner
@@ -196,11 +196,11 @@ class Descent(Strategy):
         return {name: value[member] for name, value in self.population().items()}
 
     def population(self) -> dict[str, np.ndarray]:
-        return {name: variable.numpy() for name, variable in self.outer.items()}
+        return {name: numbers_of(variable) for name, variable in self.outer.items()}
 
     def synchronize(self, best: int) -> None:
         for variable in [*self.outer.values(), *self.slots()]:
-            variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
+            variable.assign(np.repeat(numbers_of(variable)[best : best + 1], self.members, axis=0))
 
     def slots(self) -> list[keras.Variable]:
         """The optimizer variables that have a value for each member."""
@@ -309,7 +309,7 @@ class Search(Strategy):
         return {name: value[0] for name, value in self.population().items()}
 
     def population(self) -> dict[str, np.ndarray]:
-        centre = from_vectors(self.shapes, self.state["mean"].numpy()[None])
+        centre = from_vectors(self.shapes, numbers_of(self.state["mean"])[None])
         return {name: ops.convert_to_numpy(value) for name, value in centre.items()}
 
     def step(self, family: int, estimator: Evolution, episodes: Episodes, seed: Array, window: Array) -> Outcome:

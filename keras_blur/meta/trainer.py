@@ -32,7 +32,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments
-from keras_blur.backend import value_of
+from keras_blur.backend import numbers_of, value_of
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.core import random
 from keras_blur.core.genome import Genome
@@ -296,7 +296,7 @@ class MetaTrainer(OuterLoop):
 
         Under `Evolution`, whether any candidate had a finite score.
         """
-        return bool(np.isfinite(self.member_score.numpy()).any())
+        return bool(np.isfinite(numbers_of(self.member_score)).any())
 
     @property
     def best(self) -> int:
@@ -305,7 +305,7 @@ class MetaTrainer(OuterLoop):
         A member whose last step was not finite ranks after all others. If no member is sound, it is
         the one with the highest running accuracy before that, or 0 if none was ever sound.
         """
-        return int(np.argmax((self.member_score if self.sound else self.member_mean).numpy()))
+        return int(np.argmax(numbers_of(self.member_score if self.sound else self.member_mean)))
 
     def synchronize(self) -> None:
         """Copies the best member, with its optimizer state, to all others.
@@ -317,7 +317,7 @@ class MetaTrainer(OuterLoop):
         best = self.best
         self.strategy.synchronize(best)
         for variable in (self.member_score, self.member_mean):
-            variable.assign(np.repeat(variable.numpy()[best : best + 1], self.members, axis=0))
+            variable.assign(np.repeat(numbers_of(variable)[best : best + 1], self.members, axis=0))
 
     def fit(
         self,
@@ -386,9 +386,9 @@ class MetaTrainer(OuterLoop):
 
         Returns the running metrics.
         """
-        step = int(self.meta_step.numpy())
+        step = int(numbers_of(self.meta_step))
         family = self.family_of(step)
-        window = int(self.drawn.numpy()[family]) % self.estimator.windows
+        window = int(numbers_of(self.drawn)[family]) % self.estimator.windows
         logs = self._program(family)(self._episodes(family, window), ops.convert_to_tensor(window, "int32"))
         return {name: float(value) for name, value in logs.items()}
 
@@ -404,7 +404,7 @@ class MetaTrainer(OuterLoop):
         """The stream of episodes of one replica."""
         if not self.strategy.deals_tasks:
             index, count = 0, 1
-        done = int(self.drawn.numpy()[family]) // self.estimator.windows * self.meta_batch_size
+        done = int(numbers_of(self.drawn)[family]) // self.estimator.windows * self.meta_batch_size
         stream = self.families[family][0].dataset(
             self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
             start=done + index, stride=count,

@@ -46,7 +46,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, files
-from keras_blur.backend import Runner, apply_gradients, value_of
+from keras_blur.backend import Runner, apply_gradients, numbers_of, value_of
 from keras_blur.files import check_output
 from keras_blur.training import settings
 from keras_blur.training.checkpoint import Checkpoint
@@ -201,8 +201,8 @@ class OuterLoop(keras.Model):
             now = self._made_with(steps_per_epoch, callbacks)
             if files.exists(path):
                 self._restore(path, now)
-                whole, first = divmod(int(self.epoch_step.numpy()), steps_per_epoch)  # on with the epoch that was left
-                done = int(self.epoch.numpy()) + whole
+                whole, first = divmod(int(numbers_of(self.epoch_step)), steps_per_epoch)  # on with the epoch that was left
+                done = int(numbers_of(self.epoch)) + whole
                 _announce(path, done, first, epochs, steps_per_epoch, verbose if self.runner.writes_files else 0)
             saving = Checkpoint(path, now)
         followed = keras.callbacks.CallbackList(
@@ -278,7 +278,7 @@ class OuterLoop(keras.Model):
         """
         for optimizer, _ in self.optimizers().values():
             for own in parts(optimizer):
-                if own.built and own.use_ema and not int(own.iterations.numpy()):
+                if own.built and own.use_ema and not int(numbers_of(own.iterations)):
                     for average, variable in zip(own._model_variables_moving_average, own._trainable_variables, strict=True):
                         average.assign(variable.value)
 
@@ -319,7 +319,7 @@ class OuterLoop(keras.Model):
             if asked == old:
                 continue
             if isinstance(asked, float) and isinstance(old, float):
-                if asked == float(optimizer.learning_rate.numpy()):  # as a callback had left it
+                if asked == float(numbers_of(optimizer.learning_rate)):  # as a callback had left it
                     now["rates"][name] = old
                     continue
                 optimizer.learning_rate = asked
