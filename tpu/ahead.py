@@ -10,6 +10,7 @@ libtpu's compiler can end a process.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -20,11 +21,11 @@ import keras
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from sizes import Gaussians, Size, estimator
-from xla import CHIPS
+from sizes import ESTIMATORS, Gaussians, Size, estimator, meta_trainer
+from xla import CHIPS, report
 
 import keras_blur as kb
-from keras_blur import backend, learners, meta, random
+from keras_blur import backend, meta, random
 from keras_blur.meta import strategy
 
 Array = Any
@@ -49,15 +50,7 @@ def _meta(size: Size, by: Any, descent: type[strategy.Descent] = strategy.Descen
         pass
 
     Trainer.descent = descent
-    evolution = isinstance(by, meta.Evolution)
-    made = Trainer(
-        Gaussians(size.sizes[0], size.sizes[-1]), learners.Blur(size.sizes[1:-1], size.rule), by,
-        members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
-        seed=3,
-    )  # fmt: skip
-    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
-    # decide its step.
-    made.compile(None if evolution else keras.optimizers.Adam(1e-2, epsilon=1e-3))
+    made = meta_trainer(size, by, Trainer)
     window = np.zeros((), "int32")
 
     def run() -> list[tuple[str, np.ndarray]]:
@@ -102,13 +95,13 @@ def _fit(size: Size) -> Case:
     return Case(run, lower)
 
 
+def _by(kind: Any, size: Size) -> Case:
+    return _meta(size, estimator(kind, size))
+
+
 CASES: dict[str, Callable[[Size], Case]] = {
     "fit": _fit,
-    "unroll": lambda size: _meta(size, estimator(meta.Unroll, size)),
-    "truncated": lambda size: _meta(size, estimator(meta.TruncatedUnroll, size)),
-    "es": lambda size: _meta(size, estimator(meta.ES, size)),
-    "pes": lambda size: _meta(size, estimator(meta.PES, size)),
-    "cma": lambda size: _meta(size, estimator(meta.Evolution, size)),
+    **{name: functools.partial(_by, kind) for name, kind in ESTIMATORS.items()},
 }
 
 
@@ -184,8 +177,7 @@ def compile_for(name: str, size: Size, kind: str, cores: int) -> dict[str, Any]:
         cores: number of devices.
 
     Returns:
-        Compile time in seconds, bytes that the program needs on a device and that the chip has,
-        reductions in the program, and floating-point operations (those in a loop count once).
+        An `xla.report`, and floating-point operations (those in a loop count once).
 
     Raises:
         ValueError: if the program calls back to the host.
@@ -193,20 +185,11 @@ def compile_for(name: str, size: Size, kind: str, cores: int) -> dict[str, Any]:
     chip = CHIPS[kind]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topologies[cores])
     lowered = {**CASES, **CONTROLS}[name](size).lower(Mesh(np.array(topology.devices[:cores]), (_AXIS,)))
-    found = _CALLBACK.search(lowered.as_text())
-    if found:
-        raise ValueError(f"The program calls back to the host: {found[0]}.")
+    callback = _CALLBACK.search(lowered.as_text())
+    if callback:
+        raise ValueError(f"The program calls back to the host: {callback[0]}.")
     begin = time.perf_counter()
     program = lowered.compile()
     seconds = time.perf_counter() - begin
-    memory = program.memory_analysis()
-    return {
-        "seconds": seconds,
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-        "available": chip.memory,
-        "reductions": len(re.findall(r" all-reduce(?:-start)?\(", program.as_text())),
-        "flops": float(program.cost_analysis()["flops"]),
-    }
+    found = report(chip, seconds, program.memory_analysis(), program.as_text())
+    return {**found, "flops": float(program.cost_analysis()["flops"])}

@@ -9,12 +9,13 @@ meta-training that of `MetaTrainer`, for `fit` the one that Keras makes around
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
-from sizes import Gaussians, Size, estimator
+from sizes import ESTIMATORS, Gaussians, Size, estimator, meta_trainer
 
 import keras_blur as kb
 from keras_blur import bilevel, learners, meta, random
@@ -46,15 +47,7 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def _meta(size: Size, by: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None) -> Case:
-    evolution = isinstance(by, meta.Evolution)
-    made = trainer(
-        Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), by,
-        members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
-        seed=3,
-    )  # fmt: skip
-    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
-    # decide its step.
-    made.compile(None if evolution else keras.optimizers.Adam(1e-2, epsilon=1e-3), jit_compile=False)
+    made = meta_trainer(size, by, trainer, learner)
     arguments = (made._episodes(0, 0), tf.constant(0))
     return Case(made._program(0), arguments, _variables(made))
 
@@ -102,13 +95,13 @@ def _warped(size: Size) -> learners.Warp:
     return learners.Warp(model, warps, keras.optimizers.SGD(0.1))
 
 
+def _by(kind: Any, size: Size) -> Case:
+    return _meta(size, estimator(kind, size))
+
+
 CASES: dict[str, Callable[[Size], Case]] = {
     "fit": fit,
-    "unroll": lambda size: _meta(size, estimator(meta.Unroll, size)),
-    "truncated": lambda size: _meta(size, estimator(meta.TruncatedUnroll, size)),
-    "es": lambda size: _meta(size, estimator(meta.ES, size)),
-    "pes": lambda size: _meta(size, estimator(meta.PES, size)),
-    "cma": lambda size: _meta(size, estimator(meta.Evolution, size)),
+    **{name: functools.partial(_by, kind) for name, kind in ESTIMATORS.items()},
     "bilevel": lambda size: bilevel_case(size, bilevel.OneStep(rate=0.1)),
     "famus": lambda size: bilevel_case(
         size, bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(1, hidden=8), rate=0.1)

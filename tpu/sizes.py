@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import keras
 from keras import ops
 
 import keras_blur as kb
-from keras_blur import meta, random, tasks
+from keras_blur import learners, meta, random, tasks
 from keras_blur.cli.meta_train import RULE
 
 Array = Any
@@ -61,6 +62,11 @@ class Gaussians(tasks.Tasks):
         return x, 2.0 * ops.one_hot(y, self.outputs) - 1.0
 
 
+ESTIMATORS = {
+    "unroll": meta.Unroll, "truncated": meta.TruncatedUnroll, "es": meta.ES, "pes": meta.PES, "cma": meta.Evolution,
+}  # fmt: skip
+
+
 def estimator(kind: Any, size: Size) -> Any:
     """An estimator of this kind and size, or `Evolution`."""
     # A difference of two losses over a small sigma would be rounding magnified.
@@ -72,3 +78,20 @@ def estimator(kind: Any, size: Size) -> Any:
     if kind is meta.ES:
         return meta.ES(size.steps, **noise)
     return meta.Evolution(size.steps, population=size.population) if kind is meta.Evolution else kind(size.steps)
+
+
+def meta_trainer(
+    size: Size, by: Any, trainer: type[meta.MetaTrainer] = meta.MetaTrainer, learner: Any = None
+) -> meta.MetaTrainer:
+    """A compiled trainer of this size, by an estimator or `Evolution`; a `Blur` learns by
+    default."""
+    evolution = isinstance(by, meta.Evolution)
+    made = trainer(
+        Gaussians(size.sizes[0], size.sizes[-1]), learner or learners.Blur(size.sizes[1:-1], size.rule), by,
+        members=1 if evolution else size.members, meta_batch_size=size.tasks, batch_size=size.batch, query_size=size.batch,
+        seed=3,
+    )  # fmt: skip
+    # Adam divides by the root of a square: where a derivative is all but zero, rounding alone would
+    # decide its step.
+    made.compile(None if evolution else keras.optimizers.Adam(1e-2, epsilon=1e-3), jit_compile=False)
+    return made

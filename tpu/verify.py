@@ -272,10 +272,10 @@ def check(case: str, cores: int, chips: list[str], folder: pathlib.Path) -> dict
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
-    line = f"{case:>10} x {cores}: "
+    found = []
     if _BACKEND.value == "tensorflow":
         report = run_stage("program", folder, case, cores)
-        line += f"{report['sums']:2d} cross-replica sums"
+        found.append(f"{report['sums']:2d} cross-replica sums")
         if cores > 1 and not report["sums"]:
             raise Refused("program: no sum over the replicas")
     if _EXECUTE.value:
@@ -290,8 +290,8 @@ def check(case: str, cores: int, chips: list[str], folder: pathlib.Path) -> dict
             words = what.replace("_", " ")
             if not far <= most:
                 raise Refused(f"execute: {far:.1e} from {words} in {name}, at most {most:.0e} allowed")
-            line += f"; {far:.0e} from {words}"
-    print(line, flush=True)
+            found.append(f"{far:.0e} from {words}")
+    print(f"{case:>10} x {cores}: {'; '.join(found)}", flush=True)
     report["chips"] = {}
     for chip in chips:
         built = run_stage("compile", folder, case, cores, chip)

@@ -96,8 +96,7 @@ def compile_for(lowered: bytes, kind: str, cores: int) -> dict[str, Any]:
         cores: number of replicas.
 
     Returns:
-        Compile time in seconds, bytes that the program needs on a core and that the chip has,
-        reductions in the program.
+        A `report`.
     """
     from jax.experimental import topologies
 
@@ -106,8 +105,19 @@ def compile_for(lowered: bytes, kind: str, cores: int) -> dict[str, Any]:
     begin = time.perf_counter()
     program = _compiled(lowered, topology.devices[:cores])
     seconds = time.perf_counter() - begin
-    memory = program.get_compiled_memory_stats()
-    text = program.hlo_modules()[0].to_string()
+    return report(chip, seconds, program.get_compiled_memory_stats(), program.hlo_modules()[0].to_string())
+
+
+def report(chip: Chip, seconds: float, memory: Any, text: str) -> dict[str, Any]:
+    """What is told of a compiled program: compile time in seconds, bytes that it needs on a core
+    and that the chip has, and its reductions.
+
+    Args:
+        chip: what it was compiled for.
+        seconds: of compilation.
+        memory: its memory statistics.
+        text: its HLO.
+    """
     return {
         "seconds": seconds,
         "arguments": memory.argument_size_in_bytes,

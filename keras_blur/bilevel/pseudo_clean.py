@@ -103,7 +103,7 @@ class PseudoCleanSplit:
             return (prediction,) if mask is None else (prediction, mask)
 
         predict = backend.compiled(predict, jit_compile=False)
-        values = [ops.convert_to_tensor(variable) for variable in model.variables]
+        values = [backend.value_of(variable) for variable in model.variables]
         batches = (ops.convert_to_tensor(x[start : start + batch_size]) for start in range(0, len(x), batch_size))
         parts = zip(*(predict(values, batch) for batch in batches), strict=True)
         losses = _losses(loss, y, *(ops.concatenate(part) for part in parts))

@@ -185,7 +185,8 @@ class Descent(Strategy):
 
     def _groups(self) -> list[tuple[str, keras.optimizers.Optimizer, list[str]]]:
         """The optimizers, by name, with the names of the outer parameters they update."""
-        starts = [name for name in self.outer if name.startswith("start_" if "start_optimizer" in self._given else "\n")]
+        apart = "start_optimizer" in self._given
+        starts = [name for name in self.outer if apart and name.startswith("start_")]
         names = {"optimizer": [name for name in self.outer if name not in starts], "start_optimizer": starts}
         return [(name, one, names[name]) for name, one in self._given.items() if names[name]]
 

@@ -1,38 +1,18 @@
 """Every task distribution draws the same episodes on TensorFlow and, in a process of its own, on
 JAX."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import task_table
+from on_jax import table_of_jax
 
 from keras_blur.tasks.base import Tasks
 
 pytest.importorskip("jax")
 
 
-def of_jax(folder):
-    """The table's episodes, drawn by JAX in an interpreter in which importing TensorFlow fails."""
-    program, file = pathlib.Path(task_table.__file__), folder / "episodes.npz"
-    hide = "import runpy, sys; sys.modules['tensorflow'] = None;"
-    paths = os.pathsep.join([str(program.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", f"{hide} runpy.run_module('task_table', run_name='__main__')", str(file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(file)
-
-
 def test_episodes_are_equal_on_both_backends(tmp_path):
-    ours, theirs = task_table.drawn(), of_jax(tmp_path)
+    ours, theirs = task_table.drawn(), table_of_jax(task_table, tmp_path / "episodes.npz")
     assert set(ours) == set(theirs)
     for name, wanted in ours.items():
         found = theirs[name]
