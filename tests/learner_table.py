@@ -27,6 +27,15 @@ def warp():
     return learners.Warp(model, names, keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0))
 
 
+def residual(shape, outputs):
+    kl = keras.layers
+    x = keras.Input(shape)
+    h = kl.Reshape((4, 4, 1))(x)
+    r = kl.BatchNormalization()(kl.Conv2D(2, 3, padding="same", use_bias=False)(h))
+    h = kl.MaxPooling2D(2)(kl.Activation("tanh")(kl.Add()([h, r])))
+    return keras.Model(x, kl.Dense(outputs)(kl.Flatten()(h)))
+
+
 RULE = Rule(batch_reduction="mean", last_activation="linear")
 ERRORS = Rule(feedback="error", last_activation="linear", batch_reduction="mean", momentum="before")
 LEARNERS = {
@@ -39,6 +48,10 @@ LEARNERS = {
     "maml": lambda: learners.MAML(keras.optimizers.SGD(0.1), (5,), "tanh"),
     "prototypes": lambda: learners.Prototypes((5,), 4, "tanh"),
     "neural process": lambda: learners.NeuralProcess((5,), 4, "tanh"),
+    "adam of a network": lambda: learners.BaselineLearner(keras.optimizers.Adam(0.01), residual).on((FEATURES,), CLASSES),
+    "maml of a network": lambda: learners.MAML(keras.optimizers.SGD(0.1), residual).on((FEATURES,), CLASSES),
+    "prototypes of a network": lambda: learners.Prototypes(residual, 4).on((FEATURES,), CLASSES),
+    "neural process of a network": lambda: learners.NeuralProcess(residual, 4).on((FEATURES,), CLASSES),
     "online": lambda: learners.OnlineRule(hidden=5, units=FEATURES // 2),
     "warp": warp,
 }

@@ -26,7 +26,7 @@ BELOW = {
     "models": {"backend", "layers", "core", "checks"},
     "conformance": {"core"},
     "tasks": {"backend", "core", "checks"},
-    "learners": {"backend", "core", "layers", "models", "distribution", "checks"},
+    "learners": {"backend", "core", "genomes", "layers", "models", "distribution", "checks"},
     "training": {"backend", "tasks", "checks", "distribution"},
     "meta": {"backend", "training", "learners", "tasks", "core", "checks", "compiling", "distribution"},
     "bilevel": {"backend", "training", "learners", "tasks", "core", "checks", "distribution"},

@@ -172,7 +172,8 @@ def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple
     with tf.GradientTape() as tape:
         tape.watch(arrays)
         value, extra = function(arrays)
-    return extra, tape.gradient(value, arrays, unconnected_gradients="zero")
+    with _known_orders():
+        return extra, tape.gradient(value, arrays, unconnected_gradients="zero")
 
 
 def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:

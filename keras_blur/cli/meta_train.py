@@ -107,8 +107,8 @@ def define_flags(flags: Flags) -> None:
     flags.words(
         "network",
         ["mlp"],
-        "Networks, one for each step: mlp (see --hidden), lenet, resnet20, or .keras files.",
-        when=_BLUR,
+        "Networks: mlp (see --hidden), lenet, resnet20, or .keras files; with --method=blur, several, one for each step.",
+        when=[unless_value("method", "warp", "online")],
     )
     flags.repeated(
         "hidden",
@@ -323,6 +323,10 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         raise ValueError(
             f"--hidden must be given once with --method={flag['method']}. Received: {len(networks)} times --hidden"
         )
+    if len(flag["network"]) > 1:
+        raise ValueError(
+            f"--network must be one network with --method={flag['method']}. Received: {','.join(flag['network'])}"
+        )
     hidden, loss = networks[0], "squared" if of.kind == "values" else "cross_entropy"
     sgd = keras.optimizers.SGD(flag["inner_learning_rate"])
     if flag["method"] == "warp":
@@ -330,10 +334,11 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         return [learners.Warp(model, warps, sgd, loss=loss)], flag["start"]
     if flag["method"] == "online":
         return [learners.OnlineRule(units=of.outputs)], flag["start"]
+    network = hidden if flag["network"] == ["mlp"] else _build(flag["network"][0])
     if flag["method"] == "maml":
-        return [learners.MAML(sgd, hidden, loss=loss, first_order=flag["first_order"])], flag["start"]
+        return [learners.MAML(sgd, network, loss=loss, first_order=flag["first_order"])], flag["start"]
     kinds = {"prototypes": learners.Prototypes, "neural_process": learners.NeuralProcess}
-    return [kinds[flag["method"]](hidden)], flag["start"]
+    return [kinds[flag["method"]](network)], flag["start"]
 
 
 def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule) -> list[learners.MetaLearner]:
@@ -343,11 +348,16 @@ def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rul
         if name == "mlp":
             found += [learners.Blur(units, rule) for units in hidden]
             continue
-        if name not in NETWORKS and not name.endswith(".keras"):
-            raise ValueError(f"--network must be some of mlp, lenet, resnet20 or .keras files. Received: {name}")
-        build = functools.partial(builder(name)[1], activation=activation_of(rule.forward_activation))
+        build = functools.partial(_build(name), activation=activation_of(rule.forward_activation))
         found.append(learners.Blur(build, rule))
     return found
+
+
+def _build(name: str) -> Callable[..., Any]:
+    """A function that builds a network by name."""
+    if name not in NETWORKS and not name.endswith(".keras"):
+        raise ValueError(f"--network must be some of mlp, lenet, resnet20 or .keras files. Received: {name}")
+    return builder(name)[1]
 
 
 def _batch_size(of: tasks.Tasks, shots: int) -> int:

@@ -153,6 +153,14 @@ class Graph:
         return self._below(True)
 
     @functools.cached_property
+    def merges_inputs(self) -> bool:
+        """Whether a map reads inputs, or what follows from these alone, beside the results of
+        synapses."""
+        below = self.after_synapses
+        passes = [one.sources for one in self.operations if isinstance(one, Pass)]
+        return any(len({source in below for source in sources}) > 1 for sources in passes)
+
+    @functools.cached_property
     def feeds_back(self) -> tuple[bool, ...]:
         """For each holder, whether synapses stand before it in the network, so that it needs a
         feedback path."""

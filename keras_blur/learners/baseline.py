@@ -1,4 +1,4 @@
-"""The baseline: a dense network trained by a Keras optimizer.
+"""The baseline: a network trained by a Keras optimizer.
 
 It has the same interface, batches and initial networks as the other learners, so a comparison only
 compares the rules.
@@ -6,7 +6,9 @@ compares the rules.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import keras
 from keras import ops
@@ -14,8 +16,10 @@ from keras import ops
 from keras_blur import backend
 from keras_blur.core.rule import ACTIVATIONS
 from keras_blur.distribution import ALL, Shard
-from keras_blur.learners import dense, updates
-from keras_blur.learners.base import Array, Learner, Outer, draw_kernel
+from keras_blur.learners import updates
+from keras_blur.learners.base import Array, Learner, Outer
+from keras_blur.learners.networks import Network
+from keras_blur.learners.plain import PlainNetwork
 
 
 class BaselineState(NamedTuple):
@@ -28,13 +32,17 @@ class BaselineState(NamedTuple):
 
 
 class BaselineLearner(Learner):
-    """A dense network trained by a Keras optimizer.
+    """A network trained by a Keras optimizer.
 
     Args:
         optimizer: a Keras SGD (with or without momentum), Adam or RMSprop. Only its rates and
             coefficients may be set.
-        hidden: units of the hidden layers.
-        activation: hidden activation, one known to `Rule`.
+        network: units of the hidden layers of a dense network; or a function from the shape of an
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
+            `learners.Blur`. It starts with the weights of `Blur`. Batch normalisation takes the
+            statistics of the batch at hand, in predictions too.
+        activation: hidden activation of a dense network, one known to `Rule`, and of layers of `keras_blur` that
+            have none.
         loss: training loss: `"cross_entropy"` (softmax, or logistic for a single output) or
             `"squared"` (mean squared error).
 
@@ -43,34 +51,33 @@ class BaselineLearner(Learner):
 
     Example:
 
-    >>> BaselineLearner(keras.optimizers.SGD(0.1), hidden=(32,)).hidden
+    >>> BaselineLearner(keras.optimizers.SGD(0.1), (32,)).network
     (32,)
     """
 
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
-        hidden: tuple[int, ...] = (128,),
+        network: Sequence[int] | Network = (128,),
         activation: str = "tanh",
         *,
         loss: str = "cross_entropy",
     ):
         updates.check_optimizer(optimizer)
-        dense.check(activation, ACTIVATIONS, hidden=hidden)
+        self._net = PlainNetwork("start", network, activation, ACTIVATIONS)
         updates.check_loss(loss)
         self.rate = updates.rate_of(optimizer)
-        self.optimizer, self.hidden, self.activation, self.loss = optimizer, tuple(hidden), activation, loss
+        self.optimizer, self.network, self.activation, self.loss = optimizer, self._net.network, activation, loss
+
+    def on(self, shape: tuple[int, ...], outputs: int) -> Self:
+        made = copy.copy(self)
+        made._net = self._net.on(shape, outputs)
+        return made
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> BaselineState:
-        weights: list[Array] = []
-        before = features
-        for index, units in enumerate((*self.hidden, outputs)):
-            weights.append(draw_kernel(seed, (index, 0, 0), (before, units), leading, shard))
-            weights.append(ops.zeros((*leading, 1, units), "float32"))
-            before = units
-        return self.begin(tuple(weights))
+        return self.begin(self._net.init(features, outputs, seed, leading, shard))
 
     def begin(self, weights: tuple[Array, ...]) -> BaselineState:
         """The state of an untrained network with the given weights."""
@@ -85,7 +92,7 @@ class BaselineLearner(Learner):
         """The gradient of the batch loss with respect to the weights, and the prediction."""
 
         def loss(weights: tuple[Array, ...]) -> tuple[Array, Array]:
-            prediction = dense.forward(weights, x, self.activation)
+            prediction = self._net(weights, x)
             # The mean over a batch; the sum over leading axes leaves each network its own gradient.
             return ops.sum(backend.mean(updates.losses(self.loss, prediction, y), -1)), prediction
 
@@ -97,8 +104,8 @@ class BaselineLearner(Learner):
         rate = ops.cast(ops.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
         moments = (state.weights, state.first, state.second, gradients)
         leading = len(prediction.shape) - 2
-        arrays = updates.updated(self.optimizer, rate[..., None, None], state.step, *moments, leading=leading)
+        arrays = updates.updated(self.optimizer, rate, state.step, *moments, leading=leading)
         return BaselineState(*arrays, state.step + 1), prediction
 
     def predict(self, outer: Outer, state: BaselineState, x: Array) -> Array:
-        return dense.forward(state.weights, x, self.activation)
+        return self._net(state.weights, x)

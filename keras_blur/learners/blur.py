@@ -7,7 +7,6 @@ Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -22,7 +21,7 @@ from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Array, Learner, MetaLearner, Outer
-from keras_blur.learners.networks import Network, Plan, dense_plan, network_plan
+from keras_blur.learners.networks import Network, Plan, dense_plan, known_plan, network_plan
 
 
 class Blur(MetaLearner):
@@ -86,7 +85,7 @@ class Blur(MetaLearner):
         if not callable(self.network):
             return self
         made = copy.copy(self)
-        made._plan = network_plan(self.network, self.rule, tuple(shape), outputs)
+        made._plan = network_plan(self.network, Genome.random(self.rule, 0), tuple(shape), outputs)
         return made
 
     def units(self, outputs: int) -> tuple[int, ...]:
@@ -104,14 +103,7 @@ class Blur(MetaLearner):
         """
         if not callable(self.network):
             return dense_plan(features, self.units(outputs), self.compute_dtype)
-        plan = self._plan
-        if plan is None or (math.prod(plan.shape or ()), plan.outputs) != (features, outputs):
-            raise ValueError(
-                f"A learner whose network is a function must know the shape of an example: take learner.on(shape, outputs) "
-                f"for {features} features and {outputs} outputs. Received: "
-                + ("one that was not asked" if plan is None else f"on({plan.shape}, {plan.outputs})")
-            )
-        return plan
+        return known_plan(self._plan, features, outputs)
 
     def genome(self, outer: Outer) -> Genome:
         """The genome made of outer parameters.
@@ -168,9 +160,8 @@ class Blur(MetaLearner):
 
     def step(self, outer: Outer, state: network.NetworkState, x: Array, y: Array) -> tuple[network.NetworkState, Array]:
         plan = self.plan(int(x.shape[-1]), int(y.shape[-1]))
-        result = network.step(
-            self.genome(outer), plan.graph, state, plan.entering(x), lambda prediction: self._feedback(y, prediction)
-        )
+        x = plan.entering(x, state.synapses)
+        result = network.step(self.genome(outer), plan.graph, state, x, lambda prediction: self._feedback(y, prediction))
         return result.state, result.output
 
     def _feedback(self, y: Array, prediction: Array) -> Array:
@@ -188,7 +179,7 @@ class Blur(MetaLearner):
         plan = self._plan or self.plan(int(x.shape[-1]), int(state.synapses[-1]["kernel"].shape[-1]))
         synapses = network.predicting(genome, plan.graph, state)
         # Batch normalisation has no moving statistics here; nothing else differs in training.
-        sweep = network.forward(genome, plan.graph, synapses, plan.entering(x), training=True)
+        sweep = network.forward(genome, plan.graph, synapses, plan.entering(x, synapses), training=True)
         return network.output(genome, plan.graph, sweep.values)
 
 

@@ -9,7 +9,7 @@ needs less time and memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -21,17 +21,21 @@ from keras_blur.distribution import ALL, Shard
 from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
 from keras_blur.learners.baseline import BaselineLearner, BaselineState
-
-_NAME = "start"
+from keras_blur.learners.networks import Network
 
 
 class MAML(BaselineLearner, MetaLearner):
-    """A dense network with learned initial weights, trained by a Keras optimizer.
+    """A network with learned initial weights, trained by a Keras optimizer.
 
     Args:
         optimizer: as in `learners.BaselineLearner`. The paper uses plain SGD.
-        hidden: units of the hidden layers.
-        activation: hidden activation.
+        network: units of the hidden layers of a dense network; or a function from the shape of an
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
+            `learners.Blur`. Kernels are drawn with variance 1 / fan-in, or 2 / fan-in
+            if `activation` is a relu. Batch normalisation takes the statistics of the batch at
+            hand, in predictions too: those of the query are its own.
+        activation: hidden activation of a dense network, and of layers of `keras_blur` that
+            have none.
         loss: loss of the inner steps, as in `learners.BaselineLearner`.
         first_order: whether the outer gradient takes inner gradients as constants.
 
@@ -40,7 +44,7 @@ class MAML(BaselineLearner, MetaLearner):
 
     Example:
 
-    >>> learner = MAML(keras.optimizers.SGD(0.1), hidden=(32,), loss="squared")
+    >>> learner = MAML(keras.optimizers.SGD(0.1), network=(32,), loss="squared")
     >>> sorted(learner.draw(0, 1, features=1, outputs=1))
     ['start_bias_0', 'start_bias_1', 'start_kernel_0', 'start_kernel_1']
     """
@@ -48,35 +52,33 @@ class MAML(BaselineLearner, MetaLearner):
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
-        hidden: tuple[int, ...] = (40, 40),
+        network: Sequence[int] | Network = (40, 40),
         activation: str = "relu",
         *,
         loss: str = "cross_entropy",
         first_order: bool = False,
     ):
-        super().__init__(optimizer, hidden, activation, loss=loss)
-        dense.check(activation)  # what is learned is to be a Keras model
+        super().__init__(optimizer, network, activation, loss=loss)
+        arguments.choice("activation", activation, dense.KERAS_ACTIVATIONS)  # what is learned is to be a Keras model
         arguments.flag("first_order", first_order)
         self.first_order = first_order
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        return dense.draw(_NAME, (features, *self.hidden, outputs), self.activation, members, [seed, 0])
+        return self._net.draw(features, outputs, members, [seed, 0])
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        return dense.sequential(_NAME, outer, self.activation)
+        return self._net.model(outer)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned, _NAME)
+        return self._net.read(learned)
 
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> BaselineState:
-        weights = dense.weights(_NAME, outer)
-        return self.begin(tuple(ops.broadcast_to(one, (*leading, *one.shape[-2:])) for one in weights))
+        return self.begin(self._net.spread(self._net.arrays(outer), leading))
 
     def adapted(self, state: BaselineState) -> dict[str, Array]:
-        names = [f"{_NAME}_{kind}_{index}" for index in range(len(state.weights) // 2) for kind in ("kernel", "bias")]
-        return dict(zip(names, state.weights, strict=True))
+        return self._net.named(state.weights)
 
     def gradients(self, weights: tuple[Array, ...], x: Array, y: Array) -> tuple[tuple[Array, ...], Array]:
         gradients, prediction = super().gradients(weights, x, y)

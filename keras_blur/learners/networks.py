@@ -9,24 +9,29 @@ that draws nothing (zeros, ones, a constant) is taken as it is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_blur import arguments
+from keras_blur.core.connection import Connection
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.embedding import EmbeddingConnection
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Graph, chain
 from keras_blur.core.network import NetworkState
 from keras_blur.core.rule import Rule
+from keras_blur.core.weightless import WeightlessMap
 from keras_blur.distribution import ALL, Shard
 from keras_blur.layers.base import BlurLayer, Shape, SynapticLayer
 from keras_blur.learners.base import draw_kernel
 from keras_blur.models import Model, Sequential, convert
+from keras_blur.models.base import BlurModel
 
 Array = Any
 Network = Callable[[Shape, int], Any]
@@ -42,48 +47,71 @@ class Plan:
         graph: the network.
         sources: shape of the features that enter each set of synapses.
         initializers: of each set of synapses, the initializers that draw nothing, by array.
-        prepare: takes examples `[n, *shape]` to what enters the graph.
+        prepare: takes examples `[n, *shape]` to the arrays that enter the graph.
         outputs: number of outputs.
         shape: shape of an example; `None` if the graph takes rows.
+        model: the network as a model that learns by a genome; `None` if the graph takes rows.
+        head: maps behind the last layer of synapses.
     """
 
     graph: Graph
     sources: tuple[Shape, ...]
     initializers: tuple[dict[str, Any], ...]
     outputs: int
-    prepare: Callable[[Array], Array] | None = None
+    prepare: Callable[[Array], list[Array]] | None = None
     shape: Shape | None = None
+    model: BlurModel | None = None
+    head: tuple[WeightlessMap, ...] = ()
 
-    def entering(self, x: Array) -> Array:
-        """Rows `[..., batch, features]` as what enters the graph."""
+    def entering(self, x: Array, synapses: Sequence[Mapping[str, Array]]) -> Any:
+        """Rows `[..., batch, features]` as what enters the graph: an array, or a tuple of several.
+
+        They get the leading axes of the synapses where a map reads them beside the results of
+        these, as a sum around a layer does.
+        """
         if self.shape is None:
             return x
-        leading = tuple(x.shape[:-1])
-        x = ops.reshape(x, (*leading, *self.shape))
-        if self.prepare is None:
-            return x
-        prepared = self.prepare(ops.reshape(x, (-1, *self.shape)))
-        return ops.reshape(prepared, (*leading, *prepared.shape[1:]))
+        rows = tuple(x.shape[:-1])
+        examples = ops.reshape(x, (-1, *self.shape))
+        entered = [examples] if self.prepare is None else self.prepare(examples)
+        entered = [ops.reshape(one, (*rows, *one.shape[1:])) for one in entered]
+        if self.graph.merges_inputs:
+            name, shape = next(iter(self.shapes[0].items()))
+            own = synapses[0][name].shape
+            leading = np.broadcast_shapes(tuple(own[: len(own) - len(shape)]), rows[:-1])
+            entered = [ops.broadcast_to(one, (*leading, *one.shape[len(rows) - 1 :])) for one in entered]
+        return entered[0] if len(entered) == 1 else tuple(entered)
+
+    @functools.cached_property
+    def shapes(self) -> tuple[dict[str, Shape], ...]:
+        """Of each set of synapses, the shapes of kernel and bias, with one channel."""
+        rule = Rule(channels="tied", directions="tied")
+        holders = zip(self.graph.holders, self.sources, strict=True)
+        return tuple(connection.shapes(rule, source, feeds_back=False) for connection, source in holders)
 
     def init(self, rule: Rule, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL) -> NetworkState:
         """The network before the first batch; arguments as of `Learner.init`."""
         synapses = []
         holders = zip(self.graph.holders, self.sources, self.initializers, self.graph.feeds_back, strict=True)
         for index, (connection, source, given, feeds_back) in enumerate(holders):
-            width = connection.units if isinstance(connection, EmbeddingConnection) else None
 
             def draw(
-                name: str, channel: int, shape: Shape, index: int = index, given: Any = given, width: int | None = width,
-                units: int = connection.units,
+                name: str, channel: int, shape: Shape, index: int = index, given: Any = given,
+                connection: Connection = connection,
             ) -> Array:  # fmt: skip
                 if name in given:
                     return ops.broadcast_to(ops.cast(given[name](shape), "float32"), (*leading, *shape))
                 # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
-                fan_in = width or math.prod(shape) // units
-                return draw_kernel(seed, (index, _PLACES[name], channel), shape, leading, shard, fan_in)
+                return draw_kernel(seed, (index, _PLACES[name], channel), shape, leading, shard, fan_in(connection, shape))
 
             synapses.append(connection.init(rule, source, draw, feeds_back=feeds_back))
         return NetworkState(tuple(synapses), ops.zeros((), "int32"))
+
+
+def fan_in(connection: Connection, shape: Shape) -> int:
+    """Number of inputs of a unit, by which initial weights are scaled; for vectors of an embedding,
+    their size."""
+    return connection.units if isinstance(connection, EmbeddingConnection) else math.prod(shape) // connection.units
 
 
 def dense_plan(features: int, units: Sequence[int], compute_dtype: str | None = None) -> Plan:
@@ -93,16 +121,17 @@ def dense_plan(features: int, units: Sequence[int], compute_dtype: str | None = 
     return Plan(graph, sources, tuple({"bias": keras.initializers.Zeros()} for _ in units), units[-1])
 
 
-def network_plan(network: Network, rule: Rule, shape: Shape, outputs: int) -> Plan:
+def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *, head: bool = False) -> Plan:
     """The plan of the network that a function makes for tasks.
 
     Args:
         network: takes the shape of an example and the number of outputs. It returns a list of
             layers or a Functional or Sequential model, of `keras.layers` or `keras_blur.layers`,
             whose last layer gives the outputs.
-        rule: the rule whose synapses the layers are to have.
+        genome: the genome of the network, whose rule says which synapses the layers are to have.
         shape: shape of an example.
         outputs: number of outputs.
+        head: whether maps may follow the last layer of synapses, as a `Flatten` does.
 
     Raises:
         ValueError: if the function gives something else, or a network that draws random numbers,
@@ -126,7 +155,6 @@ def network_plan(network: Network, rule: Rule, shape: Shape, outputs: int) -> Pl
         for layer in given._flatten_layers(include_self=False)
         if any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
     ]
-    genome = Genome.random(rule, 0)
     if not any(isinstance(layer, BlurLayer) for layer in given._flatten_layers(include_self=False)):
         model = convert(given, genome)
     elif isinstance(given, keras.Sequential):
@@ -140,7 +168,7 @@ def network_plan(network: Network, rule: Rule, shape: Shape, outputs: int) -> Pl
             "`network` must have no layer that draws random numbers: a learner's numbers follow from its seed. "
             f"Received: {', '.join(drawing)}"
         )
-    if any(reading.heads):
+    if any(reading.heads) and not head:
         raise ValueError(
             "`network` must end with a layer of synapses that gives logits or values, with nothing behind it that is not "
             f"learned, such as a softmax. Received: {given.layers[-1].name}"
@@ -150,9 +178,31 @@ def network_plan(network: Network, rule: Rule, shape: Shape, outputs: int) -> Pl
         tuple(layer.source for layer in reading.layers),
         tuple(_fixed(layer) for layer in reading.layers),
         outputs,
-        (lambda x: reading.prepare([x], False)[0]) if reading.preparations else None,
+        (lambda x: reading.prepare([x], False)) if reading.preparations else None,
         shape,
+        model,
+        reading.heads[0],
     )
+
+
+def known_plan(plan: Plan | None, features: int, outputs: int) -> Plan:
+    """The plan of a function's network.
+
+    Args:
+        plan: that of the learner; `None` if the learner was not told the shape of an example.
+        features: number of features of the examples.
+        outputs: number of outputs.
+
+    Raises:
+        ValueError: if there is none, or it is one of another size.
+    """
+    if plan is None or (math.prod(plan.shape or ()), plan.outputs) != (features, outputs):
+        raise ValueError(
+            f"A learner whose network is a function must know the shape of an example: take learner.on(shape, outputs) "
+            f"for {features} features and {outputs} outputs. Received: "
+            + ("one that was not asked" if plan is None else f"on({plan.shape}, {plan.outputs})")
+        )
+    return plan
 
 
 def _fixed(layer: SynapticLayer) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class OnlineState(NamedTuple):
 class OnlineRule(MetaLearner):
     """A fully connected network that stores patterns by a learned rule.
 
-    Activations are wiped before recall.
+    Activations are wiped before recall. The rule has no network to choose: what learns is the fully
+    connected network itself, and its shared networks read vectors whose sizes the rule decides.
 
     Args:
         neuron: size of a neuron's state.

@@ -8,9 +8,10 @@ class-specific parameters.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -18,10 +19,9 @@ from keras import ops
 
 from keras_blur import arguments
 from keras_blur.distribution import ALL, Shard
-from keras_blur.learners import dense
 from keras_blur.learners.base import Array, MetaLearner, Outer
-
-_NAME = "embedding"
+from keras_blur.learners.networks import Network
+from keras_blur.learners.plain import PlainNetwork
 
 
 class Sums(NamedTuple):
@@ -39,37 +39,47 @@ class TwoSides(NamedTuple):
 
 
 class Prototypes(MetaLearner):
-    """A dense embedding with a prototype for each class in the support.
+    """An embedding with a prototype for each class in the support.
 
     The weights of the embedding are learned. A class without an example is never predicted.
 
     Args:
-        hidden: units of the hidden layers.
+        network: units of the hidden layers of a dense network; or a function from the shape of an
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
+            `learners.Blur`. It is given `dimensions` as the number of outputs, and may
+            end with layers without weights, such as `Flatten`. Batch normalisation takes the
+            statistics of the support batch, and of the query batch for the query.
         dimensions: size of the embedding.
-        activation: hidden activation.
+        activation: hidden activation of a dense network, and of layers of `keras_blur` that
+            have none.
 
     Raises:
         ValueError: if an argument is out of range.
 
     Example:
 
-    >>> sorted(Prototypes(hidden=(32,), dimensions=8).draw(0, 1, features=4, outputs=5))[2:]
+    >>> sorted(Prototypes((32,), dimensions=8).draw(0, 1, features=4, outputs=5))[2:]
     ['embedding_kernel_0', 'embedding_kernel_1']
     """
 
-    def __init__(self, hidden: tuple[int, ...] = (64,), dimensions: int = 64, activation: str = "relu"):
-        dense.check(activation, hidden=hidden)
+    def __init__(self, network: Sequence[int] | Network = (64,), dimensions: int = 64, activation: str = "relu"):
+        self._net = PlainNetwork("embedding", network, activation, head=True)
         arguments.count("dimensions", dimensions)
-        self.hidden, self.dimensions, self.activation = tuple(hidden), dimensions, activation
+        self.network, self.dimensions, self.activation = self._net.network, dimensions, activation
+
+    def on(self, shape: tuple[int, ...], outputs: int) -> Self:
+        made = copy.copy(self)
+        made._net = self._net.on(shape, self.dimensions)
+        return made
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        return dense.draw(_NAME, (features, *self.hidden, self.dimensions), self.activation, members, [seed, 0])
+        return self._net.draw(features, self.dimensions, members, [seed, 0])
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
-        return dense.sequential(_NAME, outer, self.activation)
+        return self._net.model(outer)
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        return dense.read(learned, _NAME)
+        return self._net.read(learned)
 
     def check(self, kind: str, outputs: int) -> None:
         if kind != "classes":
@@ -78,7 +88,7 @@ class Prototypes(MetaLearner):
     def init(
         self, outer: Outer, seed: Array, features: int, outputs: int, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> Sums | TwoSides:
-        dtype = dense.weights(_NAME, outer)[0].dtype
+        dtype = self._net.arrays(outer)[0].dtype
         kind, classes = (TwoSides, 2) if outputs == 1 else (Sums, outputs)
         return kind(ops.zeros((*leading, classes, self.dimensions), dtype), ops.zeros((*leading, classes, 1), dtype))
 
@@ -93,7 +103,7 @@ class Prototypes(MetaLearner):
         return _logits(state, self._embed(outer, x))
 
     def _embed(self, outer: Outer, x: Array) -> Array:
-        return dense.forward(dense.weights(_NAME, outer), x, self.activation)
+        return self._net(self._net.arrays(outer), x)
 
 
 def _logits(state: Sums | TwoSides, embedded: Array) -> Array:

@@ -82,7 +82,7 @@ def updated(
 
     Args:
         optimizer: a Keras optimizer. Everything but the learning rate is read from it.
-        rate: the learning rate, which broadcasts with the weights.
+        rate: the learning rate, whose axes broadcast with the leading ones.
         step: number of steps so far.
         weights, first, second, gradients: arrays with the same leading axes, one network per
             position.
@@ -94,9 +94,15 @@ def updated(
         gradients = [g * ops.reshape(scale, (*scale.shape, *[1] * (len(g.shape) - leading))) for g in gradients]
     columns = zip(weights, first, second, gradients, strict=True)
     weights, first, second = (
-        tuple(part) for part in zip(*(_update(optimizer, rate, step, *c) for c in columns), strict=True)
+        tuple(part)
+        for part in zip(*(_update(optimizer, _behind(rate, c[0], leading), step, *c) for c in columns), strict=True)
     )
     return weights, first, second
+
+
+def _behind(rate: Array, weight: Array, leading: int) -> Array:
+    """A rate with an axis of size 1 for each own axis of a weight."""
+    return ops.reshape(rate, (*ops.shape(rate), *[1] * (len(weight.shape) - leading)))
 
 
 def _update(

@@ -144,7 +144,7 @@ class MetaValidate(keras.callbacks.Callback):
             self._scores.append(compiled(scorer, jit_compile=trainer.jit_step))
 
         if self.path is not None and files.exists(self.path) and int(numbers_of(trainer.meta_step)):
-            before = trainer.learner.parameters(self.path)  # of the run that this one goes on with
+            before = trainer.families[0][1].parameters(self.path)  # of the run that this one goes on with
             quality = self._score({name: own[0] for name, own in before.items()})[1]
             self.best = quality if np.isfinite(quality) else None
 

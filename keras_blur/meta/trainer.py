@@ -194,7 +194,7 @@ class MetaTrainer(OuterLoop):
             )
         if start is None:
             return drawn[0]
-        given = {name: np.asarray(own) for name, own in self.learner.parameters(start).items()}
+        given = {name: np.asarray(own) for name, own in self.families[0][1].parameters(start).items()}
         fits = given.keys() == drawn[0].keys() and all(
             own.shape[1:] == drawn[0][name].shape[1:] and own.shape[0] in (1, members) for name, own in given.items()
         )
@@ -266,7 +266,7 @@ class MetaTrainer(OuterLoop):
 
         Both have a `save(path)`.
         """
-        return self.learner.learned(self.parameters())
+        return self.families[0][1].learned(self.parameters())
 
     @property
     def genome(self) -> Genome:

@@ -175,7 +175,7 @@ def memorization_gap(
     Example:
 
     >>> from keras_blur import learners, tasks
-    >>> learner = learners.NeuralProcess(hidden=(8,), representation=4)
+    >>> learner = learners.NeuralProcess((8,), representation=4)
     >>> start = {name: own[0] for name, own in learner.draw(0, 1, 10, 2).items()}
     >>> found = memorization_gap(learner, learner.learned(start), tasks.pose(), episodes=4)
     >>> sorted(found)
@@ -248,6 +248,7 @@ def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> d
     if not isinstance(tasks, Tasks):
         raise ValueError(f"`tasks` must be a task distribution. Received: tasks={tasks!r}")
     learner.check(tasks.kind, tasks.outputs)
+    learner = learner.on(tasks.shape, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
     return {name: ops.convert_to_tensor(own[:1]) for name, own in learner.parameters(learned).items()}

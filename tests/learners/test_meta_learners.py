@@ -179,7 +179,7 @@ def test_tasks_of_other_sizes_are_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: learners.Prototypes((0,)), "`hidden` must be a sequence of positive integers"),
+        (lambda: learners.Prototypes((0,)), "`network` must be a sequence of positive integers"),
         (lambda: learners.Prototypes((4,), 0), "`dimensions` must be a positive integer"),
         (lambda: learners.NeuralProcess((4,), representation=0), "`representation` must be a positive integer"),
         (lambda: learners.NeuralProcess(activation="swish"), "`activation` must be one of"),

@@ -97,7 +97,7 @@ def test_the_gap_of_classes_permutes_them_and_other_tasks_need_a_key():
     found = memorization_gap(learner, learned, tasks.classes(), query_size=25, episodes=4)
     assert found["gap"] == pytest.approx(0.0, abs=1e-4)  # prototypes know no class
     assert found["kept"] > found["own"]
-    process = learners.NeuralProcess(hidden=(8,), representation=4)
+    process = learners.NeuralProcess((8,), representation=4)
     learned = process.learned({name: own[0] for name, own in process.draw(0, 1, 1, 1).items()})
     with pytest.raises(ValueError, match="`augmentation` must be given for tasks that are neither classes nor two values"):
         memorization_gap(process, learned, tasks.sines(), episodes=4)
