@@ -41,8 +41,8 @@ class BaselineLearner(Learner):
             example and the number of outputs to a list of Keras layers, or to a Keras model, as of
             `learners.Blur`. It starts with the weights of `Blur`. Batch normalisation takes the
             statistics of the batch at hand, in predictions too.
-        activation: hidden activation of a dense network, one known to `Rule`, and of layers of `keras_blur` that
-            have none.
+        activation: hidden activation of a dense network, one known to `Rule`, and of layers of
+            `keras_blur` that have none.
         loss: training loss: `"cross_entropy"` (softmax, or logistic for a single output) or
             `"squared"` (mean squared error).
 
