@@ -598,6 +598,7 @@ def stream(
         branches = [functools.partial(one, number) for one in draws]
         return tf.switch_case(tf.ensure_shape(chosen, ()), branches)
 
+    draw = tf.autograph.experimental.do_not_convert(draw)  # AutoGraph would bury what an error says
     return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
 
 

@@ -32,10 +32,40 @@ _TRAIN = SPLITS[0]
 
 
 class Augmentation(abc.ABC):
-    """A change of labels by a key."""
+    """A change of labels by a key: the base class of an augmentation of your own.
+
+    A subclass says how keys are drawn (`draw`), what they do (`apply`, `undo`) and how many bits
+    they hold (`entropy_bits`). `prepared` refuses tasks that it cannot augment.
+
+    Example:
+
+    >>> class Negation(Augmentation):
+    ...     def entropy_bits(self, tasks):
+    ...         return 1.0
+    ...
+    ...     def draw(self, seed, count, tasks):
+    ...         return 2.0 * ops.cast(random.integers(seed, (count, 1), 2), "float32") - 1.0
+    ...
+    ...     def apply(self, keys, y):
+    ...         return keys * y
+    ...
+    ...     def undo(self, keys, y):
+    ...         return keys * y
+    >>> from keras_blur.tasks import sines
+    >>> augment(sines(), Negation()).entropy_bits
+    1.0
+
+    Source: "Meta-Learning Requires Meta-Augmentation" (Rajendran, Irpan and Jang, NeurIPS 2020).
+    """
 
     def prepared(self, tasks: Tasks) -> Tasks:
         """The tasks whose training episodes get keys.
+
+        Args:
+            tasks: the tasks to augment.
+
+        Returns:
+            The same tasks, unless the augmentation replaces them.
 
         Raises:
             ValueError: if the tasks cannot be augmented.
@@ -44,23 +74,47 @@ class Augmentation(abc.ABC):
 
     @abc.abstractmethod
     def entropy_bits(self, tasks: Tasks) -> float:
-        """H(e) in bits; the differential entropy if keys are continuous."""
+        """H(e) in bits; the differential entropy if keys are continuous.
+
+        Args:
+            tasks: the tasks to augment.
+        """
 
     @abc.abstractmethod
     def draw(self, seed: Array, count: int, tasks: Tasks) -> Any:
-        """Draws `count` keys, `[count, ...]`."""
+        """Draws keys.
+
+        Args:
+            seed: a seed, `[2]` int32.
+            count: number of keys.
+            tasks: the tasks to augment.
+
+        Returns:
+            Keys `[count, ...]`, or a tree of such arrays.
+        """
 
     @abc.abstractmethod
     def apply(self, keys: Any, y: Array) -> Array:
-        """Changes labels `[n, outputs]` by one key or by `n` keys."""
+        """Changes labels.
+
+        Args:
+            keys: one key or `n` keys, from `draw`.
+            y: labels or values `[n, outputs]`, as in `Tasks.examples`.
+
+        Returns:
+            The changed labels `[n, outputs]`.
+        """
 
     @abc.abstractmethod
     def undo(self, keys: Any, y: Array) -> Array:
-        """The inverse of `apply`."""
+        """The inverse of `apply`. Arguments and result are as there."""
 
 
 class LabelPermutation(Augmentation):
     """Permutes the classes. The paper calls this intra-shuffle if an episode's classes are fixed.
+
+    Raises:
+        ValueError: from `augment`, if the tasks have no classes.
 
     Example:
 
@@ -97,7 +151,7 @@ class LabelOffset(Augmentation):
             for a continuous number.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range; from `augment`, if the tasks have no values.
 
     Example:
 
@@ -154,6 +208,15 @@ class LabelRotation(Augmentation):
 
     Over the full circle y' alone contains no information about the task, unlike an offset over a
     part of the range.
+
+    Raises:
+        ValueError: from `augment`, if the tasks do not have two values.
+
+    Example:
+
+    >>> turned = LabelRotation().apply(ops.array([[math.pi / 2]]), ops.array([[1.0, 0.0]]))
+    >>> [round(float(one), 3) for one in turned[0]]
+    [-0.0, 1.0]
     """
 
     def prepared(self, tasks: Tasks) -> Tasks:
@@ -183,6 +246,15 @@ class ClassResample(Augmentation):
 
     For tasks with fixed groups of classes (`tasks.episodes(..., exclusive=False)`). Labels change
     because other classes are drawn, so there is no key to apply or undo.
+
+    Raises:
+        ValueError: from `augment`, if the tasks have no pool of classes.
+
+    Example:
+
+    >>> from keras_blur.tasks import classes
+    >>> augment(classes(ways=2, pool=4, exclusive=False), ClassResample()).entropy_bits == math.log2(4 * 3)
+    True
     """
 
     def prepared(self, tasks: Tasks) -> Tasks:
@@ -213,6 +285,16 @@ class Compose(Augmentation):
 
     Args:
         parts: augmentations.
+
+    Raises:
+        ValueError: from `augment`, if one of the augmentations does not fit the tasks.
+
+    Example:
+
+    >>> from keras_blur.tasks import pose
+    >>> both = Compose([LabelOffset(0.0, 1.0, values=4), LabelOffset(0.0, 1.0, values=2)])
+    >>> augment(pose(), both).entropy_bits
+    3.0
     """
 
     def __init__(self, parts: Sequence[Augmentation]):
@@ -241,7 +323,7 @@ class Compose(Augmentation):
 
 
 class AugmentedTasks(Tasks):
-    """Augmented tasks; see `augment`.
+    """Augmented tasks; `augment` makes them.
 
     Attributes:
         tasks: the original tasks, used unchanged in meta-validation and meta-test.
@@ -283,7 +365,12 @@ class AugmentedTasks(Tasks):
         return {**episode, "y": y, "query_y": ops.reshape(every[support:], (query, self.outputs))}
 
     def keys(self, seed: Array, count: int) -> Any:
-        """The keys of an episode: one, or `count` if each point has its own."""
+        """The keys of an episode: one, or `count` if each point has its own.
+
+        Args:
+            seed: seed of the episode, `[2]` int32.
+            count: number of points of the episode.
+        """
         return self.augmentation.draw(random.fold_in(seed, _KEYS, self._depth), 1 if self.shared else count, self.tasks)
 
     def _of(self, split: str) -> Tasks:

@@ -30,7 +30,10 @@ def check_split(split: str) -> None:
 
 
 class Tasks(abc.ABC):
-    """A distribution of tasks of one shape.
+    """A distribution of tasks of one shape: the base class of tasks of your own.
+
+    A subclass sets the attributes, and says which examples a task has (`examples`) and how many
+    (`available`).
 
     Attributes:
         name: description of the tasks.
@@ -38,6 +41,22 @@ class Tasks(abc.ABC):
         outputs: number of outputs: classes, or dimensions of a value.
         kind: output kind: `"classes"`, `"values"`, or `"bits"` (independent labels of +1 or -1, or
             0 if not scored).
+
+    Example:
+
+    >>> class Lines(Tasks):
+    ...     name, shape, outputs = "lines", (2,), 2
+    ...
+    ...     def available(self, split):
+    ...         return 2**24
+    ...
+    ...     def examples(self, seed, count, split):
+    ...         normal = random.normal(random.fold_in(seed, 0), (2, 1))
+    ...         x = random.normal(random.fold_in(seed, 1, SPLITS.index(split)), (count, 2))
+    ...         side = ops.where(ops.matmul(x, normal) > 0.0, 1.0, -1.0)
+    ...         return x, ops.concatenate([-side, side], axis=1)
+    >>> Lines().features, Lines().kind
+    (2, 'classes')
     """
 
     name: str
@@ -52,48 +71,63 @@ class Tasks(abc.ABC):
 
     @abc.abstractmethod
     def available(self, split: str) -> int:
-        """The largest number of different examples in an episode."""
+        """The largest number of different examples in an episode.
+
+        Args:
+            split: as in `examples`.
+
+        Raises:
+            ValueError: if the split is unknown.
+        """
 
     @abc.abstractmethod
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         """Draws examples of the task given by the seed. Finite sets are drawn without replacement.
 
         Args:
-            seed: a seed.
+            seed: a seed, `[2]` int32, such as `keras_blur.random.seed_of(0)`.
             count: number of examples.
             split: `"train"` for meta-training, `"validation"` for model selection or `"test"` for
                 reporting. Splits have no example in common.
 
         Returns:
             x `[count, *shape]`, and y `[count, outputs]`: +1 for the true class and -1 for the
-                others, or values. Any numeric dtype. Users of tasks first check one episode with
-                `checks.check_tasks`.
+            others, or values. Any numeric dtype will do. `MetaTrainer` and the reports first check
+            one episode.
         """
 
     def episode(self, seed: Array, *, steps: int, batch: int, query: int, split: str = "train") -> Episode:
         """Draws one episode.
 
         Args:
-            seed: a seed.
+            seed: a seed, `[2]` int32.
             steps: number of support batches.
             batch: examples per support batch.
             query: number of query examples.
             split: as in `examples`.
 
         Returns:
-            `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`, `query_x` and `query_y`.
-            Examples are rows, whatever their `shape`. If the support needs more examples than
-            exist, they are repeated in the same order. It never contains query examples.
+            A dict of float32 arrays: `x` `[steps, batch, features]`, `y` `[steps, batch, outputs]`,
+            `query_x` `[query, features]` and `query_y` `[query, outputs]`. Examples are rows,
+            whatever their `shape`. If the support needs more examples than exist, they are repeated
+            in the same order. It never contains query examples.
 
         Raises:
             ValueError: if the split is unknown or has too few examples for one batch and the query.
+
+        Example:
+
+        >>> from keras_blur.tasks import functions
+        >>> episode = functions("xor").episode(random.seed_of(0), steps=3, batch=4, query=5)
+        >>> {name: tuple(value.shape) for name, value in episode.items()}
+        {'x': (3, 4, 2), 'y': (3, 4, 2), 'query_x': (5, 2), 'query_y': (5, 2)}
         """
         check_split(split)
         limit = self.available(split)
         if query + batch > limit:
             raise ValueError(
-                f"A batch of {batch} and a query of {query} need {query + batch} different examples; the split {split!r} "
-                f"of {self.name} has {limit}."
+                f"`batch` and `query` must add up to at most {limit}, the number of different examples that an episode has "
+                f"in the split {split!r} of {self.name}. Received: batch={batch}, query={query}"
             )
         different = min(steps * batch, limit - query)
         x, y = (ops.cast(one, "float32") for one in self.examples(seed, query + different, split))
@@ -128,7 +162,18 @@ class Tasks(abc.ABC):
             stride: step between episode numbers. Shard j of n has start j and stride n.
 
         Returns:
-            An endless `tf.data.Dataset`; on JAX an iterable of dicts of numpy arrays.
+            An endless `tf.data.Dataset` of episodes; on JAX an iterable of dicts of numpy arrays.
+
+        Raises:
+            ValueError: if the split is unknown or has too few examples; the latter on JAX when
+                iteration starts.
+
+        Example:
+
+        >>> from keras_blur.tasks import functions
+        >>> first = next(iter(functions("xor").dataset(0, steps=3, batch=4, query=5)))
+        >>> tuple(first["x"].shape)
+        (3, 4, 2)
         """
         check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))

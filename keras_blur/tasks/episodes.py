@@ -40,7 +40,7 @@ class _Classes:
 
 
 class EpisodeTasks(Tasks):
-    """See `episodes`."""
+    """Few-shot episodes; `episodes` and `classes` make them."""
 
     def __init__(
         self,
@@ -60,6 +60,9 @@ class EpisodeTasks(Tasks):
 
         Args:
             split: `"train"`, `"validation"` or `"test"`. Splits have no class in common.
+
+        Raises:
+            ValueError: if the split is unknown.
         """
         return tuple(int(label) for label in self._classes(split).labels)
 
@@ -206,12 +209,14 @@ def episodes(
         group: name of an integer feature that groups classes, such as `"alphabet"` in omniglot. All
             classes of an episode are then from one group, groups with fewer than `ways` classes are
             not used, and splits have no group in common. `None` draws from all classes.
-        data_dir: folder of prepared sets.
+        data_dir: folder of prepared sets; `None` uses the environment variable `TFDS_DATA_DIR`,
+            then the default of `tensorflow_datasets`.
 
     Returns:
-        `EpisodeTasks`.
+        `EpisodeTasks`, of the kind `"classes"`.
 
     Raises:
+        ImportError: if the extra `data` is not installed.
         ValueError: if data are missing, an argument does not fit them, or the group does not exist.
             Too few classes in a split other than `"train"` raise when the split is used.
 

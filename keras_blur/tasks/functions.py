@@ -27,7 +27,7 @@ _BLOB_CELL, _BLOB_JITTER, _BLOB_DEVIATION = 2.0 / 3.0, 0.15, 0.08
 
 
 class FunctionTasks(Tasks):
-    """See `functions`."""
+    """Toy functions; `functions` makes them."""
 
     def __init__(self, names: Sequence[str], *, noise: float, relabel: bool):
         self.names = tuple(names)

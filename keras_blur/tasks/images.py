@@ -28,7 +28,7 @@ _VALIDATION = 10  # each tenth training image is for meta-validation
 
 
 class ArrayTasks(Tasks):
-    """Tasks on arrays; see `images` and `arrays`."""
+    """Tasks on arrays; `images` and `arrays` make them."""
 
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], outputs: int, name: str, *, kind: str = "classes",
                  relabel: bool = False, permute: bool = False, project: int | None = None):  # fmt: skip
@@ -93,13 +93,15 @@ def images(
         permute: whether to permute the pixels in each episode.
         project: output size of a random projection, different in each episode; `None` for no
             projection.
-        data_dir: folder of prepared sets.
+        data_dir: folder of prepared sets; `None` uses the environment variable `TFDS_DATA_DIR`,
+            then the default of `tensorflow_datasets`.
 
     Returns:
         `ArrayTasks`, whose examples have the shape of the images, or are rows where pixels are
         permuted or projected.
 
     Raises:
+        ImportError: if the extra `data` is not installed.
         ValueError: if data are missing or an option does not fit them.
 
     Example:

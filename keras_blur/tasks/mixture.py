@@ -21,11 +21,18 @@ Array = Any
 
 
 class Mixture:
-    """A weighted mixture; see `mixture`.
+    """A weighted mixture of task distributions; `mixture` makes and checks one.
 
     Attributes:
         parts: the task distributions.
         weights: probabilities of the parts, with sum 1.
+
+    Example:
+
+    >>> from keras_blur.tasks import functions
+    >>> both = mixture({functions("xor"): 3, functions("circle"): 1})
+    >>> [part.name for part in both.parts]
+    ['xor', 'circle']
     """
 
     def __init__(self, parts: Sequence[Tasks], weights: Sequence[float]):
@@ -37,6 +44,13 @@ class Mixture:
         Args:
             seed: a 32-bit integer.
             number: number of the draw, from 0.
+
+        Example:
+
+        >>> from keras_blur.tasks import functions
+        >>> both = mixture({functions("xor"): 3, functions("circle"): 1})
+        >>> [both.part_of(0, number) for number in range(8)]
+        [0, 1, 0, 1, 1, 0, 0, 0]
         """
         rng = np.random.default_rng([seed % 2**32, number])  # numpy takes no negative seed
         return int(rng.choice(len(self.parts), p=self.weights))
@@ -73,12 +87,19 @@ class Mixture:
         Raises:
             ValueError: if the parts differ in shape, outputs or kind, the split is unknown, or a
                 part has too few examples.
+
+        Example:
+
+        >>> from keras_blur.tasks import functions
+        >>> both = mixture({functions("xor"): 3, functions("circle"): 1})
+        >>> tuple(next(iter(both.dataset(0, steps=3, batch=4, query=5)))["x"].shape)
+        (3, 4, 2)
         """
         if len({(part.shape, part.outputs, part.kind) for part in self.parts}) > 1:
             shapes = "; ".join(f"{one.name}: examples {one.shape}, {one.outputs} {one.kind}" for one in self.parts)
             raise ValueError(
-                "The parts of a mixture must have one shape and kind to be one stream; take `parts` and `part_of` "
-                f"otherwise. Received: {shapes}"
+                "The parts of a mixture must have one shape and kind to be one stream; otherwise use `parts` and "
+                f"`part_of`. Received: {shapes}"
             )
         check_split(split)
         root = random.fold_in(random.seed_of(seed), SPLITS.index(split))

@@ -25,7 +25,7 @@ _GRID = 2**24
 
 
 class RememberTasks(Tasks):
-    """See `remember`."""
+    """Patterns to recall; `remember` makes them."""
 
     kind = "bits"
 
@@ -55,8 +55,7 @@ class RememberTasks(Tasks):
         stored = steps * batch
         x, y = self.examples(seed, stored, split)
         asked = ops.take(y, ops.arange(query) % stored, axis=0)
-        # So many bits are shown, whichever they are: those with the least numbers of a random
-        # order.
+        # A fixed number of bits is shown: the first of a random order.
         order = random.permutation(random.fold_in(seed, 1), self.units, (query,))
         shown = ops.cast(order < round(self.cue * self.units), "float32")
         return {
@@ -78,10 +77,8 @@ def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
         cue: fraction of the bits shown in a cue.
 
     Returns:
-        `RememberTasks`, of the kind `"bits"`: each output is a bit of its own, +1 or -1, or 0 where
-            it is not scored.
-        `RememberTasks` of kind `"bits"`: each output is an independent bit, +1 or -1, or 0 if not
-            scored.
+        `RememberTasks`, of the kind `"bits"`: each output is an independent bit, +1 or -1, or 0 if
+        it is not scored.
 
     Raises:
         ValueError: if an argument is out of range.

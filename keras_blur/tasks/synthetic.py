@@ -30,7 +30,7 @@ _SINES = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
 
 
 class PoseTasks(Tasks):
-    """See `pose`."""
+    """Poses of objects; `pose` makes them."""
 
     kind = "values"
 
@@ -58,7 +58,7 @@ class PoseTasks(Tasks):
 
 
 class SineSet(Tasks):
-    """See `sines`."""
+    """Ten sines; `sines` makes them."""
 
     kind, name, shape, outputs = "values", "ten sines", (1,), 1
 
@@ -91,10 +91,13 @@ def pose(objects: int = 80, *, held: int = 200, code: int = 8, seed: int = 0) ->
         objects: number of meta-training objects.
         held: number of meta-validation objects, and of meta-test objects.
         code: size of a code.
-        seed: random seed of codes and angles.
+        seed: random seed of codes and angles, from 0.
+
+    Returns:
+        `PoseTasks`, of the kind `"values"`: x `[n, code + 2]`, y `[n, 2]`.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if a number is not positive, or the seed is negative.
 
     Example:
 
@@ -116,7 +119,19 @@ def sines(*, seed: int = 1) -> SineSet:
     scores vary much between seeds.
 
     Args:
-        seed: random seed of amplitudes and phases.
+        seed: random seed of amplitudes and phases, from 0.
+
+    Returns:
+        `SineSet`, of the kind `"values"`: x `[n, 1]`, y `[n, 1]`.
+
+    Raises:
+        ValueError: if the seed is negative.
+
+    Example:
+
+    >>> tasks = sines()
+    >>> tasks.features, tasks.outputs, tasks.kind
+    (1, 1, 'values')
     """
     arguments.integer("seed", seed, 0)
     return SineSet(seed)
@@ -136,7 +151,7 @@ def classes(
         noise: standard deviation of points around their class mean. Class means have standard
             deviation 1.
         exclusive: as in `tasks.episodes`.
-        seed: random seed.
+        seed: random seed of the classes and their points, from 0.
 
     Returns:
         `EpisodeTasks`.

@@ -193,8 +193,11 @@ def test_errors(options, message):
 def test_episode_errors(digits):
     with pytest.raises(ValueError, match="`split` must be one of"):
         digits.episode(random.seed_of(0), **SHAPE, split="all")
-    with pytest.raises(ValueError, match=r"need 1328 different examples; the split 'train' of digits .* has 1291"):
+    said = r"^`batch` and `query` must .* at most 1291, .* in the split 'train' of digits .* batch=1200, query=128"
+    with pytest.raises(ValueError, match=said):
         digits.episode(random.seed_of(0), steps=1, batch=1200, query=128)
+    with pytest.raises(ValueError, match=said):  # the same words from a stream
+        take(digits.dataset(0, steps=1, batch=1200, query=128), 1)
 
 
 def test_a_long_support_goes_through_the_examples_again(digits):
