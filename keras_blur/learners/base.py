@@ -26,11 +26,28 @@ Outer = Mapping[str, Array]
 
 
 class Learner(abc.ABC):
-    """An algorithm that learns a task.
+    """An algorithm that learns a task: the base class of learners without outer parameters.
 
     Arrays may have leading axes `[members, tasks]`. Members differ in their outer parameters, tasks
     in their data. Examples are rows; a learner with a network that looks at images gives them their
     shape back (`on`).
+
+    Example:
+
+    >>> class Last(Learner):  # predicts the last label that it saw
+    ...     def init(self, outer, seed, features, outputs, leading=(), shard=ALL):
+    ...         return ops.zeros((*leading, outputs))
+    ...
+    ...     def step(self, outer, state, x, y):
+    ...         return y[..., -1, :], self.predict(outer, state, x)
+    ...
+    ...     def predict(self, outer, state, x):
+    ...         return ops.repeat(state[..., None, :], x.shape[-2], axis=-2)
+    >>> learner = Last()
+    >>> state = learner.init({}, random.seed_of(0), features=4, outputs=2)
+    >>> state, prediction = learner.step({}, state, ops.ones((3, 4)), ops.ones((3, 2)))
+    >>> ops.convert_to_numpy(learner.predict({}, state, ops.ones((1, 4)))).tolist()
+    [[1.0, 1.0]]
     """
 
     def on(self, shape: tuple[int, ...], outputs: int) -> Self:
@@ -41,6 +58,9 @@ class Learner(abc.ABC):
         Args:
             shape: shape of an example, `Tasks.shape`.
             outputs: size of the output.
+
+        Returns:
+            A learner of the same kind.
 
         Raises:
             ValueError: if the learner's network does not fit.
@@ -54,8 +74,9 @@ class Learner(abc.ABC):
         """The state before the first batch.
 
         Args:
-            outer: outer parameters, whose leading axes broadcast with `leading`.
-            seed: a seed. Equal seeds give equal initial networks for every learner and member.
+            outer: outer parameters by name, whose leading axes broadcast with `leading`.
+            seed: a seed, `[2]` int32. Equal seeds give equal initial networks for every learner and
+                member.
             features: number of input features.
             outputs: size of the output.
             leading: sizes of the leading axes. Members get the same network, tasks get different
@@ -74,41 +95,78 @@ class Learner(abc.ABC):
         Args:
             outer: the outer parameters.
             state: from `init` or `step`.
-            x: `[..., batch, features]`.
+            x: inputs `[..., batch, features]`.
             y: `[..., batch, outputs]`: +1 for the true class and -1 for the others, or values.
 
         Returns:
-            The new state, and the prediction for `x` made before the update.
+            The new state, and the prediction for `x` made before the update, as of `predict`.
         """
 
     @abc.abstractmethod
     def predict(self, outer: Outer, state: Any, x: Array) -> Array:
-        """Outputs `[..., batch, outputs]`: logits of the classes, or values."""
+        """The prediction for inputs.
+
+        Args:
+            outer: the outer parameters.
+            state: from `init` or `step`.
+            x: inputs `[..., batch, features]`.
+
+        Returns:
+            Outputs `[..., batch, outputs]`: logits of the classes, or values.
+        """
 
 
 class MetaLearner(Learner):
-    """A learner with learnable outer parameters, as used by `meta.MetaTrainer`."""
+    """A learner whose outer parameters `meta.MetaTrainer` learns: the base class of your own.
+
+    Besides a learner's functions it says where its outer parameters start (`draw`), what they are
+    to a user (`learned`), and how they are found there again (`parameters`). The names of learned
+    initial weights begin with `start_`.
+
+    Example:
+
+    >>> from keras_blur.learners import Blur
+    >>> learner = Blur((8,))
+    >>> outer = learner.draw(0, members=2, features=4, outputs=3)
+    >>> genome = learner.learned({name: own[0] for name, own in outer.items()})
+    >>> genome.nu.shape, learner.parameters(genome)["nu"].shape
+    ((2, 2), (1, 2, 2))
+    """
 
     @abc.abstractmethod
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        """Draws initial outer parameters by name, `[members, ...]`.
+        """Draws initial outer parameters.
 
         Args:
             seed: random seed.
             members: number of independent sets.
             features: number of input features of the tasks.
             outputs: number of outputs of the tasks.
+
+        Returns:
+            Arrays by name, `[members, ...]`.
         """
 
     @abc.abstractmethod
     def learned(self, outer: Mapping[str, np.ndarray]) -> Any:
-        """Converts one set of outer parameters to an object with `save(path)`."""
+        """Converts one set of outer parameters to what a user works with.
+
+        Args:
+            outer: arrays by name, without the axis of members.
+
+        Returns:
+            An object with `save(path)`: a `Genome` or a Keras model.
+        """
 
     @abc.abstractmethod
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
-        """Converts the result of `learned`, or the path to its file, back to outer parameters.
+        """The inverse of `learned`.
 
-        Their shape is `[1 or members, ...]`.
+        Args:
+            learned: the result of `learned`, or the path to its file.
+
+        Returns:
+            Arrays by name, `[1 or members, ...]`.
 
         Raises:
             ValueError: if it does not fit this learner.
@@ -117,16 +175,32 @@ class MetaLearner(Learner):
     def adapted(self, state: Any) -> dict[str, Array]:
         """The adapted weights in a state, named as the outer parameters that initialise them.
 
-        Empty if the learner has no learned initial weights.
+        Args:
+            state: from `init` or `step`.
+
+        Returns:
+            Arrays by name; none if the learner has no learned initial weights.
         """
         return {}
 
     def shares_outer(self, other: Learner) -> bool:
-        """Whether another learner has the same outer parameters."""
+        """Whether another learner has the same outer parameters.
+
+        Args:
+            other: the other learner.
+        """
         return other is self
 
     def check(self, kind: str, outputs: int) -> None:
-        """Raises a `ValueError` if the learner does not support tasks of this kind and size."""
+        """Checks that the learner supports tasks of a kind and a size.
+
+        Args:
+            kind: `"classes"`, `"values"` or `"bits"`.
+            outputs: number of outputs.
+
+        Raises:
+            ValueError: if it does not.
+        """
 
 
 def keras_model(learned: Any) -> keras.Model:

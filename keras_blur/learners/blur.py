@@ -34,15 +34,17 @@ class Blur(MetaLearner):
             (dropout), and its last layer gives the outputs. Kernels start normal with variance
             1 / fan-in; initializers that draw nothing, such as ones, are taken as they are. Batch
             normalisation takes the statistics of the batch at hand, in predictions too.
-        rule: rule of the genome. A rule that learns from errors descends its loss. Without a loss
-            it descends the softmax cross-entropy, or the logistic one for a single output.
+        rule: rule of the genome; `None` is `Rule()`. A rule that learns from errors descends its
+            loss. Without a loss it descends the softmax cross-entropy, or the logistic one for a
+            single output.
         compute_dtype: dtype of matrix products of a dense network, `"bfloat16"` or `"float16"`.
             Sums and everything else stay float32, as in Keras's mixed precision. `None` is float32.
             The layers of a function have dtype policies of their own.
         std: standard deviation of the random transforms at the start of meta-training.
 
     Raises:
-        ValueError: if the rule keeps neurons or an argument is out of range.
+        ValueError: if the rule keeps neurons or an argument is out of range; from `on`, if the
+            function returns something else.
 
     Example:
 
@@ -55,6 +57,9 @@ class Blur(MetaLearner):
     >>> state = Blur(small).on((8, 8, 1), 10).init({}, random.seed_of(0), 64, 10)
     >>> tuple(state.synapses[0]["kernel"].shape)
     (2, 3, 3, 1, 4)
+
+    Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
+    3.3.
     """
 
     def __init__(
@@ -89,17 +94,28 @@ class Blur(MetaLearner):
         return made
 
     def units(self, outputs: int) -> tuple[int, ...]:
-        """Units of each layer of a dense network, including the output."""
+        """Units of each layer of a dense network, including the output.
+
+        Args:
+            outputs: number of outputs.
+
+        Raises:
+            ValueError: if the network is a function.
+        """
         if callable(self.network):
-            raise ValueError("`units` is of a dense network alone; the network of this learner is a function.")
+            raise ValueError("`units` is known for a dense network only; this learner's network is a function.")
         return (*self.network, outputs)
 
     def plan(self, features: int, outputs: int) -> Plan:
         """The network for examples of a number of features.
 
+        Args:
+            features: number of features of an example.
+            outputs: number of outputs.
+
         Raises:
-            ValueError: if the network is a function, and `on` has not told it the shape of an
-                example, or another one.
+            ValueError: if the network is a function, and `on` was not called, or was called for
+                another shape.
         """
         if not callable(self.network):
             return dense_plan(features, self.units(outputs), self.compute_dtype)
@@ -108,7 +124,9 @@ class Blur(MetaLearner):
     def genome(self, outer: Outer) -> Genome:
         """The genome made of outer parameters.
 
-        Its arrays have the layer axis, if any, after the leading axes.
+        Args:
+            outer: arrays by name, `[...]` before the shape of each. A layer axis, if any, comes
+                after these leading axes.
         """
         if self.rule.layers is None:
             return Genome(self.rule, outer)

@@ -46,8 +46,9 @@ class OnlineState(NamedTuple):
 class OnlineRule(MetaLearner):
     """A fully connected network that stores patterns by a learned rule.
 
-    Activations are wiped before recall. The rule has no network to choose: what learns is the fully
-    connected network itself, and its shared networks read vectors whose sizes the rule decides.
+    Activations are wiped before recall. Tasks are of bits, such as `tasks.remember`. The rule has no
+    network to choose: what learns is the fully connected network itself, and its shared networks
+    read vectors whose sizes the rule decides.
 
     Args:
         neuron: size of a neuron's state.
@@ -69,6 +70,9 @@ class OnlineRule(MetaLearner):
     >>> small, large = (learner.draw(0, 1, 2 * units, units) for units in (8, 32))
     >>> sum(v.size for v in small.values()) == sum(v.size for v in large.values())
     True
+
+    Source: after "Finding online neural update rules by learning to remember" (Gregor, 2020); the
+    equations are ours.
     """
 
     def __init__(
@@ -101,6 +105,9 @@ class OnlineRule(MetaLearner):
     def learned(self, outer: Mapping[str, np.ndarray]) -> keras.Model:
         """A model of sequences `[batch, time, 2 units + 1]`: an `OnlineCell` in
         `keras.layers.RNN`.
+
+        Args:
+            outer: arrays by name, without the axis of members.
         """
         cell = OnlineCell(
             self.units, neuron=self.neuron, synapse=self.synapse, hidden=self.hidden, types=self.types,
@@ -138,7 +145,16 @@ class OnlineRule(MetaLearner):
         return OnlineState(neurons, synapses), self.predict(outer, state, x)
 
     def predict(self, outer: Outer, state: OnlineState, x: Array) -> Array:
-        """Logits `[..., batch, units]` of the bits. Neurons are wiped before each cue."""
+        """Recalls patterns. Neurons are wiped before each cue.
+
+        Args:
+            outer: the outer parameters.
+            state: from `init` or `step`.
+            x: cues `[..., batch, 2 units]`: the shown bits, 0 elsewhere, and their mask.
+
+        Returns:
+            Logits `[..., batch, units]` of the bits.
+        """
         wiped = ops.zeros_like(state.neurons)[..., None, :, :]
         wiped = ops.broadcast_to(wiped, (*ops.shape(wiped)[:-3], x.shape[-2], *wiped.shape[-2:]))
         neurons = self._settled(outer, wiped, state.synapses[..., None, :, :, :], x, RECALL)
@@ -187,7 +203,13 @@ class OnlineCell(keras.layers.Layer):
 
     Args:
         units: number of bits of an item.
+        name: as of every Keras layer.
+        dtype: as of every Keras layer.
+        trainable: as of every Keras layer.
         **options: options of `OnlineRule` except `units`.
+
+    Raises:
+        ValueError: if an option is out of range, or the inputs have another number of features.
 
     Example:
 

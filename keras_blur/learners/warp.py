@@ -53,9 +53,8 @@ class Warp(MetaLearner):
 
     Args:
         model: a built Keras model from examples `[batch, *shape]`, such as images, to logits or
-            values `[batch, outputs]`.
-            The first member starts with its weights. Other members have the same warps but random
-            task layers with the same mean and standard deviation.
+            values `[batch, outputs]`. The first member starts with its weights. Other members have
+            the same warps but random task layers with the same mean and standard deviation.
         warp: warp layers, by path (such as `"block/bend"` in a nested model) or by unambiguous
             name. Without warps only the initial weights are learned.
         optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training.
@@ -72,6 +71,8 @@ class Warp(MetaLearner):
     >>> model = keras.Sequential([keras.Input((4,)), bend, keras.layers.Dense(3)])
     >>> sorted(Warp(model, ["bend"], keras.optimizers.SGD(0.1)).draw(0, 1, 4, 3))[2:]
     ['warp_bend_0', 'warp_bend_1']
+
+    Source: "Meta-Learning with Warped Gradient Descent" (Flennerhag et al., ICLR 2020).
     """
 
     def __init__(
@@ -119,6 +120,9 @@ class Warp(MetaLearner):
         """The model with the learned initial weights and frozen warps.
 
         `fit` adapts the task layers.
+
+        Args:
+            outer: arrays by name, without the axis of members.
         """
         model = keras.models.clone_model(self.model)
         model.set_weights(self.model.get_weights())
@@ -157,9 +161,9 @@ class Warp(MetaLearner):
 
         Args:
             learned: a model from `learned`, or loaded from its file.
-            x: inputs `[n, features]`.
+            x: inputs `[n, *shape]` of any numeric dtype, as the model takes them.
             y: integer classes `[n]` (0 and 1 for a single output) or values `[n, outputs]`.
-            steps: optimizer steps.
+            steps: number of optimizer steps.
             batch_size: examples per batch, at most n.
             optimizer: any Keras optimizer; `None` uses a copy of this learner's.
             loss: any Keras loss; `None` uses this learner's.
@@ -170,6 +174,15 @@ class Warp(MetaLearner):
 
         Raises:
             ValueError: if the data do not fit the model or the loss.
+
+        Example:
+
+        >>> model, warps = warped(2, (4,), 2)
+        >>> learner = Warp(model, warps, keras.optimizers.SGD(0.1))
+        >>> start = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 2, 2).items()})
+        >>> adapted = learner.adapt(start, np.eye(2), np.arange(2), steps=1)
+        >>> adapted.get_layer("warp_0").trainable
+        False
         """
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
@@ -278,6 +291,9 @@ def warped(
 
     Returns:
         The model, and the names of its warps for `Warp`.
+
+    Raises:
+        ValueError: if a number is not positive, or the activation is unknown.
 
     Example:
 

@@ -236,13 +236,13 @@ def test_refuses_by_name_what_a_learner_cannot_use(network, message):
 
 def test_a_function_needs_the_shape_first():
     learner = learners.Blur(NETWORKS["residual"], RULE)
-    with pytest.raises(ValueError, match=r"take learner.on\(shape, outputs\)"):
+    with pytest.raises(ValueError, match=r"use learner.on\(shape, outputs\)"):
         learner.init({}, random.seed_of(0), 64, OUTPUTS)
-    with pytest.raises(ValueError, match=r"Received: on\(\(8, 8, 1\), 10\)"):
+    with pytest.raises(ValueError, match=r"Received: learner\.on\(\(8, 8, 1\), 10\)"):
         learner.on(SHAPE, OUTPUTS).init({}, random.seed_of(0), 64, 5)
     with pytest.raises(ValueError, match="`compute_dtype` must be None where `network` is a function"):
         learners.Blur(residual, RULE, compute_dtype="bfloat16")
-    with pytest.raises(ValueError, match="`units` is of a dense network alone"):
+    with pytest.raises(ValueError, match="`units` is known for a dense network only"):
         learner.units(3)
 
 
