@@ -31,7 +31,8 @@ class UnrollCurriculum(keras.callbacks.Callback):
             epoch 0.
 
     Raises:
-        ValueError: if the stages are not in order.
+        ValueError: if the stages are not in order; at the first switch, if the estimator uses
+            truncation windows.
 
     Example:
 
@@ -55,7 +56,11 @@ class UnrollCurriculum(keras.callbacks.Callback):
             )
 
     def steps_at(self, epoch: int) -> int:
-        """The number of unrolled steps in an epoch."""
+        """The number of unrolled steps in an epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
         return next(steps for start, steps in reversed(self.stages) if start <= epoch)
 
     def get_config(self) -> dict[str, Any]:
@@ -90,7 +95,9 @@ class MetaValidate(keras.callbacks.Callback):
         seed: seed of the episodes and initial networks.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if an argument is out of range; at the start of training, if the learner has
+            other outer parameters, a batch and a query do not fit into the split, or `path` cannot
+            be written.
 
     Example:
 

@@ -40,17 +40,23 @@ _SWEEPS = 30  # of rotations at most; two to five are usual, up to twenty from f
 
 
 class CMAState(NamedTuple):
-    """The search distribution. Arrays only, named as in the tutorial.
+    """The search distribution. Arrays only, named as in the tutorial, in the `dtype` of `CMAES`.
 
     Args:
         mean: mean, `[size]`.
-        sigma: overall standard deviation (step size).
+        sigma: overall standard deviation (step size), a scalar.
         C: covariance without sigma, `[size, size]`.
         p_sigma: evolution path of the step size, `[size]`.
         p_c: evolution path of the rank-one update, `[size]`.
         B: eigenvectors of C in columns, unordered, `[size, size]`.
         D: square roots of the eigenvalues, `[size]`.
-        generation: number of generations so far, int32.
+        generation: number of generations so far, a scalar int32.
+
+    Example:
+
+    >>> state = CMAES(3, sigma=0.5).init([1.0, 2.0, 3.0])
+    >>> tuple(state.C.shape), float(state.sigma)
+    ((3, 3), 0.5)
     """
 
     mean: Array
@@ -65,7 +71,7 @@ class CMAState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CMAES:
-    """The constants and the pure methods of CMA-ES.
+    """CMA-ES, gradient-free search by a normal distribution: its constants and its pure methods.
 
     Args:
         size: number of variables.
@@ -103,6 +109,8 @@ class CMAES:
     ...     state = generation(state)
     >>> float(ops.max(ops.abs(state.mean))) < 1e-4
     True
+
+    Source: "The CMA Evolution Strategy: A Tutorial" (N. Hansen, 2016, arXiv 1604.00772).
     """
 
     size: int
@@ -216,8 +224,8 @@ class CMAES:
 
         Args:
             state: the search distribution.
-            seed: a seed from `random.seed_of`. The generation number is folded in, so one seed
-                serves a whole run.
+            seed: a seed, `[2]` int32, from `random.seed_of`. The generation number is folded in, so
+                one seed serves a whole run.
 
         Returns:
             Candidates `[population, size]`.

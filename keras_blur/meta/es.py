@@ -35,7 +35,12 @@ class ES(Estimator):
     """Antithetic evolution strategies over whole episodes.
 
     Args:
-        steps, trajectory_loss_weight, loss, kind: as in `Estimator`.
+        steps: learning steps of an episode.
+        trajectory_loss_weight: weight of the mean loss of the predictions made during learning,
+            added to the query loss.
+        loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
+        kind: output kind of the tasks; `MetaTrainer` sets it.
+        recompute: must be `False`, since nothing of the unroll is stored.
         antithetic_pairs: perturbations of each member. Each is used with both signs.
         sigma: standard deviation of the perturbations.
 
@@ -46,6 +51,9 @@ class ES(Estimator):
 
     >>> ES(steps=20, antithetic_pairs=8, sigma=0.05).horizon
     20
+
+    Source: "Evolution Strategies as a Scalable Alternative to Reinforcement Learning" (Salimans et
+    al., 2017, arXiv 1703.03864), with mirrored sampling.
     """
 
     antithetic_pairs: int = 16
@@ -76,11 +84,20 @@ class ES(Estimator):
             outer: outer parameters `[members, ...]`.
             directions: standard normal directions `[members, antithetic_pairs, ...]`, or their
                 sums.
-            losses: means over tasks, `[members * 2 * antithetic_pairs]`, ordered as by `perturbed`.
+            losses: means over tasks, `[members * 2 * antithetic_pairs]`: of each member all
+                positive signs first, then all negative ones.
             accuracies: same shape as `losses`.
 
         Returns:
             The estimate, with the smoothed loss. A pair with a non-finite loss is ignored.
+
+        Example:
+
+        >>> member, direction = {"a": ops.zeros((1, 2))}, {"a": ops.array([[[1.0, -1.0]]])}
+        >>> losses = ops.array([3.0, 2.0])  # at a + sigma * direction, and at a - sigma * direction
+        >>> found = ES(antithetic_pairs=1, sigma=0.5).estimate(member, direction, losses, losses)
+        >>> ops.convert_to_numpy(found.gradients["a"]).tolist(), float(found.loss[0])
+        ([[1.0, -1.0]], 2.5)
         """
         members = next(iter(outer.values())).shape[0]
         shape = (members, 2, self.antithetic_pairs)
@@ -106,13 +123,25 @@ class PES(Truncated, ES):
 
     Args:
         steps: learning steps of a truncation window. Each window ends with the query.
-        trajectory_loss_weight, loss, kind, antithetic_pairs, sigma: as in `ES`.
+        trajectory_loss_weight: weight of the mean loss of the predictions made during learning,
+            added to the query loss.
+        loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
+        kind: output kind of the tasks; `MetaTrainer` sets it.
+        recompute: must be `False`, since nothing of the unroll is stored.
+        antithetic_pairs: perturbations of each member. Each is used with both signs.
+        sigma: standard deviation of the perturbations.
         episode_steps: learning steps of an episode, a multiple of `steps`.
+
+    Raises:
+        ValueError: if an argument is out of range, or `episode_steps` is no multiple of `steps`.
 
     Example:
 
     >>> PES(steps=10, episode_steps=200, antithetic_pairs=8).horizon
     200
+
+    Source: "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
+    Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021), algorithm 2.
     """
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:

@@ -43,6 +43,12 @@ class Estimate(NamedTuple):
         gradients: gradient of each outer parameter by name, `[members, ...]`.
         loss: mean objective over tasks, `[members]`.
         accuracy: query accuracy, `[members]`; R squared if the outputs are values.
+
+    Example:
+
+    >>> estimate = Estimate({"nu": ops.ones((1, 2, 2))}, loss=ops.zeros(1), accuracy=ops.ones(1))
+    >>> tuple(estimate.gradients["nu"].shape), float(estimate.accuracy[0])
+    ((1, 2, 2), 1.0)
     """
 
     gradients: Outer
@@ -254,11 +260,37 @@ NOTHING = Carried()
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(InnerLoop, abc.ABC):
-    """An inner loop with an estimator of its outer gradient. Arguments as in `InnerLoop`.
+    """An inner loop with an estimator of its outer gradient: the base class of your own.
 
     An estimate has two halves, so that tasks can be split over several devices. `local_estimate`
     computes statistics on one shard of the tasks. `combine` turns their mean over shards into the
     estimate.
+
+    Args:
+        steps: learning steps of one estimate.
+        trajectory_loss_weight: weight of the trajectory loss, added to the query loss. The
+            trajectory loss is the mean loss of the predictions made during learning. 0 uses the
+            query loss alone.
+        loss: `"cross_entropy"` (softmax, or logistic for a single output), `"binary"` (each output
+            on its own), `"squared"`, or `"auto"`: cross-entropy for classes, binary for bits,
+            squared for values.
+        kind: output kind of the tasks: `"classes"`, `"values"` or `"bits"`. `MetaTrainer` sets it.
+        recompute: whether to trade time for memory. If so, only the state at the start of each
+            segment of about `sqrt(steps)` steps is stored, and the backward pass recomputes the
+            segment.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> from keras_blur import meta
+    >>> class SignUnroll(meta.Unroll):  # the sign of the exact gradient
+    ...     def combine(self, outer, measured, seed, carried, first):
+    ...         gradients = {name: ops.sign(value) for name, value in measured.gradients.items()}
+    ...         return measured._replace(gradients=gradients), ()
+    >>> SignUnroll(steps=5).horizon
+    5
     """
 
     @abc.abstractmethod
@@ -268,18 +300,35 @@ class Estimator(InnerLoop, abc.ABC):
         """Computes statistics on one shard of the tasks.
 
         Args:
-            learner, outer, seed, carried, first: as in `__call__`.
-            episodes: the episodes of the shard.
+            learner: the learner.
+            outer: outer parameters by name, `[members, ...]`.
+            episodes: the episodes of the shard: `x` `[tasks, steps, batch, features]`, `y`
+                `[tasks, steps, batch, outputs]`, `query_x` `[tasks, query, features]` and `query_y`
+                `[tasks, query, outputs]`.
+            seed: seed of the initial networks and of noise, `[2]` int32.
+            carried: state returned by the previous estimate; ignored if `first`.
+            first: whether this is the first estimate on these episodes; a scalar array or `bool`.
             shard: the shard.
 
         Returns:
-            A tree, whose mean over shards is passed to `combine`, and the learner states to carry
-            on.
+            A tree of arrays, whose mean over shards is passed to `combine`, and the learner states
+            to carry on.
         """
 
     @abc.abstractmethod
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
-        """Computes the estimate from the mean statistics, and the directions to carry on."""
+        """Turns the mean statistics into the estimate.
+
+        Args:
+            outer: as in `local_estimate`.
+            measured: mean over shards of the first result of `local_estimate`.
+            seed: as in `local_estimate`.
+            carried: as in `local_estimate`.
+            first: as in `local_estimate`.
+
+        Returns:
+            The `Estimate`, and the directions to carry on; `()` for none.
+        """
 
     def __call__(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried = NOTHING, first: Any = True
@@ -289,10 +338,9 @@ class Estimator(InnerLoop, abc.ABC):
         Args:
             learner: the learner.
             outer: outer parameters `[members, ...]`.
-            episodes: `x` `[tasks, steps, batch, features]`, `y`, `query_x` `[tasks, batch,
-                features]` and `query_y`.
+            episodes: all episodes, as in `local_estimate`.
             seed: seed of the initial networks (equal for members, different for tasks) and of
-                noise.
+                noise, `[2]` int32.
             carried: state returned by the previous estimate; ignored if `first`.
             first: whether this is the first estimate on these episodes.
 
@@ -306,22 +354,38 @@ class Estimator(InnerLoop, abc.ABC):
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
-        """The learner states before the first batch of this estimate."""
+        """The learner states before the first batch of this estimate; arguments as of
+        `local_estimate`."""
         del carried, first
         return start(learner, outer, episodes, seed, shard)
 
     def part(self, episodes: Episodes, window: Array) -> Episodes:
-        """Selects the support batches of a truncation window."""
+        """Selects the support batches of a truncation window.
+
+        Args:
+            episodes: whole episodes, as in `local_estimate`.
+            window: number of the window, a scalar int32 array.
+        """
         del window
         return episodes
 
     def kept(self, learners: Any) -> Any:
-        """Selects the learner states to carry on. Estimates of whole episodes carry nothing."""
+        """Selects the learner states to carry on. Estimates of whole episodes carry nothing.
+
+        Args:
+            learners: learner states after the last step.
+        """
         del learners
         return ()
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
-        """A placeholder for `carried` before the first estimate: zeros of the correct shapes."""
+        """A placeholder for `carried` before the first estimate: zeros of the correct shapes.
+
+        Args:
+            learner: the learner.
+            outer: as in `local_estimate`.
+            episodes: as in `local_estimate`.
+        """
         del learner, outer, episodes
         return NOTHING
 

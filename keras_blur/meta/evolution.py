@@ -24,11 +24,16 @@ FITNESSES = ("accuracy", "loss")
 
 @dataclasses.dataclass(frozen=True)
 class Evolution(InnerLoop):
-    """CMA-ES on the genome.
+    """CMA-ES on the vector of all outer parameters, such as the numbers of a genome.
 
     Args:
-        steps, trajectory_loss_weight, loss, kind: as in `InnerLoop`.
-        population: genomes of a generation.
+        steps: learning steps of an episode.
+        trajectory_loss_weight: weight of the mean loss of the predictions made during learning,
+            added to the query loss.
+        loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
+        kind: output kind of the tasks; `MetaTrainer` sets it.
+        recompute: must be `False`, since nothing of the unroll is stored.
+        population: candidates of a generation.
         sigma: standard deviation of the first generation.
         fitness: `"accuracy"` or `"loss"` of the query.
 
@@ -39,6 +44,9 @@ class Evolution(InnerLoop):
 
     >>> Evolution(steps=15, population=80).fitness
     'accuracy'
+
+    Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 4.4; for
+    the search, see `CMAES`.
     """
 
     population: int = 80
@@ -54,9 +62,16 @@ class Evolution(InnerLoop):
             raise ValueError("`recompute` must be False: evolution stores nothing of the unroll.")
 
     def score(self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array) -> tuple[Array, Array, Array]:
-        """Fitness (lower is better), loss and accuracy of each genome, averaged over tasks.
+        """Scores candidates.
 
-        Each result has shape `[population]`.
+        Args:
+            learner: the learner.
+            outer: outer parameters of all candidates by name, `[population, ...]`.
+            episodes: as in `Estimator`.
+            seed: seed of the initial networks, `[2]` int32.
+
+        Returns:
+            Fitness (lower is better), loss and accuracy, averaged over tasks, each `[population]`.
         """
         losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
         loss, accuracy = backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)

@@ -89,10 +89,13 @@ class MetaTrainer(OuterLoop):
     ...     learner=learners.Blur((16,), Rule(batch_reduction="mean", last_activation="linear")),
     ...     estimator=Unroll(steps=3), batch_size=16, query_size=32,
     ... )
-    >>> trainer.compile(optimizer=keras.optimizers.Adam(1e-3))
+    >>> trainer.compile(optimizer=keras.optimizers.Adam(1e-3), jit_compile=False)  # starts at once
     >>> history = trainer.fit(epochs=1, steps_per_epoch=2, verbose=0)
     >>> trainer.genome.rule.states
     2
+
+    Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.3 and
+    4.2, Table C.1.
     """
 
     descent = Descent  # the strategy by which a gradient is followed
@@ -230,7 +233,8 @@ class MetaTrainer(OuterLoop):
                 a CPU do not. On JAX and under a TPU strategy everything is compiled regardless.
 
         Raises:
-            ValueError: if an optimizer clips gradients or mixes members.
+            ValueError: if an optimizer clips gradients or mixes members, there is one under
+                `Evolution`, or `start_optimizer` has no initial weights to update.
         """
         arguments.count("steps_per_execution", steps_per_execution)
         optimizer, self.start_optimizer = self.strategy.compile(optimizer, start_optimizer)
@@ -254,9 +258,13 @@ class MetaTrainer(OuterLoop):
         return self.strategy.outer
 
     def parameters(self, member: int | None = None) -> dict[str, np.ndarray]:
-        """Outer parameters of a member, by default the best.
+        """Outer parameters of a member. Under `Evolution`, the mean of the search distribution.
 
-        Under `Evolution`, the mean of the search distribution.
+        Args:
+            member: index of the member; `None` for the best.
+
+        Returns:
+            Arrays by name.
         """
         return self.strategy.parameters(self.best if member is None else member)
 
@@ -270,7 +278,11 @@ class MetaTrainer(OuterLoop):
 
     @property
     def genome(self) -> Genome:
-        """The learned genome of a `Blur` learner."""
+        """The learned genome of a `Blur` learner: that of the best member.
+
+        Raises:
+            ValueError: if the learner has no genome.
+        """
         self._of_genomes()
         return self.learned
 
@@ -279,6 +291,9 @@ class MetaTrainer(OuterLoop):
         """The genomes of all members of a `Blur` learner on a population axis.
 
         Under `Evolution`, the single genome at the mean of the search distribution.
+
+        Raises:
+            ValueError: if the learner has no genome.
         """
         rule = self._of_genomes().rule
         if isinstance(self.estimator, Evolution):
@@ -352,6 +367,9 @@ class MetaTrainer(OuterLoop):
             callbacks: Keras callbacks.
             verbose: 0 for silence, 1 or `"auto"` for a progress bar, 2 for one line per epoch.
 
+        Returns:
+            The `History`, with the logs of each epoch by name.
+
         Raises:
             ValueError: if the checkpoint is damaged or has other settings, which are named.
             OSError: if the checkpoint cannot be written, for example because the disk is full.
@@ -376,7 +394,11 @@ class MetaTrainer(OuterLoop):
     # One step.
 
     def family_of(self, step: int) -> int:
-        """Index of the family used in a step."""
+        """Index of the family used in a step.
+
+        Args:
+            step: number of the meta-step, from 0.
+        """
         rng = np.random.default_rng([self.seed, step])
         if self.weights_of_families is None:
             return int(rng.integers(len(self.families)))
@@ -385,7 +407,8 @@ class MetaTrainer(OuterLoop):
     def meta_train_step(self) -> dict[str, float]:
         """Runs one meta-step: episodes, gradient, clipping, update.
 
-        Returns the running metrics.
+        Returns:
+            The running metrics by name.
         """
         step = int(numbers_of(self.meta_step))
         family = self.family_of(step)
@@ -414,6 +437,9 @@ class MetaTrainer(OuterLoop):
 
     def unroll_for(self, steps: int) -> None:
         """Changes the number of unrolled steps. Used by curricula.
+
+        Args:
+            steps: number of learning steps of an episode from now on.
 
         Raises:
             ValueError: if the estimator uses truncation windows.

@@ -24,12 +24,25 @@ from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estima
 
 @dataclasses.dataclass(frozen=True)
 class Unroll(Estimator):
-    """The exact outer gradient through the full inner loop. Arguments as in `Estimator`.
+    """The exact outer gradient through the full inner loop.
+
+    Args:
+        steps: learning steps of an episode.
+        trajectory_loss_weight: weight of the mean loss of the predictions made during learning,
+            added to the query loss.
+        loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
+        kind: output kind of the tasks; `MetaTrainer` sets it.
+        recompute: whether to trade time for memory, as in `Estimator`.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     Example:
 
     >>> Unroll(steps=10, trajectory_loss_weight=0.5).steps
     10
+
+    Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), section 3.3.
     """
 
     def local_estimate(
@@ -57,13 +70,23 @@ class TruncatedUnroll(Truncated, Unroll):
 
     Args:
         steps: learning steps of a truncation window. Each window ends with the query.
-        trajectory_loss_weight, loss, kind, recompute: as in `Estimator`.
+        trajectory_loss_weight: weight of the mean loss of the predictions made during learning,
+            added to the query loss.
+        loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
+        kind: output kind of the tasks; `MetaTrainer` sets it.
+        recompute: whether to trade time for memory, as in `Estimator`.
         episode_steps: learning steps of an episode, a multiple of `steps`.
+
+    Raises:
+        ValueError: if an argument is out of range, or `episode_steps` is no multiple of `steps`.
 
     Example:
 
     >>> TruncatedUnroll(steps=10, episode_steps=100).horizon
     100
+
+    Source: truncated backpropagation through time, "An efficient gradient-based algorithm for
+    on-line training of recurrent network trajectories" (Williams and Peng, 1990).
     """
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
