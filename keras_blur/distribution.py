@@ -28,8 +28,13 @@ class Shard:
     """One replica's part of the work.
 
     Attributes:
-        index: index of the replica; an integer or a scalar array.
+        index: index of the replica; an integer or a scalar int32 array.
         count: number of replicas.
+
+    Example:
+
+    >>> ALL.count, shard() is ALL
+    (1, True)
     """
 
     index: Any = 0
@@ -38,8 +43,12 @@ class Shard:
     def part(self, values: Any, axis: int) -> Any:
         """Selects this shard of every array in a tree along `axis`.
 
-        The size of the axis must be a multiple of `count`. Arrays without that axis are returned
-        unchanged.
+        Args:
+            values: a tree of arrays. Those without the axis are returned unchanged.
+            axis: axis to split, whose size is a multiple of `count`.
+
+        Raises:
+            ValueError: if the size of the axis is no multiple of `count`.
 
         Example:
 
@@ -59,6 +68,10 @@ class Shard:
         """Inverse of `part`: gathers all shards in order on every replica.
 
         Call it in a replica context.
+
+        Args:
+            values: a tree of arrays. Those without the axis are returned unchanged.
+            axis: axis that `part` split.
         """
         if self.count == 1:
             return values
@@ -94,7 +107,16 @@ def shard() -> Shard:
 
 
 def mean(values: Any) -> Any:
-    """Averages every array of a tree over replicas. Call it inside a replica's program."""
+    """Averages every array of a tree over replicas. Call it inside a replica's program.
+
+    Args:
+        values: a tree of floating-point arrays, of the same shapes on every replica.
+
+    Example:
+
+    >>> float(mean({"loss": ops.array(2.0)})["loss"])  # one replica
+    2.0
+    """
     count = backend.replicas_of_program()
     sums = backend.total(backend.leaves(values))
     return backend.pack(values, [value / ops.cast(count, value.dtype) if count > 1 else value for value in sums])

@@ -115,7 +115,19 @@ def _renaming(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file; an `OSError` where a bucket or the Hub cannot be asked."""
+    """Whether there is such a file.
+
+    Args:
+        path: a local path, or one in a bucket or on the Hub.
+
+    Raises:
+        OSError: if the bucket or the Hub cannot be asked.
+
+    Example:
+
+    >>> exists("no such file.json")
+    False
+    """
     if not is_remote(path):
         return os.path.exists(path)
     if _on_hub(path):
@@ -291,7 +303,14 @@ def save(saved: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def local(path: Path) -> Iterator[str]:
-    """A local path where the contents of `path` can be read."""
+    """A local path where the contents of `path` can be read, inside the block.
+
+    Args:
+        path: a local path, or one in a bucket or on the Hub.
+
+    Raises:
+        OSError: if a bucket or the Hub has no such file, or cannot be asked.
+    """
     if not is_remote(path):
         yield os.fspath(path)
         return
@@ -373,13 +392,24 @@ def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ..
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file."""
+    """Writes a text file in UTF-8, whole or not at all.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        text: its contents.
+
+    Raises:
+        OSError: as of `replacing`.
+    """
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file.
+    """Reads a text file in UTF-8.
+
+    Args:
+        path: a local path, or one in a bucket or on the Hub.
 
     Raises:
         OSError: if there is none.

@@ -52,7 +52,7 @@ def test_the_first_cell_installs_where_nothing_is(name, monkeypatch):
     assert commands == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     exec(first, {})
-    assert [command[1:] for command in commands] == [["-m", "pip", "install", "-q", "keras_blur[data,plot]"]]
+    assert [command[1:] for command in commands] == [["-m", "pip", "install", "-q", "../..[data,plot]"]]
 
 
 @pytest.mark.parametrize("name", REACHED)

@@ -23,6 +23,24 @@ def format_compare(result: Mapping[str, Any]) -> str:
 
     Args:
         result: result of `compare` or `evaluate`. Its `name`, if any, replaces "genome".
+
+    Returns:
+        Lines of text. Of a comparison, they also give the envelopes and the speed-ups.
+
+    Raises:
+        KeyError: if the result lacks what `evaluate` returns.
+
+    Example:
+
+    >>> curve = {"accuracy": [[0.1, 0.5], [0.1, 0.7]], "loss": [[2.3, 1.0]] * 2, "seconds": [0.0, 0.1]}
+    >>> result = {
+    ...     "data": "digits", "network": "hidden 8", "batch_size": 16, "seeds": 2, "split": "test",
+    ...     "steps": [0, 1], "curves": {"genome": curve},
+    ... }
+    >>> print(format_compare(result))
+    digits, hidden 8, batch 16, 2 seeds: test accuracy by learning step, mean (and deviation over seeds)
+                        0              1
+    genome  0.100 (0.000)  0.600 (0.141)
     """
     at, curves = result["steps"], result["curves"]
     names = [name for name in curves if name.startswith("genome")]

@@ -65,6 +65,15 @@ def score_episodes(
 
     Raises:
         ValueError: if the tasks do not fit the learner or are too small.
+
+    Example:
+
+    >>> from keras_blur import learners, tasks
+    >>> learner = learners.Prototypes((4,))
+    >>> start = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 2, 2).items()})
+    >>> found = score_episodes(learner, start, tasks.functions("xor"), episodes=3, jit_compile=False)
+    >>> sorted(found), found["loss"].shape
+    (['accuracy', 'loss', 'mean_accuracy', 'mean_loss'], (3,))
     """
     return _scored(learner, learned, tasks, None, steps, batch_size, query_size, episodes, split, loss, seed, jit_compile)
 
@@ -97,6 +106,16 @@ def adaptation_curve(
 
     Raises:
         ValueError: if `at` is not ascending, and as in `score_episodes`.
+
+    Example:
+
+    >>> from keras_blur import learners, tasks
+    >>> learner = learners.NeuralProcess(hidden=(4,), representation=2)
+    >>> start = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 1, 1).items()})
+    >>> curve = adaptation_curve(learner, start, tasks.sines(), at=[0, 2], batch_size=4, query_size=8,
+    ...                          episodes=3, jit_compile=False)
+    >>> curve["steps"], curve["loss"].shape
+    ([0, 2], (2, 3))
     """
     at = [int(step) for step in at]
     if len(at) < 2 or at[0] < 0 or any(a >= b for a, b in pairwise(at)):
@@ -163,10 +182,10 @@ def memorization_gap(
 
     Returns:
         Mean query losses: `own` with original labels, `followed` with keyed support and query,
-            `kept` with keyed support and original query labels. `gap` is `followed` minus `own`. It
-            is 0 for a learner that only uses the support, and for one that learned nothing (with a
-            large `own`). A learner that only uses its memory has `kept` equal to `own`. Tasks that
-            cannot be memorised (`split="test"`) show what the key costs for other reasons.
+        `kept` with keyed support and original query labels. `gap` is `followed` minus `own`. It is
+        0 for a learner that only uses the support, and for one that learned nothing (with a large
+        `own`). A learner that only uses its memory has `kept` equal to `own`. Tasks that cannot be
+        memorised (`split="test"`) show what the key costs for other reasons.
 
     Raises:
         ValueError: if `augmentation` does not fit the tasks or has no key, and as in
@@ -177,7 +196,7 @@ def memorization_gap(
     >>> from keras_blur import learners, tasks
     >>> learner = learners.NeuralProcess((8,), representation=4)
     >>> start = {name: own[0] for name, own in learner.draw(0, 1, 10, 2).items()}
-    >>> found = memorization_gap(learner, learner.learned(start), tasks.pose(), episodes=4)
+    >>> found = memorization_gap(learner, learner.learned(start), tasks.pose(), episodes=4, jit_compile=False)
     >>> sorted(found)
     ['followed', 'gap', 'kept', 'own']
     """

@@ -55,7 +55,8 @@ def evaluate(
 
     Args:
         genome: a genome, or a population on one axis.
-        data: an image set or a task distribution of classes, as in `compare`.
+        data: an image set or a task distribution of classes, as in `compare`. A split of few
+            examples gives one batch, which all steps repeat, and the rest is scored.
         network: units of the hidden layers, or a function from the shape of an example and the
             number of outputs to Keras layers, as of `learners.Blur`.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
