@@ -198,9 +198,9 @@ def known_plan(plan: Plan | None, features: int, outputs: int) -> Plan:
     """
     if plan is None or (math.prod(plan.shape or ()), plan.outputs) != (features, outputs):
         raise ValueError(
-            f"A learner whose network is a function must know the shape of an example: take learner.on(shape, outputs) "
+            f"A learner whose network is a function must know the shape of an example: use learner.on(shape, outputs) "
             f"for {features} features and {outputs} outputs. Received: "
-            + ("one that was not asked" if plan is None else f"on({plan.shape}, {plan.outputs})")
+            + ("a learner without it" if plan is None else f"learner.on({plan.shape}, {plan.outputs})")
         )
     return plan
 

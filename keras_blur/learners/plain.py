@@ -84,8 +84,8 @@ class PlainNetwork:
         """
         if self._plan is None:
             raise ValueError(
-                "A learner whose network is a function must know the shape of an example: take learner.on(shape, outputs). "
-                "Received: one that was not asked"
+                "A learner whose network is a function must know the shape of an example: use learner.on(shape, outputs). "
+                "Received: a learner without it"
             )
         return self._plan
 

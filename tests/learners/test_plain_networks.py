@@ -133,7 +133,7 @@ def test_refuses_by_name_what_a_learner_cannot_use(name):
         MAKERS[name]((0,))
     with pytest.raises(ValueError, match="`network` must return a list of Keras layers or a built Keras model"):
         meta.MetaTrainer(tasks.images("digits"), MAKERS[name](lambda shape, outputs: 3))
-    with pytest.raises(ValueError, match=r"must know the shape of an example: take learner.on\(shape, outputs\)"):
+    with pytest.raises(ValueError, match=r"must know the shape of an example: use learner.on\(shape, outputs\)"):
         MAKERS[name](residual).draw(0, 1, 64, OUTPUTS)
 
 
