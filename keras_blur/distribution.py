@@ -4,11 +4,12 @@ On TensorFlow, multi-device code is written once, as the program of one replica.
 processes its shard of the work, reduces the intermediate results with the others, and continues
 with identical values. All replicas therefore write the same values into their copies of a variable.
 Without a strategy, the shard is the whole work and reductions are identities. So it is on JAX,
-where one program sees the arrays of all devices and the compiler splits them.
+where one program sees the arrays of all devices. There `Runner.split` gives each device its tasks;
+the compiler splits all else.
 
-Work is interleaved: of `n` tasks, replica `r` of `R` takes tasks `r`, `r + R`, `r + 2 R`, ... The
-assignment does not depend on how replicas are placed on hosts, and a single sum over replicas
-restores the original order.
+On TensorFlow, work is interleaved: of `n` tasks, replica `r` of `R` takes tasks `r`, `r + R`,
+`r + 2 R`, ... The assignment does not depend on how replicas are placed on hosts, and a single sum
+over replicas restores the original order. On JAX, a device takes tasks in a row, as its arrays lie.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Shard:
     Attributes:
         index: index of the replica; an integer or a scalar int32 array.
         count: number of replicas.
+        in_blocks: whether a shard is a block in a row; if not, every `count`-th place.
 
     Example:
 
@@ -39,6 +41,22 @@ class Shard:
 
     index: Any = 0
     count: int = 1
+    in_blocks: bool = False
+
+    def places(self, size: int) -> Array:
+        """The places of this shard among those of all, int32 `[size]`.
+
+        Args:
+            size: number of places of a shard.
+
+        Example:
+
+        >>> import keras
+        >>> [keras.ops.convert_to_numpy(Shard(1, 2, own).places(3)).tolist() for own in (False, True)]
+        [[1, 3, 5], [3, 4, 5]]
+        """
+        places = ops.arange(size, dtype="int32")
+        return self.index * size + places if self.in_blocks else self.index + self.count * places
 
     def part(self, values: Any, axis: int) -> Any:
         """Selects this shard of every array in a tree along `axis`.
@@ -60,7 +78,13 @@ class Shard:
         def cut(value: Array) -> Array:
             if self.count == 1 or len(value.shape) <= axis:
                 return value
-            return ops.take(_dealt(value, axis, self.count), self.index, axis=axis + 1)
+            size = value.shape[axis]
+            if size % self.count:
+                raise ValueError(f"An axis of {size} cannot be split into equal shards for {self.count} replicas.")
+            own = size // self.count
+            two = (self.count, own) if self.in_blocks else (own, self.count)
+            dealt = ops.reshape(value, (*value.shape[:axis], *two, *value.shape[axis + 1 :]))
+            return ops.take(dealt, self.index, axis=self._place(axis))
 
         return backend.tree_map(cut, values)
 
@@ -77,27 +101,23 @@ class Shard:
             return values
         leaves = backend.leaves(values)
         wide = [value for value in leaves if len(value.shape) > axis]
-        spread = []
+        spread, place = [], self._place(axis)
         for value in wide:  # zero outside the own shard; selected, not multiplied, so NaN does not spread
-            shape = [1] * (axis + 1) + [self.count] + [1] * (len(value.shape) - axis - 1)
+            shape = [1] * place + [self.count] + [1] * (len(value.shape) - place)
             own = ops.reshape(ops.equal(ops.arange(self.count, dtype="int32"), ops.cast(self.index, "int32")), shape)
-            spread.append(ops.where(own, ops.expand_dims(value, axis + 1), ops.zeros((), value.dtype)))
+            spread.append(ops.where(own, ops.expand_dims(value, place), ops.zeros((), value.dtype)))
         joined = iter(
             ops.reshape(both, (*value.shape[:axis], -1, *value.shape[axis + 1 :]))
             for both, value in zip(backend.total(spread), wide, strict=True)
         )
         return backend.pack(values, [next(joined) if len(leaf.shape) > axis else leaf for leaf in leaves])
 
+    def _place(self, axis: int) -> int:
+        """The axis of shards, where an axis is split in two: shard, and position within it."""
+        return axis if self.in_blocks else axis + 1
+
 
 ALL = Shard()
-
-
-def _dealt(value: Array, axis: int, count: int) -> Array:
-    """Splits an axis in two: position within a shard, and shard."""
-    size = value.shape[axis]
-    if size % count:
-        raise ValueError(f"An axis of {size} cannot be split into equal shards for {count} replicas.")
-    return ops.reshape(value, (*value.shape[:axis], size // count, count, *value.shape[axis + 1 :]))
 
 
 def shard() -> Shard:

@@ -23,6 +23,8 @@ ESTIMATORS = {
     "es": lambda: meta.ES(3, antithetic_pairs=4),
     "pes": lambda: meta.PES(2, episode_steps=4, antithetic_pairs=4),
     "cma": lambda: meta.Evolution(3, population=8, fitness="loss"),
+    "warpgrad": lambda: meta.WarpGrad(3, start="leap"),
+    "offline": lambda: meta.OfflineWarpGrad(4, thetas=2, start="reptile"),
 }
 
 
@@ -34,12 +36,22 @@ def lay():
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()))
 
 
+def warp():
+    """A learner whose networks learn one after another; the backend does not draw its weights."""
+    model, names = learners.warped(16, (6,), 10)
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        if layer.weights and layer.name not in names:
+            layer.set_weights([0.3 * rng.standard_normal(value.shape) for value in layer.get_weights()])
+    return learners.Warp(model, names, keras.optimizers.SGD(0.1, momentum=0.9))
+
+
 def trainer():
     """A trainer with tasks for four devices."""
-    evolution = asked["case"] == "cma"
+    evolution, warps = asked["case"] == "cma", asked["case"] in ("warpgrad", "offline")
     made = meta.MetaTrainer(
-        tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),
-        members=1 if evolution else 2, meta_batch_size=4, batch_size=8, query_size=16, seed=3,
+        tasks.images("digits", size=4, relabel=True), warp() if warps else learners.Blur((8,), RULE),
+        ESTIMATORS[asked["case"]](), members=1 if evolution else 2, meta_batch_size=4, batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
     # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is
     # zero.
@@ -47,11 +59,26 @@ def trainer():
     return made
 
 
+def noted(runner, seen):
+    """Notes how many tasks a device computes."""
+    split = runner.split
+
+    def noting(function, common, episodes, kept):
+        def of_part(index, count, common, episodes, kept):
+            seen.add(episodes["x"].shape[0])
+            return function(index, count, common, episodes, kept)
+
+        return split(of_part, common, episodes, kept)
+
+    runner.split = noting
+
+
 if __name__ == "__main__":
     asked.update(json.loads(sys.argv[1]))
     lay()
-    made = trainer()
+    made, seen = trainer(), set()
+    noted(made.runner, seen)
     history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
     found = {name: value.tolist() for name, value in made.strategy.population().items()}
     print(json.dumps({"history": history, "outer": found, "score": np.array(made.member_score.value).tolist(),
-                      "devices": made.runner.shares}))  # fmt: skip
+                      "devices": made.runner.shares, "tasks": sorted(seen)}))  # fmt: skip

@@ -1,4 +1,5 @@
-"""Meta-training on JAX: the numbers of TensorFlow, one device or several, resumed to the bit."""
+"""Meta-training and bilevel training on JAX: the numbers of TensorFlow, one device or several,
+resumed to the bit."""
 
 import json
 import os
@@ -12,20 +13,22 @@ import pytest
 
 pytest.importorskip("jax")
 
-SCRIPT = pathlib.Path(__file__).with_name("jax_meta.py")
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("recomputed", "truncated", "es", "pes")]
+META, BILEVEL = (pathlib.Path(__file__).with_name(name) for name in ("jax_meta.py", "jax_bilevel.py"))
+SLOW = [
+    pytest.param(case, marks=pytest.mark.slow) for case in ("recomputed", "truncated", "es", "pes", "warpgrad", "offline")
+]
 CASES = ["unroll", "cma", *SLOW]
+OF_BILEVEL = ["difference", "evograd", "cut", "sampler", "scaled"]
 HIDE = "import sys; sys.modules['tensorflow'] = None; "
 
 
-def start(backend="jax", **asked):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment.pop("JAX_ENABLE_X64", None)
+def start(backend="jax", script=META, float64=False, **asked):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_X64": str(int(float64))}
     if "devices" in asked:
         devices = f"--xla_force_host_platform_device_count={asked['devices']}"
         environment["XLA_FLAGS"] = f"{environment['XLA_FLAGS']} {devices}"
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(SCRIPT), json.dumps({"epochs": 2, **asked})],
+        [sys.executable, "-W", "ignore", str(script), json.dumps({"epochs": 2, **asked})],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
@@ -49,6 +52,12 @@ def alone():
     return of
 
 
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def assert_close(found, wanted, tolerance):
     size = max(np.abs(value).max() for value in wanted["outer"].values())
     for name, value in wanted["outer"].items():
@@ -68,14 +77,13 @@ def test_jax_learns_what_tensorflow_learns(alone, case):
 def test_four_devices_are_one(alone, case):
     four = result(start(case=case, devices=4))
     assert (alone(case)["devices"], four["devices"]) == (1, 4)
+    assert (alone(case)["tasks"], four["tasks"]) == (([], []) if case == "cma" else ([4], [1]))
     assert_close(four, alone(case), 1e-6)
 
 
 @pytest.mark.parametrize("case", ["unroll", "cma"])
 def test_two_processes_are_one(alone, case):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     both = [start(case=case, worker=number, workers=2, port=port) for number in range(2)]
     for found in map(result, both):
         assert found["devices"] == 2
@@ -88,6 +96,53 @@ def test_a_resumed_run_is_an_unbroken_one(alone, tmp_path):
     resumed = result(start(case="truncated", checkpoint=path))
     assert resumed["outer"] == alone("truncated")["outer"]
     assert resumed["score"] == alone("truncated")["score"]
+
+
+def assert_same(found, wanted, case, tolerance):
+    """Weights, relative to the largest, and metrics, which are float32."""
+    limit = tolerance * max(np.abs(own).max() for own in wanted["learned"])
+    for place, (one, other) in enumerate(zip(found["learned"], wanted["learned"], strict=True)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=limit, err_msg=f"{case}, weight {place}")
+    for name, column in wanted["history"].items():
+        np.testing.assert_allclose(found["history"][name], column, rtol=1e-5, err_msg=f"{case}, {name}")
+
+
+@pytest.mark.parametrize("cases", [["one step"], pytest.param(OF_BILEVEL, marks=pytest.mark.slow)])
+def test_bilevel_training_on_four_devices_is_that_on_one(cases):
+    options = {"script": BILEVEL, "cases": cases, "float64": True}
+    wanted, found = map(result, [start(**options), start(**options, devices=4)])
+    for case in cases:
+        assert (wanted[case]["examples"], found[case]["examples"]) == ([32], [8] * 4)
+        assert_same(found[case], wanted[case], case, 1e-12)
+
+
+@pytest.mark.slow
+def test_layers_that_see_the_whole_batch_are_the_same_on_four_devices():
+    """Dropout and batch normalisation, which Keras computes in float32 here."""
+    options = {"script": BILEVEL, "cases": ["layers"]}
+    wanted, found = (result(process)["layers"] for process in [start(**options), start(**options, devices=4)])
+    assert_same(found, wanted, "layers", 1e-6)
+
+
+@pytest.mark.slow
+def test_bilevel_training_in_two_processes_is_that_in_one():
+    port, options = free_port(), {"script": BILEVEL, "cases": ["one step", "sampler"], "float64": True}
+    wanted, *both = map(result, [start(**options), *(start(**options, worker=n, workers=2, port=port) for n in range(2))])
+    for found in both:
+        for case in options["cases"]:
+            assert found[case]["examples"] == [16]
+            assert_same(found[case], wanted[case], case, 1e-12)
+
+
+@pytest.mark.slow
+def test_a_resumed_bilevel_run_on_four_devices_is_an_unbroken_one(tmp_path):
+    options = {"script": BILEVEL, "cases": ["sampler"], "devices": 4}
+    path = str(tmp_path / "run.weights.h5")
+    unbroken = start(**options)
+    result(start(**options, epochs=1, checkpoint=path))
+    resumed = result(start(**options, checkpoint=path))["sampler"]
+    assert resumed["bits"] == result(unbroken)["sampler"]["bits"]
+    assert len(resumed["history"]["loss"]) == 1  # the epoch that was left
 
 
 def test_the_command_meta_trains_without_tensorflow(tmp_path):

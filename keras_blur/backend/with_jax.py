@@ -1,7 +1,7 @@
 """The backend's functions on JAX; see `keras_blur.backend`.
 
-Devices need no sums of ours here: a batch that `keras.distribution` lays over several devices is
-one array to a program, and the compiler forms the sums.
+A batch that `keras.distribution` lays over several devices is one array to a program, and the
+compiler forms the sums. `Runner.split` alone forms one itself.
 """
 
 from __future__ import annotations
@@ -439,6 +439,7 @@ class Runner:
 
     replicas = 1
     compiles = True  # whole programs: a function in one needs no compilation of its own
+    in_blocks = True  # a device has places in a row of what is dealt
 
     def __init__(self) -> None:
         layout = keras.distribution.distribution()
@@ -506,6 +507,50 @@ class Runner:
         if values.shape[0] % self.shares or self._mesh is None:
             return values
         return jax.lax.with_sharding_constraint(values, self._laid_out(True))
+
+    def split(self, function: Callable[..., Any], common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
+        """The mean over devices of a function's first result, and all of its second, inside a
+        program.
+
+        Each device computes the function of its part. The compiler alone would not split a loop
+        over tasks.
+
+        Args:
+            function: takes the index of a part, the number of parts, and the three trees; it
+                returns two trees, the second like `kept`.
+            common: a tree of arrays that are whole in every part.
+            dealt: a tree of arrays that are split along their first axis. If the devices do not
+                divide it, there is one part.
+            kept: a tree of arrays that are split along their second axis, if they have one.
+        """
+        if self.shares == 1 or any(leaf.shape[0] % self.shares for leaf in leaves(dealt)):
+            return function(jnp.int32(0), 1, common, dealt, kept)
+        whole, axis = PartitionSpec(), self._axis
+        of_kept = tree_map(lambda leaf: PartitionSpec(None, axis) if len(leaf.shape) > 1 else whole, kept)
+
+        def part(common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
+            found, own = function(jax.lax.axis_index(axis), self.shares, common, dealt, kept)
+            return jax.lax.pmean(found, axis), own
+
+        split = jax.shard_map(
+            part, mesh=self._mesh, in_specs=(whole, PartitionSpec(axis), of_kept), out_specs=(whole, of_kept),
+            check_vma=False,  # a loop would have to say which of its zeros differ between devices
+        )  # fmt: skip
+        return split(common, dealt, kept)
+
+    @contextlib.contextmanager
+    def undivided(self) -> Iterator[None]:
+        """A scope in which Keras gives all devices whole batches, of any size and from any source.
+
+        Keras itself refuses batches that the devices do not divide, and arrays in several
+        processes.
+        """
+        layout = keras.distribution.distribution()
+        keras.distribution.set_distribution(None)
+        try:
+            yield
+        finally:
+            keras.distribution.set_distribution(layout)
 
     def deal(self, dataset_of: Callable[[int, int], Any]) -> Iterator[Any]:
         """An iterator of the elements of a stream, each laid over the devices.

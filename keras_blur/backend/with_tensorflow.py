@@ -643,6 +643,8 @@ class Runner:
     3
     """
 
+    in_blocks = False  # the places of a replica lie apart in what is dealt
+
     def __init__(self) -> None:
         self._strategy = tf.distribute.get_strategy()
 
@@ -708,6 +710,21 @@ class Runner:
     def spread(self, values: Array) -> Array:
         """The array itself: a replica holds what it works on."""
         return values
+
+    def undivided(self) -> Any:
+        """No scope: Keras divides batches of any size."""
+        return contextlib.nullcontext()
+
+    def split(self, function: Callable[..., Any], common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
+        """The results of a function of this replica's part, inside its program.
+
+        Args:
+            function: takes the index of this replica, the number of replicas, and the three trees.
+            common, dealt, kept: trees of arrays, those of this replica.
+        """
+        count = replicas_of_program()
+        index = tf.convert_to_tensor(replica() if count > 1 else 0, tf.int32)
+        return function(index, count, common, dealt, kept)
 
     def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
         """Returns an iterator in which each replica has its own dataset.

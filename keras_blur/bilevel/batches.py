@@ -94,7 +94,7 @@ class Passes:
 
 
 def source(
-    name: str, data: Any, batch: int, replicas: int, expected: Callable[[], Expected], within: str | None = None
+    name: str, data: Any, batch: int, runner: backend.Runner, expected: Callable[[], Expected], within: str | None = None
 ) -> Arrays | Batches:
     """Checks data and returns the source of their batches.
 
@@ -102,7 +102,7 @@ def source(
         name: name of the argument, for messages.
         data: a `tf.data.Dataset` or `PyDataset` of batches (x, y), or a pair of arrays.
         batch: batch size for arrays.
-        replicas: number of replicas, which split each batch.
+        runner: of the devices, which split each batch.
         expected: returns the data specification of the model.
         within: `name`, if messages should say that x and y belong to it.
 
@@ -116,9 +116,9 @@ def source(
         if len(dataset.element_spec) != 2:
             raise ValueError(f"`{name}` must give batches (x, y). Received: batches of {len(dataset.element_spec)} parts")
         size = dataset.element_spec[0].shape[0]
-        if replicas > 1 and (size is None or size % replicas):
+        if (size is None and runner.replicas > 1) or (size or 0) % runner.shares:
             raise ValueError(
-                f"Batches of `{name}` must be a multiple of the {replicas} replicas. Received: batches of {size}"
+                f"Batches of `{name}` must be a multiple of the {runner.shares} devices. Received: batches of {size}"
             )
         return Batches(dataset)
     if not isinstance(data, (tuple, list)) or len(data) != 2:
@@ -127,8 +127,9 @@ def source(
             f"Received: {type(data).__name__}"
         )
     arguments.count("batch_size", batch)
-    if batch % replicas:
-        raise ValueError(f"`batch_size` must be a multiple of the {replicas} replicas. Received: {batch}")
+    if batch % runner.shares:
+        size = "meta_batch_size" if within else "batch_size"
+        raise ValueError(f"`{size}` must be a multiple of the {runner.shares} devices. Received: {size}={batch}")
     x, y = (np.asarray(one) for one in checked_arrays(data[0], data[1], None, expected(), within)[:2])
     if len(x) < batch:
         raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")

@@ -10,9 +10,9 @@ differentiated below the cut. With a `GradientSampler`, a small network per laye
 layer's training gradient and decides whether the layer takes part (equations 8 and 9). Multiplying
 a term by zero saves no time. Each of the two backward passes therefore has one branch for every
 possible lowest layer, and only one branch is executed. The time saved depends on how high the
-lowest chosen layer is. All branches start from passes made once outside. On several replicas there
-are no branches and closed gates save nothing, because losses are reduced over replicas, which is
-impossible in a branch.
+lowest chosen layer is. All branches start from passes made once outside. On several replicas of
+TensorFlow there are no branches and closed gates save nothing, because losses are reduced over
+replicas, which is impossible in a branch. On JAX there are branches on several devices, too.
 
 The sampler is trained by three losses (equations 10 to 12): the meta loss; (sum of gates -
 target)^2; and the squared distance between the pooled training and meta gradients of the last

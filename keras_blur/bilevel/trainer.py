@@ -12,7 +12,8 @@ single program.
 
 On several devices, each has its part of both batches. Estimators reduce gradients over replicas
 wherever the equations contain a mean over the batch. A step therefore equals that of a single
-device, except for layers that depend on the whole batch.
+device, except for layers that depend on the whole batch. On JAX one program sees the whole
+batches, and such layers are no exception.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             y: labels, if `x` is an array.
             meta_data: clean data: a pair of arrays or a dataset. The outer parameters are learned
                 on them.
-            batch_size: batch size for arrays.
+            batch_size: batch size for arrays, a multiple of the number of devices.
             meta_batch_size: batch size of meta data given as arrays; `None` uses `batch_size`.
             epochs: number of epochs, including those before an interruption.
             steps_per_epoch: steps per epoch; `None` is one pass over the training data without an
@@ -260,7 +261,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
         Raises:
             ValueError: if data are missing, do not fit the model or the loss, or are fewer than a
-                batch; or if the checkpoint is damaged or has other settings.
+                batch; if the devices do not divide a batch size; or if the checkpoint is damaged or
+                has other settings.
             OSError: if the checkpoint cannot be written, for example because the disk is full.
         """
         if not self.compiled:
@@ -284,10 +286,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
     def _open(self, train: Any, judge: Any, batch_size: int, meta_batch_size: int) -> None:
         """Checks training and meta data, opens their sources and creates the training metrics."""
-        replicas = self.runner.replicas
         self._sources = [
-            batches.source("x", train, batch_size, replicas, self._expected),
-            batches.source("meta_data", judge, meta_batch_size, replicas, self._expected, within="meta_data"),
+            batches.source("x", train, batch_size, self.runner, self._expected),
+            batches.source("meta_data", judge, meta_batch_size, self.runner, self._expected, within="meta_data"),
         ]
         self._make_metric_state()
 
@@ -333,7 +334,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         wanted = (epoch + 1) % often == 0 if isinstance(often, int) else epoch + 1 in often
         if self._validation is None or not wanted:
             return logs
-        found = self.evaluate(**self._validation, callbacks=callbacks, verbose=0, return_dict=True)
+        with self.runner.undivided():
+            found = self.evaluate(**self._validation, callbacks=callbacks, verbose=0, return_dict=True)
         return {**logs, **{f"val_{name}": value for name, value in found.items()}}
 
     # One step.

@@ -242,7 +242,7 @@ def draw_kernel(
     """
     tasks, rows = leading[1:], None
     if shard.count > 1:
-        rows = shard.index + shard.count * ops.arange(leading[1], dtype="int32")
+        rows = shard.places(leading[1])
         tasks = (leading[1] * shard.count, *leading[2:])
     # A product, which every compiler rounds alike; XLA makes one of a division by a constant.
     deviation = float(np.float32(1.0) / np.float32(float(fan_in or shape[0]) ** 0.5))

@@ -214,9 +214,9 @@ class Descent(Strategy):
         episodes = estimator.part(episodes, window)
         mine, slots = shard(), self._carried[family]
         carried = tree_map(value_of, slots)
-        own = carried._replace(learners=mine.part(carried.learners, axis=1))
-        local = self._local(family, estimator)
-        measured, learners = local(outer, episodes, seed, own, first, ops.convert_to_tensor(mine.index, "int32"))
+        common = (outer, seed, carried.directions, first)
+        of_tasks = self._of_tasks(family, estimator)
+        measured, learners = self.runner.split(of_tasks, common, episodes, mine.part(carried.learners, axis=1))
         found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
         kept = Carried(mine.whole(learners, axis=1), directions)
         for slot, value in zip(leaves(slots), leaves(kept), strict=True):
@@ -236,14 +236,18 @@ class Descent(Strategy):
         logs = {name: counted(value, sound) for name, value in means.items()}
         return Outcome({**logs, "skipped": skipped(sound, norm)}, found.accuracy, sound)
 
-    def _local(self, family: int, estimator: Estimator) -> Any:
-        """The statistics of a shard of tasks, compiled."""
+    def _of_tasks(self, family: int, estimator: Estimator) -> Any:
+        """The statistics of a shard of tasks, compiled, as a function for `Runner.split`."""
 
-        def local(outer: Any, episodes: Episodes, seed: Array, carried: Any, first: Array, index: Array) -> Any:
-            mine = Shard(index, self.runner.replicas)
-            return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
+        def of_tasks(index: Array, count: int, common: Any, episodes: Episodes, learners: Any) -> Any:
+            def local(index: Array, common: Any, episodes: Episodes, learners: Any) -> Any:
+                outer, seed, directions, first = common
+                mine, carried = Shard(index, count, self.runner.in_blocks), Carried(learners, directions)
+                return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
 
-        return local if self.eager else compiled(local, jit_compile=self.jit)
+            return (local if self.eager else compiled(local, jit_compile=self.jit))(index, common, episodes, learners)
+
+        return of_tasks
 
     def apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
         """Updates the sound members. The others keep their parameters and optimizer state.

@@ -50,6 +50,20 @@ def trainer(
     return made
 
 
+@pytest.mark.parametrize("name", ["batch_size", "meta_batch_size"])
+def test_a_batch_must_be_dealt_out_evenly(monkeypatch, name):
+    x, _, y = blobs(40, 0)
+    made = trainer()
+    monkeypatch.setattr(type(made.runner), "shares", 4)
+    sizes = {"batch_size": 8, "meta_batch_size": 8, name: 10}
+    with pytest.raises(ValueError, match=rf"^`{name}` must be a multiple of the 4 devices. Received: {name}=10$"):
+        made.fit(x, y, meta_data=(x, y), epochs=1, verbose=0, **sizes)
+    monkeypatch.setattr(type(made.runner), "shares", 3)
+    batches = dataset(x, y).unbatch().batch(8, drop_remainder=True)
+    with pytest.raises(ValueError, match=r"^Batches of `x` must be a multiple of the 3 devices. Received: batches of 8$"):
+        made.fit(batches, meta_data=(x, y), batch_size=9, epochs=1, verbose=0)
+
+
 def state(made):
     return [ops.convert_to_numpy(v) for v in [*made.weights, *made.optimizer.variables, *made.meta_optimizer.variables]]
 

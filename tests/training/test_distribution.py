@@ -29,6 +29,15 @@ def test_without_a_strategy_a_share_is_all():
     assert Runner().writes_files
 
 
+def test_a_shard_in_a_block_has_places_in_a_row():
+    values = tf.reshape(tf.range(48), (6, 4, 2))
+    for index in range(2):
+        own = Shard(index, 2, in_blocks=True)
+        np.testing.assert_array_equal(own.part(values, 0), values[3 * index : 3 * index + 3])
+        np.testing.assert_array_equal(own.part(values, 1), values[:, 2 * index : 2 * index + 2])
+        np.testing.assert_array_equal(own.places(3), [3 * index, 3 * index + 1, 3 * index + 2])
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shares_are_disjoint_and_together_all(axis):
     values = tf.reshape(tf.range(48), (6, 4, 2))
