@@ -1,8 +1,8 @@
 """Compares a genome with tuned optimizers in the same network, on the same batches.
 
-Every learner is a Keras model, compiled and run as a user would run it. The optimizers learn the
-same network from the same initial weights, and a twin with batch normalisation before each
-activation, because a rule may normalise too. Each optimizer runs over a full grid of learning
+Every learner is a Keras model, compiled and run as a user would run it. All learn the same network
+from the same initial weights, and a twin with batch normalisation before each activation: a rule
+may normalise by itself, so optimizers must have the normalisation, too. Each optimizer runs over a full grid of learning
 rates, constant and decayed linearly to each scored step as its horizon. The grid runs on the first
 seeds alone; the settings that lead at a scored step there, and each optimizer's best at the last
 one, run on all seeds. An envelope is the best mean accuracy among those at each step. It is tuned
@@ -82,8 +82,8 @@ def compare(
         grids: learning rates by optimizer, from `OPTIMIZERS`; `None` is all with half decades
             around the usual rates.
         schedules: learning rates that are `"constant"`, decay `"linear"`ly to the horizon, or both.
-        normalize: whether optimizers also learn the network with batch normalisation. A network
-            that has normalisation layers is compared as it is.
+        normalize: whether the genome and the optimizers also learn the network with batch
+            normalisation. A network that has normalisation layers is compared as it is.
         tuning_seeds: number of seeds, the first ones, that the whole grid runs on.
         baselines: an earlier result, also a partial one, in the same setting. Its runs of
             optimizers are not run again. Seconds are always measured anew, side by side.
@@ -126,12 +126,12 @@ def compare(
     }  # fmt: skip
     known = _known(baselines, header)
     variants = [PLAIN, *([NORMALIZED] if normalize and normalized(start.network(0)) is not None else [])]
-    learners = {(PLAIN, "genome"): _Learner(start, PLAIN, genome=genome)}
+    learners = {(variant, "genome"): _Learner(start, variant, genome=genome) for variant in variants}
     for variant in variants:
         learners |= {(variant, name): _Learner(start, variant, optimizer=name) for name in chosen}
     run = _Runs(header, learners, known, at, tuning_seeds, watch, arms=2 + len(variants) * (len(chosen) + 1))
     run.time()
-    run.genome(seeds)
+    run.genome(variants, seeds)
     for variant in variants:
         grid = [
             _Setting(variant, name, float(rate), schedule)
@@ -339,12 +339,14 @@ class _Runs:
                     found[key].append(learner.seconds(steps[key]))
         self._seconds = {key: float(np.median(values)) for key, values in found.items()}
 
-    def genome(self, seeds: int) -> None:
-        """Runs the genome on all seeds."""
+    def genome(self, variants: Sequence[str], seeds: int) -> None:
+        """Runs the genome on all seeds, in every network."""
         self._arm += 1
-        for number in range(seeds):
-            self._tell("genome", number, seeds)
-            self._add("genome", {}, (PLAIN, "genome"), self._row(self._learners[PLAIN, "genome"], number))
+        runs = [(variant, number) for variant in variants for number in range(seeds)]
+        for done, (variant, number) in enumerate(runs):
+            self._tell("genome", done, len(runs))
+            name = envelopes.GENOME if variant == PLAIN else envelopes.NORMALIZED_GENOME
+            self._add(name, {}, (variant, "genome"), self._row(self._learners[variant, "genome"], number))
 
     def grid(self, settings: Sequence[_Setting]) -> None:
         """Runs all settings on the first seeds."""

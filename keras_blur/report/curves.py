@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_blur.files import check_output
 from keras_blur.report import style
+from keras_blur.report.envelopes import GENOME, NORMALIZED_GENOME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,17 +60,20 @@ def format_compare(result: Mapping[str, Any]) -> str:
     times = result["by_seconds"]["seconds"]
     lines += ["", "Accuracy at the seconds at which the fastest plain optimizer has done as many steps"]
     rows = [
-        (label_of(result, name) if name == "genome" else f"envelope, {name}", [f"{value:.3f}" for value in values])
+        (label_of(result, name) if name.startswith("genome") else f"envelope, {name}", [f"{value:.3f}" for value in values])
         for name, values in result["by_seconds"].items()
         if name != "seconds"
     ]
     lines += [*_table(["", *map(str, at)], [("seconds", [f"{time:.3g}" for time in times]), *rows]), ""]
     lines.append(f"A step of {label_of(result, 'genome')} takes {_price(result)} of the fastest plain optimizer's time.")
-    for variant, ratios in result["speedup"].items():
+    compared = [(GENOME, variant, ratios) for variant, ratios in result["speedup"].items()]
+    if "normalized_speedup" in result:
+        compared.append((NORMALIZED_GENOME, "normalized", result["normalized_speedup"]))
+    for name, variant, ratios in compared:
         said = [f"{ratios[unit]:.2f} in {unit}" for unit in ("steps", "seconds") if ratios[unit] is not None]
         lines.append(
-            f"Speed-up to the same accuracy, against the {variant} envelope (interquartile mean): "
-            f"{', '.join(said) or 'none, no accuracy is reached by both'}"
+            f"Speed-up of {label_of(result, name)} to the same accuracy, against the {variant} envelope "
+            f"(interquartile mean): {', '.join(said) or 'none, no accuracy is reached by both'}"
         )
     for variant, edges in result["edges"].items():
         if edges:

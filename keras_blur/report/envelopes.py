@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+GENOME, NORMALIZED_GENOME = "genome", "genome, normalized"  # curves of the genome, by its network
 TARGETS = 50  # accuracies at which a speed-up is taken
 
 
@@ -42,10 +43,12 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         By network: `envelopes`, with the accuracy at each step and `which` curve reached it;
         `best`, each optimizer's best curve at the last step; `edges`, the curves of an envelope
         whose rate ends its grid; and `speedup` in `steps` and in `seconds`, `None` where no
-        accuracy is reached by both. `by_seconds` has the accuracies of the genome and the envelopes
-        at the times at which the fastest plain optimizer has done `steps`.
+        accuracy is reached by both. These are the genome's in the plain network;
+        `normalized_speedup` is that of the genome in the network with batch normalisation against
+        the optimizers there. `by_seconds` has the accuracies of the genome and the envelopes at the
+        times at which the fastest plain optimizer has done `steps`.
     """
-    genome = result["curves"]["genome"]
+    genomes = {name: result["curves"][name] for name in (GENOME, NORMALIZED_GENOME) if name in result["curves"]}
     found: dict[str, Any] = {"envelopes": {}, "best": {}, "edges": {}, "speedup": {}}
     for variant in variants(result):
         own = candidates(result, variant)
@@ -60,11 +63,17 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         }
         found["edges"][variant] = [name for name in dict.fromkeys(which[1:]) if _at_edge(result["curves"], name)]
         found["speedup"][variant] = {unit: speedup(result, variant, unit) for unit in ("steps", "seconds")}
+    if NORMALIZED_GENOME in genomes:
+        found["normalized_speedup"] = {
+            unit: speedup(result, "normalized", unit, NORMALIZED_GENOME) for unit in ("steps", "seconds")
+        }
     fastest = min(
         (one for one in result["curves"].values() if one.get("network") == "plain"), key=lambda one: one["seconds"][-1]
     )
     times = fastest["seconds"]
-    found["by_seconds"] = {"seconds": times, "genome": [at_second(result, genome, time) for time in times]} | {
+    found["by_seconds"] = {"seconds": times}
+    found["by_seconds"] |= {name: [at_second(result, one, time) for time in times] for name, one in genomes.items()}
+    found["by_seconds"] |= {
         variant: [max(at_second(result, one, time) for one in candidates(result, variant).values()) for time in times]
         for variant in variants(result)
     }
@@ -89,13 +98,14 @@ def steps_to(result: Mapping[str, Any], curve: Mapping[str, Any], accuracy: floa
     return float(np.expm1(steps[after - 1] + part * (steps[after] - steps[after - 1])))
 
 
-def speedup(result: Mapping[str, Any], variant: str, unit: str) -> float | None:
+def speedup(result: Mapping[str, Any], variant: str, unit: str, genome: str = GENOME) -> float | None:
     """How many times faster than the first of the optimizers the genome reaches the same accuracy.
 
     Args:
         result: `steps` and `curves`.
         variant: the optimizers' network.
         unit: `"steps"` or `"seconds"`.
+        genome: the genome's curve.
 
     Example:
 
@@ -105,8 +115,8 @@ def speedup(result: Mapping[str, Any], variant: str, unit: str) -> float | None:
     >>> round(speedup(result, "plain", "steps"), 2), round(speedup(result, "plain", "seconds"), 2)
     (1.49, 0.5)
     """
-    genome, others = result["curves"]["genome"], candidates(result, variant).values()
-    ours, theirs = _mean(genome), np.max([_mean(one) for one in others], axis=0)
+    own, others = result["curves"][genome], candidates(result, variant).values()
+    ours, theirs = _mean(own), np.max([_mean(one) for one in others], axis=0)
     low, high = max(ours[:2].max(), theirs[:2].max()), min(ours.max(), theirs.max())
     if len(ours) < 3 or low >= high:
         return None
@@ -116,7 +126,7 @@ def speedup(result: Mapping[str, Any], variant: str, unit: str) -> float | None:
         return steps_to(result, curve, target) * per_step
 
     targets = np.linspace(low, high, TARGETS + 1)[1:]
-    ratios = np.sort([min(time(one, target) for one in others) / time(genome, target) for target in targets])
+    ratios = np.sort([min(time(one, target) for one in others) / time(own, target) for target in targets])
     cut = TARGETS // 4
     return float(np.mean(ratios[cut:-cut]))
 

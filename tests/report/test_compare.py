@@ -11,6 +11,7 @@ from on_backend import in_a_graph
 
 from keras_blur import Genome, Rule, backend, cli, genomes, random, tasks
 from keras_blur.learners import BaselineLearner, Blur
+from keras_blur.models.convert import convert
 from keras_blur.models.networks import lenet, mlp, normalized, resnet
 from keras_blur.report import comparison, envelopes
 from keras_blur.report.comparison import compare
@@ -124,8 +125,8 @@ def result():
 def test_the_grid_runs_in_both_networks_and_with_both_schedules(result):
     assert result["steps"] == [0, 1, 2, 5, 10]
     settings = {(c["network"], c["optimizer"], c["rate"], c["schedule"]) for c in result["curves"].values() if "rate" in c}
-    assert len(settings) == 2 * 5 * 2 == len(result["curves"]) - 1
-    assert list(result["curves"])[:3] == ["genome", "SGD 0.1", "SGD 0.1, linear decay"]
+    assert len(settings) == 2 * 5 * 2 == len(result["curves"]) - 2
+    assert list(result["curves"])[:4] == ["genome", "genome, normalized", "SGD 0.1", "SGD 0.1, linear decay"]
     assert "Adam 0.1, linear decay, normalized" in result["curves"]
 
 
@@ -141,6 +142,19 @@ def test_an_envelope_is_the_best_of_the_leaders_on_all_seeds(result, variant):
     assert envelope["accuracy"][-1] > 0.5
     assert set(result["best"][variant]) == {"SGD", "Adam"}
     assert set(result["best"][variant].values()) <= set(whole)
+
+
+def test_the_genome_learns_the_normalized_network_too(result):
+    source, _ = comparison.source_of(few(), steps=10, seeds=2, batch_size=32, seed=0, split="test")
+    start = comparison._Start(source, comparison.builder((12,))[1], "tanh")
+    model = convert(start.network(0, "normalized"), Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01))
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for (x, y), _ in zip(source.batches(0), range(10), strict=False):
+        model.train_on_batch(x, y)
+    x, y = source.test(0)
+    right = np.mean(np.argmax(model.predict(x, verbose=0), axis=-1) == y)
+    assert result["curves"]["genome, normalized"]["accuracy"][0][-1] == pytest.approx(right, abs=1e-6)
+    assert result["curves"]["genome, normalized"]["accuracy"] != result["curves"]["genome"]["accuracy"]
 
 
 def test_divergence_is_the_worst_score(result):
@@ -296,6 +310,7 @@ def test_table_and_picture(result, tmp_path):
         assert f"envelope, {variant}" in table
         assert f"{result['envelopes'][variant]['accuracy'][-1]:.3f}" in table
     assert "of the fastest plain optimizer's time" in table
+    assert "Speed-up of genome, normalized to the same accuracy, against the normalized envelope" in table
     plot_compare(result, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
@@ -334,6 +349,17 @@ def test_envelopes_by_hand(made):
     ratios = np.sort((2**theirs - 1) / (2**ours - 1))[12:-12]
     assert found["speedup"]["plain"]["steps"] == pytest.approx(ratios.mean())
     assert found["speedup"]["plain"]["seconds"] == pytest.approx(ratios.mean() / 2)
+
+
+def test_the_normalized_genome_has_a_speedup_of_its_own(made):
+    other = {"optimizer": "SGD", "network": "normalized", "schedule": "constant", "rate": 1.0}
+    made["curves"]["SGD 1, normalized"] = curve([0.1, 0.4, 0.7, 0.8], 1.0, **other)
+    made["curves"]["genome, normalized"] = curve([0.1, 0.4, 0.7, 0.8], 4.0)
+    found = envelopes.summary(made)
+    assert found["normalized_speedup"] == {"steps": pytest.approx(1.0), "seconds": pytest.approx(0.25)}
+    assert found["by_seconds"]["genome, normalized"][-1] == pytest.approx(0.4 + 0.3 * (np.log2(1 + 7 / 4) - 1))
+    del made["curves"]["genome, normalized"]
+    assert "normalized_speedup" not in envelopes.summary(made)
 
 
 def test_no_accuracy_in_common_is_no_speedup(made):
@@ -500,12 +526,12 @@ def test_a_comparison_tells_how_far_it_is(result, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare(genome, few(), (12,), steps=10, seeds=2, batch_size=32, grids=GRIDS, watch=watch)
     arms = list(dict.fromkeys((one.arm, one.number, one.count) for one in told))
-    assert arms == [("seconds of a step", 1, 8), ("genome", 2, 2), ("SGD", 3, 6), ("Adam", 4, 4)]
+    assert arms == [("seconds of a step", 1, 8), ("genome", 2, 4), ("SGD", 3, 6), ("Adam", 4, 4)]
     assert [one.done for one in told if one.arm == "SGD"] == list(range(6))
     assert {one.arms for one in told} == {8}
     assert told[0].result is None
     partial = told[-1].result
-    assert len(partial["curves"]) == 1 + 6 + 1
+    assert len(partial["curves"]) == 2 + 6 + 1
     assert partial["curves"]["SGD 1"]["loss"][0] == pytest.approx(result["curves"]["SGD 1"]["loss"][0], rel=1e-5)
     assert "partial" not in result
     assert partial["partial"]
