@@ -1,18 +1,19 @@
 """A genome beside tuned optimizers on what is not an image: tables, functions and text.
 
-    python benchmarks/other_data.py [--genome fast] [--sets wine,breast_cancer,covtype,functions,text]
-        [--steps 200] [--seeds 5] [--optimizers SGD,Adam,...] [--json FILE] [--baselines FILE]
+    python benchmarks/other_data.py [--genome fast] [--steps 200] [--seeds 5]
+        [--sets wine,breast_cancer,covtype,functions,text] [--optimizers SGD,Adam,...]
+        [--json FILE] [--baselines FILE]
 
-- Tables come with scikit-learn: wine (13 columns, 3 classes), breast_cancer (30 columns, 2 classes),
-  and covtype (54 columns, 7 classes), if scikit-learn has downloaded it before. A third of the rows
-  is for the test. Columns are standardised. Hidden layers of 64 and 64, batches of 32.
+- Tables come with scikit-learn: wine (13 columns, 3 classes), breast_cancer (30 columns, 2
+  classes), and covtype (54 columns, 7 classes), if scikit-learn has downloaded it before. A third
+  of the rows is for the test. Columns are standardised. Hidden layers of 64 and 64, batches of 32.
 - Functions of the plane, drawn anew for each seed: XOR, two moons, concentric circles, five blobs.
   Hidden layers of 20 and 20, batches of 32.
-- Text: the next character of Python's own help (`pydoc_data.topics`) after 16 characters, by a small
-  Transformer with layer normalisation, batches of 64. Tests are windows outside the batches.
+- Text: the next character of Python's own help (`pydoc_data.topics`) after 16 characters, by a
+  small Transformer with layer normalisation, batches of 64. Tests are windows outside the batches.
 
-Optimizers are those of `keras-blur compare`: a full grid of rates, constant and decayed, in the same
-network and with batch normalisation. The command prints one table a set.
+Optimizers are those of `keras-blur compare`: a full grid of rates, constant and decayed, in the
+same network and with batch normalisation. The command prints one table a set.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def text() -> Tasks:
 
 
 def transformer(width: int = 32) -> keras.Model:
-    """One block of causal attention, layer normalisation before each part; its last place tells the
-    next character."""
+    """One block of causal attention, with layer normalisation before each part. Its last place
+    predicts the next character."""
     codes = keras.Input((WINDOW,), dtype="int32")
     places = keras.ops.cumsum(keras.ops.ones_like(codes), axis=1) - 1
     h = kl.Add()([kl.Embedding(CHARACTERS, width)(codes), kl.Embedding(WINDOW, width)(places)])

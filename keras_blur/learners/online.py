@@ -46,7 +46,7 @@ class OnlineState(NamedTuple):
 class OnlineRule(MetaLearner):
     """A fully connected network that stores patterns by a learned rule.
 
-    Activations are wiped before recall. Tasks are of bits, such as `tasks.remember`. The rule has no
+    Activations are wiped before recall. Tasks are of bits, such as `tasks.remember`. There is no
     network to choose: what learns is the fully connected network itself, and its shared networks
     read vectors whose sizes the rule decides.
 

@@ -2,11 +2,11 @@
 
 Every learner is a Keras model, compiled and run as a user would run it. All learn the same network
 from the same initial weights, and a twin with batch normalisation before each activation: a rule
-may normalise by itself, so optimizers must have the normalisation, too. Each optimizer runs over a full grid of learning
-rates, constant and decayed linearly to each scored step as its horizon. The grid runs on the first
-seeds alone; the settings that lead at a scored step there, and each optimizer's best at the last
-one, run on all seeds. An envelope is the best mean accuracy among those at each step. It is tuned
-for every step separately, which no single run can be.
+may normalise by itself, so optimizers must have the normalisation, too. Each optimizer runs over a
+full grid of learning rates, constant and decayed linearly to each scored step as its horizon. The
+grid runs on the first seeds alone; the settings that lead at a scored step there, and each
+optimizer's best at the last one, run on all seeds. An envelope is the best mean accuracy among
+those at each step. It is tuned for every step separately, which no single run can be.
 
 Time is measured separately: blocks of `fit`, without compilation, all learners in turns, the median
 over blocks. Scores see what `predict` gives. Only the optimizers' batch normalisation is scored
