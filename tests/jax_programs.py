@@ -154,6 +154,33 @@ def philox(folder):
         assert [int(one) for one in found] == wanted
 
 
+def systems(folder):
+    """On a CPU, LAPACK gets one system at a time: with several, programs can wait for ever. The
+    numbers are those of numpy."""
+    import jax
+
+    from keras_blur.backend import solve_positive
+
+    rng = np.random.default_rng(0)
+    roots, right = rng.normal(size=(2, 3, 8, 8)), rng.normal(size=(3, 8, 2))
+    matrices = roots @ roots.swapaxes(-1, -2) + np.eye(8)
+
+    def squares(matrices, right):
+        return keras.ops.sum(solve_positive(matrices, right) ** 2)
+
+    for function in (solve_positive, jax.grad(squares, argnums=(0, 1))):
+        compiled = jax.jit(function).lower(matrices, right).compile()
+        calls = [line.split("custom-call")[0] for line in compiled.as_text().splitlines() if '_target="lapack_' in line]
+        assert len(calls) >= 3
+        assert not [call for call in calls if "[6," in call or "[2,3," in call or "[3," in call]
+    np.testing.assert_allclose(solve_positive(matrices, right), np.linalg.solve(matrices, right), rtol=1e-4, atol=1e-5)
+    slope = jax.grad(squares)(matrices, right)
+    solved = np.linalg.solve(matrices, right)
+    wanted = -2 * np.linalg.solve(matrices, solved) @ solved.swapaxes(-1, -2)
+    symmetric = [(one + one.swapaxes(-1, -2)) / 2 for one in (np.asarray(slope), wanted)]
+    np.testing.assert_allclose(*symmetric, rtol=1e-3, atol=1e-4)
+
+
 def core(folder):
     """A genome is a tree of arrays that jit, grad and vmap take as it is."""
     import jax

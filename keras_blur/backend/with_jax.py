@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -160,12 +161,27 @@ def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
 
 def solve_positive(matrix: Array, right: Array) -> Array:
     """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
-    other is harmed."""
+    other is harmed.
+
+    On a CPU one matrix is solved after the other. XLA gives LAPACK several at a time by waiting for
+    threads of the pool that the caller holds itself, and a program that solves several such systems
+    side by side can wait for ever (JAX 0.10, two cores).
+    """
     lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
-    sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-    factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
-    factor, right = (jnp.broadcast_to(one, (*lead, *one.shape[-2:])) for one in (factor, right))
-    return jax.scipy.linalg.cho_solve((factor, True), right)
+
+    def together(matrix: Array, right: Array) -> Array:
+        sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+        factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
+        return jax.scipy.linalg.cho_solve((factor, True), right)
+
+    def in_turn(matrix: Array, right: Array) -> Array:
+        flat = tuple(jnp.reshape(one, (-1, *one.shape[-2:])) for one in (matrix, right))
+        return jnp.reshape(jax.lax.map(lambda pair: together(*pair), flat), right.shape)
+
+    matrix, right = (jnp.broadcast_to(one, (*lead, *one.shape[-2:])) for one in (matrix, right))
+    if math.prod(lead) == 1:
+        return together(matrix, right)
+    return jax.lax.platform_dependent(matrix, right, cpu=in_turn, default=together)
 
 
 def replicas() -> int:
