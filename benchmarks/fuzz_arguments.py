@@ -243,8 +243,8 @@ def targets(folder: str) -> list[Target]:
         Target("learners.Blur", learners.Blur, {"network": (3,)}, learn, {"rule": (kb.Rule(), None, 3, "x")}),
         Target("learners.MAML", learners.MAML, {"optimizer": sgd, "network": (3,)}, learn, rates),
         Target("learners.BaselineLearner", learners.BaselineLearner, {"optimizer": sgd, "network": (3,)}, plain, rates),
-        Target("learners.Prototypes", learners.Prototypes, {"hidden": (3,), "dimensions": 2}, learn),
-        Target("learners.NeuralProcess", learners.NeuralProcess, {"hidden": (3,), "representation": 2}, learn),
+        Target("learners.Prototypes", learners.Prototypes, {"network": (3,), "dimensions": 2}, learn),
+        Target("learners.NeuralProcess", learners.NeuralProcess, {"network": (3,), "representation": 2}, learn),
         Target("learners.OnlineRule", learners.OnlineRule, {"hidden": 3}, online),
         Target("learners.warped", learners.warped, {"features": 2, "hidden": (3,), "outputs": 2}),
         *(

@@ -110,7 +110,7 @@ def adaptation_curve(
     Example:
 
     >>> from keras_blur import learners, tasks
-    >>> learner = learners.NeuralProcess(hidden=(4,), representation=2)
+    >>> learner = learners.NeuralProcess(network=(4,), representation=2)
     >>> start = learner.learned({name: own[0] for name, own in learner.draw(0, 1, 1, 1).items()})
     >>> curve = adaptation_curve(learner, start, tasks.sines(), at=[0, 2], batch_size=4, query_size=8,
     ...                          episodes=3, jit_compile=False)

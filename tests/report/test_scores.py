@@ -55,7 +55,7 @@ class Answers(learners.NeuralProcess):
     """Knows the pose of each object by its code, reads it from the support, or says nothing."""
 
     def __init__(self, how, of):
-        super().__init__(hidden=(4,), representation=2)
+        super().__init__(network=(4,), representation=2)
         self.how, self.codes, self.angles = how, *map(ops.array, of._objects["train"])
 
     def init(self, outer, seed, features, outputs, shape=(), shard=None):
