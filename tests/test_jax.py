@@ -42,6 +42,7 @@ def test_files_and_ten_steps_of_tensorflow_are_the_same_on_jax(tmp_path):
     run("jax", "check", tmp_path)
 
 
+@pytest.mark.slow
 def test_hypergradients_and_what_they_teach_are_the_same_on_both_backends(tmp_path):
     run("tensorflow", "make_hypergradients", tmp_path)
     run("jax", "check_hypergradients", tmp_path)

@@ -81,6 +81,7 @@ def test_four_devices_are_one(alone, case):
     assert_close(four, alone(case), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["unroll", "cma"])
 def test_two_processes_are_one(alone, case):
     port = free_port()
