@@ -317,5 +317,5 @@ def test_function_errors(names, options, message):
 def test_function_episode_errors():
     with pytest.raises(ValueError, match=r"`split` must be one of 'train', .*'test'\. Received: split='all'"):
         tasks.functions("xor").episode(random.seed_of(0), **SHAPE, split="all")
-    with pytest.raises(ValueError, match="at most 16777216, the number of .* in the split 'test' of xor"):
+    with pytest.raises(ValueError, match=r"at most 16777216, the number of .* in the split 'test' of xor"):
         tasks.functions("xor").episode(random.seed_of(0), steps=1, batch=2**24, query=1, split="test")
