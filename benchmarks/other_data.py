@@ -4,16 +4,17 @@
         [--sets wine,breast_cancer,covtype,functions,text] [--optimizers SGD,Adam,...]
         [--json FILE] [--baselines FILE]
 
-- Tables come with scikit-learn: wine (13 columns, 3 classes), breast_cancer (30 columns, 2
-  classes), and covtype (54 columns, 7 classes), if scikit-learn has downloaded it before. A third
-  of the rows is for the test. Columns are standardised. Hidden layers of 64 and 64, batches of 32.
+- Tables come with scikit-learn (the extra `data`): wine (13 columns, 3 classes), breast_cancer
+  (30 columns, 2 classes), and covtype (54 columns, 7 classes), if scikit-learn has downloaded it
+  before. A third of the rows is for the test. Columns are standardised. Hidden layers of 64 and
+  64, batches of 32.
 - Functions of the plane, drawn anew for each seed: XOR, two moons, concentric circles, five blobs.
   Hidden layers of 20 and 20, batches of 32.
 - Text: the next character of Python's own help (`pydoc_data.topics`) after 16 characters, by a
   small Transformer with layer normalisation, batches of 64. Tests are windows outside the batches.
 
 Optimizers are those of `keras-blur compare`: a full grid of rates, constant and decayed, in the
-same network and with batch normalisation. The command prints one table a set.
+same network and with batch normalisation. The command prints one table for each set.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _JSON = flags.DEFINE_string("json", None, "File for the results.")
 _BASELINES = flags.DEFINE_string("baselines", None, "File of an earlier --json; its runs of optimizers are not run again.")
 
 FUNCTIONS = ("xor", "two_moons", "concentric_circles", "blobs5")
+TABLES = ("wine", "breast_cancer", "covtype")
 WINDOW, CHARACTERS = 16, 64  # characters that are read; the most frequent ones, and one for all others
 
 
@@ -55,10 +57,7 @@ def table(name: str) -> Images:
     """A table of scikit-learn with standardised columns, two thirds of it for training."""
     from sklearn import datasets
 
-    if name == "covtype":
-        found = datasets.fetch_covtype(download_if_missing=False)
-    else:
-        found = {"wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}[name]()
+    found = datasets.fetch_covtype(download_if_missing=False) if name == "covtype" else getattr(datasets, f"load_{name}")()
     y = np.unique(found.target, return_inverse=True)[1]
     order = np.random.default_rng(0).permutation(len(y))
     train, test = order[len(y) // 3 :], order[: len(y) // 3]
@@ -82,9 +81,10 @@ def text() -> Tasks:
     )
 
 
-def transformer(width: int = 32) -> keras.Model:
+def transformer() -> keras.Model:
     """One block of causal attention, with layer normalisation before each part. Its last place
     predicts the next character."""
+    width = 32
     codes = keras.Input((WINDOW,), dtype="int32")
     places = keras.ops.cumsum(keras.ops.ones_like(codes), axis=1) - 1
     h = kl.Add()([kl.Embedding(CHARACTERS, width)(codes), kl.Embedding(WINDOW, width)(places)])
@@ -93,6 +93,10 @@ def transformer(width: int = 32) -> keras.Model:
     n = kl.LayerNormalization()(h)
     h = kl.Add()([h, kl.Dense(width)(kl.Dense(4 * width, activation="gelu")(n))])
     return keras.Model(codes, kl.Dense(CHARACTERS)(kl.LayerNormalization()(h)[:, -1]), name="transformer")
+
+
+KNOWN = (*TABLES, "functions", "text")
+flags.register_validator("sets", lambda names: set(names) <= set(KNOWN), f"must be some of {', '.join(KNOWN)}")
 
 
 def cases() -> Iterator[tuple[Images | Tasks, Any, int]]:

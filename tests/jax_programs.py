@@ -155,7 +155,7 @@ def philox(folder):
 
 
 def systems(folder):
-    """On a CPU, LAPACK gets one system at a time: with several, programs can wait for ever. The
+    """On a CPU, LAPACK gets one system at a time: with several, programs can wait forever. The
     numbers are those of numpy."""
     import jax
 

@@ -163,9 +163,8 @@ def solve_positive(matrix: Array, right: Array) -> Array:
     """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
     other is harmed.
 
-    On a CPU one matrix is solved after the other. XLA gives LAPACK several at a time by waiting for
-    threads of the pool that the caller holds itself, and a program that solves several such systems
-    side by side can wait for ever (JAX 0.10, two cores).
+    On a CPU, matrices are solved one at a time. Programs that solved several batches of matrices
+    side by side stopped and waited forever (JAX 0.10, two cores).
     """
     lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
 

@@ -185,21 +185,23 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
     )
 
 
-def known_plan(plan: Plan | None, features: int, outputs: int) -> Plan:
+def known_plan(plan: Plan | None, features: int | None = None, outputs: int | None = None) -> Plan:
     """The plan of a function's network.
 
     Args:
         plan: that of the learner; `None` if the learner was not told the shape of an example.
-        features: number of features of the examples.
-        outputs: number of outputs.
+        features: number of features of the examples; `None` for any plan.
+        outputs: number of outputs, where `features` is given.
 
     Raises:
         ValueError: if there is none, or it is one of another size.
     """
-    if plan is None or (math.prod(plan.shape or ()), plan.outputs) != (features, outputs):
+    sized = features is not None
+    if plan is None or (sized and (math.prod(plan.shape or ()), plan.outputs) != (features, outputs)):
         raise ValueError(
-            f"A learner whose network is a function must know the shape of an example: use learner.on(shape, outputs) "
-            f"for {features} features and {outputs} outputs. Received: "
+            "A learner whose network is a function must know the shape of an example: use learner.on(shape, outputs)"
+            + (f" for {features} features and {outputs} outputs" if sized else "")
+            + ". Received: "
             + ("a learner without it" if plan is None else f"learner.on({plan.shape}, {plan.outputs})")
         )
     return plan

@@ -82,12 +82,7 @@ class PlainNetwork:
         Raises:
             ValueError: if `on` has not told it the shape of an example.
         """
-        if self._plan is None:
-            raise ValueError(
-                "A learner whose network is a function must know the shape of an example: use learner.on(shape, outputs). "
-                "Received: a learner without it"
-            )
-        return self._plan
+        return known_plan(self._plan)
 
     @property
     def names(self) -> list[str]:

@@ -140,20 +140,7 @@ _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "s
 
 @dataclasses.dataclass(frozen=True)
 class InnerLoop:
-    """The length of the inner loop and its objective.
-
-    Args:
-        steps: learning steps of one estimate.
-        trajectory_loss_weight: weight of the trajectory loss, added to the query loss. The
-            trajectory loss is the mean loss of the predictions made during learning. 0 uses the
-            query loss alone.
-        loss: `"cross_entropy"` (softmax, or logistic for a single output), `"binary"` (each output
-            on its own), `"squared"`, or `"auto"`: cross-entropy for classes, binary for bits,
-            squared for values.
-        kind: output kind of the tasks: `"classes"`, `"values"` or `"bits"`.
-        recompute: whether to trade time for memory. If so, only the state at the start of each
-            segment of about `sqrt(steps)` steps is stored, and the backward pass recomputes the
-            segment.
+    """The length of the inner loop and its objective: the fields that `Estimator` documents.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -72,8 +72,8 @@ def format_compare(result: Mapping[str, Any]) -> str:
     for name, variant, ratios in compared:
         said = [f"{ratios[unit]:.2f} in {unit}" for unit in ("steps", "seconds") if ratios[unit] is not None]
         lines.append(
-            f"Speed-up of {label_of(result, name)} to the same accuracy, against the {variant} envelope "
-            f"(interquartile mean): {', '.join(said) or 'none, no accuracy is reached by both'}"
+            f"Speed-up to the same accuracy (interquartile mean): {label_of(result, name)} against the {variant} envelope: "
+            f"{', '.join(said) or 'none, no accuracy is reached by both'}"
         )
     for variant, edges in result["edges"].items():
         if edges:

@@ -310,7 +310,7 @@ def test_table_and_picture(result, tmp_path):
         assert f"envelope, {variant}" in table
         assert f"{result['envelopes'][variant]['accuracy'][-1]:.3f}" in table
     assert "of the fastest plain optimizer's time" in table
-    assert "Speed-up of genome, normalized to the same accuracy, against the normalized envelope" in table
+    assert "(interquartile mean): genome, normalized against the normalized envelope: " in table
     plot_compare(result, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
