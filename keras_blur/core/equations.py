@@ -345,6 +345,37 @@ def averaging_share(genome: Genome, step: Array) -> Array:
     return (breadth + 1.0) / (time + 1.0 + breadth)
 
 
+def remembered_share(rule: Rule, step: Array, running: Array, fresh: tuple[Array, Array], examples: Array) -> Array:
+    """The weight of the old value in running statistics of the summed input; a scalar.
+
+    While the synapses stay, the statistics are those of all batches, up to a limit. Sampling
+    explains a squared distance between the mean of a batch and the running mean of about the
+    variance over the number of examples. Let r be the distance over that, averaged over the units.
+    Up to r = 2 the old value keeps its weight. Beyond, the synapses have changed and older
+    statistics belong to another network, so the weight falls with (2 / r)^2.
+
+    The form is ours. `tests/models/test_sequential_training.py` holds both cases.
+
+    Args:
+        rule: the options; `normalization_momentum` is the largest weight.
+        step: number of batches before this one; an integer.
+        running: the running mean, `[k, 1, units]`.
+        fresh: mean and variance of the batch, each `[k, 1, units]`.
+        examples: number of examples of the batch.
+
+    Example:
+
+    >>> fresh = ops.ones((1, 1, 3)), ops.ones((1, 1, 3))
+    >>> round(float(remembered_share(Rule(), ops.array(9), ops.zeros((1, 1, 3)), fresh, ops.array(8.0))), 4)
+    0.0625
+    """
+    mean, variance = fresh
+    time = ops.cast(step, mean.dtype)
+    ratio = ops.mean(ops.square(mean - running) / (variance + rule.normalization_epsilon)) * examples
+    limit = ops.minimum(rule.normalization_momentum, time / (time + 1.0))
+    return ops.minimum(limit, ops.square(2.0 / ops.maximum(ratio, 2.0)))
+
+
 _TINY = 1e-30  # stands for zero in a divisor
 
 

@@ -73,8 +73,9 @@ class Rule:
         normalization_axis: the axis of the statistics: the `"batch"` (each unit has its own) or the
             `"units"` of a layer (each example has its own).
         normalization_epsilon: added to the variance.
-        normalization_momentum: weight of the old value in the running statistics that `predict`
-            uses with `normalization_axis="batch"`; 0 takes those of the last training batch.
+        normalization_momentum: the largest weight of the old value in the running statistics that
+            `predict` uses with `normalization_axis="batch"`. The weight is smaller while the
+            synapses change much; 0 takes the statistics of the last training batch.
         oja: Oja's term, which bounds the synapses: `"weights"` (eq. 8, first term), `"activations"`
             (the textbook form on transformed states) or `"none"`.
         oja_factor: constant factor of Oja's term.

@@ -26,7 +26,7 @@ from keras_blur.core import feedback as feedbacks
 from keras_blur.core import network
 from keras_blur.core.companions import AVERAGE, TRACE
 from keras_blur.core.connection import Connection
-from keras_blur.core.equations import SharedBatch, averaging_share, update_gate
+from keras_blur.core.equations import SharedBatch, averaging_share, remembered_share, update_gate
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Graph
 from keras_blur.core.losses import ignored_class
@@ -45,10 +45,6 @@ _OPTIMIZER_CALLBACKS = (
     keras.callbacks.ReduceLROnPlateau,
     keras.callbacks.SwapEMAWeights,
 )
-# Running statistics average over about `1 + step / _FORGETTING` batches, up to the limit that the
-# rule's momentum sets. Synapses change most in the first steps, so older statistics belong to
-# another network.
-_FORGETTING = 20.0
 
 
 class BlurModel(WholeFiles, CheckedModel):
@@ -559,21 +555,22 @@ class BlurModel(WholeFiles, CheckedModel):
         """Moves the running statistics of `predict` towards those of this batch under the new
         synapses.
 
-        The first batch replaces them, so they have no bias. Dropout is off, as in prediction.
+        The first batch replaces them, so they have no bias; see `equations.remembered_share` for
+        the others. Dropout is off, as in prediction.
         """
         graph = self._graph
         synapses = self._read(graph, state.synapses, state.step, False)
         sweep = network.forward(self._genome, graph, synapses, prepared, neurons=state.neurons, batch=shared)
-        time = ops.cast(self.statistics_step, self.variable_dtype)
-        old = ops.minimum(self.rule.normalization_momentum, time / (time + _FORGETTING))
+        examples = ops.cast(ops.shape(prepared[0])[0] if shared is None else shared.examples, self.variable_dtype)
         layers = self._synaptic()
         done = set()
         for one, statistics in zip(graph.connects, sweep.statistics, strict=True):
             own = layers[one.holder].statistics
-            if own is None or one.holder in done:
+            if own is None or statistics is None or one.holder in done:
                 continue
             done.add(one.holder)
-            for variable, value in zip(own, statistics or (), strict=True):
+            old = remembered_share(self.rule, self.statistics_step, ops.convert_to_tensor(own[0]), statistics, examples)
+            for variable, value in zip(own, statistics, strict=True):
                 variable.assign(old * variable + (1.0 - old) * value)
         self.statistics_step.assign(self.statistics_step + 1)
 

@@ -229,6 +229,35 @@ def test_evaluate_agrees_with_training_after_few_steps(name, tmp_path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+def test_statistics_of_other_synapses_are_forgotten():
+    model = make(kb.Genome.random(kb.Rule(normalize_activations="forward", batch_reduction="mean"), 0))
+    model.trainable = False  # only the test moves the synapses
+    model.compile(loss=LOGITS, run_eagerly=True)
+    x = X + 2.0
+    for _ in range(20):
+        model.train_on_batch(x, Y)
+    first = model.layers[0]
+    before = np.array(first.moving_mean.value)
+    first.synapses["kernel"].assign(-3.0 * first.synapses["kernel"])
+    model.train_on_batch(x, Y)
+    np.testing.assert_allclose(first.moving_mean.value, -3.0 * before, atol=0.1 * np.abs(before).max())
+
+
+def test_statistics_of_the_same_synapses_are_averaged():
+    keras.utils.set_random_seed(0)
+    genome = kb.Genome.random(kb.Rule(normalize_activations="forward", batch_reduction="mean"), 0)
+    model = kb.Sequential([keras.Input((40,)), Dense(30), Dense(3)], genome=genome)
+    model.trainable = False
+    model.compile(loss=LOGITS, run_eagerly=True)
+    batches = np.random.default_rng(1).standard_normal((30, 16, 40)).astype("float32")
+    for x in batches:
+        model.train_on_batch(x, Y[:16])
+    kernel = np.array(model.layers[0].synapses["kernel"].value)
+    means = np.einsum("tbi,kio->tko", batches / 16, kernel) * np.array(genome.nu)[0][:, None]
+    found = np.array(model.layers[0].moving_mean.value)[:, 0]
+    assert np.abs(found).mean() < 0.4 * np.abs(means).mean()  # the true mean is 0
+
+
 def test_running_statistics_are_those_of_the_new_synapses():
     genome = kb.Genome.random(kb.Rule(normalize_activations="both", batch_reduction="mean"), 0, synapse_update=-0.5)
     model = make(genome, kl.Dropout(0.0))
