@@ -152,7 +152,13 @@ def define_flags(flags: Flags) -> None:
         "Standard deviation of perturbations (es, pes) or of the first generation (cma).",
         when=_takes("sigma"),
     )
-    flags.choice("fitness", "accuracy", ["accuracy", "loss"], "Fitness of cma.", _takes("fitness"))
+    flags.choice(
+        "fitness",
+        "accuracy",
+        meta.FITNESSES,
+        "Fitness of cma; speed is the accuracy averaged over steps 1, 2, 4, ... and the last.",
+        _takes("fitness"),
+    )
     flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.")
     flags.switch("recompute", False, "Whether to trade time for memory.", [with_value("estimator", "unroll", "truncated")])
     flags.switch("jit_compile", True, "Whether to use XLA, which starts more slowly and is faster on small networks.")

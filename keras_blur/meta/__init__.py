@@ -4,7 +4,7 @@ from keras_blur.meta.callbacks import MetaValidate, SaveLearned, UnrollCurriculu
 from keras_blur.meta.cma import CMAES, CMAState
 from keras_blur.meta.es import ES, PES
 from keras_blur.meta.estimator import LOSSES, Estimate, Estimator
-from keras_blur.meta.evolution import Evolution
+from keras_blur.meta.evolution import FITNESSES, Evolution
 from keras_blur.meta.trainer import MetaTrainer
 from keras_blur.meta.unroll import TruncatedUnroll, Unroll
 from keras_blur.meta.warp_grad import STARTS, OfflineWarpGrad, TrajectoryBuffer, WarpGrad
@@ -12,6 +12,7 @@ from keras_blur.meta.warp_grad import STARTS, OfflineWarpGrad, TrajectoryBuffer,
 __all__ = [
     "CMAES",
     "ES",
+    "FITNESSES",
     "LOSSES",
     "PES",
     "STARTS",

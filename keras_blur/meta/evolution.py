@@ -17,9 +17,9 @@ from keras import ops
 
 from keras_blur import arguments, backend
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, start
+from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, section, start
 
-FITNESSES = ("accuracy", "loss")
+FITNESSES = ("accuracy", "loss", "speed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Evolution(InnerLoop):
         recompute: must be `False`, since nothing of the unroll is stored.
         population: candidates of a generation.
         sigma: standard deviation of the first generation.
-        fitness: `"accuracy"` or `"loss"` of the query.
+        fitness: `"accuracy"` or `"loss"` of the query after the last step, or `"speed"`: the
+            accuracy of the query averaged over steps 1, 2, 4, ... and the last one, which a genome
+            that learns fast from the first step on makes large. The trajectory loss counts in
+            `"loss"` alone.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -72,12 +75,28 @@ class Evolution(InnerLoop):
 
         Returns:
             Fitness (lower is better), loss and accuracy, averaged over tasks, each `[population]`.
+            The accuracy is that after the last step; with `fitness="speed"`, the loss is the mean
+            over the scored steps.
         """
-        losses, accuracies, _ = self.objective(learner, outer, episodes, start(learner, outer, episodes, seed))
-        loss, accuracy = backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)
-        fitness = loss if self.fitness == "loss" else -accuracy
+        state, begin, found = start(learner, outer, episodes, seed), 0, []
+        for end in self._scored_at():
+            part = dataclasses.replace(self, steps=end - begin)
+            support = {name: section(episodes[name], begin, end - begin, axis=1) for name in ("x", "y")}
+            losses, accuracies, state = part.objective(learner, outer, {**episodes, **support}, state)
+            found.append((backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)))
+            begin = end
+        loss = sum(one for one, _ in found) / len(found)
+        speed = sum(one for _, one in found) / len(found)
+        accuracy = found[-1][1]
+        fitness = {"loss": loss, "accuracy": -accuracy, "speed": -speed}[self.fitness]
         # A genome with a non-finite loss is the worst, whatever its argmax.
         return ops.where(ops.isfinite(loss), fitness, math.nan), loss, accuracy
+
+    def _scored_at(self) -> list[int]:
+        """The steps after which the query is scored."""
+        if self.fitness != "speed":
+            return [self.steps]
+        return [*(1 << power for power in range((self.steps - 1).bit_length())), self.steps]
 
 
 def to_vector(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

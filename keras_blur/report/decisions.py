@@ -98,7 +98,12 @@ def trace_decisions(
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
     apart = _taken_apart(tasks)
-    programs = {name: _programs(*pair) for name, pair in _named(learners, hidden).items()}
+    named = _named(learners, hidden)
+    programs = {
+        (name, outputs): _programs(learner.on((2,), outputs), outer)
+        for name, (learner, outer) in named.items()
+        for outputs in {task.outputs for task in apart}
+    }
     episodes = []
     for task in apart:
         stream = task.dataset(seed, steps=max(1, at[-1]), batch=batch_size, query=query, split=split)
@@ -109,7 +114,8 @@ def trace_decisions(
     rows = []
     for task, episode in zip(apart, episodes, strict=True):
         classes = ops.convert_to_numpy(classes_of(episode["query_y"]))
-        for name, (begin, learn, decide) in programs.items():
+        for name in named:
+            begin, learn, decide = programs[name, task.outputs]
             state = begin(random.seed_of(seed), task.features, task.outputs)
             regions, accuracy, done = [], [], 0
             for step in at:

@@ -227,6 +227,23 @@ def test_evolution_scores_each_genome_and_marks_what_is_not_finite():
     assert float(accuracy[0]) * BATCH * 2 == pytest.approx(round(float(accuracy[0]) * BATCH * 2), abs=1e-4)
 
 
+def test_evolution_scores_speed_at_powers_of_two():
+    rule = Rule(batch_reduction="mean", last_activation="linear", update_decay="power")
+    learner, data, seed = Blur((5,), rule), episodes("float32"), random.seed_of(3)
+    outer = outer_of(rule, members=4, dtype="float32")
+    fitness, loss, accuracy = Evolution(3, population=4, fitness="speed").score(learner, outer, data, seed)
+    parts = []
+    for steps in (1, 2, 3):
+        one = Evolution(steps, population=4).score(learner, outer, cut(data, 0, steps), seed)
+        parts.append([np.asarray(value) for value in one])
+    np.testing.assert_allclose(fitness, np.mean([part[0] for part in parts], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(loss, np.mean([part[1] for part in parts], axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(accuracy, parts[-1][2])
+    assert len({tuple(part[0]) for part in parts}) == 3
+    for steps, scored in ((1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])):
+        assert Evolution(steps, population=4, fitness="speed")._scored_at() == scored
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"layers": 2, "states": 3}, {"normalize_activations": "both", "update_decay": "power"}]
 )

@@ -260,6 +260,20 @@ def test_decisions_are_those_of_predict(name):
             state, _ = learner.step(outer, state, episode["x"][step], episode["y"][step])
 
 
+def test_networks_of_baseline_learners_may_be_functions():
+    def build(shape, outputs):
+        assert shape == (2,)
+        return [keras.layers.Dense(6, "tanh"), keras.layers.Dense(outputs)]
+
+    of = [tasks.functions("xor"), tasks.functions("blobs3")]
+    rows = [
+        trace_decisions(BaselineLearner(keras.optimizers.SGD(0.5), network), of, **SMALL)["rows"]
+        for network in (build, (6,))
+    ]
+    for one, other in zip(*rows, strict=True):
+        np.testing.assert_array_equal(one["regions"], other["regions"])
+
+
 def test_backprop_decides_as_sgd_does():
     learners = {"backprop": genomes.backprop(0.5), "SGD": BaselineLearner(keras.optimizers.SGD(0.5), (6,))}
     rows = trace_decisions(learners, tasks.functions(["circle", "xor"]), (6,), **SMALL)["rows"]
