@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 from on_backend import bytes_of_loops, compiled, in_a_graph, operations
-from rule_table import SINGLE
+from rule_table import COVER, SINGLE
 
 from keras_blur import Genome, Rule, backend, random
 from keras_blur.learners import Blur
@@ -63,10 +63,11 @@ def estimated(estimator, learner, outer, data, seed, carried=NOTHING, first=True
     return backend.compiled(run, jit_compile=False)(outer, data, seed, carried)
 
 
-RULES = {name: options for name, options in SINGLE.items() if not Rule(**options).keep_neurons}
+RULES = {name: options for name, options in {**COVER, **SINGLE}.items() if not Rule(**options).keep_neurons}
+FEW = {*COVER, "normalize_both_batch", "whitening_orthogonal_tied"}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in RULES])
 def test_gradient_is_the_difference_quotient(name):
     rule = Rule(**RULES[name])
     learner = Double((7, 6), rule)
