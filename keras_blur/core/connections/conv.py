@@ -1,13 +1,15 @@
 """Convolutions as connections: a convolution is a dense connection on patches.
 
-Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), applied to patches: every
-position of the output is one more row of the batch, and sharing weights is a sum over rows.
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), applied to patches. Each
+position of the output is a row of the batch. Weight sharing is a sum over rows.
 
-Why not unfold always: patches are `kernel size` times as large as the input. With one genome the
-backend's own convolution, its transpose and its kernel gradient are used; with a population, where
-every member has its own kernel, patches and one batched matrix product. Both give the same numbers.
+Patches take as many times the memory of the input as a kernel has positions. A single genome
+therefore uses the backend's convolution, its transpose and its kernel gradient. In a population
+each member has its own kernel, so patches and one batched matrix product are used. Both give the
+same numbers.
 
-Arrays are channels last inside; `channels_first` transposes at the door.
+Internally arrays have channels last. Those of `channels_first` are transposed on the way in and
+out.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Connection):
-    """What all convolutions share: positions, layout, channels of kernels.
+    """The operations common to all convolutions: positions, layout, channels of kernels.
 
     Args:
         size: the kernel's size along each spatial axis.
-        strides: of each spatial axis.
-        padding: `"valid"`, `"same"`, or `"causal"` for one axis.
-        dilation: of each spatial axis.
+        strides: the stride along each spatial axis.
+        padding: `"valid"`, `"same"`, or, with one spatial axis, `"causal"`.
+        dilation: the dilation rate along each spatial axis.
         groups: number of groups of channels.
-        first: whether channels stand before the spatial axes.
+        first: whether channels come before the spatial axes.
     """
 
     size: Shape = ()
@@ -53,7 +55,7 @@ class Convolution(Connection):
     def axes(self) -> int:
         return len(self.size) + 1
 
-    # Layout: `_last` has channels last, `_stored` as the layer has them.
+    # Layout: `_last` is channels last, `_stored` is the layer's own order.
 
     def _shape_last(self, shape: Shape) -> Shape:
         return (*shape[1:], shape[0]) if self.first else tuple(shape)
@@ -116,7 +118,7 @@ class Convolution(Connection):
         return self._stored_order(ops.concatenate(parts, axis=-2 - self.axes))
 
     def _folded(self, kernel: Array, x: Array) -> Array:
-        """One kernel on states. All their leading axes count as examples."""
+        """Applies one kernel to states. All leading axes are treated as examples."""
         shape = ops.shape(x)
         flat = ops.reshape(x, (-1, *shape[len(shape) - self.axes :]))
         y = self._convolve(kernel, flat)
@@ -170,11 +172,10 @@ class ConvConnection(Convolution):
 
 @dataclasses.dataclass(frozen=True)
 class DepthwiseConnection(Convolution):
-    """The operations of DepthwiseConv1D and DepthwiseConv2D: each input channel has kernels of its
-    own.
+    """The operations of DepthwiseConv1D and DepthwiseConv2D: kernels for each input channel.
 
     Args:
-        multiplier: number of kernels of each channel; `units` is the number of channels times it.
+        multiplier: number of kernels of each channel. `units` is this times the number of channels.
     """
 
     multiplier: int = 1
@@ -195,7 +196,7 @@ class TransposedConnection(Convolution):
     `[*size, out, in]`.
 
     Args:
-        output_padding: as in Keras, or `None`.
+        output_padding: as in Keras; `None` for the default size.
     """
 
     output_padding: Shape | None = None
@@ -230,8 +231,8 @@ class TransposedConnection(Convolution):
         return Connection.kept(self, source, most)
 
     def patches(self, states: Array, source: Shape, most: int) -> Array:
-        """By a kernel for each tap and channel that passes it on: a transposed convolution has no
-        patches to gather."""
+        """As in `Connection`. A transposed convolution has no patches to gather, so a one-hot
+        kernel for each tap and channel copies the input to where it is read."""
         inputs = self._shape_last(source)[-1]
         count = math.prod(self.size) * inputs
         every = ops.reshape(ops.eye(count, dtype=states.dtype), (1, *self.size, inputs, count))
@@ -251,7 +252,7 @@ class TransposedConnection(Convolution):
         return False
 
     def product_of_members(self, kernel: Array, x: Array) -> Array:
-        """Member by member: a transposed convolution has no patches to gather."""
+        """Loops over members, since a transposed convolution has no patches to gather."""
         x = self._last(x)
         lead = tuple(kernel.shape[: len(kernel.shape) - self.axes - 2])
         members = ops.reshape(kernel, (-1, *kernel.shape[len(lead) :]))

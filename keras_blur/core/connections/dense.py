@@ -22,8 +22,8 @@ class DenseConnection(Connection):
     """The operations of a dense layer: kernels `[..., c, in, units]`.
 
     Args:
-        positions: shape of the axes before the features, which share the synapses; they join the
-            batch.
+        positions: shape of the axes before the features. All positions share the synapses and count
+            as rows of the batch.
     """
 
     positions: Shape = ()
@@ -79,7 +79,7 @@ class DenseConnection(Connection):
 
 def _product(x: Array, kernel: Array) -> Array:
     if kernel.shape[-3] == 1 and x.shape[-3] != 1:
-        # One channel serves all states: they are one taller batch, and the product one matrix
+        # All states share one channel, so they are stacked into a taller batch for one matrix
         # product.
         shape = ops.shape(x)
         tall = ops.reshape(x, (*shape[:-3], 1, shape[-3] * shape[-2], shape[-1]))

@@ -1,7 +1,7 @@
-"""The connection of an `EinsumDense`: a dense one whose inputs and units have several axes.
+"""The connection of an `EinsumDense`: a dense connection with several axes of inputs and units.
 
-Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021). A letter of the
-equation that stands in input, kernel and output gives each of its entries synapses of its own.
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021). If a letter occurs in
+input, kernel and output, each index along that axis has its own synapses.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class EinsumConnection(Connection):
         inputs: letters of the input, the batch first.
         weights: letters of the kernel.
         outputs: letters of the output, the batch first.
-        sizes: size of each letter but the batch's, in the order of inputs, then the new ones of the
-            output.
+        sizes: size of each letter except the batch: first those of the input in order, then those
+            that only the output has.
     """
 
     inputs: str = ""
@@ -62,12 +62,12 @@ class EinsumConnection(Connection):
 
     @property
     def _order(self) -> str:
-        """Letters of the output without the batch, positions first."""
+        """Letters of the output without the batch: positions, then units."""
         return "".join(letter for letter in self.outputs[1:] if letter not in self.weights) + self.own
 
     @property
     def _matrix_order(self) -> str:
-        """Letters of the kernel, those that are summed over first."""
+        """Letters of the kernel: those summed over, then units."""
         return "".join(letter for letter in self.weights if letter not in self.outputs) + self.own
 
     def kernel_shape(self, source: Shape) -> Shape:
@@ -110,7 +110,7 @@ class EinsumConnection(Connection):
 
     @property
     def _blocks(self) -> str:
-        """Letters of what has synapses of its own for each entry."""
+        """Letters of the axes along which each index has its own synapses."""
         return "".join(letter for letter in self.own if letter in self.inputs)
 
     def _count(self, letters: str) -> int:
@@ -170,7 +170,7 @@ class EinsumConnection(Connection):
         return ops.reshape(y, (*shape[: len(shape) - self.axes], *ops.shape(y)[1:]))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
-        added = set(self.inputs) - set(self.weights + self.outputs)  # letters that no einsum can give back
+        added = set(self.inputs) - set(self.weights + self.outputs)  # letters of the input that the product sums out
         if added or len(kernel.shape) > len(self.weights) + 1 or kernel.shape[0] > 1:
             return super().linear_transpose(kernel, y, source)
         kernel, y = self.rounded(kernel), self.rounded(y)
@@ -194,15 +194,17 @@ def einsum_connection(
     """The connection of a Keras EinsumDense.
 
     Args:
-        equation: as in Keras; an ellipsis stands for letters that input and output share.
-        source: shape of the features that enter.
+        equation: as in Keras. An ellipsis stands for axes that input and output share.
+        source: shape of the input features.
         output_shape: as in Keras, without the batch; `None` for an axis of the input.
-        bias_axes: as in Keras: letters of the output that have a bias of their own.
+        bias_axes: letters of the output axes along which the bias varies, as in Keras; `None` for
+            no bias.
         activation: nonlinearity.
 
     Raises:
-        ValueError: if the equation's first letter is not that of the batch, or `bias_axes` are not
-            the units.
+        ValueError: if input and output do not begin with the same letter, which the kernel must not
+            have; if the letters do not fit `source` or `output_shape`; or if `bias_axes` are not
+            the letters of the units.
     """
     left, outputs = equation.replace(" ", "").split("->")
     inputs, weights = left.split(",")
@@ -221,7 +223,9 @@ def einsum_connection(
             f"Received: equation={equation!r}"
         )
     known = dict(zip(inputs[1:], source, strict=True))
-    told = [letter for letter in outputs[1:] if letter not in letters]  # Keras leaves out what the ellipsis stands for
+    told = [
+        letter for letter in outputs[1:] if letter not in letters
+    ]  # Keras's `output_shape` omits the axes of the ellipsis
     if len(told) != len(output_shape):
         raise ValueError(
             f"`output_shape` must have a size, or None, for each of the {len(told)} axes that `equation` names after the "

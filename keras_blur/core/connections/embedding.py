@@ -1,6 +1,6 @@
-"""The embedding: a dense connection on one-hot inputs, which are never formed.
+"""The embedding: a dense connection on one-hot inputs that are never materialised.
 
-Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for inputs of a single 1.
+Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for one-hot inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EmbeddingConnection(Connection):
 
     Args:
         entries: number of vectors.
-        positions: shape of the numbers of an example.
+        positions: shape of the integers of one example.
     """
 
     entries: int = 0
@@ -59,8 +59,8 @@ class EmbeddingConnection(Connection):
         return ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *source, self.units))
 
     def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
-        """How often each entry came, `[..., s, 1, entries, 1]`: one-hot rows have a Gram matrix of
-        a diagonal alone."""
+        """The count of each entry, `[..., s, 1, entries, 1]`. It is the diagonal of the Gram
+        matrix, which has no other elements for one-hot rows."""
         shape = (*ops.shape(read), 1)
         weight = ops.ones(shape, dtype=context.dtype)
         if context.weight is not None:
@@ -102,7 +102,7 @@ class EmbeddingConnection(Connection):
 
 
 def _behind(weight: Array, axes: int) -> tuple[int, ...]:
-    """The shape of weights `[..., batch]` with a state axis before the batch and so many axes of
-    size one after it."""
+    """The shape of weights `[..., batch]` with a state axis before the batch and `axes` axes of
+    size 1 after it."""
     shape = ops.shape(weight)
     return (*shape[:-1], 1, shape[-1], *(1,) * axes)

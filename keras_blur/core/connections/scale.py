@@ -1,4 +1,4 @@
-"""The elementwise connection: a scale and an offset for each unit, those of a normalisation layer.
+"""The elementwise connection: the scale and offset of each unit of a normalisation layer.
 
 Source: eq. 5 to 7 of "Meta-Learning Bidirectional Update Rules" (2021), for a unit with one input.
 """
@@ -23,9 +23,9 @@ class ScaleConnection(Connection):
     """The operations of a scale and an offset.
 
     Args:
-        shape: of the features.
-        own: the feature axes along which each unit has its own synapses; the others are positions.
-        scales: whether there is a scale; `use_bias` says whether there is an offset.
+        shape: shape of the features.
+        own: the feature axes along which each unit has its own synapses. The others are positions.
+        scales: whether there is a scale. `use_bias` tells whether there is an offset.
     """
 
     shape: Shape = ()
@@ -51,7 +51,7 @@ class ScaleConnection(Connection):
         return shapes if self.scales else {name: shape for name, shape in shapes.items() if "kernel" not in name}
 
     def _ordered(self, states: Array) -> Array:
-        """Positions before units."""
+        """States with position axes before unit axes."""
         ahead = len(states.shape) - self.axes
         order = [*self._shared, *self.own]
         if order == sorted(order):
@@ -106,6 +106,13 @@ class ScaleConnection(Connection):
 
 
 def scale_connection(shape: Shape, own: Shape, *, scales: bool, offsets: bool) -> ScaleConnection:
-    """The scale and offset of features of a shape, with own synapses along some axes."""
+    """Makes the connection of a scale, an offset, or both.
+
+    Args:
+        shape: shape of the features.
+        own: the feature axes along which each unit has its own synapses.
+        scales: whether there is a scale.
+        offsets: whether there is an offset.
+    """
     units = math.prod(shape[axis] for axis in own)
     return ScaleConnection(units, offsets, "linear", None, shape=tuple(shape), own=tuple(sorted(own)), scales=scales)
