@@ -1,9 +1,9 @@
 """Data checks: arrays, PyDatasets and generators, before a model uses them; `tf.data` in
 `datasets.py`.
 
-Each check raises a `ValueError` of one sentence with the argument, the expected value and the
-received one. Arrays are checked before any work, batches of a stream as they arrive. TensorFlow is
-not imported: a value can be one of its kind only where it is imported already.
+Each check raises a `ValueError`: one sentence with the argument, the expected value and the
+received one. Arrays are checked before any work, batches of a stream as they arrive. This module
+does not import TensorFlow. If a value is one of TensorFlow's, TensorFlow is imported already.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from keras_blur.core.losses import ignored_class
 Array = Any
 Shape = tuple[int | None, ...]
 
-ROUNDING = 1e-3  # soft labels in half precision exceed 1 by less
+ROUNDING = 1e-3  # tolerance for soft labels rounded to half precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Expected:
     """The data that a model takes.
 
     Attributes:
-        features: shape of one input; `None` if it is not known.
-        outputs: shape of one output; `None` if it is not known.
+        features: shape of one input without the batch; `None` if unknown.
+        outputs: shape of one output without the batch; `None` if unknown.
         labels: `"classes"`, `"indicators"`, `"signs"`, `"hinge"` or `"values"`, as in
             `feedback.target_kind`; `None` for a loss that may take labels of any shape.
-        classes: number of classes of integer labels; `None` if it is not known.
-        ignored: the label that the loss leaves out (`ignore_class`).
+        classes: number of classes of integer labels; `None` if unknown.
+        ignored: the label that the loss ignores (`ignore_class`); `None` for none.
         text: whether inputs may be strings.
         several: whether there are several inputs or outputs, whose structure Keras checks.
     """
@@ -59,10 +59,10 @@ class Expected:
 
 
 def label_kind(loss: Any) -> str | None:
-    """The kind of labels that a Keras loss takes, or `None` for a loss of another origin.
+    """The kind of labels that a loss takes, as in `Expected.labels`; `None` if it is unknown.
 
     Args:
-        loss: a `keras.losses.Loss`, a function or a name.
+        loss: a `keras.losses.Loss`, a function or a name. Only Keras's own losses are known.
     """
     try:
         loss = feedbacks.resolve_loss(loss)
@@ -74,7 +74,12 @@ def label_kind(loss: Any) -> str | None:
 
 
 def model_expects(model: keras.Model, loss: Any) -> Expected:
-    """The data that a Keras model with one input and one output takes under a loss."""
+    """The data that a Keras model takes under a loss.
+
+    Args:
+        model: the model. With several inputs or outputs nothing is known.
+        loss: as of `label_kind`.
+    """
     features, outputs = (getattr(model, name, None) for name in ("input_shape", "output_shape"))
     if not all(shape is None or isinstance(shape, tuple) for shape in (features, outputs)):
         return Expected()
@@ -97,25 +102,28 @@ def checked(
     within: str | None = None,
     labelled: bool = True,
 ) -> tuple[Any, Any, Any]:
-    """Data for a Keras model, checked: arrays at once, batches of other sources as they arrive.
+    """Checks data for a Keras model: arrays at once, batches of other sources as they arrive.
 
     Args:
         x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of
             batches.
-        y: labels or targets of arrays.
-        sample_weight: weights of arrays, or `None`.
-        expected: gives the data that the model takes; called at each check, since the first batch
-            may build a model.
-        within: the argument that holds the data, if it isn't `x` itself, as `"validation_data"`.
+        y: labels or targets `[n, ...]`; `None` if `x` gives batches.
+        sample_weight: weights `[n, ...]`, or `None`.
+        expected: returns the data that the model takes. It is called at each check, since the first
+            batch may build the model.
+        within: the argument that holds `x`, such as `"validation_data"`, for messages; `None` if
+            `x` is an argument itself.
         labelled: whether the data must have labels.
 
     Returns:
-        The three, ready for Keras: lists as arrays, booleans and small integers as a dtype that
-        losses and metrics take.
+        `x`, `y` and `sample_weight` for Keras. Lists become arrays; booleans and small integers get
+        a dtype that losses and metrics take. A source of batches is wrapped, and `y` and
+        `sample_weight` are `None`.
 
     Raises:
-        ValueError: if shapes, dtypes, numbers, labels or weights don't fit. A stream raises it
-            inside `plain_errors`.
+        ValueError: if shapes, dtypes, numbers, labels or weights do not fit. A batch of a stream
+            raises it when it arrives. TensorFlow may turn that error into an `OpError`, which
+            `plain_errors` turns back.
     """
     check = Check(expected, within, labelled)
     if expected().several:
@@ -144,13 +152,20 @@ def checked(
 def checked_arrays(
     x: Any, y: Any, sample_weight: Any, expected: Expected, within: str | None = None
 ) -> tuple[Any, Any, Any]:
-    """As `checked`, for arrays alone."""
+    """As `checked`, for labelled arrays only."""
     return Check(lambda: expected, within, True).arrays(x, y, sample_weight)
 
 
 def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
-    """The argument `validation_data`, checked as by `checked`: arrays `(x, y)` or
-    `(x, y, sample_weight)`, or a stream."""
+    """Checks the argument `validation_data` as `checked` does.
+
+    Args:
+        data: arrays `(x, y)` or `(x, y, sample_weight)`, or a source of batches.
+        expected: as of `checked`.
+
+    Raises:
+        ValueError: as of `checked`, or if a tuple has another length.
+    """
     if not isinstance(data, (tuple, list)):
         return checked(data, None, None, expected, within="validation_data")[0]
     if not 2 <= len(data) <= 3:
@@ -164,7 +179,7 @@ def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns what TensorFlow makes of an error in a checked stream back into the `ValueError`."""
+    """Turns the error that TensorFlow raises for a bad batch back into the `ValueError`."""
     try:
         yield
     except _stream_errors() as error:
@@ -176,8 +191,17 @@ def plain_errors() -> Iterator[None]:
 
 
 def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected) -> None:
-    """Raises a `ValueError` unless `class_weight` is `None` or maps classes to finite weights of 0
-    or more."""
+    """Checks the argument `class_weight`.
+
+    Args:
+        class_weight: a mapping from class numbers to weights, or `None`.
+        sample_weight: weights of examples, or `None`.
+        expected: the data that the model takes.
+
+    Raises:
+        ValueError: if `class_weight` does not map known classes to finite weights of 0 or more, or
+            both kinds of weights are given.
+    """
     if class_weight is None:
         return
     if sample_weight is not None:
@@ -199,14 +223,14 @@ def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected
 
 
 class CheckedModel(keras.Model):
-    """A Keras model that checks its data; a subclass has `_expected`."""
+    """A Keras model that checks its data. A subclass defines `_expected`."""
 
     @abc.abstractmethod
     def _expected(self) -> Expected:
         """The data that the model takes."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, with the data checked as in `fit`."""
+        """As in Keras. The data are checked first, as in `fit`."""
         given = inspect.signature(keras.Model.evaluate).bind(self, *args, **kwargs).arguments
         del given["self"]
         others = given.pop("kwargs", {})
@@ -217,7 +241,7 @@ class CheckedModel(keras.Model):
             return super().evaluate(**given, **others)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, with the inputs checked as in `fit`."""
+        """As in Keras. The inputs are checked first, as in `fit`."""
         x = checked(x, None, None, self._expected, labelled=False)[0]
         with plain_errors():
             return super().predict(x, *args, **kwargs)
@@ -225,35 +249,35 @@ class CheckedModel(keras.Model):
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
     ) -> Any:
-        """As in Keras, with the data checked as in `fit`."""
+        """As in Keras. The data are checked first, as in `fit`."""
         x, y, sample_weight = checked(x, y, sample_weight, self._expected)
         check_class_weight(class_weight, sample_weight, self._expected())
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
-        """As in Keras, with the data checked as in `fit`."""
+        """As in Keras. The data are checked first, as in `fit`."""
         return super().test_on_batch(*checked(x, y, sample_weight, self._expected), **kwargs)
 
     def predict_on_batch(self, x: Any) -> Any:
-        """As in Keras, with the inputs checked as in `fit`."""
+        """As in Keras. The inputs are checked first, as in `fit`."""
         return super().predict_on_batch(checked(x, None, None, self._expected, labelled=False)[0])
 
 
 def _stream_errors() -> tuple[type[BaseException], ...]:
-    """What an error in a stream becomes, with and without TensorFlow."""
+    """The exceptions that a bad batch of a stream can raise, with and without TensorFlow."""
     tensorflow = sys.modules.get("tensorflow")
     return (StreamError,) if tensorflow is None else (tensorflow.errors.OpError, StreamError)
 
 
 def _tensorflow_kind(value: Any) -> str | None:
-    """`"ragged"` or `"sparse"` for a tensor, or its spec, that is no array."""
+    """`"ragged"` or `"sparse"` for such a tensor or its spec, else `None`."""
     name = type(value).__name__
     kinds = {"RaggedTensor": "ragged", "RaggedTensorSpec": "ragged", "SparseTensor": "sparse", "SparseTensorSpec": "sparse"}
     return kinds.get(name) if type(value).__module__.startswith("tensorflow") else None
 
 
 class StreamError(ValueError):
-    """The error of a batch that streams; TensorFlow carries its name and its sentence."""
+    """The error of a bad batch of a stream. TensorFlow keeps its name and message as text."""
 
 
 class Check:
@@ -263,7 +287,7 @@ class Check:
         self.expected, self.within, self.labelled = expected, within, labelled
 
     def named(self, name: str) -> str:
-        """An argument as messages name it."""
+        """The name of an argument in messages."""
         return f"`{name}` of `{self.within}`" if self.within else f"`{name}`"
 
     def refuse(self, name: str, wanted: str, received: str) -> None:
@@ -279,14 +303,14 @@ class Check:
         weight = None if sample_weight is None else self._array("sample_weight", sample_weight, expected)
         self.check_shapes(expected, *(None if one is None else one.shape for one in (x_array, y_array, weight)))
         self._values(expected, x_array, y_array, weight)
-        # A tensor stays where it is, unless it has to change.
+        # A tensor stays on its device unless its values must change.
         pairs = ((x, x_array), (y, y_array), (sample_weight, weight))
         kept = [value if ops.is_tensor(value) else array for value, array in pairs]
         return ready(expected, *kept) if self.labelled else (ready(expected, kept[0], None, None)[0], y, kept[2])
 
     def structures(self, x: Any, y: Any, sample_weight: Any) -> None:
-        """Several inputs or outputs: their arrays are finite and of one length. Keras checks their
-        structure."""
+        """Checks that the arrays of several inputs or outputs are finite and of equal length. Keras
+        checks their structure."""
         length = None
         for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
             for array in keras.tree.flatten(value):
@@ -299,7 +323,7 @@ class Check:
                     self.refuse(name, f"have as many examples as the first array, {length}", f"an array of {len(array)}")
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a generator, checked as they arrive."""
+        """Yields the batches of a generator and checks each one."""
         empty = True
         for batch in batches:
             empty = False
@@ -308,7 +332,7 @@ class Check:
             self.refuse("x", "hold at least one example", "a generator without batches")
 
     def batch(self, batch: Any) -> Any:
-        """A batch of a stream, checked."""
+        """Checks a batch of a stream and returns it ready for Keras."""
         try:
             parts = self.parts(batch)
             if not self.labelled:
@@ -326,7 +350,7 @@ class Check:
     # Checks of form.
 
     def _array(self, name: str, value: Any, expected: Expected) -> np.ndarray:
-        """An argument as a numpy array of numbers."""
+        """Converts an argument to a numpy array and checks its dtype."""
         if value is None:
             self.refuse(name, "be given", f"{name}=None")
         wanted = f"be one array{f' of shape {text_of(expected.features)}' if name == 'x' and expected.features else ''}"
@@ -355,8 +379,8 @@ class Check:
             self.refuse(name, "hold numbers", f"{dtype if dtype.kind != 'O' else 'objects or strings'}")
 
     def check_shapes(self, expected: Expected, x: Any, y: Any = None, weight: Any = None) -> None:
-        """Checks shapes; a size that isn't known is `None`, as is the shape of an absent array or
-        of one of unknown rank."""
+        """Checks shapes. An unknown size is `None`; so is the shape of an array that is absent or
+        of unknown rank."""
         if x is not None and not (x and _fits(x[1:], *_input_shapes(expected.features))):
             self.refuse("x", f"have shape {text_of(expected.features)}", f"an array of shape {_plain(x)}")
         if x is not None and x[0] == 0:
@@ -432,7 +456,7 @@ class _CheckedDataset(keras.utils.PyDataset):
 
 
 def ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, Any]:
-    """Sound numpy arrays or tensors in a form that every layer, loss and metric takes."""
+    """Checked arrays or tensors, in the ranks and dtypes that layers, losses and metrics take."""
     x, y, weight = (_native(one) for one in (x, y, weight))
     rank = None if expected.features is None else len(expected.features) + 1
     if rank is not None and len(x.shape) != rank:
@@ -455,7 +479,7 @@ def _cast(value: Any, dtype: str) -> Any:
 
 
 def _native(value: Any) -> Any:
-    """An array with numbers as this machine and TensorFlow have them."""
+    """An array in native byte order, with at most 64 bits per float."""
     if not isinstance(value, np.ndarray):
         return value
     if value.dtype.kind == "f" and value.dtype.itemsize > 8:
@@ -468,7 +492,7 @@ def _floating(dtype: Any) -> bool:
 
 
 def _fits(shape: Shape, *forms: Shape | None) -> bool:
-    """Whether a shape without its batch axis is one of the forms; `None` stands for any."""
+    """Whether a shape without its batch axis matches one of the forms. `None` matches anything."""
 
     def same(size: int | None, other: int | None) -> bool:
         return size is None or other is None or size == other
@@ -477,7 +501,7 @@ def _fits(shape: Shape, *forms: Shape | None) -> bool:
 
 
 def _input_shapes(features: Shape | None) -> list[Shape | None]:
-    """The shape of an input, and those from which Keras adds or removes a last axis of 1."""
+    """The shape of an input, and those that Keras makes fit by a last axis of size 1."""
     if features is None:
         return [None]
     return [features, (*features, 1)] if not features or features[-1] != 1 else [features, features[:-1], (*features, 1)]
@@ -502,7 +526,7 @@ def _weight_shapes(expected: Expected) -> list[Shape | None]:
 
 
 def text_of(shape: Shape | None) -> str:
-    """The shape of a batch as messages have it."""
+    """The shape of a batch, for messages."""
     if shape is None:
         return "(batch, ...)"
     sizes = ["batch", *("any" if size is None else str(size) for size in shape)]
@@ -515,7 +539,7 @@ def _plain(shape: Shape) -> str:
 
 
 def described(value: Any) -> str:
-    """A description of what was given instead of an array."""
+    """Describes a value that is not an array, for messages."""
     if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(repr, value))}"
     if _tensorflow_kind(value):

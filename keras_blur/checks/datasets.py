@@ -1,7 +1,7 @@
-"""Checks of `tf.data` datasets: their element specs at once, their batches as they arrive.
+"""Checks of `tf.data` datasets: element specs at once, batches as they arrive.
 
-A dataset reduces each batch to one boolean in its own graph. Only a batch that looks wrong goes
-through the numpy checks, which raise.
+Each batch is checked inside the graph of the dataset, with one boolean as the result. Only a batch
+that fails goes through the numpy checks, which raise the error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = Any
 
 
 def checked_dataset(check: Check, dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """A dataset whose element spec is checked, and whose batches are as they arrive."""
+    """Checks the element spec of a dataset; the returned dataset checks its batches."""
     expected = check.expected()
     spec = dataset.element_spec
     x, y, weight = check.parts(spec)
@@ -33,7 +33,7 @@ def checked_dataset(check: Check, dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _check_specs(check: Check, expected: Expected, x: Any, y: Any, weight: Any) -> None:
-    """Checks what is known of a dataset's elements."""
+    """Checks the known shapes and dtypes of a dataset's elements."""
     parts = [("x", x)]
     if check.labelled:
         parts += [("y", y)] if weight is None else [("y", y), ("sample_weight", weight)]
@@ -50,7 +50,7 @@ def _check_specs(check: Check, expected: Expected, x: Any, y: Any, weight: Any) 
 
 
 def _mapped(check: Check, batch: Any) -> Any:
-    """A batch of a dataset: checked in its graph, and by `batch` where it looks wrong."""
+    """Checks a batch in the graph, and with `Check.batch` if that check fails."""
     expected = check.expected()
     parts = [part for part in check.parts(batch) if part is not None][: 3 if check.labelled else 1]
     known = all(part.shape.rank is not None and None not in part.shape[1:] for part in parts)
@@ -72,8 +72,8 @@ def _mapped(check: Check, batch: Any) -> Any:
 
 
 def _sound(expected: Expected, x: Array, y: Array = None, weight: Array = None) -> Array:
-    """Whether a batch of tensors looks right: exact but for sums that overflow, which the numpy
-    checks look at again."""
+    """Whether a batch of tensors is valid. A finite batch whose sum overflows gives `False` and is
+    left to the numpy checks."""
     found = []
     for value in (x, y, weight):
         if value is not None and value.dtype.is_floating:

@@ -25,9 +25,9 @@ def check_tasks(tasks: Any, batch: int, query: int, split: str = "train") -> Non
         split: the split to draw from.
 
     Raises:
-        ValueError: if an attribute is missing or wrong, or an array of the episode has a wrong
-            shape or dtype, isn't finite, or holds labels other than +1 and -1 for `kind="classes"`
-            (with 0 where unscored, for `"bits"`).
+        ValueError: if an attribute is missing or invalid; if an array has a wrong shape or dtype or
+            is not finite; or if labels are not +1 and -1, exactly one +1 in each row, for
+            `kind="classes"`, or +1, -1 and 0 (unscored) for `"bits"`.
     """
     named = f"`tasks` ({getattr(tasks, 'name', type(tasks).__name__)})"
     shape, outputs = getattr(tasks, "shape", None), getattr(tasks, "outputs", None)
