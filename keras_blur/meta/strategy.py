@@ -1,12 +1,12 @@
-"""Outer strategies: what becomes of the outer parameters in a meta-step.
+"""Outer strategies: how a meta-step updates the outer parameters.
 
-A strategy holds the outer parameters of all members as variables. `init` makes them, and `step`
-changes them by the episodes of one family. `Descent` follows an estimated gradient by a Keras
-optimizer. `Search` draws candidates from a normal distribution and moves it by their scores
-(CMA-ES). `MetaTrainer` knows neither of them.
+A strategy holds the outer parameters of all members as variables. `init` creates them, and `step`
+updates them on the episodes of one family. `Descent` applies an estimated gradient with a Keras
+optimizer. `Search` draws candidates from a normal distribution and adapts it to their scores
+(CMA-ES). `MetaTrainer` uses only the interface `Strategy`.
 
-A step is the program of one replica (`distribution`). It may read and assign variables, and it
-compiles as a whole.
+A step is the program of one replica (`distribution`). It may read and assign variables, and it is
+compiled as a whole.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 Array = Any
 Family = tuple[Tasks, MetaLearner]
 
-_WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # look at whole arrays of weights
-_CANDIDATES = 2  # folded into the seed of a step for the candidates of a generation
+_WHOLE = (keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon)  # their updates depend on whole arrays
+_CANDIDATES = 2  # folded into a step's seed to draw a generation's candidates
 
 
 class Outcome(NamedTuple):
     """What a step reports.
 
     Attributes:
-        logs: values and their weights in a running mean, by name.
-        quality: query accuracy of each member, `[members]`; R squared for values.
-        sound: whether a member's loss and gradient were finite, `[members]`.
+        logs: by name, values and their weights in the running mean.
+        quality: query accuracy of each member, or R squared for tasks of values, `[members]`.
+        sound: whether each member's loss and gradient were finite, boolean `[members]`.
     """
 
     logs: dict[str, tuple[Array, Array]]
@@ -55,12 +55,12 @@ class Outcome(NamedTuple):
 
 
 class Strategy(abc.ABC):
-    """What changes outer parameters.
+    """A way to update outer parameters.
 
     Attributes:
-        outer: variables of the outer parameters, `[members, ...]`, by name; empty if a distribution
-            stands for them.
-        logged: names of logged values besides `loss`, the quality and `skipped`.
+        outer: by name, the variables of the outer parameters, `[members, ...]`; empty if the
+            strategy keeps a distribution instead.
+        logged: names of the logged values besides `loss`, the quality and `skipped`.
         deals_tasks: whether replicas share the tasks of a step. If not, each gets all of them.
     """
 
@@ -74,7 +74,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def init(self, owner: MetaTrainer, start: Mapping[str, np.ndarray]) -> None:
-        """Makes the variables.
+        """Creates the variables.
 
         Args:
             owner: the trainer, which saves them.
@@ -83,18 +83,18 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """Checks and returns the optimizers of `MetaTrainer.compile`."""
+        """Checks the optimizers of `MetaTrainer.compile` and returns them as objects."""
 
     @abc.abstractmethod
     def step(self, family: int, estimator: Any, episodes: Episodes, seed: Array, window: Array) -> Outcome:
-        """One meta-step: the program of a replica.
+        """One meta-step, the program of a replica.
 
         Args:
-            family: number of the family.
+            family: index of the family.
             estimator: the estimator, with the current number of unrolled steps.
             episodes: the episodes of this replica.
             seed: seed of the step.
-            window: number of the truncation window, an int32 array.
+            window: index of the truncation window, an int32 scalar.
         """
 
     @abc.abstractmethod
@@ -107,7 +107,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def synchronize(self, best: int) -> None:
-        """Copies a member to all others, with all that belongs to it."""
+        """Copies the best member, with its optimizer state, over all others."""
 
     @abc.abstractmethod
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
@@ -115,13 +115,13 @@ class Strategy(abc.ABC):
 
 
 class Descent(Strategy):
-    """Descends an estimated gradient, of each member by itself.
+    """Gradient descent with an estimated gradient, independently for each member.
 
     Args:
         families: the tasks and the learner of each family.
         members: number of independent sets of outer parameters.
-        runner: of the trainer.
-        clipnorm: largest norm of a member's gradient; `None` for no clipping.
+        runner: the trainer's runner.
+        clipnorm: maximum norm of a member's gradient; `None` for no clipping.
         quality: name of the logged quality.
     """
 
@@ -142,7 +142,7 @@ class Descent(Strategy):
         self._carried = [self._carried_variables(owner, number) for number in range(len(self.families))]
 
     def _carried_variables(self, owner: MetaTrainer, number: int) -> Any:
-        """Variables for the carried state of a family: a tree, empty for most estimators."""
+        """The tree of variables for the carried state of a family, empty for most estimators."""
         estimator = owner.estimator
         if not isinstance(estimator, Estimator) or estimator.windows == 1:
             return NOTHING
@@ -158,10 +158,11 @@ class Descent(Strategy):
         return pack(empty, slots)
 
     def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """The optimizers; Adam with 5e-4 by default.
+        """As in `Strategy`. The default optimizer is Adam with a learning rate of 5e-4.
 
         Raises:
-            ValueError: if an optimizer clips gradients or mixes members.
+            ValueError: if an optimizer clips gradients or mixes members, both arguments are the
+                same object, or there is a `start_optimizer` and no start is learned.
         """
         optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(5e-4))
         start_optimizer = None if start_optimizer is None else keras.optimizers.get(start_optimizer)
@@ -184,7 +185,7 @@ class Descent(Strategy):
         return optimizer, start_optimizer
 
     def _groups(self) -> list[tuple[str, keras.optimizers.Optimizer, list[str]]]:
-        """The optimizers, by name, with the names of the outer parameters they update."""
+        """Each optimizer with its name and the names of the outer parameters that it updates."""
         apart = "start_optimizer" in self._given
         starts = [name for name in self.outer if apart and name.startswith("start_")]
         names = {"optimizer": [name for name in self.outer if name not in starts], "start_optimizer": starts}
@@ -237,7 +238,7 @@ class Descent(Strategy):
         return Outcome({**logs, "skipped": skipped(sound, norm)}, found.accuracy, sound)
 
     def _of_tasks(self, family: int, estimator: Estimator) -> Any:
-        """The statistics of a shard of tasks, compiled, as a function for `Runner.split`."""
+        """A function for `Runner.split`: the statistics of a shard of tasks, compiled."""
 
         def of_tasks(index: Array, count: int, common: Any, episodes: Episodes, learners: Any) -> Any:
             def local(index: Array, common: Any, episodes: Episodes, learners: Any) -> Any:
@@ -252,7 +253,7 @@ class Descent(Strategy):
     def apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
         """Updates the sound members. The others keep their parameters and optimizer state.
 
-        A step without a sound member does not count, not even in the optimizers' counters. Every
+        A step without a sound member does not advance the optimizers' counters either. Every
         replica already has the full gradient, but Keras optimizers sum over replicas. Each replica
         therefore contributes the gradient divided by the number of replicas.
         """
@@ -272,8 +273,8 @@ class Search(Strategy):
 
     Args:
         families: the tasks and the learner of each family.
-        runner: of the trainer.
-        options: population and initial standard deviation.
+        runner: the trainer's runner.
+        options: population size and initial standard deviation.
         quality: name of the logged quality.
     """
 
@@ -294,17 +295,17 @@ class Search(Strategy):
             self.state[name] = owner.counter(f"evolution_{name}", ops.convert_to_numpy(value))
 
     def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """No optimizers.
+        """As in `Strategy`. CMA-ES uses no optimizer.
 
         Raises:
-            ValueError: if there is one.
+            ValueError: if an optimizer is given.
         """
         if optimizer is not None or start_optimizer is not None:
             raise ValueError(f"`optimizer` must be None under Evolution. {arguments.received('optimizer', optimizer)}")
         return None, None
 
     def synchronize(self, best: int) -> None:
-        """Does nothing: there is one distribution."""
+        """Does nothing, since there is only one distribution."""
 
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
         return {}
@@ -318,7 +319,7 @@ class Search(Strategy):
         return {name: ops.convert_to_numpy(value) for name, value in centre.items()}
 
     def step(self, family: int, estimator: Evolution, episodes: Episodes, seed: Array, window: Array) -> Outcome:
-        """Asks for candidates, scores them, and tells the scores."""
+        """Draws candidates, scores them and updates the distribution."""
         del window
         learner = self.families[family][1]
 
@@ -331,7 +332,7 @@ class Search(Strategy):
         state = CMAState(**{name: value_of(variable) for name, variable in self.state.items()})
         candidates = ask(state, random.fold_in(seed, _CANDIDATES))
         mine, population = shard(), estimator.population
-        dealt = np.arange(-(-population // mine.count) * mine.count) % population  # some twice
+        dealt = np.arange(-(-population // mine.count) * mine.count) % population  # repeats some to fill the shards
         own = self.runner.spread(mine.part(ops.take(candidates, dealt, axis=0), axis=0))
         scores = score(own, episodes, seed)
         fitness, loss, quality = (value[:population] for value in mine.whole(scores, axis=0))
@@ -349,16 +350,16 @@ class Search(Strategy):
 
 
 def counted(value: Array, sound: Array) -> tuple[Array, Array]:
-    """Values and their weights in a running mean; unsound and non-finite values have weight 0."""
+    """Values and their weights in a running mean. Unsound or non-finite values have weight 0."""
     counts = ops.logical_and(sound, ops.isfinite(value))
     return ops.where(counts, value, 0.0), ops.cast(counts, value.dtype)
 
 
 def skipped(sound: Array, like: Array) -> tuple[Array, Array]:
-    """The share of what was not sound, in the dtype of another array."""
+    """The unsound entries as 1 and the others as 0, in the dtype of `like`, and weights of 1."""
     return ops.cast(ops.logical_not(sound), like.dtype), ops.ones_like(ops.cast(sound, like.dtype))
 
 
 def of_members(value: Array, like: Array) -> Array:
-    """Reshapes one number per member to broadcast with arrays `[members, ...]`."""
+    """Reshapes `[members]` so that it broadcasts with `like`, `[members, ...]`."""
     return ops.reshape(value, (-1,) + (1,) * (len(like.shape) - 1))
