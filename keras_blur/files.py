@@ -3,8 +3,9 @@
 A path with a scheme, as in `gs://bucket/genome.json`, goes through TensorFlow's file systems, as
 Keras's own remote paths do. A path on the Hub, `hf://OWNER/REPOSITORY/genome.json`, goes through
 `huggingface_hub`; Keras's `hf://` stands for a repository with one model and has no single files.
-Both are imported only then. A file is written under another name and then renamed, or by one commit
-on the Hub, so no reader sees half of it, and a kill or a full disk leaves the old one.
+Each is imported only when such a path is used. A file is written under a temporary name and then
+renamed, or uploaded in one commit to the Hub. No reader sees half a file, and the old one survives
+a kill or a full disk.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from typing import Any, NoReturn
 
 Path = str | os.PathLike[str]
 
-# Kinds of files that are written from start to end, so that a device such as /dev/stdout can take
-# them.
+# Files written sequentially, which can therefore go to a device such as /dev/stdout.
 _STREAMED = (".json", ".csv", ".png", ".pdf", ".svg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.*[^/])")
@@ -33,9 +33,10 @@ _DESCRIPTOR = re.compile(r"(?:/proc/(\d+)|/dev)/fd/(\d+)")
 
 
 class Memory(io.BytesIO):
-    """A file in memory whose text is its name, which is what Keras reads a format from.
+    """A file in memory. `str` gives its name, from which Keras infers the format.
 
-    HDF5 crashes the process when the disk is full, so it writes here and the bytes go to the disk.
+    HDF5 crashes the process if the disk is full, so it writes to memory and the bytes are then
+    written to disk.
     """
 
     def __init__(self, name: str):
@@ -47,7 +48,10 @@ class Memory(io.BytesIO):
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path has a scheme.
+    """Whether a path has a scheme, so that it is in a bucket or on the Hub.
+
+    Args:
+        path: any path.
 
     Example:
 
@@ -59,7 +63,7 @@ def is_remote(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _bucket(path: Path) -> Iterator[Any]:
-    """TensorFlow's file systems, whose errors become an `OSError` that names the path."""
+    """TensorFlow's file systems. Their errors become an `OSError` that names the path."""
     try:
         import tensorflow as tf
     except ImportError as error:
@@ -105,7 +109,7 @@ def _file_on_hub(path: Path) -> str:
 
 @contextlib.contextmanager
 def _renaming(path: Path) -> Iterator[None]:
-    """Turns an `OSError` about a temporary name into one about the path that the caller knows."""
+    """Turns an `OSError` about a temporary file into one about the caller's path."""
     try:
         yield
     except OSError as error:
@@ -115,7 +119,7 @@ def _renaming(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file.
+    """Whether a file exists.
 
     Args:
         path: a local path, or one in a bucket or on the Hub.
@@ -138,9 +142,22 @@ def exists(path: Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents, unless they exist; an `OSError` if that fails.
+    """Makes a folder and its parents, unless they exist.
 
-    A repository on the Hub has files alone: there a folder is part of their names.
+    On the Hub there is nothing to make, since folders there are only parts of file names.
+
+    Args:
+        path: a local path, or one in a bucket or on the Hub.
+
+    Raises:
+        OSError: if the folder cannot be made, or a file has that name.
+
+    Example:
+
+    >>> folder = os.path.join(tempfile.mkdtemp(), "genomes", "new")
+    >>> make_folder(folder)
+    >>> os.path.isdir(folder)
+    True
     """
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
@@ -152,12 +169,12 @@ def make_folder(path: Path) -> None:
 
 
 def _target(path: Path) -> str:
-    """The file, device or descriptor that a local path leads to through its symbolic links;
-    checked."""
+    """Resolves the symbolic links of a local path to a file, device or descriptor, and checks that
+    it can be written."""
     target = name = os.fspath(path)
     if os.path.isdir(name) or os.path.basename(name) == "":
         raise IsADirectoryError(errno.EISDIR, "A file is needed, not a folder", name)
-    for _ in range(40):  # as many links as Linux follows
+    for _ in range(40):  # the limit of Linux
         folder = os.path.realpath(os.path.dirname(os.path.abspath(target)))
         target = os.path.join(folder, os.path.basename(target))
         if _DESCRIPTOR.fullmatch(target) or not os.path.islink(target):
@@ -175,14 +192,14 @@ def _target(path: Path) -> str:
 
 
 def _is_stream(target: str) -> bool:
-    """Whether a path is a device, a pipe or an open descriptor, which is written and not
+    """Whether a path is a device, a pipe or an open descriptor, which is written to and never
     replaced."""
     return bool(_DESCRIPTOR.fullmatch(target)) or (os.path.exists(target) and not os.path.isfile(target))
 
 
 def _send(source: str, target: str) -> None:
-    """Writes a file's bytes to a stream; to an open descriptor of this process from where it
-    stands."""
+    """Writes a file's bytes to a stream. An open descriptor of this process continues at its
+    current position."""
     descriptor = _DESCRIPTOR.fullmatch(target)
     own = descriptor is not None and descriptor[1] in (None, str(os.getpid()))
     for stream in (sys.stdout, sys.stderr):
@@ -193,8 +210,10 @@ def _send(source: str, target: str) -> None:
 
 
 def _code_of(error: BaseException, before: BaseException | None) -> int | None:
-    """Why there was no room, if an error or one that led to it says so; `before` was there
-    already."""
+    """The error code for lack of space if an error, or one that caused it, has such a code.
+
+    `before` is the exception that was being handled already; it and its causes do not count.
+    """
     link: BaseException | None = error
     while link is not None and link is not before:
         if isinstance(link, OSError) and link.errno in _FULL:
@@ -205,18 +224,19 @@ def _code_of(error: BaseException, before: BaseException | None) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[str]:
-    """A local temporary file with the same suffix; it takes the place of `path` if the block
+    """Gives a local temporary file with the same suffix, which replaces `path` if the block
     succeeds.
 
-    A symbolic link stays, and the file it leads to is replaced. A device or a pipe (`/dev/stdout`)
-    is written. The new file has the permissions of the old one. After an error, Ctrl-C included,
-    the old file is as it was and the temporary one is gone.
+    If `path` is a symbolic link, its target is replaced and the link is kept. A device or a pipe
+    such as `/dev/stdout` is written to. The new file gets the permissions of the old one. After an
+    error or Ctrl-C, the old file is unchanged and the temporary one is removed.
 
     Args:
-        path: the file.
+        path: a local path, or one in a bucket or on the Hub.
 
     Raises:
-        OSError: if the file cannot be written, the disk is full, or the path is a folder.
+        OSError: if the file cannot be written, its folder does not exist, the path is a folder, or
+            the disk is full.
 
     Example:
 
@@ -253,7 +273,7 @@ def replacing(path: Path) -> Iterator[str]:
             raise
         raise OSError(code, f"{os.strerror(code)}, and the old file stays as it was", os.fspath(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # renamed, or an error that counts for more is on its way
+        with contextlib.suppress(OSError):  # already renamed, or a more important error is being raised
             os.unlink(temporary)
 
 
@@ -288,14 +308,22 @@ def _keep_permissions(temporary: str, target: str) -> None:
 
 
 def save(saved: Any, path: Path) -> None:
-    """Writes something that has `save(path)`, such as a Keras model, whole or not at all.
+    """Saves an object that has a method `save(path)`, such as a Keras model, atomically.
 
     Args:
         saved: the object.
         path: the file, which is replaced if it exists.
 
     Raises:
-        OSError: as of `replacing`.
+        OSError: as `replacing` does.
+
+    Example:
+
+    >>> from keras_blur import genomes
+    >>> path = os.path.join(tempfile.mkdtemp(), "genome.json")
+    >>> save(genomes.backprop(0.1), path)
+    >>> exists(path)
+    True
     """
     with replacing(path) as temporary:
         saved.save(temporary)
@@ -303,7 +331,7 @@ def save(saved: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def local(path: Path) -> Iterator[str]:
-    """A local path where the contents of `path` can be read, inside the block.
+    """Gives a local path from which the contents of `path` can be read inside the block.
 
     Args:
         path: a local path, or one in a bucket or on the Hub.
@@ -327,19 +355,19 @@ def local(path: Path) -> Iterator[str]:
 
 
 def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ...] = (), overwrite: bool = True) -> None:
-    """Checks that a file can be written, before the work whose result it is to hold.
+    """Checks that an output file can be written, before the work that produces it.
 
     Args:
-        name: the argument, or the flag with its dashes, that an error names.
-        path: the file. A symbolic link stands for its target, and a device needs no ending. Of a
-            path with a scheme, as in `gs://bucket/file.json`, only the ending and the existence are
-            checked.
-        endings: those that the path may have; empty for any.
-        overwrite: whether the file may exist already.
+        name: name of the argument, or the flag with its dashes, for messages.
+        path: the file. A symbolic link is followed, and a device needs no ending. For a path with a
+            scheme, as in `gs://bucket/file.json`, only the ending and the existence are checked.
+        endings: allowed endings; empty for any.
+        overwrite: whether the file may already exist.
 
     Raises:
-        ValueError: if `path` isn't a path, is a folder, has another ending, lies in a folder that
-            is missing or cannot be written, or exists and must not be overwritten.
+        ValueError: if `path` is not a path, is a folder, has another ending, is in a folder that
+            does not exist or cannot be written, or exists and must not be overwritten.
+        OSError: if the bucket or the Hub cannot be asked.
 
     Example:
 
@@ -392,14 +420,14 @@ def check_output(name: str, path: str | os.PathLike[str], endings: tuple[str, ..
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all.
+    """Writes a text file in UTF-8 atomically.
 
     Args:
         path: the file, which is replaced if it exists.
         text: its contents.
 
     Raises:
-        OSError: as of `replacing`.
+        OSError: as `replacing` does.
     """
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -412,25 +440,26 @@ def read_text(path: Path) -> str:
         path: a local path, or one in a bucket or on the Hub.
 
     Raises:
-        OSError: if there is none.
-        UnicodeDecodeError: if it is no text.
+        OSError: if the file does not exist or cannot be read.
+        UnicodeDecodeError: if it is not UTF-8 text.
     """
     with local(path) as copy, open(copy, encoding="utf-8") as file:
         return file.read()
 
 
 def read_numbers(path: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that an earlier run with the same settings left in a JSON file, to go on from.
+    """Reads the results of an earlier run with the same settings from a JSON file.
 
     Args:
         path: the file, or `None`.
-        settings: what the numbers depend on, of JSON's types.
+        settings: what the results depend on, as JSON-compatible values.
 
     Returns:
-        The document of the file; `{"settings": settings}` where there is none.
+        The document in the file, or `{"settings": settings}` if there is no file.
 
     Raises:
-        ValueError: if the file has numbers of other settings.
+        ValueError: if the file has other settings or is not JSON.
+        OSError: if the file cannot be read.
 
     Example:
 
