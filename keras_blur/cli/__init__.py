@@ -115,8 +115,8 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         flags.check(flag)
         flags.check_outputs(flag)
         return command.run(flag, positional)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is the rest written at exit
+    except BrokenPipeError:  # the reader closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so the flush at exit fails no more
         return 0
     except MemoryError:
         return _mistake(program, "there is not enough memory; a smaller batch or network needs less")
@@ -132,7 +132,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
 
 
 def _exhausted(error: Exception) -> bool:
-    """Whether a program of TensorFlow or JAX lacked memory."""
+    """Whether TensorFlow or JAX ran out of memory."""
     tensorflow, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
     if tensorflow is not None and isinstance(error, tensorflow.errors.ResourceExhaustedError):
         return True
@@ -140,7 +140,7 @@ def _exhausted(error: Exception) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    """The message of an error in one line."""
+    """The message of an error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename!r}" if error.filename else "")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -21,7 +21,15 @@ PREPARED = When("with --data other than digits", lambda flag: flag["data"] != "d
 
 
 def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
-    """Parses a list flag of positive integers."""
+    """Parses a list of positive integers.
+
+    Args:
+        name: name of the flag, for messages.
+        texts: the entries.
+
+    Raises:
+        ValueError: if an entry is not a positive integer.
+    """
     try:
         numbers = [int(text) for text in texts]
     except ValueError:
@@ -32,7 +40,7 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def check_optimizers(names: Sequence[str]) -> None:
-    """Raises a `ValueError` if a name of --optimizers is unknown."""
+    """Raises a `ValueError` if --optimizers has an unknown name."""
     unknown = [name for name in names if name not in OPTIMIZERS]
     if unknown:
         raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
@@ -49,7 +57,7 @@ def define_data_flags(flags: Flags, when: Sequence[When] = ()) -> None:
     flags.string(
         "data_dir",
         None,
-        "Folder of prepared sets; by default TFDS_DATA_DIR or the folder of tensorflow_datasets.",
+        "Folder of prepared sets; by default TFDS_DATA_DIR, else the default of tensorflow_datasets.",
         [*when, PREPARED],
     )
 
@@ -58,8 +66,10 @@ def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None
     """Defines the flags for data and learning of commands that score a genome."""
     flags.group("Data")
     define_data_flags(flags, [without("functions")])
-    flags.integer("size", None, "Image size; each seed is then an episode.", least=2, when=[without("functions")])
-    flags.words("functions", [], "Toy tasks, one by one, instead of --data.")
+    flags.integer(
+        "size", None, "Side of the images in pixels; each seed is then an episode.", least=2, when=[without("functions")]
+    )
+    flags.words("functions", [], "Toy tasks instead of --data, each scored separately.")
     flags.choice(
         "split",
         "test",
@@ -71,7 +81,7 @@ def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None
     flags.string("genome", None, "Name or file of a genome; required.")
     flags.words("hidden", ["64", "64"], "Units of the hidden layers.", hidden_when)
     flags.integer("steps", 100, "Learning steps.", least=1)
-    flags.integer("seeds", 5, "Number of initial networks and image orders, or of episodes.", least=2)
+    flags.integer("seeds", 5, "Number of initial networks and data orders, or of episodes.", least=2)
     flags.integer("batch_size", 64, "Examples per batch.", least=1)
     flags.integer("seed", 0, "First random seed.", least=0)
 
@@ -103,9 +113,9 @@ def score_all(
     network: str | Sequence[int],
     **options: Any,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Scores a genome on all selected data; prints and writes the results.
+    """Scores a genome on all selected data, and prints and writes the results.
 
-    Curves so far are written to `--json` as each arm begins.
+    The curves so far are written to `--json` at the start of each arm.
 
     Args:
         flag: the scoring flags.
@@ -118,7 +128,8 @@ def score_all(
         The results, and whether Ctrl-C ended the run. If so, the last result may be partial.
 
     Raises:
-        ValueError: if several results are to be plotted, no genome is given, or data are missing.
+        ValueError: if several results are to be plotted, no genome is given, a name is unknown, or
+            data are missing.
     """
     if not flag["genome"]:
         raise ValueError("--genome must be given: the name or file of a genome")
@@ -128,7 +139,7 @@ def score_all(
     sources = sources_of(flag)
     options |= {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
     results: list[dict[str, Any]] = []
-    partial: list[dict[str, Any]] = []  # of the source that is being learned
+    partial: list[dict[str, Any]] = []  # of the current source
     stopped = False
 
     def document(kept: Sequence[dict[str, Any]], whole: bool) -> dict[str, Any]:

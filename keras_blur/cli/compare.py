@@ -37,10 +37,10 @@ def define_flags(flags: Flags) -> None:
     define_scoring_flags(flags, [_MLP])
     flags.group("Network and baselines")
     flags.string("network", "mlp", "'mlp' (see --hidden), 'lenet', 'resnet20', or a .keras file.")
-    flags.words("optimizers", list(OPTIMIZERS), "Optimizers of Keras.")
-    flags.switch("normalize", True, "Whether optimizers also learn the network with batch normalisation.")
-    flags.integer("tuning_seeds", 1, "Seeds, the first ones, that the whole grid of rates runs on.", least=1)
-    flags.string("baselines", None, "File of an earlier --json; its runs of optimizers are not run again.", [_ONE])
+    flags.words("optimizers", list(OPTIMIZERS), "Keras optimizers to compare with.")
+    flags.switch("normalize", True, "Whether to compare with batch normalisation, too.")
+    flags.integer("tuning_seeds", 1, "Number of seeds, from the first, on which all learning rates are run.", least=1)
+    flags.string("baselines", None, "Earlier --json file whose optimizer runs are reused.", [_ONE])
     define_scoring_outputs(flags)
 
 
@@ -63,7 +63,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 
 def _baselines(path: str | None) -> dict[str, Any] | None:
-    """An earlier result."""
+    """Reads an earlier result."""
     if path is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`keras-blur conformance FILE_OR_DIR ...`"""
+"""`keras-blur conformance`: replays published numbers from files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def define_flags(flags: Flags) -> None:
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Replays each file. Returns 0 if all agree and 1 if a number differs.
+    """Replays each file. Returns 0 if all numbers agree, else 1.
 
-    Raises if a file cannot be replayed.
+    Raises:
+        ValueError: if no file is given or a file cannot be replayed.
     """
     if not positional:
         raise ValueError("conformance needs at least one .npz file or a folder of them")

@@ -1,4 +1,4 @@
-"""`keras-blur evaluate`: learning curves of a genome over seeds, and later losses of accuracy."""
+"""`keras-blur evaluate`: learning curves of a genome over seeds, and accuracy lost later."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def define_flags(flags: Flags) -> None:
     define_scoring_outputs(flags)
     plane = [with_any("functions")]
     flags.output("decisions", None, "File for a figure of decision regions.", PICTURES, plane)
-    flags.output("synapses", None, "File for a figure of norms and spectra of kernels during learning.", PICTURES)
+    flags.output("synapses", None, "File for a figure of kernel norms and spectra during learning.", PICTURES)
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 
 def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
-    """Draws one episode of learning, that of the first seed."""
+    """Draws one episode of learning, with the first seed."""
     from keras_blur.report.decisions import draw_decisions, trace_decisions
     from keras_blur.report.synapses import draw_synapses, trace_synapses
 

@@ -49,7 +49,7 @@ def define_flags(flags: Flags) -> None:
     define_data_flags(flags)
     flags.group("Learning")
     flags.string("genome", "fast", "Name or file of a genome.")
-    flags.words("optimizers", ["SGD", "Adam"], "Optimizers of Keras beside it; nothing for none.")
+    flags.words("optimizers", ["SGD", "Adam"], "Keras optimizers to train as well; empty for none.")
     flags.choice("network", "mlp", NETWORKS, "Dense layers, or LeNet: two convolutions and three dense layers.")
     flags.words("hidden", ["256", "128"], "Units of the hidden layers.", when=[_HIDDEN])
     flags.integer("epochs", 5, "Passes over the training images.", least=1)
@@ -87,10 +87,9 @@ def build_pair(
 
 
 class _Curve(keras.callbacks.Callback):
-    """Test accuracy after 0, 1, 2, 5, ... steps and each epoch, and the seconds of learning up to
-    there.
+    """Records test accuracy and seconds of learning after 0, 1, 2, 5, ... steps and each epoch.
 
-    The first step, which compiles, counts as much as the others do on average.
+    The first step includes compilation, so its time is replaced by the mean of the others.
     """
 
     def __init__(self, images: Images):
@@ -124,14 +123,14 @@ class _Curve(keras.callbacks.Callback):
         self._after_first.append(self._seconds)
 
     def result(self) -> dict[str, list[Any]]:
-        """Steps, seconds and test accuracies."""
+        """The steps, seconds and test accuracies."""
         first = self._seconds / max(self._step - 1, 1)
         seconds = [later + first if step else 0.0 for step, later in zip(self.steps, self._after_first, strict=True)]
         return {"steps": self.steps, "seconds": seconds, "accuracy": self.accuracy}
 
 
 class _Tuned:
-    """A Keras optimizer and the network that it trains, from the same start for each rate."""
+    """A Keras optimizer and its network, reset to the same state for each learning rate."""
 
     def __init__(self, twin: keras.Model, start: Sequence[np.ndarray], name: str, loss: keras.losses.Loss):
         self._optimizer, self._twin = optimizer_of(name), twin
@@ -141,7 +140,7 @@ class _Tuned:
         self._start = [*zip(twin.variables, start, strict=True), *slots]
 
     def begin(self, rate: float) -> keras.Model:
-        """Returns the network at its start."""
+        """Resets the network and the optimizer, sets the learning rate, and returns the network."""
         for variable, value in self._start:
             variable.assign(value)
         self._optimizer.learning_rate = rate
@@ -149,12 +148,12 @@ class _Tuned:
 
 
 class _Fits:
-    """Trains learners one after another until Ctrl-C, and keeps what each one gives.
+    """Trains learners one after another until Ctrl-C, and keeps their results.
 
     Attributes:
         images: the image set.
-        results: by learner: seconds, Keras's history, the curve, and whether it is partial.
-        stopped: whether Ctrl-C came.
+        results: by learner: seconds, Keras's history, the curve, and `partial` if interrupted.
+        stopped: whether Ctrl-C was pressed.
     """
 
     def __init__(self, images: Images, flag: Mapping[str, Any]):
@@ -183,7 +182,7 @@ class _Fits:
             self.results[name]["partial"] = True
 
     def tune(self, tuned: _Tuned, optimizer: str, rates: Sequence[float]) -> str:
-        """Trains by an optimizer at each rate. Returns the name of the run that ends best."""
+        """Trains with an optimizer at each rate. Returns the name of the run with the best end."""
         names: list[str] = []
         for rate in rates:
             names.append(f"Keras {optimizer} {rate:g}")
@@ -230,7 +229,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
 
 
 def _write(fits: _Fits, shown: Sequence[str], model: keras.Model, flag: Mapping[str, Any]) -> int:
-    """Prints how the runs ended and writes the files asked for. Returns the exit status."""
+    """Prints the final accuracies and writes the requested files. Returns the exit status."""
     results = fits.results
     print()
     for name in shown:
@@ -258,5 +257,5 @@ def _write(fits: _Fits, shown: Sequence[str], model: keras.Model, flag: Mapping[
 
 
 def _last(result: Mapping[str, Any]) -> float:
-    """The test accuracy at the end, or minus infinity."""
+    """The final test accuracy, or minus infinity."""
     return float(result["history"].get("val_accuracy", [-math.inf])[-1])

@@ -1,7 +1,7 @@
 """Flags of a command: help groups, conditions and output files.
 
-A flag that a run would ignore is an error, so each flag declares when it applies. absl parses the
-command line. Its errors are rewritten as one sentence with the flag, the expected value and the
+Each flag declares when it applies, since a flag that a run would ignore is an error. absl parses
+the command line. Its errors are rewritten as one sentence with the flag, the expected and the
 received value.
 """
 
@@ -30,9 +30,9 @@ class When:
     """A condition under which a flag applies.
 
     Attributes:
-        text: description of the condition, following "applies only".
-        holds: evaluates the condition on the values of all flags.
-        shown: flags whose values are shown in an error.
+        text: the condition in words, to follow "applies only".
+        holds: tells from the values of all flags whether the condition holds.
+        shown: flags whose values an error shows.
     """
 
     text: str
@@ -41,24 +41,24 @@ class When:
 
 
 def with_any(*names: str) -> When:
-    """Applies if at least one of some flags is given."""
+    """A condition that at least one of the named flags is set."""
     text = " or ".join(f"--{name}" for name in names)
     return When(f"with {text}", lambda flag: any(_is_set(flag[name]) for name in names))
 
 
 def without(*names: str) -> When:
-    """Applies if none of some flags is given."""
+    """A condition that none of the named flags is set."""
     text = " or ".join(f"--{name}" for name in names)
     return When(f"without {text}", lambda flag: not any(_is_set(flag[name]) for name in names), names)
 
 
 def with_value(name: str, *values: str) -> When:
-    """Applies if a flag has one of some values."""
+    """A condition that a flag has one of these values."""
     return When(f"with --{name}={' or '.join(values)}", lambda flag: flag[name] in values, (name,))
 
 
 def unless_value(name: str, *values: str) -> When:
-    """Applies unless a flag has one of some values."""
+    """A condition that a flag has none of these values."""
     return When(f"without --{name}={' or '.join(values)}", lambda flag: flag[name] not in values, (name,))
 
 
@@ -71,7 +71,7 @@ class Output(NamedTuple):
 
     flag: str
     endings: tuple[str, ...]
-    resumed: bool  # it is read first, and training goes on from it
+    resumed: bool  # read first if it exists, to resume training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Flag:
 class Flags:
     """The flags of a command.
 
-    Each flag belongs to the group started last. `when` lists the conditions under which a flag
+    Each flag belongs to the last group started. `when` lists the conditions under which a flag
     applies; all must hold. Commands with output files also have `--overwrite`.
 
     Example:
@@ -183,7 +183,7 @@ class Flags:
         shown = f"{text.rstrip('.')} ({', '.join(endings)})."
         self._add(name, default, shown, "a file", when, endings, resumed)
         if "overwrite" not in self._known:
-            self.switch("overwrite", False, "Replace output files that exist already.")
+            self.switch("overwrite", False, "Replace existing output files.")
         self._known["overwrite"] = self._known.pop("overwrite")  # the last in the help
 
     def _add(

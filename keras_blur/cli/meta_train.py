@@ -52,7 +52,7 @@ RULE: dict[str, Any] = {
 
 
 METHODS = ("blur", "maml", "prototypes", "neural_process", "warp", "online")
-# Default numbers of unrolled steps, and trajectory loss weights. Some learners need only one pass
+# Default numbers of unrolled steps and trajectory loss weights. Some learners need only one pass
 # over the support.
 _UNROLL = {"blur": ["10"], "maml": ["5"], "prototypes": ["1"], "neural_process": ["1"], "warp": ["20"], "online": ["4"]}
 _TRAJECTORY_LOSS_WEIGHT = {"blur": 1.0}
@@ -80,7 +80,7 @@ _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")
 
 
 def _takes(field: str) -> list[When]:
-    """Applies if the estimator has this argument."""
+    """The condition that the estimator takes this argument."""
     takers = [name for name, kind in ESTIMATORS.items() if field in {one.name for one in dataclasses.fields(kind)}]
     return [with_value("estimator", *takers)]
 
@@ -89,11 +89,13 @@ def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     flags.group("Tasks")
     define_data_flags(flags, _IMAGES)
-    flags.words("functions", [], "Toy tasks instead of --data, one family for each number of outputs.")
+    flags.words("functions", [], "Toy tasks instead of --data, one task family for each number of outputs.")
     flags.choice("synthetic", None, _SYNTHETIC, "Synthetic tasks instead of --data.")
     flags.integer("ways", None, "Few-shot episodes of --data with this number of classes.", least=2)
     flags.integer("shots", 1, "Examples of each class in a few-shot episode.", least=1, when=_FEW_SHOT)
-    flags.switch("exclusive", True, "Few-shot: draw any classes in any order; otherwise fixed groups of classes.", _FEW_SHOT)
+    flags.switch(
+        "exclusive", True, "Few-shot: draw any classes in any order; otherwise use fixed groups of classes.", _FEW_SHOT
+    )
     flags.string(
         "group", None, "Few-shot: feature common to all classes of an episode, such as alphabet.", [with_any("ways")]
     )
@@ -101,13 +103,13 @@ def define_flags(flags: Flags) -> None:
     flags.words("project", [], "Output sizes of random projections of the images, one family each.", when=_WHOLE_SETS)
     flags.switch("permute", False, "Whether to permute the pixels in each episode.", _WHOLE_SETS)
     flags.switch("relabel", True, "Whether to permute the classes in each episode.", [without("synthetic", "ways")])
-    flags.words("augment", [], f"Keys for the labels of an episode: {', '.join(AUGMENTATIONS)}.")
+    flags.words("augment", [], f"Augmentations of an episode's labels: {', '.join(AUGMENTATIONS)}.")
     flags.group("Learner")
     flags.choice("method", "blur", METHODS, "The learner; blur learns by a genome.")
     flags.words(
         "network",
         ["mlp"],
-        "Networks: mlp (see --hidden), lenet, resnet20, or .keras files; with --method=blur, several, one for each step.",
+        "Networks: mlp (see --hidden), lenet, resnet20, or .keras files; with --method=blur, a step uses one of several.",
         when=[unless_value("method", "warp", "online")],
     )
     flags.repeated(
@@ -116,12 +118,14 @@ def define_flags(flags: Flags) -> None:
         "Units of the hidden layers; with --method=blur, repeat for several networks.",
         [unless_value("method", "online")],
     )
-    flags.integer("states", None, "States of a neuron; by default as in --start, else 2.", least=2, when=_BLUR)
+    flags.integer("states", None, "States of a neuron; by default those of --start, else 2.", least=2, when=_BLUR)
     flags.words("rule", [], "Further options of the rule, such as oja=weights,update_decay=power.", _BLUR)
     flags.number(
         "inner_learning_rate", 0.1, "Learning rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
     )
-    flags.string("start", None, "Initial genome, by name or file, with a rule that --rule can change; or initial model.")
+    flags.string(
+        "start", None, "Name or file of an initial genome, whose rule --rule can change; else file of an initial model."
+    )
     flags.group("Outer learning")
     flags.choice(
         "estimator",
@@ -136,11 +140,11 @@ def define_flags(flags: Flags) -> None:
         "start_objective", "leap", meta.STARTS, "How initial weights are learned.",
         [with_value("estimator", "warpgrad", "warpgrad_offline")],
     )  # fmt: skip
-    flags.switch("first_order", False, "Whether the outer gradient takes inner gradients as constants.", [_FIRST_ORDER])
+    flags.switch("first_order", False, "Whether the outer gradient treats inner gradients as constants.", [_FIRST_ORDER])
     flags.integer(
         "episode_steps",
         100,
-        "Steps of an episode, in truncation windows of --unroll.",
+        "Steps of an episode, divided into truncation windows of --unroll.",
         least=1,
         when=_takes("episode_steps"),
     )
@@ -160,8 +164,13 @@ def define_flags(flags: Flags) -> None:
         _takes("fitness"),
     )
     flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.")
-    flags.switch("recompute", False, "Whether to trade time for memory.", [with_value("estimator", "unroll", "truncated")])
-    flags.switch("jit_compile", True, "Whether to use XLA, which starts more slowly and is faster on small networks.")
+    flags.switch(
+        "recompute",
+        False,
+        "Whether to recompute the unrolled steps, which saves memory.",
+        [with_value("estimator", "unroll", "truncated")],
+    )
+    flags.switch("jit_compile", True, "Whether to compile with XLA: a slower start, then faster on small networks.")
     flags.number(
         "trajectory_loss_weight",
         None,
@@ -214,7 +223,7 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
 
 
 def complete(flag: dict[str, Any], given: set[str]) -> None:
-    """Fills in defaults that depend on the method."""
+    """Fills in defaults that depend on the method, and refuses flags that exclude each other."""
     del given
     method = flag["method"]
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
@@ -227,7 +236,7 @@ def complete(flag: dict[str, Any], given: set[str]) -> None:
 
 
 def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> int:
-    """Meta-trains, prints the scores of the members, and writes the best one.
+    """Meta-trains, prints the scores of the members, and writes the best member.
 
     Ctrl-C ends training and keeps what was learned.
 
@@ -288,7 +297,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     if stopped and int(numbers_of(trainer.meta_step)) == before:
         return interrupted("no meta-step was done, nothing was kept")
     writes = trainer.sound or not exists(output)
-    if writes:  # also where a checkpoint left no epoch to do
+    if writes:  # even if the checkpoint was complete
         save(trainer.learned, output)
     scores = numbers_of(trainer.member_score).tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
@@ -314,7 +323,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
 
 
 def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.MetaLearner], Any]:
-    """The selected learners and their initial outer parameters; `None` for random numbers."""
+    """The selected learners and their initial outer parameters; `None` for random ones."""
     networks = [tuple(whole_numbers("hidden", text.split(","))) for text in flag["hidden"]]
     if flag["method"] == "blur":
         start = genomes.load(flag["start"]) if flag["start"] else None
@@ -369,7 +378,7 @@ def _build(name: str) -> Callable[..., Any]:
 def _batch_size(of: tasks.Tasks, shots: int) -> int:
     """The default size of a support batch."""
     if of.kind == "bits":
-        return 1  # patterns are stored one after the other
+        return 1  # patterns are stored one at a time
     return of.outputs * shots if hasattr(of, "shots") else 64
 
 

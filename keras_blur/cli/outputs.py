@@ -1,4 +1,4 @@
-"""What commands write, and how they say so."""
+"""Output of commands: tables, JSON files and messages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from keras_blur.files import write_text
 
 
 class Table:
-    """A table, printed row by row: plain text, except on a terminal.
+    """A table that is printed row by row, as plain text or styled for a terminal.
 
-    A terminal gets a bold header, a rule below it, marked rows in red, and lines that fit its
-    width. Colours and bold text are left out if the environment variable `NO_COLOR` is set.
+    On a terminal the header is bold with a rule below it, marked rows are red, and lines are cut to
+    the width. The environment variable `NO_COLOR` turns off colours and bold text.
 
     Args:
-        columns: heading and width of each column. A negative width aligns to the right, and 0 is
-            for the last column.
+        columns: heading and width of each column. A negative width aligns to the right. The last
+            column may have width 0.
         stream: output stream; `None` is stdout.
 
     Example:

@@ -39,7 +39,7 @@ def define_flags(flags: Flags) -> None:
     flags.group("Data")
     define_data_flags(flags)
     flags.number("noise", 0.6, "Fraction of training labels that are redrawn.", 0.0, 1.0)
-    flags.choice("noise_kind", "uniform", KINDS, "Noise model: redraw from all labels, or flip to the next one.", [noisy])
+    flags.choice("noise_kind", "uniform", KINDS, "Noise model: redraw from all labels, or flip to the next label.", [noisy])
     flags.integer("clean", 200, "Number of training images kept with correct labels.", least=1)
     flags.group("Learning")
     flags.choice("method", "meta_weight_net", list(METHODS), "Estimator of the outer gradient.")
@@ -50,7 +50,7 @@ def define_flags(flags: Flags) -> None:
     flags.number("meta_rate", 3e-4, "Learning rate of the Adam that trains the example weights.", least=0.0)
     flags.integer("meta_every", 1, "Steps between updates of the example weights.", least=1)
     flags.integer("seed", 0, "Random seed.", least=0)
-    flags.switch("plain", True, "Whether to train the same network with equal weights, too.")
+    flags.switch("plain", True, "Whether to also train the same network with equal weights.")
     flags.group("Outputs")
     flags.output(
         "checkpoint", None, "File written after each epoch, from which training resumes.", (".weights.h5",), resumed=True

@@ -1,4 +1,4 @@
-"""`keras-blur zoo`: lists the trained genomes of the package, and writes them."""
+"""`keras-blur zoo`: lists the trained genomes of the package, and exports them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ EXAMPLES = ("mnist-4state --describe", "mnist-4state --plot genome.png --save co
 def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     flags.group("Outputs")
-    flags.switch("describe", False, "Whether to also print the rule of each named genome as equations with its numbers.")
-    flags.string("export", None, "Folder for the named genomes, or all, as NAME.json with their cards, NAME.md.")
+    flags.switch("describe", False, "Whether to also print each named genome as equations with its numbers.")
+    flags.string("export", None, "Folder for the named genomes, by default all: NAME.json, and the card NAME.md.")
     flags.output("json", None, "File for names, sizes, licences and cards.", (".json",))
     flags.output("save", None, "File for a copy of the named genome.", (".json",))
     flags.output("plot", None, "File for a figure of the named genome.", PICTURES)
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
-    """Lists the genomes, or prints the cards of the named ones, and writes what is asked for."""
+    """Lists the genomes, or prints the cards of the named ones, and writes the requested files."""
     if (flag["save"] or flag["plot"]) and len(positional) != 1:
         raise ValueError(f"--save and --plot need the name of one genome. Received: {' '.join(positional) or 'none'}")
     if flag["describe"] and not positional:
@@ -74,7 +74,7 @@ def _title(card: str) -> str:
 
 
 def _export(known: Mapping[str, Genome], cards: Mapping[str, str], folder: str, overwrite: bool) -> None:
-    """Writes genomes and cards to a folder, which is made; all paths are checked before."""
+    """Makes a folder and writes genomes and cards to it, after a check of all paths."""
     make_folder(folder)
     files = {name: (posixpath.join(folder, f"{name}.json"), posixpath.join(folder, f"{name}.md")) for name in known}
     for path in (path for pair in files.values() for path in pair):
