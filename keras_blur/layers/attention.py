@@ -1,8 +1,8 @@
-"""Multi-head attention: four dense connections around scaled dot products.
+"""Multi-head attention: four dense connections around scaled dot-product attention.
 
 Source: "Attention is all you need" (Vaswani et al., 2017). The dot products and their softmax have
-no synapses. States go through their Jacobian at state 1, taken of queries, keys and values
-together.
+no synapses. States other than state 1 go through the Jacobian at state 1 with respect to queries,
+keys and values.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Array = Any
 
 
 class _DotProducts(Jacobian):
-    """Attention of queries, keys and values `[batch, length, heads, size]`.
+    """Dot-product attention of queries, keys and values, each `[batch, length, heads, size]`.
 
     Args:
-        sources: shapes of the features of the three.
+        sources: feature shapes of queries, keys and values.
         causal: whether a position attends only to itself and earlier positions.
-        rate: share of the attention that is dropped in training.
-        draw: gives a seed at each call.
+        rate: fraction of the attention weights to drop in training.
+        draw: returns a new seed at each call.
     """
 
     def __init__(self, sources: Sequence[Shape], causal: bool, rate: float, draw: Callable[[], Array]):
@@ -49,8 +49,8 @@ class _DotProducts(Jacobian):
 
     def _attend(self, mask: Array | None, *three: Array) -> Array:
         query, key, value = three
-        # Not by `ops.dot_product_attention`: on JAX it computes in float32, and takes only values
-        # as wide as the keys.
+        # Not `ops.dot_product_attention`: on JAX it computes in float32 and needs values of the
+        # same size as the keys.
         scale = 1.0 / math.sqrt(query.shape[-1])
         scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
         if self.causal:
@@ -72,15 +72,15 @@ class _DotProducts(Jacobian):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class MultiHeadAttention(BlurLayer):
-    """Attention that learns by a genome: put it where `keras.layers.MultiHeadAttention` was.
+    """Attention that learns by a genome, in place of `keras.layers.MultiHeadAttention`.
 
     Args:
         num_heads: number of heads.
-        key_dim: size of queries and keys of a head.
-        value_dim: size of values of a head; `None` takes `key_dim`.
-        dropout: share of the attention that is dropped in training.
+        key_dim: size of queries and keys in each head.
+        value_dim: size of values in each head; `None` takes `key_dim`.
+        dropout: fraction of the attention weights to drop in training, from 0 to 1.
         use_bias: whether the four projections have a bias.
-        output_shape: size of the output; `None` takes that of the query.
+        output_shape: size of the output features; `None` takes that of the query.
         kernel_initializer: Keras initializer of the projections' kernels.
         bias_initializer: Keras initializer of their biases.
         kernel_regularizer: as of `Dense`.
@@ -93,15 +93,18 @@ class MultiHeadAttention(BlurLayer):
 
     Call arguments:
         query: `(batch_size, length, size)`.
-        value: `(batch_size, other length, size)`.
-        key: as `value`; `None` takes `value`.
+        value: `(batch_size, value_length, value_size)`.
+        key: `(batch_size, value_length, key_size)`; `None` takes `value`.
         use_causal_mask: whether a position attends only to itself and earlier positions.
+        query_mask, value_mask, key_mask, attention_mask: must be `None`.
+        return_attention_scores: must be `False`.
+        training: whether to apply dropout.
 
     Output shape:
         `(batch_size, length, output_shape)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 

@@ -1,5 +1,5 @@
-"""What all layers with synapses share: channels of weights, their part in a network, and use in a
-plain Keras model."""
+"""The common part of all layers with synapses: channels of weights, membership in a network, and
+use in a plain Keras model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ NAMES = ("kernel", "bias", "backward_kernel")
 
 
 class Plan(Protocol):
-    """The plan to which a layer adds its operations when a model reads its graph. Values are known
-    by numbers."""
+    """The plan to which a layer adds its operations when a model reads its graph. Values are
+    numbered."""
 
     def connect(self, layer: SynapticLayer, value: int, activation: equations.Activation | None) -> int:
-        """Adds the layer's connection and gives the number of its neurons."""
+        """Adds the layer's connection and returns the number of its neurons."""
         ...
 
     def map(self, weightless: WeightlessMap, *values: int) -> int:
-        """Adds a map without synapses and gives the number of its value."""
+        """Adds a map without synapses and returns the number of its value."""
         ...
 
     def shape(self, value: int) -> Shape:
@@ -44,18 +44,18 @@ class Plan(Protocol):
         ...
 
     def follow(self, layer: Any, weightless: WeightlessMap, value: int) -> None:
-        """Notes that a layer has moving statistics, by which a map normalises a value."""
+        """Registers a layer with moving statistics, and the map that normalises a value by them."""
         ...
 
 
 def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises a `ValueError` if a keyword argument is unknown. Keras's base class would accept some
+    """Raises a `ValueError` if a keyword argument is unknown. Keras's base class ignores some
     silently.
 
     Args:
-        kind: name of the class that takes the arguments, for the message.
-        given: the arguments.
-        known: names of the arguments that it takes.
+        kind: name of the class, for the message.
+        given: the keyword arguments.
+        known: names of the known arguments.
     """
     for name, value in given.items():
         if name not in known:
@@ -66,17 +66,17 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
 
 
 def _outermost(layer: keras.Layer) -> keras.Layer:
-    """The outermost layer whose call is under way, by which Keras resolves `training`; the layer
-    itself outside of any call."""
-    context = layer._get_call_context()  # begins one where there is none, which nothing would end
+    """The outermost layer being called, from which Keras takes `training`; outside of any call, the
+    layer itself."""
+    context = layer._get_call_context()  # creates a context if there is none, and nothing would end it
     if not hasattr(context, "training"):
         layer._maybe_reset_call_context()
     return context.entry_layer
 
 
 def refuse_outer_training(layer: keras.Layer) -> None:
-    """Raises a `ValueError` if a layer that a genome trains is called by another Keras model under
-    a gradient tape.
+    """Raises a `ValueError` if another Keras model calls a layer that a genome trains under a
+    gradient tape.
 
     Args:
         layer: a layer or model that is not frozen, inside its `call`.
@@ -102,13 +102,14 @@ def refuse_activity(regularizer: Any) -> None:
 
 
 def numbers_of(variable: Any) -> np.ndarray:
-    """A copy of a variable's numbers. It avoids `ops.convert_to_numpy`, at which numpy 2 warns on
+    """A copy of a variable's numbers. `ops.convert_to_numpy` would make numpy 2 warn on
     TensorFlow."""
     return np.asarray(ops.convert_to_tensor(variable)).copy()
 
 
 class BlurLayer(keras.layers.Layer):
-    """A layer that a genome can train: one connection, or several with maps between them."""
+    """A layer that a genome can train: one connection, or several connections with maps between
+    them."""
 
     @abc.abstractmethod
     def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
@@ -116,26 +117,26 @@ class BlurLayer(keras.layers.Layer):
 
         Args:
             plan: the plan.
-            *values: numbers of the values that the layer is called on.
+            *values: numbers of the input values.
             **arguments: the other arguments of the call.
 
         Returns:
-            Number of the value that it gives.
+            The number of the output value.
         """
 
     def parts(self) -> list[SynapticLayer]:
-        """The layers with synapses of which this layer consists. A method, since Keras would save
-        the value of a property."""
+        """The layers with synapses in this layer. This is a method, since Keras would save the
+        value of a property."""
         return [layer for layer in self._flatten_layers() if isinstance(layer, SynapticLayer)]
 
 
 class SynapticLayer(BlurLayer):
-    """A layer of one connection. A subclass says which one, and takes the arguments of its Keras
-    twin.
+    """A layer with one connection. A subclass defines the connection and takes the arguments of its
+    Keras twin.
 
-    Inside a model that learns by a genome, it holds the synapses of the model's rule: a channel of
-    weights for each state, and a backward kernel if the rule has one. Elsewhere it is the Keras
-    layer, on state 1.
+    Inside a model that learns by a genome, the layer holds the synapses of the model's rule: a
+    channel of weights for each state, and a backward kernel if the rule has one. Elsewhere it acts
+    as its Keras twin, on state 1.
     """
 
     _keywords = ("name", "dtype", "trainable")
@@ -173,13 +174,13 @@ class SynapticLayer(BlurLayer):
         self._default: str | None = None
         self._source: Shape | None = None
 
-    # What a subclass says.
+    # Defined by a subclass.
 
     @abc.abstractmethod
     def make_connection(self, source: Shape) -> Connection:
         """The connection for features of shape `source`."""
 
-    # The part in a network.
+    # Membership in a network.
 
     def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
         (value,) = values
@@ -190,15 +191,17 @@ class SynapticLayer(BlurLayer):
         return plan.map(activation_map(self.activation, shape), neurons)
 
     def join(self, rule: Rule, *, feeds_back: bool, default: str) -> None:
-        """Makes the layer a part of a network. A model calls this when it reads its graph.
+        """Adds the layer to a network. A model calls this when it reads its graph.
 
-        A built layer gets the synapses of the rule, and its first channel keeps the present
-        weights.
+        A built layer gets the synapses of the rule. Its first channel keeps the current weights.
 
         Args:
-            rule: the rule whose synapses to hold.
-            feeds_back: whether a layer before this one learns from what flows back through it.
-            default: nonlinearity of the layer where `activation` is `None`.
+            rule: the rule that determines the synapses.
+            feeds_back: whether an earlier layer learns from feedback through this one.
+            default: nonlinearity of the layer if `activation` is `None`.
+
+        Raises:
+            ValueError: if the layer is in another network or has another rule already.
         """
         part = (rule, feeds_back, default)
         if self._rule is not None and part != (self._rule, self._feeds_back, self._default):
@@ -223,17 +226,17 @@ class SynapticLayer(BlurLayer):
 
     @property
     def source(self) -> Shape:
-        """Shape of the features that enter, once it is built."""
+        """Shape of the input features of a built layer, else `()`."""
         return self._source or ()
 
     @property
     def rule(self) -> Rule | None:
-        """The rule whose synapses it holds; `None` outside of a model that learns by a genome."""
+        """The rule that determines the synapses; `None` outside a model that learns by a genome."""
         return self._rule
 
     @property
     def connection(self) -> Connection:
-        """The pure operations of this layer, once it is built."""
+        """The pure operations of a built layer."""
         return self.connection_for(self.source)
 
     def connection_for(self, source: Shape) -> Connection:
@@ -244,7 +247,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def _penalties(self) -> dict[str, Callable[[Array], Array]]:
-        """Regularizers of a channel."""
+        """The regularizers by name of weight, each a function of one channel."""
         found = {} if self.kernel_regularizer is None else {"kernel": self.kernel_regularizer}
         if self.bias_regularizer is not None:
             found["bias"] = lambda bias: self.bias_regularizer(ops.reshape(bias, (-1,)))
@@ -252,7 +255,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def _limits(self) -> dict[str, Callable[[Array], Array]]:
-        """Constraints of a channel."""
+        """The constraints by name of weight, each a function of one channel."""
         found = {} if self.kernel_constraint is None else {"kernel": self.kernel_constraint}
         if self.bias_constraint is not None:
             found["bias"] = lambda bias: ops.reshape(self.bias_constraint(ops.reshape(bias, (-1,))), ops.shape(bias))
@@ -260,12 +263,12 @@ class SynapticLayer(BlurLayer):
 
     @property
     def statistics_names(self) -> tuple[str, str]:
-        """Names of the running statistics of a rule that normalises sums over the batch."""
+        """Names of the running statistics, which a rule that normalises over the batch has."""
         return self.statistics_prefix + "moving_mean", self.statistics_prefix + "moving_variance"
 
     @property
     def statistics(self) -> tuple[keras.Variable, keras.Variable] | None:
-        """The running statistics of a rule that normalises sums over the batch; else `None`."""
+        """The running mean and variance if the rule normalises over the batch, else `None`."""
         mean, variance = (getattr(self, name, None) for name in self.statistics_names)
         return None if mean is None or variance is None or not self._normalizes else (mean, variance)
 
@@ -276,7 +279,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def synapses(self) -> Mapping[str, keras.Variable]:
-        """The weights, by their names in `connection`."""
+        """The weights by their names in `connection`."""
         known = (*NAMES, *(name + end for end in (TRACE, AVERAGE) for name in NAMES))
         return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
 
@@ -298,8 +301,8 @@ class SynapticLayer(BlurLayer):
             "bias": self.bias_initializer,
             "backward_kernel": self.backward_initializer or self.kernel_initializer,
         }
-        # Under a mixed policy the connection rounds the factors of a product, and nothing else is
-        # rounded.
+        # No autocast: under a mixed policy the connection rounds the factors of products and
+        # nothing else.
         add = functools.partial(self.add_weight, autocast=False)
         connection = self.connection_for(source)
         shapes = connection.shapes(rule, source, feeds_back=self._feeds_back)
@@ -308,12 +311,12 @@ class SynapticLayer(BlurLayer):
             penalty, limit = self._penalties.get(name), self._limits.get(name)
             variable = add(
                 name=name, shape=shape, initializer=stacked,
-                # For the loss that is shown and for a plain Keras model; a genome's network asks
-                # the connection.
+                # For the reported loss and for plain Keras models. A network that learns by a
+                # genome takes both from the connection.
                 regularizer=None if penalty is None else lambda value, penalty=penalty: penalty(value[0]),
                 constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],
             )  # fmt: skip
-            setattr(self, name, variable)  # so checkpoints see it
+            setattr(self, name, variable)  # so that Keras saves it
         for name, like in companions(rule, tuple(shapes)).items() if self._rule else ():
             setattr(self, name, add(name=name, shape=shapes[like], initializer="zeros", trainable=False))
         if self._normalizes:
@@ -360,8 +363,8 @@ class SynapticLayer(BlurLayer):
         return {**super().get_config(), **config}
 
     def save_own_variables(self, store: Any) -> None:
-        """As in Keras, but by name: a layer that joins a network after it was built makes its
-        variables in another order."""
+        """As in Keras, but by name. The order of the variables depends on whether the layer was
+        built before it joined a network."""
         for variable in self._trainable_variables + self._non_trainable_variables:
             store[variable.name] = variable
 
@@ -394,9 +397,9 @@ class SynapticLayer(BlurLayer):
 
 
 class _Channels(initializers.Initializer):
-    """Draws each channel of a kernel on its own, as if it were the kernel of a Keras layer.
+    """Draws each channel of a kernel separately, as if it were the kernel of a Keras layer.
 
-    A Keras initializer returns the same values at each call, so each channel has a copy with
+    A Keras initializer returns the same values at each call, so each channel uses a copy with
     another seed.
     """
 
@@ -412,13 +415,16 @@ class _Channels(initializers.Initializer):
         seed = config.get("seed")
         if "seed" not in config or not (seed is None or isinstance(seed, int)):
             return self.initializer
-        if seed is not None and (self.place, channel) != (0, 0):  # the first kernel is that of the Keras twin
+        if seed is not None and (self.place, channel) != (
+            0,
+            0,
+        ):  # the first channel of the first kernel equals that of the Keras twin
             config["seed"] = int(np.random.SeedSequence([seed, self.place, channel]).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
 
 
 def _from_keras(name: str, value: Any, kind: Any) -> Any:
-    """The Keras object that an argument stands for."""
+    """The Keras object given by an argument, which may be a name or a config."""
     try:
         return kind.get(value)
     except (ValueError, TypeError) as error:
@@ -428,7 +434,7 @@ def _from_keras(name: str, value: Any, kind: Any) -> Any:
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 def relu_tanh(x: Array) -> Array:
-    """The rule's nonlinearity of that name, for a plain Keras model."""
+    """`relu(tanh(x))`, the activation `"relu_tanh"` of a rule, for a plain Keras model."""
     return ops.relu(ops.tanh(x))
 
 
@@ -436,10 +442,13 @@ _SAMPLES = np.array([-1e3, -7.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 7.0, 1e3]
 
 
 def checked_activation(activation: Any) -> Any:
-    """An activation as layers keep it: a name of `ACTIVATIONS`, a function, or `None`.
+    """An activation as layers store it: a name in `ACTIVATIONS`, a function, or `None`.
+
+    Args:
+        activation: a name in `ACTIVATIONS`, a Keras activation or its name, or `None`.
 
     Raises:
-        ValueError: if Keras does not know it.
+        ValueError: if neither this package nor Keras knows it.
     """
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return activation
@@ -457,13 +466,13 @@ def checked_activation(activation: Any) -> Any:
 
 
 def serialized_activation(activation: Any) -> Any:
-    """An activation as JSON."""
+    """An activation as a JSON-compatible value."""
     return activation if activation is None or isinstance(activation, str) else keras.activations.serialize(activation)
 
 
 @functools.lru_cache(maxsize=256)
 def is_elementwise(activation: Callable[[Any], Any]) -> bool:
-    """Whether a function of arrays maps each entry as if it were alone."""
+    """Whether a function of arrays is elementwise, by a test on sample values."""
     whole = np.stack([_SAMPLES, _SAMPLES[::-1]])
     try:
         together = np.asarray(activation(ops.array(whole)))
@@ -474,7 +483,12 @@ def is_elementwise(activation: Callable[[Any], Any]) -> bool:
 
 
 def activation_map(activation: Callable[[Any], Any], shape: Shape) -> WeightlessMap:
-    """The map of an activation as a layer of its own."""
+    """An activation as a map without synapses.
+
+    Args:
+        activation: a function of arrays `[batch, *shape]`.
+        shape: shape of the features.
+    """
     if activation is keras.activations.softmax:
         return Softmax(shape)
     kind = Elementwise if is_elementwise(activation) else Jacobian

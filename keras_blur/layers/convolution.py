@@ -19,7 +19,7 @@ Array = Any
 
 
 class _Convolution(SynapticLayer):
-    """What the convolutional layers share: their arguments and their layout."""
+    """Arguments and layout common to all convolutional layers."""
 
     _rank = 2
     _paddings: tuple[str, ...] = ("valid", "same")
@@ -67,7 +67,7 @@ class _Convolution(SynapticLayer):
 
 
 class _Conv(_Convolution):
-    """What Conv1D, Conv2D and Conv3D share."""
+    """The common part of Conv1D, Conv2D and Conv3D."""
 
     def __init__(
         self,
@@ -127,9 +127,9 @@ class _Conv(_Convolution):
         return {**super().get_config(), "filters": self.filters, "groups": self.groups}
 
 
-_CONV = """A convolutional layer that learns by a genome: put it where `keras.layers.{name}` was.
+_CONV = """A convolutional layer that learns by a genome, in place of `keras.layers.{name}`.
 
-    Positions are rows of the batch, so the rule treats a kernel as it treats that of a dense layer.
+    Positions count as rows of the batch, so the rule treats the kernel as that of a dense layer.
 
     Args:
         filters: number of units at each position.
@@ -160,7 +160,7 @@ _CONV = """A convolutional layer that learns by a genome: put it where `keras.la
         `(batch_size, filters, *new_positions)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -196,7 +196,7 @@ class Conv3D(_Conv):
 
 
 class _Depthwise(_Convolution):
-    """What DepthwiseConv1D and DepthwiseConv2D share."""
+    """The common part of DepthwiseConv1D and DepthwiseConv2D."""
 
     def __init__(
         self,
@@ -258,13 +258,13 @@ class _Depthwise(_Convolution):
 
 
 _DEPTHWISE = ("depthwise_initializer", "depthwise_regularizer", "depthwise_constraint")
-_DEPTHWISE_DOC = """A depthwise convolution that learns by a genome: put it where `keras.layers.{name}` was.
+_DEPTHWISE_DOC = """A depthwise convolution that learns by a genome, in place of `keras.layers.{name}`.
 
     Args:
         kernel_size: {rank} integers, or one for all.
         strides: {rank} integers, or one for all.
         padding: `"valid"` or `"same"`.
-        depth_multiplier: number of units for each channel of the input.
+        depth_multiplier: number of units for each input channel.
         data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
         dilation_rate: {rank} integers, or one for all.
         activation: as of `Dense`.
@@ -288,7 +288,7 @@ _DEPTHWISE_DOC = """A depthwise convolution that learns by a genome: put it wher
         `(batch_size, channels * depth_multiplier, *new_positions)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -312,8 +312,7 @@ class DepthwiseConv2D(_Depthwise):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Conv2DTranspose(_Convolution):
-    """A transposed convolution that learns by a genome: put it where `keras.layers.Conv2DTranspose`
-    was.
+    """A transposed convolution that learns by a genome, in place of `keras.layers.Conv2DTranspose`.
 
     Args:
         filters: number of units at each position.
@@ -344,7 +343,7 @@ class Conv2DTranspose(_Convolution):
         `(batch_size, filters, *new_positions)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -408,11 +407,10 @@ class Conv2DTranspose(_Convolution):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class SeparableConv2D(BlurLayer):
-    """A separable convolution that learns by a genome: put it where `keras.layers.SeparableConv2D`
-    was.
+    """A separable convolution that learns by a genome, in place of `keras.layers.SeparableConv2D`.
 
-    It consists of a `DepthwiseConv2D` without bias and nonlinearity, and of a 1x1 `Conv2D`. Both
-    have neurons.
+    It consists of a `DepthwiseConv2D` without bias or nonlinearity and a 1x1 `Conv2D`, each with
+    its own neurons.
 
     Args:
         filters: number of units at each position.
@@ -421,11 +419,11 @@ class SeparableConv2D(BlurLayer):
         padding: `"valid"` or `"same"`.
         data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
         dilation_rate: two integers, or one for both.
-        depth_multiplier: number of units of the first part for each channel of the input.
+        depth_multiplier: number of depthwise units for each input channel.
         activation: as of `Dense`.
         use_bias: as of `Dense`.
-        depthwise_initializer: Keras initializer of the first part's kernel.
-        pointwise_initializer: Keras initializer of the second part's kernel.
+        depthwise_initializer: Keras initializer of each channel of the depthwise kernel.
+        pointwise_initializer: Keras initializer of each channel of the pointwise kernel.
         bias_initializer: as of `Dense`.
         depthwise_regularizer: as `kernel_regularizer` of `Dense`.
         pointwise_regularizer: as `kernel_regularizer` of `Dense`.
@@ -445,7 +443,7 @@ class SeparableConv2D(BlurLayer):
         `(batch_size, filters, *new_positions)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -538,7 +536,7 @@ class SeparableConv2D(BlurLayer):
 
 
 def _numbers(name: str, value: Any, rank: int, least: int = 1) -> tuple[int, ...]:
-    """One integer for all axes, or one for each."""
+    """Expands one integer for all axes, or checks one for each axis."""
     values = (value,) * rank if arguments.is_number(value) else value
     if not isinstance(values, (tuple, list)) or len(values) != rank:
         raise ValueError(f"`{name}` must be an integer or {rank} of them. {arguments.received(name, value)}")

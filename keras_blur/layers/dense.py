@@ -21,19 +21,19 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Dense(SynapticLayer):
-    """A densely connected layer that learns by a genome: put it where `keras.layers.Dense` was.
+    """A densely connected layer that learns by a genome, in place of `keras.layers.Dense`.
 
-    Inside a model that learns by a genome, it holds the synapses of the model's rule: k channels,
-    and a kernel for the feedback path if the rule has one. Inside an ordinary Keras model, it is a
-    Dense layer on state 1, which that model's optimizer trains. If a genome trains the layer
-    already, TensorFlow refuses to train such a model. JAX cannot see it.
+    Inside a model that learns by a genome, the layer holds the synapses of the model's rule: k
+    channels, and a backward kernel if the rule has one. Inside a plain Keras model it acts as a
+    Keras Dense layer, which that model's optimizer trains. A layer must not be in both: on
+    TensorFlow, training the plain model raises a `ValueError`; on JAX this is not detected.
 
     Args:
         units: positive integer, number of neurons.
         activation: nonlinearity of the layer: a Keras activation or its name, or `"relu_tanh"`.
-            `None` takes the nonlinearity of the rule; there is none if a normalisation, activation
-            or merging layer follows, and none in a plain Keras model.
-        use_bias: whether the layer has a bias: a constant 1 beside the inputs.
+            `None` takes the nonlinearity of the rule, but none in a plain Keras model or if a
+            normalisation, activation or merging layer follows.
+        use_bias: whether the layer has a bias, a synapse from a constant input of 1.
         kernel_initializer: Keras initializer of each channel of the kernel.
         bias_initializer: Keras initializer of each channel of the bias.
         kernel_regularizer: Keras regularizer of the kernel; its gradient is added to the Hebbian
@@ -44,8 +44,8 @@ class Dense(SynapticLayer):
         bias_constraint: Keras constraint of the bias.
         backward_initializer: initializer of each channel of the backward kernel; `None` takes
             `kernel_initializer`.
-        **kwargs: `name`, `dtype` and `trainable`, as for every Keras layer. `trainable=False` keeps
-            the synapses as they are.
+        **kwargs: `name`, `dtype` and `trainable`, as for every Keras layer. `trainable=False`
+            freezes the synapses.
 
     Input shape:
         `(batch_size, ..., input_dim)`.
@@ -54,7 +54,8 @@ class Dense(SynapticLayer):
         `(batch_size, ..., units)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid, or an input axis other than the first has
+            an unknown size when the layer is built.
 
     Example:
 
@@ -112,14 +113,14 @@ class Dense(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class EinsumDense(SynapticLayer):
-    """An einsum dense layer that learns by a genome: put it where `keras.layers.EinsumDense` was.
+    """An einsum dense layer that learns by a genome, in place of `keras.layers.EinsumDense`.
 
     Args:
-        equation: the einsum, as in Keras. Input and output begin with the letter of the batch.
-        output_shape: shape of the output without the batch; `None` for an axis of the input.
+        equation: the einsum, as in Keras. Input and output must begin with the same batch letter.
+        output_shape: shape of the output without the batch, as in Keras; `None` for the size of an
+            input axis.
         activation: as of `Dense`.
-        bias_axes: letters of the output axes that have a bias: `None` for no bias, or all those
-            that the kernel has.
+        bias_axes: `None` for no bias, or the letters of all output axes that the kernel has.
         kernel_initializer: as of `Dense`.
         bias_initializer: as of `Dense`.
         kernel_regularizer: as of `Dense`.
@@ -130,13 +131,14 @@ class EinsumDense(SynapticLayer):
         **kwargs: as of `Dense`.
 
     Input shape:
-        `(batch_size, ...)`, as the equation says.
+        `(batch_size, ...)`, with an axis for each letter of the equation's input.
 
     Output shape:
         `(batch_size, *output_shape)`.
 
     Raises:
-        ValueError: if an argument is not one of the above, or the equation has another form.
+        ValueError: if an argument is unknown or invalid. If the equation or the shapes do not fit,
+            it is raised when the layer is built.
 
     Example:
 

@@ -20,15 +20,15 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Embedding(SynapticLayer):
-    """Vectors for integers, which learn by a genome: put it where `keras.layers.Embedding` was.
+    """An embedding that learns by a genome, in place of `keras.layers.Embedding`.
 
     Args:
-        input_dim: number of vectors.
+        input_dim: number of vectors, one for each integer.
         output_dim: size of a vector.
         embeddings_initializer: Keras initializer of each channel of the vectors.
         embeddings_regularizer: as `kernel_regularizer` of `Dense`.
         embeddings_constraint: as `kernel_constraint` of `Dense`.
-        mask_zero: must be `False`, since no mask passes through a network that learns by a genome.
+        mask_zero: must be `False`, since networks that learn by a genome do not propagate masks.
         **kwargs: as of `Dense`.
 
     Input shape:
@@ -38,7 +38,7 @@ class Embedding(SynapticLayer):
         `(batch_size, ..., output_dim)`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 

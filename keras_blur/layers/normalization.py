@@ -1,9 +1,9 @@
-"""The normalisation layers: statistics by a map without synapses, scale and offset by a connection.
+"""The normalisation layers. A map without synapses normalises; a connection has scale and offset.
 
 Source: "Batch normalization" (Ioffe and Szegedy, 2015), "Layer normalization" (Ba et al., 2016),
 "Group normalization" (Wu and He, 2018), "Root mean square layer normalization" (Zhang and Sennrich,
-2019). Feedback passes through the Jacobian of the map, which includes the statistics:
-`keras_blur.core.weightless.Normalize`.
+2019). Feedback passes through the Jacobian of the map, which includes the derivative of the
+statistics: `keras_blur.core.weightless.Normalize`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from keras_blur.layers.base import Plan, Shape, SynapticLayer, refuse_outer_trai
 
 Array = Any
 
-_ESTABLISHED = 2**30  # updates after which a moving average counts as unbiased
+_ESTABLISHED = 2**30  # number of updates after which debiasing has no effect
 
 
 class _Normalization(SynapticLayer):
-    """What the normalisation layers share."""
+    """The common part of the normalisation layers."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class _Normalization(SynapticLayer):
         self.center, self.scale = bool(center), bool(scale)
 
     def _own(self, source: Shape) -> tuple[int, ...]:
-        """Feature axes along which there are scales and offsets."""
+        """The feature axes along which scales and offsets vary."""
         axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
         rank = len(source) + 1
         own = sorted(axis % rank - 1 for axis in axes)
@@ -72,7 +72,7 @@ class _Normalization(SynapticLayer):
 
     @abc.abstractmethod
     def make_map(self, source: Shape) -> Normalize:
-        """The map that normalises features of a shape."""
+        """The map that normalises features of shape `source`."""
 
     def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
         value = plan.map(self.make_map(plan.shape(values[0])), values[0])
@@ -107,16 +107,15 @@ class _Normalization(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class BatchNormalization(_Normalization):
-    """Batch normalisation that learns by a genome: put it where `keras.layers.BatchNormalization`
-    was.
+    """Batch normalisation that learns by a genome, in place of `keras.layers.BatchNormalization`.
 
-    The moving statistics are those of Keras, but without the bias of their initial values: after t
-    batches they are the weighted mean of these t batches. So `evaluate` is right after a few steps,
-    too.
+    Moving statistics are those of Keras without the bias towards their initial values: after t
+    batches they are the weighted mean over these t batches. Predictions are therefore accurate
+    after a few steps already.
 
     Args:
         axis: integer, the axis of the features.
-        momentum: weight of the old value in the moving statistics.
+        momentum: weight of the old value in the moving statistics, from 0 to 1.
         epsilon: added to the variance.
         center: whether there is an offset.
         scale: whether there is a scale.
@@ -128,17 +127,17 @@ class BatchNormalization(_Normalization):
         gamma_regularizer: as `kernel_regularizer` of `Dense`.
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
-        synchronized: accepted as in Keras; statistics are always those of the whole batch.
+        synchronized: has no effect, since statistics are always over the batch of all replicas.
         **kwargs: as of `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
 
     Input shape:
         `(batch_size, ...)`, of any rank from 2.
 
     Output shape:
-        That of the input.
+        As the input.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -214,13 +213,12 @@ class BatchNormalization(_Normalization):
         return super().trace(plan, *values, **arguments)
 
     def follow(self, mean: Array, variance: Array, share: Array | None = None) -> None:
-        """Moves the statistics towards those of a batch, which have the features' shape with axes
-        of size 1.
+        """Updates the moving statistics with those of a batch.
 
         Args:
-            mean: of the batch.
-            variance: of the batch.
-            share: weight of the new values in the average; `None` takes the one that follows from
+            mean: of the batch, in the shape of the features with axes of size 1.
+            variance: of the batch, in the same shape.
+            share: weight of the new values in the average; `None` takes the debiased weight for
                 `momentum`.
         """
         count = ops.cast(self.updates + 1, self.variable_dtype)
@@ -234,8 +232,8 @@ class BatchNormalization(_Normalization):
         self.updates.assign(ops.minimum(self.updates + 1, _ESTABLISHED))
 
     def settle(self) -> None:
-        """Treats the moving statistics as those of a trained network, which later batches change
-        only by their weight."""
+        """Marks the moving statistics as those of a trained network, so that later batches enter
+        with weight `1 - momentum`."""
         self.updates.assign(_ESTABLISHED)
 
     def call(self, inputs: Array, training: bool | None = None, mask: None = None) -> Array:
@@ -260,11 +258,10 @@ class BatchNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class LayerNormalization(_Normalization):
-    """Layer normalisation that learns by a genome: put it where `keras.layers.LayerNormalization`
-    was.
+    """Layer normalisation that learns by a genome, in place of `keras.layers.LayerNormalization`.
 
     Args:
-        axis: integer or integers, the axes that the statistics run over.
+        axis: integer or list of integers, the axes over which the statistics are computed.
         epsilon: added to the variance.
         center: whether there is an offset.
         scale: whether there is a scale.
@@ -280,10 +277,10 @@ class LayerNormalization(_Normalization):
         `(batch_size, ...)`, of any rank from 2.
 
     Output shape:
-        That of the input.
+        As the input.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
@@ -326,11 +323,10 @@ class LayerNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class GroupNormalization(_Normalization):
-    """Group normalisation that learns by a genome: put it where `keras.layers.GroupNormalization`
-    was.
+    """Group normalisation that learns by a genome, in place of `keras.layers.GroupNormalization`.
 
     Args:
-        groups: number of groups of channels; -1 for one channel a group.
+        groups: number of groups of channels; -1 for one group per channel.
         axis: integer, the axis of the channels.
         epsilon: added to the variance.
         center: whether there is an offset.
@@ -347,11 +343,11 @@ class GroupNormalization(_Normalization):
         `(batch_size, ...)`, of any rank from 2.
 
     Output shape:
-        That of the input.
+        As the input.
 
     Raises:
-        ValueError: if an argument is not one of the above, or the groups do not divide the
-            channels.
+        ValueError: if an argument is unknown or invalid, or the groups do not divide the channels
+            when the layer is built.
 
     Example:
 
@@ -408,11 +404,11 @@ class GroupNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class RMSNormalization(_Normalization):
-    """Root mean square normalisation that learns by a genome: put it where
-    `keras.layers.RMSNormalization` was.
+    """Root mean square normalisation that learns by a genome, in place of
+    `keras.layers.RMSNormalization`.
 
     Args:
-        axis: integer, the axis that the mean square runs over.
+        axis: integer or list of integers, the axes over which the mean square is computed.
         epsilon: added to the mean square.
         **kwargs: as of `Dense`.
 
@@ -420,10 +416,10 @@ class RMSNormalization(_Normalization):
         `(batch_size, ...)`, of any rank from 2.
 
     Output shape:
-        That of the input.
+        As the input.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is unknown or invalid.
 
     Example:
 
