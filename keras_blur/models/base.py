@@ -1,10 +1,10 @@
-"""Networks as Keras models: what models that learn by a genome under `fit` share.
+"""The common part of Keras models that learn by a genome under `fit`.
 
 Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
 The model keeps the synapses as Keras variables and calls the network step of
-`keras_blur.core.network`. No gradient of the network is taken anywhere. The genome is a constant of
-the compiled step: it does not change while a network learns, and its zeros let the plan leave out
-whatever they cancel.
+`keras_blur.core.network`. No gradient of the network is taken. The genome does not change while a
+network learns, so it is a constant of the compiled step, and the plan omits all terms that its
+zeros cancel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from keras_blur.models.saving import WholeFiles
 Array = Any
 _TEXT = (keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.Hashing)
 
-# Callbacks that read or set something that only an optimizer has.
+# Callbacks that read or set state of an optimizer.
 _OPTIMIZER_CALLBACKS = (
     keras.callbacks.LearningRateScheduler,
     keras.callbacks.ReduceLROnPlateau,
@@ -48,7 +48,7 @@ _OPTIMIZER_CALLBACKS = (
 
 
 class BlurModel(WholeFiles, CheckedModel):
-    """What `Model` and `Sequential` share: learning by a genome over a plan.
+    """The common part of `Model` and `Sequential`: learning by a genome over a plan.
 
     A subclass sets `_network`, a Functional model, when it is built.
     """
@@ -101,7 +101,7 @@ class BlurModel(WholeFiles, CheckedModel):
     # The plan.
 
     def _plan(self, functional: keras.Model) -> None:
-        """Reads the plan of a Functional model and makes the variables of learning."""
+        """Reads the plan of a Functional model and creates the variables for learning."""
         for layer in _all_layers(functional):
             if isinstance(layer, BlurLayer):
                 for part in layer.parts():
@@ -124,7 +124,7 @@ class BlurModel(WholeFiles, CheckedModel):
         self.built = True
 
     def _groups(self, layers: Sequence[SynapticLayer]) -> list[int]:
-        """The layer of the genome by which each layer with synapses learns (`Rule.layers`)."""
+        """For each layer with synapses, the index of its layer of the genome (`Rule.layers`)."""
         rule = self.rule
         if rule.layers is None:
             return [0] * len(layers)
@@ -170,7 +170,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @property
     def _graph(self) -> Graph:
-        """The plan, in which the layers that are not frozen learn."""
+        """The plan in which all layers learn except the frozen ones."""
         flags = tuple(self._learns(layer) for layer in self._synaptic())
         if flags not in self._graphs:
             self._graphs[flags] = self.reading.learning(flags)
@@ -183,12 +183,13 @@ class BlurModel(WholeFiles, CheckedModel):
         return self.reading.layers
 
     def _normalizing(self) -> list[SynapticLayer]:
-        """The layers with running statistics of the rule: all layers with synapses, or none."""
+        """The layers with running statistics: all layers with synapses if the rule has any, or
+        none."""
         return [layer for layer in self._synaptic() if layer.statistics is not None]
 
     @property
     def connections(self) -> list[Connection]:
-        """The pure operations of each layer of synapses."""
+        """The pure operations of each layer with synapses."""
         return list(self.reading.graph.holders)
 
     def _synapses(self) -> tuple[dict[str, Array], ...]:
@@ -198,7 +199,7 @@ class BlurModel(WholeFiles, CheckedModel):
         )
 
     def _inputs(self, x: Any) -> list[Array]:
-        """Inputs of any structure, in the order of the network's inputs."""
+        """Flattens inputs of any structure to the order of the network's inputs."""
         if len(self._network.inputs) == 1 and not isinstance(x, (Mapping, list, tuple)):
             return [x]
         return list(self._network._standardize_inputs(x))
@@ -233,11 +234,11 @@ class BlurModel(WholeFiles, CheckedModel):
         return found
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        """The prediction: state 1 of the outputs over the genome's temperature.
+        """The prediction: state 1 of the outputs, divided by the genome's temperature.
 
         Raises:
-            ValueError: if another Keras model calls this one under a gradient tape, to train it by
-                an optimizer. On JAX this cannot be seen.
+            ValueError: if another Keras model calls this one to train it with an optimizer. On JAX
+                this is not detected.
         """
         refuse_outer_training(self)
         graph = self._graph
@@ -261,7 +262,8 @@ class BlurModel(WholeFiles, CheckedModel):
         return network.predicting(self._genome, graph, state)
 
     def _predicted(self, outputs: Any) -> Any:
-        """The outputs after their heads, in the structure of the network's outputs."""
+        """Applies the heads to the outputs and packs them in the structure of the network's
+        outputs."""
         found = [response.through(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
         return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
 
@@ -295,36 +297,34 @@ class BlurModel(WholeFiles, CheckedModel):
         *,
         targets: str = "auto",
     ) -> None:
-        """Configures learning, and starts it afresh: the learning step and the traces of momentum
-        become 0.
+        """Configures learning and resets the learning step and the momentum traces to 0.
 
-        There is no optimizer: the genome takes its place.
+        There is no optimizer. The genome updates the synapses.
 
         Args:
-            optimizer: must be `None`. It is here because Keras has it here.
+            optimizer: must be `None`. It exists for compatibility with Keras.
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
                 its name, or a function of labels and predictions. For several outputs: a list of
                 losses, or a dict by the names of the outputs. Labels must be written as the loss
                 takes them. `None` takes the loss of the rule.
-            loss_weights: weight of the loss of each output, in a list or a dict; `None` if there is
-                one output, or for equal weights.
+            loss_weights: weight of each output's loss, in a list or a dict by the names of the
+                outputs. `None` gives equal weights, and is required with one output.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
-            jit_compile: as in Keras, whose `"auto"` is `False` on TensorFlow without an
-                accelerator. There XLA's factorisation is slow, so leave it to a rule with
-                `whitening`.
-            auto_scale_loss: as in Keras, where it concerns the optimizer; so here it has no effect.
-                Layers with float16 products scale each factor to the range of float16.
+            jit_compile: as in Keras. `"auto"` is `False` on TensorFlow without an accelerator.
+                XLA's factorisation is slow there, so keep it for a rule with `whitening`.
+            auto_scale_loss: has no effect, since it concerns the optimizer in Keras. Layers with
+                float16 products scale each factor to the range of float16.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers),
-                `"indicators"` (0 and 1), `"signs"` (-1 and +1), `"values"` (numbers that are fed as
-                they are). `"auto"` follows the loss: integers for a sparse loss, 0 and 1 for a
+                `"indicators"` (0 and 1), `"signs"` (-1 and +1), `"values"` (any numbers, used
+                unchanged). `"auto"` follows the loss: integers for a sparse loss, 0 and 1 for a
                 cross-entropy, 0 and 1 or -1 and +1 for a hinge loss, values for others.
 
         Raises:
             ValueError: if an optimizer is given, there is no loss, the losses do not fit the
-                outputs, or the rule needs the derivative of a loss and does not know it.
+                outputs, or the rule needs the derivative of a loss that is not known.
         """
         if optimizer is not None:
             raise ValueError(
@@ -415,10 +415,10 @@ class BlurModel(WholeFiles, CheckedModel):
         return feedbacks.target_kind(loss) if self._targets == "auto" else self._targets
 
     def _build_for(self, x: Any) -> None:
-        """Builds a model that is not built yet for a batch."""
+        """Builds the model for a batch if it is not built."""
 
     def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
-        """What the outputs receive as feedback, as a function of the outputs."""
+        """The feedback into the outputs, as a function of the outputs."""
         names = self._network.output_names
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
         parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
@@ -495,7 +495,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return backend.reducible(self.compute_metrics(x, y, prediction, sample_weight=sample_weight))
 
     def _count(self, step: Array, x: Any) -> None:
-        with backend.after(keras.tree.flatten(x)):  # a batch that can't be read is no step
+        with backend.after(keras.tree.flatten(x)):  # a batch that cannot be read does not count as a step
             self.learning_step.assign(step + 1)
 
     def test_step(self, *data: Any) -> Any:
@@ -505,7 +505,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return backend.reducible(super().test_step(*data))
 
     def _get_jax_state(self, **kinds: bool) -> Any:
-        """As in Keras, whose own method asks the optimizer for variables; there is none here."""
+        """As in Keras, without the variables of an optimizer, since there is none."""
         found: list[list[Any]] = []
         if kinds.get("trainable_variables"):
             found.append([variable.value for variable in self.trainable_variables])
@@ -524,8 +524,8 @@ class BlurModel(WholeFiles, CheckedModel):
             super()._maybe_symbolic_build(iterator, data_batch)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """As in Keras, whose own method would create the variables while JAX traces. They are
-        created before, for the first batch."""
+        """As in Keras, but the variables were created for the first batch. Keras's method would
+        create them while JAX traces."""
         if not self.built:
             if data_batch is None:
                 _, _, batches = next(iter(iterator))
@@ -626,8 +626,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @staticmethod
     def _check_callbacks(callbacks: Any) -> None:
-        """Raises a `ValueError` if a callback reads or sets something that only an optimizer
-        has."""
+        """Raises a `ValueError` if a callback reads or sets state of an optimizer."""
         for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
             counts = isinstance(callback, keras.callbacks.TensorBoard) and callback.write_steps_per_second
             if counts or isinstance(callback, _OPTIMIZER_CALLBACKS):
@@ -637,7 +636,7 @@ class BlurModel(WholeFiles, CheckedModel):
                 )
 
     def _warn_of_a_closed_gate(self) -> None:
-        """Warns if the synapse update gate has decayed so far that little can be learned."""
+        """Warns if the synapse update gate has decayed so far that learning nearly stops."""
         if self.rule.update_decay == "none" or not self.built:
             return
         one = np.float32(1.0)
@@ -668,7 +667,7 @@ class BlurModel(WholeFiles, CheckedModel):
     def _first_shape(self) -> tuple[Any, ...] | None:
         return None if self._network is None else tuple(self._network.inputs[0].shape)
 
-    # Summaries, and what is saved.
+    # Summaries and saving.
 
     def summary(
         self,
@@ -696,15 +695,15 @@ class BlurModel(WholeFiles, CheckedModel):
         if not self.built:
             raise ValueError("The model must be built before `export`: start `layers` with a keras.Input, or call `fit`.")
         tensors = [keras.KerasTensor(one.shape, one.dtype) for one in self._network.inputs]
-        self(tensors[0] if len(tensors) == 1 else tensors)  # Keras reads the input's shape off a call
+        self(tensors[0] if len(tensors) == 1 else tensors)  # Keras takes the input's shape from a call
         super().export(filepath, *args, **kwargs)
 
     def to_keras(self) -> keras.Model:
-        """This network as a plain Keras model with the same predictions.
+        """Converts this network to a plain Keras model with the same predictions.
 
         Raises:
-            ValueError: if the model is not built, or its predictions need more than state 1 or the
-                plain weights.
+            ValueError: if the model is not built, or its predictions depend on other states than
+                state 1 or on more than the plain weights.
 
         Example:
 
@@ -719,13 +718,13 @@ class BlurModel(WholeFiles, CheckedModel):
 
     @classmethod
     def _from_base_config(cls, config: Mapping[str, Any], *structure: Any) -> Any:
-        """The model of a structure and of what `_base_config` returned."""
+        """Makes the model from its structure and the result of `_base_config`."""
         config = dict(config)
         trainable = config.pop("trainable", True)
         genome = keras.saving.deserialize_keras_object(config.pop("genome"))
         dtype = keras.saving.deserialize_keras_object(config.pop("dtype"))
         model = cls(*structure, genome=genome, dtype=dtype, **config)  # type: ignore[misc]
-        if not trainable:  # `True` would thaw the layers that are frozen
+        if not trainable:  # `True` would unfreeze frozen layers
             model.trainable = False
         return model
 
@@ -739,7 +738,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
 
 def _all_layers(model: keras.Model) -> list[keras.Layer]:
-    """The layers of a model and of those in it."""
+    """The layers of a model and of all models inside it."""
     found = []
     for layer in model.layers:
         found += _all_layers(layer) if isinstance(layer, keras.Model) else [layer]

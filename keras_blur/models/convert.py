@@ -20,8 +20,8 @@ from keras_blur.models.model import Model
 from keras_blur.models.reading import check_weightless
 from keras_blur.models.sequential import Sequential
 
-# Of each kind of Keras layer with weights: for each part of its twin, the attribute path to the
-# Keras layer that has its weights, and the names of kernel and bias there.
+# For each kind of Keras layer with weights and each part of its twin: the attribute path to the
+# Keras layer that holds the part's weights, and the names of kernel and bias there.
 _SELF = ((), "kernel", "bias")
 _NORMAL = ((), "gamma", "beta")
 _PARTS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
@@ -43,7 +43,7 @@ _PARTS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
         ((name,), "kernel", "bias") for name in ("_query_dense", "_key_dense", "_value_dense", "_output_dense")
     ),
 }
-# Options of Keras layers that only say how something is computed, or that are made anew.
+# Options of Keras layers that only affect how something is computed, or that are recreated.
 _NEUTRAL = (
     "quantization_config", "flash_attention", "build_config", "gptq_unpacked_column_size", "activity_regularizer",
     "rms_scaling", "renorm", "renorm_clipping", "renorm_momentum", "use_gate", "sliding_window", "attention_axes",
@@ -57,8 +57,8 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
 
     Args:
         model: a built Functional or Sequential model. Each layer with weights must have a twin in
-            `keras_blur.layers`; all other layers are taken as they are. Nested models are unfolded.
-            A layer used twice stays one layer.
+            `keras_blur.layers`; all other layers are copied. Nested models are unfolded. A layer
+            used twice stays one layer.
         genome: the genome of the new model.
 
     Returns:
@@ -108,12 +108,12 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
 
 
 def copy_weights(source: keras.Model, target: BlurModel) -> None:
-    """Copies the weights of a Keras model into each forward channel of a model with the same layers
-    in the same order.
+    """Copies the weights of a Keras model into each forward channel of a model with the same
+    layers.
 
     Args:
         source: a built model.
-        target: a built model that learns by a genome.
+        target: a built model that learns by a genome, with the layers in the same order.
     """
     own = [layer for layer in target.layers if isinstance(layer, BlurLayer)]
     theirs = [layer for layer in _all_layers(source) if type(layer).__name__ in _PARTS]
@@ -129,7 +129,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _unfolded(model: keras.Model) -> Iterator[Any]:
-    """The layers of a chain, with nested chains unfolded in their places."""
+    """The layers of a chain, with the layers of nested chains in their places."""
     for layer in model.layers:
         if type(layer) is keras.Sequential:
             yield from _unfolded(layer)
@@ -138,15 +138,14 @@ def _unfolded(model: keras.Model) -> Iterator[Any]:
 
 
 def _merged(chain: list[Any]) -> list[Any]:
-    """The chain, with each elementwise activation right after a linear layer made that layer's
-    own."""
+    """The chain in which a linear layer absorbs an elementwise activation layer right after it."""
     found: list[Any] = []
     for layer in chain:
         before = found[-1] if found else None
         if (
             type(layer) is keras.layers.Activation
             and isinstance(before, SynapticLayer)
-            and before.get_config().get("activation") == "linear"  # a normalisation has none to take
+            and before.get_config().get("activation") == "linear"  # normalisation layers take no activation
         ):
             name = getattr(layer.activation, "__name__", "")
             if name in ("relu", "tanh", "sigmoid") and getattr(keras.activations, name) is layer.activation:
@@ -157,7 +156,7 @@ def _merged(chain: list[Any]) -> list[Any]:
 
 
 def _all_layers(model: keras.Model) -> Iterator[Any]:
-    """The layers of a model and of the models in it."""
+    """The layers of a model and of all models inside it."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from _all_layers(layer)
@@ -166,7 +165,7 @@ def _all_layers(model: keras.Model) -> Iterator[Any]:
 
 
 def _twin(layer: Any) -> Any:
-    """The keras_blur layer of a Keras layer, or a copy of one without weights."""
+    """The keras_blur twin of a Keras layer with weights, or a copy of a layer without."""
     kind = type(layer).__name__
     if isinstance(layer, (keras.layers.InputLayer,)):
         return layer
@@ -190,7 +189,7 @@ def _twin(layer: Any) -> Any:
     config = layer.get_config()
     kept: dict[str, Any] = {}
     for name, value in config.items():
-        if name == "activation":  # a config knows a function by its name
+        if name == "activation":  # a config has only a function's name
             kept[name] = layer.activation
         elif name != "activity_regularizer" and (name in known or name in ("name", "trainable", "dtype")):
             kept[name] = value
@@ -214,7 +213,8 @@ def _twin(layer: Any) -> Any:
 
 
 def _copied(layer: Any) -> Any:
-    """A copy of a layer without weights. A config knows a function by its name, or not at all."""
+    """A copy of a layer without weights that keeps its function, of which a config may have only
+    the name. A Lambda is returned itself."""
     if isinstance(layer, keras.layers.Lambda):
         return layer
     copy = type(layer).from_config(layer.get_config())
@@ -243,8 +243,8 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
         for name, variable in part.synapses.items():
             if name.endswith((TRACE, AVERAGE)) or (name == "backward_kernel" and not equal):
                 continue
-            # Copied through numpy: if two models shared arrays, JAX's trainer would donate those of
-            # one, and the other would lose them.
+            # Copied through numpy: JAX's trainer donates arrays, so a second model that shared them
+            # would lose them.
             value = numbers_of(bias if name == "bias" else kernel)
             value = value.reshape(variable.shape[2:]) if name == "bias" else value
             variable.assign(np.broadcast_to(value, variable.shape))
@@ -257,8 +257,7 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
 
 
 def to_keras(model: BlurModel) -> keras.Model:
-    """Makes a plain Keras model from a model that learned by a genome, with the first channel of
-    its synapses.
+    """Makes a plain Keras model from the first channel of a model that learned by a genome.
 
     Args:
         model: a built model whose genome predicts from state 1 alone, as backpropagation does.
@@ -268,8 +267,8 @@ def to_keras(model: BlurModel) -> keras.Model:
         predictions.
 
     Raises:
-        ValueError: if the model is not built, or its predictions need more than state 1 or the
-            plain weights.
+        ValueError: if the model is not built, or its predictions depend on other states than state
+            1 or on more than the plain weights.
 
     Example:
 
@@ -305,7 +304,7 @@ def to_keras(model: BlurModel) -> keras.Model:
 
 
 def _check_plain(genome: Genome) -> None:
-    """Raises a `ValueError` if a genome's prediction is not that of a plain network."""
+    """Raises a `ValueError` if a plain network cannot reproduce a genome's predictions."""
     rule = genome.rule
     first = equations.swapped(np.asarray(genome.nu))[..., 0, :]
     numbers = {"neuron_update": 1.0, "temperature": 1.0}
@@ -340,7 +339,7 @@ def _keras_twin(layer: Any) -> Any:
 
 
 def _copy_back(layer: BlurLayer, plain: Any, slow: bool) -> None:
-    """Copies the weights with which a layer predicts into its Keras twin."""
+    """Copies the weights that a layer predicts with into its Keras twin."""
     for part, kernel, bias in _pairs(plain, layer):
         for name, value in (("kernel", kernel), ("bias", bias)):
             own = part.synapses.get(name + AVERAGE if slow else name)

@@ -12,14 +12,15 @@ from keras_blur.models.base import BlurModel
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Model(BlurModel):
-    """A Functional model that learns by a genome: put it where `keras.Model` was.
+    """A Functional model that learns by a genome, in place of `keras.Model`.
 
     Args:
-        inputs: Keras inputs: one, a list or a dict.
-        outputs: the results of layers on these inputs. Layers with weights are `keras_blur.layers`;
-            all others are Keras's. Those before the first layer with synapses prepare the input,
-            and may be any layers without trainable weights. States also go back through those that
-            follow, so they must have no weights and draw no random numbers (dropout may).
+        inputs: one Keras input, or a list or dict of them.
+        outputs: the outputs of layers on these inputs. Layers with weights come from
+            `keras_blur.layers`, all others from Keras. Keras layers before the first layer with
+            synapses prepare the input and may be any layers without trainable weights. Feedback
+            passes through later ones, so they must have no weights and draw no random numbers,
+            except dropout.
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.

@@ -112,17 +112,18 @@ def resnet(
 
 
 def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[..., Any]]:
-    """A description of a network, and a function that builds it with new weights.
+    """Describes a network and gives a function that builds it with new weights.
 
     Args:
         network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
-            `.keras` file, or a built Keras model with one input and one output, the classes.
+            `.keras` file, or a built Keras model with one input and one output per class.
 
     Returns:
         The description, and `build(shape, classes, activation)`. A model keeps its own activations.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if `network` is none of these. `build` raises it if a model does not fit the
+            shape or the classes.
 
     Example:
 

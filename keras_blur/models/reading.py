@@ -1,12 +1,12 @@
-"""Reads Keras's Functional graph as a plan of the core, once, when a model is made.
+"""Converts Keras's Functional graph to a plan of the core, once, when a model is created.
 
-The result has three parts. The operations before the first layer with synapses prepare the input;
-Keras runs them as they are. Those from this layer to the outputs are the `core.graph.Graph`. A
-chain of maps after the last layer of neurons is a head: it turns the network's output into the
-prediction, and the derivative of a loss goes back through it.
+The result has three parts. The operations before the first layer with synapses prepare the input
+and are run by Keras. The operations from there to the outputs form the `core.graph.Graph`. A chain
+of maps after the last layer of neurons is a head: it turns the network's output into the
+prediction, and the derivative of a loss passes back through it.
 
-Layers are identified as objects, not by name or place: a layer that is called twice has one set of
-synapses. Nested models are unfolded.
+Layers are identified as objects, not by name or position: a layer that is called twice has one set
+of synapses. Nested models are unfolded.
 """
 
 from __future__ import annotations
@@ -58,18 +58,17 @@ class _Map:
 
 
 def _is_function(one: _Map) -> bool:
-    """Whether a map is a function of one array alone, which draws nothing and takes no statistics
-    of a batch."""
+    """Whether a map is a function of one array only, without random numbers or batch statistics."""
     return len(one.sources) == 1 and isinstance(one.map, (Linear, Jacobian))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """An operation of Keras before the first synapses.
+    """A Keras operation before the first synapses.
 
     Attributes:
         operation: a layer or another operation.
-        arguments: its positional and keyword arguments; integers of `Tensor` stand for arrays.
+        arguments: its positional and keyword arguments, with a `Tensor` in place of each array.
         results: numbers of its results.
     """
 
@@ -80,14 +79,14 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The place of an array in the arguments of an operation."""
+    """Stands for an array in the arguments of an operation."""
 
     number: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """A network as it was read.
+    """A network as read from Keras.
 
     Attributes:
         graph: the network, with every layer learning.
@@ -95,8 +94,8 @@ class Reading:
         preparations: the operations before the graph.
         entries: numbers of the prepared arrays that enter the graph.
         heads: the maps after each output.
-        follows: layers with moving statistics, the maps that normalise by them, and the values that
-            these read.
+        follows: layers with moving statistics, the maps that normalise by them, and the inputs of
+            these maps.
         shapes: shape of the features of each layer of neurons.
     """
 
@@ -122,7 +121,7 @@ class Reading:
         return [known[number] for number in self.entries]
 
     def learning(self, flags: Sequence[bool]) -> Graph:
-        """The graph, in which only the layers whose flag is set learn."""
+        """The graph in which only the layers with a set flag learn."""
         operations = tuple(
             dataclasses.replace(one, learns=flags[one.holder]) if isinstance(one, Connect) else one
             for one in self.graph.operations
@@ -131,7 +130,7 @@ class Reading:
 
 
 class Plan:
-    """The plan while it is read, operation by operation. Layers see it as `layers.base.Plan`."""
+    """The plan under construction. Layers see it as `layers.base.Plan`."""
 
     def __init__(self) -> None:
         self._inputs: list[Shape] = []
@@ -140,7 +139,7 @@ class Plan:
         self._follows: list[tuple[Any, WeightlessMap, int]] = []
 
     def enter(self, shape: Shape) -> int:
-        """Adds an array that enters."""
+        """Adds an input array of the graph."""
         number = -1 - len(self._inputs)
         self._inputs.append(shape)
         self._shapes[number] = tuple(shape)
@@ -211,9 +210,9 @@ class Plan:
             connection = dataclasses.replace(one.layer.connection_for(self._shapes[one.source]), activation=activation)
             places[number] = builder.connect(connection, places[one.source], key=id(one.layer))
         graph = builder.graph([places[number] for number in fed])
-        graph = dataclasses.replace(graph, groups=tuple(groups(layers)))  # it may refuse, before a layer is changed
+        graph = dataclasses.replace(graph, groups=tuple(groups(layers)))  # may raise, so it comes before layers change
         defaults: dict[int, str] = {}
-        for made in reversed(graph.connects):  # a layer used twice goes by its first use
+        for made in reversed(graph.connects):  # a layer used twice takes the default of its first use
             taken_over = layers[made.holder].activation is None and made.connection.activation == "linear"
             of_rule = rule.last_activation if made.target in graph.last else rule.forward_activation
             defaults[made.holder] = "linear" if taken_over else of_rule
@@ -233,8 +232,8 @@ class Plan:
         return sorted(found)
 
     def _is_taken_over(self, number: int, readers: Mapping[int, list[int]]) -> bool:
-        """Whether a normalisation, a nonlinearity or a merging layer reads a layer, which then has
-        no nonlinearity of its own."""
+        """Whether a normalisation, activation or merging layer reads a layer, which then has no
+        default nonlinearity."""
         read_by = [self._operations[reader] for reader in readers.get(number, ())]
         return any(
             isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax)))
@@ -333,7 +332,7 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
 
 
 def _nodes(model: Any) -> list[Any]:
-    """The calls of a Functional model in an order in which each comes after what it reads."""
+    """The calls of a Functional model in topological order."""
     by_depth = model._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
@@ -350,7 +349,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_call(layer: BlurLayer, node: Any) -> None:
-    """Raises a `ValueError` if a layer is called in a way that a plan has no place for."""
+    """Raises a `ValueError` if a layer is called with arguments that a plan does not support."""
     for name, value in node.arguments.kwargs.items():
         known = ("key", "value", "query", "training", "use_causal_mask")
         if value is not None and value is not False and name not in known:
@@ -361,8 +360,8 @@ def _check_call(layer: BlurLayer, node: Any) -> None:
 
 
 def check_weightless(layer: Any) -> None:
-    """Raises a `ValueError` if an operation that has no synapses has weights or a penalty, or makes
-    a mask."""
+    """Raises a `ValueError` if an operation without synapses has weights or a penalty, or makes a
+    mask."""
     if not isinstance(layer, keras.Layer):
         return
     if layer.activity_regularizer is not None or isinstance(layer, kl.ActivityRegularization):
@@ -424,7 +423,7 @@ def _noise_shape(layer: Any, source: Shape) -> tuple[int | None, ...]:
 
 
 def _function_of(operation: Any, node: Any) -> Callable[..., Array]:
-    """An operation as a function of its arrays, with its other arguments as they were."""
+    """An operation as a function of its arrays, with its other arguments fixed."""
     template = (list(node.arguments.args), dict(node.arguments.kwargs))
     template[1].pop("training", None)
     order = {id(tensor): place for place, tensor in enumerate(node.arguments.keras_tensors)}

@@ -1,5 +1,5 @@
-"""What the outputs of a network receive in a learning step: the loss, labels and weights of each
-output, and the way through its head.
+"""The feedback into the outputs of a network: loss, labels and weights of each output, and the
+passage through its head.
 
 Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule
 for errors. A head is a chain of maps after an output, which turns the output into the prediction.
@@ -25,11 +25,11 @@ Head = Sequence[WeightlessMap]
 
 
 class Wanted(NamedTuple):
-    """What one output is to learn.
+    """The target of one output.
 
     Attributes:
         loss: its loss, or `None`.
-        share: weight of its loss.
+        share: weight of the loss among the outputs.
         head: the maps after it.
         labels: labels as the loss takes them.
         weights: a weight for each example, or `None`.
@@ -48,10 +48,10 @@ def losses_of(loss: Any, loss_weights: Any, names: Sequence[str]) -> list[tuple[
     Args:
         loss: a Keras loss, or a list or dict of them.
         loss_weights: a list or dict of numbers, or `None`.
-        names: of the outputs.
+        names: names of the outputs.
 
     Raises:
-        ValueError: if they do not fit the outputs.
+        ValueError: if the losses or weights do not fit the outputs.
 
     Example:
 
@@ -81,7 +81,7 @@ def _by_output(name: str, value: Any, names: Sequence[str], missing: Any) -> lis
 
 
 def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
-    """Labels of any structure, in the order of the outputs.
+    """Flattens labels of any structure to the order of the outputs.
 
     Example:
 
@@ -96,7 +96,7 @@ def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
 
 
 def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Array | None]:
-    """Weights of examples of any structure, in the order of the outputs, each `[batch]`."""
+    """Flattens sample weights of any structure to the order of the outputs, each `[batch]`."""
     if isinstance(sample_weight, Mapping):
         found = [sample_weight.get(name) for name in names]
     else:
@@ -105,8 +105,8 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
 
 
 def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:
-    """A loss and the head that its derivative goes through. A cross-entropy of probabilities after
-    a softmax becomes one of logits, without the softmax."""
+    """A loss and the head for its derivative. A cross-entropy of probabilities after a softmax
+    becomes one of logits, and the softmax is removed from the head."""
     if head and isinstance(head[-1], Softmax):
         logits = of_logits(loss)
         if logits is not None:
@@ -115,7 +115,7 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
 
 
 def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
-    """The cross-entropy of logits for one of probabilities; `None` for any other loss.
+    """Turns a cross-entropy of probabilities into one of logits; `None` for any other loss.
 
     Example:
 
@@ -159,13 +159,13 @@ def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[
 
 
 def signs(wanted: Sequence[Wanted], outputs: Sequence[Array], kind_of: Callable[[Any], str]) -> list[Array]:
-    """The labels of each output as +1 and -1, sent back through the maps of its head that change
-    the shape.
+    """The labels of each output as +1 and -1, passed back through the shape-changing maps of its
+    head.
 
     Args:
         wanted: what each output is to learn.
         outputs: the outputs before their heads.
-        kind_of: a function from a loss to the way in which its labels are written.
+        kind_of: a function from a loss to the kind of its labels.
     """
     signals = []
     for one, output in zip(wanted, outputs, strict=True):

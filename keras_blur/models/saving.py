@@ -1,4 +1,4 @@
-"""Models whose files are written whole or not at all."""
+"""Models whose files are written atomically."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from keras_blur import files
 
 
 class WholeFiles(keras.Model):
-    """A Keras model that writes a file under another name first and renames it."""
+    """A Keras model that saves atomically: to a temporary file, which is then renamed."""
 
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any) -> None:
-        """Saves the model, as in Keras. The file is written under another name first and renamed.
+        """Saves the model, as in Keras, but atomically.
 
         Args:
             filepath: a path that ends in `.keras`.
@@ -24,7 +24,7 @@ class WholeFiles(keras.Model):
 
         Raises:
             ValueError: if the path has another ending.
-            OSError: if the file cannot be written; an old one stays as it is.
+            OSError: if the file cannot be written. An existing file is then unchanged.
         """
         path = os.fspath(filepath)
         apart = zipped is False or path.startswith("hf://")
@@ -37,7 +37,7 @@ class WholeFiles(keras.Model):
             super().save(temporary, zipped=zipped, **kwargs)
 
     def save_weights(self, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None) -> None:
-        """Saves the weights, as in Keras. The file is written under another name first and renamed.
+        """Saves the weights, as in Keras, but atomically.
 
         Args:
             filepath: a path that ends in `.weights.h5`.
@@ -46,7 +46,7 @@ class WholeFiles(keras.Model):
 
         Raises:
             ValueError: if the path has another ending.
-            OSError: if the file cannot be written; an old one stays as it is.
+            OSError: if the file cannot be written. An existing file is then unchanged.
         """
         path = os.fspath(filepath)
         if max_shard_size is not None or (not overwrite and files.exists(path)):

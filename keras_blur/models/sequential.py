@@ -1,4 +1,4 @@
-"""The chain-shaped model: layers one after the other."""
+"""The Sequential model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from keras_blur.models.reading import check_weightless
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Sequential(BlurModel):
-    """A stack of layers that learns by a genome: put it where `keras.Sequential` was.
+    """A stack of layers that learns by a genome, in place of `keras.Sequential`.
 
     Args:
-        layers: a list of layers: `keras_blur` layers, which hold synapses, and Keras layers without
-            weights. Those before the first `keras_blur` layer prepare the input, and may be any
-            layers. States also go back through the others, so these must draw no random numbers
-            (dropout may). The list may start with a `keras.Input`.
+        layers: a list of `keras_blur` layers, which hold synapses, and Keras layers without
+            weights. Keras layers before the first `keras_blur` layer prepare the input. Feedback
+            passes through later ones, so they must draw no random numbers, except dropout. The list
+            may start with a `keras.Input`.
         genome: the `Genome` that updates the synapses.
         name: name of the model.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Raises:
-        ValueError: if there is no genome, if it is a population, a layer does not fit in the chain,
-            or an argument is unknown.
+        ValueError: if there is no genome, it is a population, a layer cannot be used, or an
+            argument is unknown.
 
     Example:
 
@@ -63,7 +63,12 @@ class Sequential(BlurModel):
             self.build(self._input_batch_shape)
 
     def add(self, layer: Any) -> None:
-        """Adds a layer on top. A `keras.Input` may only come first."""
+        """Adds a layer at the end. A `keras.Input` must come first.
+
+        Raises:
+            ValueError: if the model is built, the layer is not a Keras layer, its name is taken, or
+                a `keras.Input` is not the first.
+        """
         if hasattr(layer, "_keras_history"):
             layer = layer._keras_history[0]
         if isinstance(layer, keras.layers.InputLayer):
@@ -84,7 +89,11 @@ class Sequential(BlurModel):
         self._chain.append(layer)
 
     def pop(self) -> keras.Layer:
-        """Removes the last layer of a model that is not built yet, and returns it."""
+        """Removes the last layer and returns it.
+
+        Raises:
+            ValueError: if the model is built or has no layers.
+        """
         if self.built or not self._chain:
             raise ValueError("A layer can be removed only while the model is not built, and has layers.")
         return self._chain.pop()
@@ -95,7 +104,15 @@ class Sequential(BlurModel):
         return list(self._chain)
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
-        """Makes the synapses for an input shape `(batch or None, *features)`."""
+        """Creates the synapses.
+
+        Args:
+            input_shape: shape of the input, `(batch or None, *features)`.
+
+        Raises:
+            ValueError: if the shape is unknown or not that of the `keras.Input`, or no layer has
+                synapses.
+        """
         if self.built:
             return
         shape = tuple(input_shape or self._input_batch_shape or ())
@@ -108,7 +125,7 @@ class Sequential(BlurModel):
         if not any(isinstance(layer, (BlurLayer, keras.Model)) for layer in self._chain):
             last = f"Received {self._chain[-1].name!r}." if self._chain else "Received no layers."
             raise ValueError(f"A layer must hold synapses: use keras_blur.layers.Dense. {last}")
-        with backend.outside_of_programs():  # `predict` and others build the model while they are traced
+        with backend.outside_of_programs():  # `predict` and others may build the model during tracing
             value = first = keras.Input(batch_shape=self._input_batch_shape, dtype=self._input_type)
             for layer in self._chain:
                 value = layer(value)
