@@ -8,7 +8,7 @@ import keras
 
 
 def _half_decades(low: int, high: int) -> tuple[float, ...]:
-    """Rates from 10^(low/2) to 10^(high/2), each about three times the last."""
+    """Rates from 10^(low/2) to 10^(high/2) in half decades, factors of about three."""
     return tuple(float(f"{10.0 ** (exponent / 2):.3g}") for exponent in range(low, high + 1))
 
 

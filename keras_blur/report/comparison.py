@@ -1,16 +1,16 @@
 """Compares a genome with tuned optimizers in the same network, on the same batches.
 
 Every learner is a Keras model, compiled and run as a user would run it. All learn the same network
-from the same initial weights, and a twin with batch normalisation before each activation: a rule
-may normalise by itself, so optimizers must have the normalisation, too. Each optimizer runs over a
-full grid of learning rates, constant and decayed linearly to each scored step as its horizon. The
-grid runs on the first seeds alone; the settings that lead at a scored step there, and each
-optimizer's best at the last one, run on all seeds. An envelope is the best mean accuracy among
-those at each step. It is tuned for every step separately, which no single run can be.
+from the same initial weights. They also learn a twin with batch normalisation before each
+activation, since a rule may normalise by itself. Each optimizer runs over a full grid of learning
+rates, constant and decayed linearly to each scored step. The grid runs on the first seeds only. The
+settings that lead at a scored step there, and each optimizer's best setting at the last step, run
+on all seeds. An envelope is the best mean accuracy among these at each step. It is tuned for every
+step separately, which no single run can be.
 
-Time is measured separately: blocks of `fit`, without compilation, all learners in turns, the median
-over blocks. Scores see what `predict` gives. Only the optimizers' batch normalisation is scored
-with the statistics of the test examples, since Keras's moving averages begin far away.
+Time is measured separately, as the median over blocks of `fit` without compilation, with the
+learners taking turns. Scores are those of `predict`. Only the optimizers' batch normalisation is
+scored with the statistics of the test examples, since Keras's moving averages start far from them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Array = Any
 
 SCHEDULES = ("constant", "linear")
 PLAIN, NORMALIZED = "plain", "normalized"
-_LEADERS = 3  # settings at each scored step that run on all seeds
+_LEADERS = 3  # number of leading settings at each scored step that run on all seeds
 _BLOCKS, _BLOCK_SECONDS, _BLOCK_STEPS = 7, 0.25, 50
 _BLOCK_NUMBERS = 2e7  # of the examples of a block, at most
 
@@ -63,7 +63,7 @@ def compare(
     baselines: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Compares a genome with the optimizers of Keras.
+    """Compares a genome with Keras optimizers.
 
     Args:
         genome: a single genome.
@@ -71,22 +71,22 @@ def compare(
             images), or a task distribution of classes (each seed is one episode, scored on up to
             2,000 examples outside its batches).
         network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
-            `.keras` file, or a Keras model with one input and the classes as its output. An MLP,
-            LeNet and ResNet have the genome's activation. Weights are drawn anew for each seed.
+            `.keras` file, or a Keras model with one input and one output per class. An MLP, LeNet
+            and ResNet have the genome's activation. Weights are drawn anew for each seed.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.
         seed: random seed of networks and batches.
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection. Image
             sets have no validation images.
-        grids: learning rates by optimizer, from `OPTIMIZERS`; `None` is all with half decades
-            around the usual rates.
-        schedules: learning rates that are `"constant"`, decay `"linear"`ly to the horizon, or both.
+        grids: learning rates by name of optimizer, from `OPTIMIZERS`; `None` takes all of them,
+            with half decades around the usual rates.
+        schedules: one or both of `"constant"` and `"linear"`, which decays to 0 at the scored step.
         normalize: whether the genome and the optimizers also learn the network with batch
             normalisation. A network that has normalisation layers is compared as it is.
-        tuning_seeds: number of seeds, the first ones, that the whole grid runs on.
-        baselines: an earlier result, also a partial one, in the same setting. Its runs of
-            optimizers are not run again. Seconds are always measured anew, side by side.
+        tuning_seeds: number of seeds, from the first, on which the whole grid runs.
+        baselines: an earlier result, even a partial one, in the same setting, whose optimizer runs
+            are reused. Seconds are always measured anew.
         watch: called with a `Progress` before each run, for display or for keeping partial results.
             An exception ends the comparison.
 
@@ -161,7 +161,7 @@ class _Setting:
 
 
 def _checked_grids(grids: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    """The grids, or a `ValueError`."""
+    """The grids with defaults filled in. Raises a `ValueError` if one is invalid."""
     labels = [f"{name} {rate:g}" for name, rates in grids.items() for rate in rates]
     if not all(grids.values()) or not labels or len(set(labels)) != len(labels) or set(grids) - set(OPTIMIZERS):
         raise ValueError(
@@ -187,7 +187,7 @@ class _Start:
 
     Attributes:
         source: the batches.
-        probabilities: whether a network's outputs are probabilities rather than logits.
+        probabilities: whether the network's outputs are probabilities rather than logits.
     """
 
     def __init__(self, source: Source, build: Callable[..., keras.Model], activation: Any):
@@ -197,7 +197,7 @@ class _Start:
         self.probabilities = isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) in squashing
 
     def network(self, number: int, variant: str = PLAIN) -> keras.Model:
-        """The network of a seed: with the same weights in both variants."""
+        """The network of a seed. Both variants have the same weights."""
         keras.utils.set_random_seed(int(np.random.default_rng([self.source.seed, number, 1]).integers(2**31)))
         plain = self._build(self.source.shape, self.source.classes, activation=self._activation)
         made = plain if variant == PLAIN else normalized(plain)
@@ -206,7 +206,7 @@ class _Start:
 
 
 class _Learner:
-    """A compiled model that begins anew for each run."""
+    """A compiled model that is reset for each run."""
 
     def __init__(self, start: _Start, variant: str, *, optimizer: str | None = None, genome: Genome | None = None):
         self.source = start.source
@@ -231,7 +231,7 @@ class _Learner:
             self._predicts = _with_batch_statistics(self.model)
 
     def begin(self, number: int) -> None:
-        """Puts the model at the start of a seed."""
+        """Resets the model to the initial weights of a seed."""
         if number not in self._values:
             self._values[number] = [numbers_of(one) for one in self._fresh(number).variables]
         for one, value in zip(self.model.variables, self._values[number], strict=True):
@@ -251,7 +251,7 @@ class _Learner:
         return score(self._predicts, x, y, self._probabilities)
 
     def seconds(self, steps: int) -> float:
-        """Seconds a step of `fit` takes, in a block of steps after its first batch has begun."""
+        """Seconds per step of `fit`, in a block of steps from the start of its first batch."""
         self.begin(0)
         stream = self.source.batches(0)
         drawn = [batch for batch, _ in zip(stream, range(steps), strict=False)]
@@ -267,7 +267,7 @@ class _Learner:
 
 
 class _Stopwatch(keras.callbacks.Callback):
-    """Seconds from the beginning of an epoch's first batch to its end."""
+    """Measures seconds from the start of an epoch's first batch to the end of the epoch."""
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if not batch:
@@ -280,7 +280,7 @@ class _Stopwatch(keras.callbacks.Callback):
 class _BatchStatistics(keras.layers.Layer):
     """A layer of batch normalisation that always uses the statistics of the batch.
 
-    A Functional model passes its own `training` on, past the one that a layer was called with.
+    It is needed because a Functional model overrides the `training` argument of its layers' calls.
     """
 
     def __init__(self, layer: keras.layers.Layer):
@@ -305,7 +305,7 @@ def _with_batch_statistics(model: keras.Model) -> keras.Model:
 
 
 class _Runs:
-    """The runs of a comparison, and what is known of them."""
+    """The runs of a comparison and their results."""
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ class _Runs:
         self._seconds: dict[tuple[str, str], float] = {}
 
     def time(self) -> None:
-        """Measures all learners in turns."""
+        """Times all learners, which take turns."""
         self._arm += 1
         steps: dict[tuple[str, str], int] = {}
         source = self._learners[PLAIN, "genome"].source
@@ -360,7 +360,7 @@ class _Runs:
                 self._run(setting, number)
 
     def leaders(self, settings: Sequence[_Setting], seeds: int) -> None:
-        """Runs the settings that lead on the first seeds on all seeds."""
+        """Runs on all seeds the settings that lead on the first ones."""
         self._arm += 1
         means = {s: np.mean(self._curves[s.name]["accuracy"][: self._tuning], axis=0) for s in settings}
         leading: dict[_Setting, None] = {}
@@ -374,7 +374,7 @@ class _Runs:
             self._run(setting, number)
 
     def _run(self, setting: _Setting, number: int) -> None:
-        """One run, or the one that is known."""
+        """Runs a setting on a seed, unless the result is known."""
         known = self._known.get(setting.name, {"accuracy": [], "loss": []})
         key = setting.variant, setting.optimizer
         if number < len(known["accuracy"]):
@@ -405,7 +405,7 @@ class _Runs:
                 lost = not math.isfinite(learner.step(*next(batches), rate)) or lost
                 done += 1
             scores.append(learner.score(number))
-            if rate is not None and lost:  # an optimizer does not come back from there
+            if rate is not None and lost:  # an optimizer does not recover from there
                 break
         return self._columns(scores)
 
@@ -423,7 +423,7 @@ class _Runs:
         return self._columns(scores)
 
     def _columns(self, scores: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float | None]]:
-        """Accuracies and losses, with the worst ones where a run was lost."""
+        """Accuracies and losses, with the worst values where a run diverged."""
         accuracy, loss = (list(column) for column in zip(*scores, strict=True))
         missing = len(self._at) - len(accuracy)
         return accuracy + [0.0] * missing, loss + [None] * missing

@@ -1,4 +1,4 @@
-"""Tables and pictures of learning curves: of `compare` and of `evaluate`."""
+"""Tables and figures of learning curves from `compare` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ENVELOPES = {"plain": "best optimizer at each step", "normalized": "the same with batch normalisation"}
-_SHOWN = ("SGD", "Adam")  # optimizers of which a picture shows the best setting
+_SHOWN = ("SGD", "Adam")  # optimizers whose best setting a figure shows
 
 
 def format_compare(result: Mapping[str, Any]) -> str:
@@ -26,7 +26,7 @@ def format_compare(result: Mapping[str, Any]) -> str:
         result: result of `compare` or `evaluate`. Its `name`, if any, replaces "genome".
 
     Returns:
-        Lines of text. Of a comparison, they also give the envelopes and the speed-ups.
+        Lines of text. For a comparison they include the envelopes and speed-ups.
 
     Raises:
         KeyError: if the result lacks what `evaluate` returns.
@@ -94,7 +94,7 @@ def _cells(curve: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    """Lines with the first column to the left and all others to the right."""
+    """Formats rows with the first column aligned left and all others right."""
     whole = [list(head), *([label, *cells] for label, cells in rows)]
     widths = [max(len(row[place]) for row in whole) for place in range(len(head))]
     for row in whole:
@@ -104,7 +104,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> It
 def format_several(results: Sequence[Mapping[str, Any]], step: int = 10) -> str:
     """Formats several comparisons as a table: accuracies at `step`, and speed-ups in steps.
 
-    `-` means that no accuracy is reached by both, or that there is no such envelope.
+    `-` means that the two reach no common accuracy, or that there is no such envelope.
     """
     rows, means = [], []
     for result in results:
@@ -125,7 +125,7 @@ def format_several(results: Sequence[Mapping[str, Any]], step: int = 10) -> str:
 
 
 def label_of(result: Mapping[str, Any], curve: str) -> str:
-    """The label of a curve. Genomes are called by `result["name"]` if it exists.
+    """The label of a curve. `result["name"]`, if it exists, replaces "genome".
 
     Example:
 

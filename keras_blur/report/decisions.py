@@ -1,8 +1,8 @@
 """Decision regions of learners on tasks in the plane, step by step.
 
-An accuracy curve says how much of a task was learned. The regions say what: a half-plane instead of
-a corner, a filled hole, a map inverted by one step. Several learners are shown on the same batches
-and initial networks, as in `keras_blur.report.comparison`.
+An accuracy curve shows how much of a task was learned. The regions show what was learned: a
+half-plane instead of a corner, a filled hole, a map inverted by one step. Several learners are
+shown on the same batches and initial networks, as in `keras_blur.report.comparison`.
 
 Source: the toy functions of "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021),
 section 4.1.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Array = Any
 
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">")
-_SHOWN = 90  # points that are drawn at most
+_SHOWN = 90  # maximum number of points drawn
 
 
 def trace_decisions(
@@ -259,7 +259,7 @@ def _panel(axis: Any, row: Mapping[str, Any], place: int, coordinates: np.ndarra
 
     region, classes = row["regions"][place], row["classes"]
     reach = float(coordinates[-1])
-    half = reach / (len(coordinates) - 1)  # half a pixel, whose middle is the point that was asked
+    half = reach / (len(coordinates) - 1)  # half a pixel: each recorded point is the centre of a pixel
     fills = ListedColormap(["white", *(_tint(number, classes) for number in range(classes))])
     axis.imshow(
         region, origin="lower", extent=(-reach - half, reach + half) * 2, cmap=fills,

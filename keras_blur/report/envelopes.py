@@ -1,13 +1,13 @@
-"""Numbers of a comparison: envelopes of tuned optimizers by step and by second, and speed-ups.
+"""Numbers from a comparison: envelopes of tuned optimizers by step and by second, and speed-ups.
 
-An envelope is the best mean accuracy over all settings of optimizers, chosen anew at each step or
-second. Between scored steps accuracies are interpolated linearly in the logarithm of the step. For
-a decayed rate the "curve" runs over horizons, so it is interpolated likewise.
+An envelope is the best mean accuracy over all settings of optimizers, chosen separately at each
+step or second. Between scored steps, accuracies are interpolated linearly in the logarithm of the
+step. The "curve" of a decayed rate runs over horizons and is interpolated in the same way.
 
-The speed-up is the time that the first optimizer needs to reach an accuracy over the genome's, the
-interquartile mean over accuracies spaced evenly from where both begin to where the lower one ends.
-The interquartile mean is that of "Deep Reinforcement Learning at the Edge of the Statistical
-Precipice" (Agarwal et al., 2021).
+The speed-up at an accuracy is the time until the first optimizer reaches it, divided by the
+genome's time. The reported speed-up is the interquartile mean over accuracies spaced evenly from
+where both begin to where the lower one ends. The interquartile mean is that of "Deep Reinforcement
+Learning at the Edge of the Statistical Precipice" (Agarwal et al., 2021).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 GENOME, NORMALIZED_GENOME = "genome", "genome, normalized"  # curves of the genome, by its network
-TARGETS = 50  # accuracies at which a speed-up is taken
+TARGETS = 50  # number of accuracies over which a speed-up is averaged
 
 
 def variants(result: Mapping[str, Any]) -> list[str]:
@@ -27,14 +27,14 @@ def variants(result: Mapping[str, Any]) -> list[str]:
 
 
 def candidates(result: Mapping[str, Any], variant: str) -> dict[str, Mapping[str, Any]]:
-    """The optimizers' curves of a network on the most seeds that any of them has."""
+    """The optimizers' curves of a network, only those with the largest number of seeds."""
     own = {name: one for name, one in result["curves"].items() if one.get("network") == variant and "optimizer" in one}
     most = max((len(one["accuracy"]) for one in own.values()), default=0)
     return {name: one for name, one in own.items() if len(one["accuracy"]) == most}
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What is computed from the curves of a comparison.
+    """Computes envelopes and speed-ups from the curves of a comparison.
 
     Args:
         result: `steps` and `curves`.
@@ -81,13 +81,13 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at_second(result: Mapping[str, Any], curve: Mapping[str, Any], second: float) -> float:
-    """The mean accuracy of a curve at a time in seconds, that of the last score from there on."""
+    """The mean accuracy of a curve at a time in seconds; after the last score, that of the last."""
     per_step = curve["seconds"][-1] / result["steps"][-1]
     return float(np.interp(_log(second / per_step), _log(result["steps"]), _mean(curve)))
 
 
 def steps_to(result: Mapping[str, Any], curve: Mapping[str, Any], accuracy: float) -> float:
-    """Steps until a curve first has an accuracy, between scores too; infinite if it never has."""
+    """Interpolated number of steps until a curve first reaches an accuracy; infinite if never."""
     steps, reached = _log(result["steps"]), np.maximum.accumulate(_mean(curve))
     if accuracy > reached[-1]:
         return np.inf
@@ -99,13 +99,13 @@ def steps_to(result: Mapping[str, Any], curve: Mapping[str, Any], accuracy: floa
 
 
 def speedup(result: Mapping[str, Any], variant: str, unit: str, genome: str = GENOME) -> float | None:
-    """How many times faster than the first of the optimizers the genome reaches the same accuracy.
+    """The speed-up of the genome over the optimizer that first reaches the same accuracy.
 
     Args:
         result: `steps` and `curves`.
-        variant: the optimizers' network.
+        variant: the optimizers' network, `"plain"` or `"normalized"`.
         unit: `"steps"` or `"seconds"`.
-        genome: the genome's curve.
+        genome: name of the genome's curve.
 
     Example:
 

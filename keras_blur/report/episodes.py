@@ -92,7 +92,7 @@ def adaptation_curve(
     seed: int = 0,
     jit_compile: bool = True,
 ) -> dict[str, Any]:
-    """Loss and quality of queries in the course of learning.
+    """Loss and quality of queries during learning.
 
     Args:
         learner, learned, tasks, batch_size, query_size, episodes, split, loss, seed, jit_compile:
@@ -249,7 +249,7 @@ def _scored(
         return losses[0], quality[0]
 
     score = compiled(score, jit_compile=jit_compile)
-    # A last block is filled up, so that there is one shape.
+    # The last block is padded, so that all have one shape.
     block = min(_BLOCK, episodes)
     stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query_size, split=split).batch(block)
     parts = []

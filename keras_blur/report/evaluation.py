@@ -32,8 +32,8 @@ from keras_blur.tasks.datasets import Images
 
 Array = Any
 
-_CHUNK = 2000  # test examples that are predicted at once
-_BLOCK = 25  # steps of one compiled call at most
+_CHUNK = 2000  # maximum number of test examples predicted at once
+_BLOCK = 25  # maximum number of steps in one compiled call
 
 
 def evaluate(
@@ -55,8 +55,8 @@ def evaluate(
 
     Args:
         genome: a genome, or a population on one axis.
-        data: an image set or a task distribution of classes, as in `compare`. A split of few
-            examples gives one batch, which all steps repeat, and the rest is scored.
+        data: an image set or a task distribution of classes, as in `compare`. If a
+            split has few examples, all steps use one batch and the rest is scored.
         network: units of the hidden layers, or a function from the shape of an example and the
             number of outputs to Keras layers, as of `learners.Blur`.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...

@@ -1,7 +1,7 @@
 """Draws a genome: matrices with their numbers and equations, and a table of all other numbers.
 
-A genome is small enough to be read. Reading shows which state feeds which, what part of the
-feedback reaches the synapses, and which numbers the search left near zero.
+A genome is small enough to read. The figure shows which state feeds which, what part of the
+feedback reaches the synapses, and which numbers meta-training left near zero.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 8 and
 Table 1. Equation numbers are those of the paper. Rows and columns are those of the arrays of a
@@ -49,7 +49,7 @@ _SHARED = {
 # Equation of the numbers of each state.
 _OWN = {"forward_scale": "eq. 5", "forward_shift": "eq. 5", "backward_scale": "eq. 6", "backward_shift": "eq. 6"}
 
-_WRITTEN = 8  # states up to which the numbers are written in the cells
+_WRITTEN = 8  # maximum number of states for which cells show their numbers
 _LINE = 11.5  # points from one line of the table to the next
 _TABLE = 3.2  # its width, inches
 

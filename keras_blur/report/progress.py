@@ -1,4 +1,4 @@
-"""How far a comparison or an evaluation is."""
+"""The progress of a comparison or an evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Progress:
         arm: what is run: `"genome"`, `"seconds of a step"`, or an optimizer with all its rates.
         number: number of the arm, from 1.
         arms: number of arms.
-        done: number of the arm's runs or steps that are done.
-        count: number of the arm's runs or steps.
+        done: number of completed runs or steps of the arm.
+        count: total number of runs or steps of the arm.
         unit: `"run"` or `"step"`.
         result: curves so far, in the form of the final result with `partial: True`; `None` before
             the first.

@@ -7,22 +7,22 @@ import math
 import keras
 import numpy as np
 
-_CHUNK = 2000  # examples that are predicted at once
+_CHUNK = 2000  # maximum number of examples predicted at once
 
 
 def score(model: keras.Model, x: np.ndarray, y: np.ndarray, probabilities: bool = False) -> tuple[float, float | None]:
-    """Scores what `predict` gives.
+    """Scores the predictions of a Keras model.
 
     Args:
-        model: its outputs are `[examples, classes]`, or `[examples, 1]` for two classes told by a
-            sign.
-        x: `[examples, *shape]`.
+        model: a model with outputs `[examples, classes]`, or `[examples, 1]` whose sign tells two
+            classes apart.
+        x: inputs `[examples, *shape]`.
         y: integer labels `[examples]`.
         probabilities: whether the outputs are probabilities rather than logits.
 
     Returns:
-        Accuracy and cross-entropy in nats. An output that is not finite counts as wrong; the
-        cross-entropy is `None` then.
+        Accuracy and cross-entropy in nats. A non-finite output counts as wrong; the cross-entropy
+        is then `None`.
     """
     chunks = np.array_split(np.arange(len(x)), -(-len(x) // _CHUNK))
     found = np.concatenate([model.predict_on_batch(x[chunk]) for chunk in chunks]).astype(np.float64)

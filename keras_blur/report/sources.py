@@ -17,7 +17,7 @@ from keras_blur.tasks.datasets import Images
 Array = Any
 
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-_QUERY = 2000  # test examples of an episode, at most
+_QUERY = 2000  # maximum number of test examples of an episode
 
 
 class Source(abc.ABC):
@@ -25,7 +25,7 @@ class Source(abc.ABC):
 
     Attributes:
         shape: shape of an example.
-        classes: number of outputs; 1 tells two classes by its sign.
+        classes: number of outputs; the sign of a single output tells two classes apart.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Source(abc.ABC):
 
     @property
     def features(self) -> int:
-        """Numbers in an example."""
+        """Number of elements of an example."""
         return int(np.prod(self.shape))
 
 
@@ -63,7 +63,7 @@ class Passes(Source):
         self._test = (test - mean) / deviation, images.y_test.astype(np.int32)
 
     def batches(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Endless passes without repeats within a pass."""
+        """Yields batches of endless passes, without repeats within a pass."""
         rng = np.random.default_rng([self.seed, number])
         while True:
             order = rng.permutation(len(self._x))
@@ -96,7 +96,8 @@ class Episodes(Source):
 
 
 def _labels(signs: np.ndarray) -> np.ndarray:
-    """The classes of +1/-1 outputs `[..., outputs]`; one output tells two classes by its sign."""
+    """The classes of +1/-1 outputs `[..., outputs]`; the sign of a single output gives the
+    class."""
     found = signs[..., 0] > 0 if signs.shape[-1] == 1 else np.argmax(signs, axis=-1)
     return np.asarray(found, np.int32)
 

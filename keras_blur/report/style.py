@@ -12,8 +12,8 @@ from keras_blur.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; each with a line style of its own for
-# print.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, each with its own line style
+# for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ENDINGS = (".png", ".pdf", ".svg")
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 3)), "-")
@@ -87,7 +87,7 @@ def time_axis(axis: Any, times: Any) -> None:
 
     above = [time for curve in times for time in curve if time > 0]
     if above:
-        axis.set_xscale("log", nonpositive="mask")  # a clipped 0 would draw a level line up to the next point
+        axis.set_xscale("log", nonpositive="mask")  # a clipped 0 would draw a horizontal line to the next point
         axis.set_xlim(min(above), max(above))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
