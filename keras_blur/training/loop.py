@@ -56,10 +56,10 @@ _HEADROOM = 16.0
 
 
 class Absent:
-    """Stands for a method of `keras.Model` that a trainer does not have.
+    """A method of `keras.Model` that a trainer does not have. Access raises an `AttributeError`.
 
     Args:
-        instead: a sentence that says what to use.
+        instead: a sentence that names the alternative.
     """
 
     def __init__(self, instead: str):
@@ -184,7 +184,13 @@ class OuterLoop(keras.Model):
         verbose: int | str,
         initial_epoch: int = 0,
     ) -> keras.callbacks.History:
-        """Runs the training loop. Arguments as in `fit` of the trainers."""
+        """Runs the training loop. Arguments are those of `fit` of the trainers.
+
+        Raises:
+            ValueError: if the trainer is not compiled, an argument is invalid, a callback does not
+                work with the trainer, or the checkpoint is damaged or has other settings.
+            OSError: if the checkpoint cannot be read or written.
+        """
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=...)`.")
         arguments.count("steps_per_epoch", steps_per_epoch)
@@ -201,7 +207,7 @@ class OuterLoop(keras.Model):
             now = self._made_with(steps_per_epoch, callbacks)
             if files.exists(path):
                 self._restore(path, now)
-                whole, first = divmod(int(numbers_of(self.epoch_step)), steps_per_epoch)  # on with the epoch that was left
+                whole, first = divmod(int(numbers_of(self.epoch_step)), steps_per_epoch)  # resume the unfinished epoch
                 done = int(numbers_of(self.epoch)) + whole
                 _announce(path, done, first, epochs, steps_per_epoch, verbose if self.runner.writes_files else 0)
             saving = Checkpoint(path, now)
@@ -216,7 +222,7 @@ class OuterLoop(keras.Model):
         logs: dict[str, float] = {}
         epoch_logs: dict[str, float] = {}
         with _noticed(signal.SIGTERM, saving is not None and not self.runner.several_workers) as terminated:
-            for epoch in range(self._initial_epoch or done, epochs):  # Keras's BackupAndRestore sets the former
+            for epoch in range(self._initial_epoch or done, epochs):  # BackupAndRestore sets `_initial_epoch`
                 if not first:
                     self.epoch.assign(epoch)
                     self.epoch_step.assign(0)
@@ -319,7 +325,7 @@ class OuterLoop(keras.Model):
             if asked == old:
                 continue
             if isinstance(asked, float) and isinstance(old, float):
-                if asked == float(numbers_of(optimizer.learning_rate)):  # as a callback had left it
+                if asked == float(numbers_of(optimizer.learning_rate)):  # unchanged since a callback set it
                     now["rates"][name] = old
                     continue
                 optimizer.learning_rate = asked
@@ -342,7 +348,7 @@ class OuterLoop(keras.Model):
                 kept[name] = optimizer
                 setattr(self, name, like)
         try:
-            with warnings.catch_warnings():  # Keras only warns of an optimizer whose state it leaves out
+            with warnings.catch_warnings():  # Keras only warns if it skips an optimizer's state
                 warnings.filterwarnings("error", "Skipping variable loading", UserWarning)
                 self.load_weights(path)
             for name, optimizer in kept.items():
@@ -359,7 +365,7 @@ class _OtherSettings(ValueError):
 
 def _check_same(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     found = list(settings.differences(before, now))
-    found = [one for one in found if one[0] == "trainer"] or found  # of another trainer all else differs too
+    found = [one for one in found if one[0] == "trainer"] or found  # with another trainer everything else differs too
     if found:
         old, new = _sides(found)
         raise _OtherSettings(f"`checkpoint` {path!r} was made with {old}; this run has {new}.")
@@ -493,9 +499,9 @@ def _limited(name: str, value: int, limit: int | None) -> int:
 
 @contextlib.contextmanager
 def _noticed(number: int, wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Tells whether the process received a signal, whose default action is suppressed.
+    """Gives a function that tells whether the process received a signal.
 
-    Only the main thread can receive signals.
+    The default action of the signal is suppressed. Only the main thread can receive signals.
     """
     got: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():

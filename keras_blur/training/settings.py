@@ -109,7 +109,7 @@ def _config(value: Any, above: tuple[int, ...]) -> dict[str, Any]:
         with warnings.catch_warnings():  # Keras warns of a lambda, which is only compared here
             warnings.simplefilter("ignore")
             config = _described(value.get_config(), above)
-    except (NotImplementedError, TypeError, ValueError):  # a class of the user's without one
+    except (NotImplementedError, TypeError, ValueError):  # a user's class without a config
         return {}
     names: dict[str, str] = {}
 
