@@ -1,15 +1,15 @@
-"""Fixtures of all tests, and what runs on which backend.
+"""Fixtures for all tests, and the choice of tests by backend.
 
-`KERAS_BACKEND=jax pytest tests` runs what needs no TensorFlow: the rest is left out here, in one
-place.
+`KERAS_BACKEND=jax pytest tests` runs the tests that need no TensorFlow. The others are excluded
+here.
 """
 
 import gc
 import os
 import random
 
-# Before TensorFlow or JAX is imported. Programs of tests run once or twice: LLVM need not make them
-# fast.
+# Before TensorFlow or JAX is imported. Test programs run once or twice, so LLVM need not optimise
+# them.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # the last one counts
 JAX = os.environ.get("KERAS_BACKEND") == "jax"
 if JAX:
@@ -19,8 +19,8 @@ import keras
 import numpy as np
 import pytest
 
-# Files about TensorFlow alone (`tf.data`, `tf.distribute`, its graphs), files not ported yet, and
-# those that run a backend in processes of their own.
+# Files that test TensorFlow only (`tf.data`, `tf.distribute`, its graphs), files not ported yet,
+# and files that run a backend in separate processes.
 collect_ignore = [
     "learners/test_single_output.py", "learners/test_same_learners.py", "learners/test_online.py",
     "learners/test_meta_learners.py", "learners/test_identity.py", "checks", "replicas.py", "core/test_losses.py",
@@ -35,7 +35,7 @@ collect_ignore = [
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Each test draws the same initial weights and orders of examples in every run."""
+    """Seeds each test, so that every run has the same initial weights and orders of examples."""
     if not JAX:
         keras.utils.set_random_seed(0)
         return
@@ -45,7 +45,7 @@ def seeded():
 
 @pytest.fixture(autouse=True, scope="module")
 def collected_once():
-    """The garbage collector looks at the programs that a file leaves behind once, not ever
+    """Collects garbage once after each file and then freezes the rest, so that it is not scanned
     again."""
     yield
     gc.collect()
@@ -65,7 +65,7 @@ def float64():
 
 @pytest.fixture
 def policy(request):
-    """The dtype policy that a test is parametrised by (`indirect`)."""
+    """Sets the dtype policy by which a test is parametrised (`indirect`)."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(request.param)
     yield request.param
@@ -74,8 +74,7 @@ def policy(request):
 
 @pytest.fixture
 def eagerly():
-    """`tf.function` only calls its function: a few steps take less time than the making of a
-    program."""
+    """Runs `tf.function` eagerly, since a few steps take less time than tracing."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)

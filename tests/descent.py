@@ -1,4 +1,4 @@
-"""The exactness check of every layer and graph: the backprop genome does what Keras's SGD does.
+"""The exactness check of every layer and graph: the backprop genome equals Keras's SGD.
 
 A Keras model is converted, both take the same batches, and their weights are compared by name.
 """
@@ -16,8 +16,7 @@ ROUNDING = 1e-5 if JAX else 0.0
 
 
 def randomized(model, seed=0):
-    """The model with random weights, moving statistics included, so that none is what it starts
-    as."""
+    """Randomises all weights of a model, including moving statistics, and returns it."""
     rng = np.random.default_rng(seed)
     for variable in model.variables:
         if variable.dtype.startswith("float"):

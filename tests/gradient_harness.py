@@ -1,4 +1,4 @@
-"""Episodes of random numbers, and the difference quotient that an outer gradient has to be."""
+"""Episodes of random numbers, and a check of outer gradients against difference quotients."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ def draw_episodes(tasks, steps, batch, query, features, classes, dtype="float64"
 
 
 def assert_difference_quotient(estimator, learner, outer, data, seed, gradients):
-    """Asserts that gradients of the mean over tasks, summed over members, are what the objective
-    does along a direction."""
+    """Asserts that gradients of the mean over tasks, summed over members, agree with a difference
+    quotient of the objective along a direction."""
     rng = np.random.default_rng(2)
     direction = {name: rng.standard_normal(value.shape) for name, value in outer.items()}
 

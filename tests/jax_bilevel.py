@@ -2,7 +2,8 @@
 JSON`; prints one line of JSON, with results by case.
 
 The JSON gives `cases`, and how they are run: nothing, `devices`, or `worker`, `workers` and `port`,
-as in `jax_meta.py`; `epochs`, and `checkpoint`. With JAX_ENABLE_X64 all computes in float64.
+as in `jax_meta.py`; `epochs`, and `checkpoint`. With JAX_ENABLE_X64 everything is computed in
+float64.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def trainer(case):
-    """A trainer whose network starts alike in every process."""
+    """A trainer whose network has the same initial weights in every process."""
     first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
     between = [keras.layers.Dropout(0.3, seed=1), keras.layers.BatchNormalization()] if case == "layers" else []
     model = keras.Sequential(
@@ -39,7 +40,7 @@ def trainer(case):
 
 
 def trained(case, epochs, checkpoint):
-    """What came out, and how many examples of a batch each device had."""
+    """The results, and the number of examples of a batch on each device."""
     digits = load_digits()
     x, y = (digits.data / 16).astype(keras.config.floatx()), digits.target
     made = trainer(case)

@@ -29,7 +29,7 @@ ESTIMATORS = {
 
 
 def lay():
-    """Lays tasks over devices, as asked."""
+    """Distributes tasks over devices, as the JSON asks."""
     if "workers" in asked:
         keras.distribution.initialize(f"127.0.0.1:{asked['port']}", asked["workers"], asked["worker"])
     if "workers" in asked or "devices" in asked:
@@ -37,7 +37,8 @@ def lay():
 
 
 def warp():
-    """A learner whose networks learn one after another; the backend does not draw its weights."""
+    """A learner whose networks learn one after another. Its weights are not drawn by the
+    backend."""
     model, names = learners.warped(16, (6,), 10)
     rng = np.random.default_rng(0)
     for layer in model.layers:
@@ -53,14 +54,14 @@ def trainer():
         tasks.images("digits", size=4, relabel=True), warp() if warps else learners.Blur((8,), RULE),
         ESTIMATORS[asked["case"]](), members=1 if evolution else 2, meta_batch_size=4, batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
-    # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is
-    # zero.
+    # Not Adam, whose first steps are the signs of gradients, which depend on rounding if a gradient
+    # is zero.
     made.compile(None if evolution else keras.optimizers.SGD(0.01, momentum=0.9))
     return made
 
 
 def noted(runner, seen):
-    """Notes how many tasks a device computes."""
+    """Records how many tasks a device computes."""
     split = runner.split
 
     def noting(function, common, episodes, kept):

@@ -20,9 +20,9 @@ def run_layer_test(layer_class, init_kwargs, input_shape, expected_output_shape,
     Args:
         layer_class: the layer's class.
         init_kwargs: its arguments.
-        input_shape: shape of an input with its batch.
-        expected_output_shape: shape of the output with its batch.
-        expected_num_weights: how many weights the built layer has.
+        input_shape: shape of an input, with the batch.
+        expected_output_shape: shape of the output, with the batch.
+        expected_num_weights: number of weights of the built layer.
         tmp_path: a folder to save in.
     """
     x = np.random.default_rng(0).normal(size=input_shape).astype("float32")
@@ -53,7 +53,7 @@ def _check_build(layer_class, init_kwargs, layer, input_shape):
 
 
 def _check_shapes(layer, input_shape, output_shape):
-    """The shape is known without numbers, the batch size aside."""
+    """The output shape is known from the input shape, with any batch size."""
     assert tuple(layer.compute_output_shape(input_shape)) == output_shape
     symbolic = layer(keras.Input(batch_shape=(None, *input_shape[1:])))
     assert tuple(symbolic.shape) == (None, *output_shape[1:])
@@ -88,8 +88,7 @@ def _check_saving(layer, x, y, tmp_path):
 
 
 def _check_policies(layer_class, init_kwargs, layer, x, y):
-    """Each dtype policy keeps its variables, computes in its type and comes near the float32
-    result."""
+    """Each dtype policy has its variable and compute dtypes, and a result close to float32."""
     for name, tolerance in POLICIES.items():
         policy = keras.DTypePolicy(name)
         other = layer_class(**init_kwargs, dtype=policy)
@@ -103,7 +102,7 @@ def _check_policies(layer_class, init_kwargs, layer, x, y):
 
 
 def _check_compiler(layer, x, y):
-    """Inside a graph, compiled or not, the layer gives what it gives eagerly."""
+    """Inside a graph, compiled or not, the layer gives the eager result."""
     for jit in (False, True):
         result = in_a_graph(layer, jit)(keras.ops.convert_to_tensor(x))
         np.testing.assert_allclose(result, y, rtol=1e-5, atol=1e-6)

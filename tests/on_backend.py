@@ -1,5 +1,5 @@
-"""What tests need of the backend and `keras.ops` cannot say: compiled functions and gradients, on
-TensorFlow and on JAX; and what both take of TensorFlow, where it is installed."""
+"""Backend functions for tests that `keras.ops` lacks: compiled functions and gradients, on
+TensorFlow and on JAX. Some need TensorFlow on both backends."""
 
 import math
 import re
@@ -17,19 +17,19 @@ def digits():
     """The 8x8 digits in the order and split of `tasks.datasets`, which needs TensorFlow: images and
     labels to train on, and to test on. `tests/tasks/test_datasets.py` holds them together."""
     data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))  # neighbours are by the same writer
+    order = np.random.default_rng(0).permutation(len(data.target))  # neighbouring digits have the same writer
     x, y = data.images.astype(np.uint8)[order][..., None], data.target[order]
     return x[:1437], y[:1437], x[1437:], y[1437:]
 
 
 def dataset(*arrays):
-    """A `tf.data.Dataset` of batches of eight: both backends take it."""
+    """A `tf.data.Dataset` of batches of eight, which both backends accept."""
     tf = pytest.importorskip("tensorflow")
     return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0]).batch(8)
 
 
 def served(folder, inputs):
-    """What a model that was exported to a folder predicts, computed by TensorFlow."""
+    """The predictions of a model that was exported to a folder, computed by TensorFlow."""
     model = pytest.importorskip("tensorflow").saved_model.load(str(folder))  # its functions do not keep it
     return model.serve(inputs)
 

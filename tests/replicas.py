@@ -53,7 +53,7 @@ GENOMES = {
 
 
 def strategy():
-    """The strategy that was asked for."""
+    """The strategy that the JSON asks for."""
     if "workers" in asked:
         addresses = [f"127.0.0.1:{asked['port'] + number}" for number in range(asked["workers"])]
         task = {"type": "worker", "index": asked["worker"]}
@@ -72,8 +72,8 @@ def strategy():
 
 
 class Pause(keras.callbacks.Callback):
-    """Sleeps after each epoch, before its checkpoint, so that a test can kill this process between
-    two."""
+    """Sleeps after each epoch before its checkpoint, so that a test can kill this process between
+    checkpoints."""
 
     def on_epoch_end(self, epoch, logs=None):
         time.sleep(asked.get("pause", 0.0))
@@ -87,8 +87,8 @@ def trainer():
         tasks.images("digits", size=4, relabel=True), learners.Blur((8,), RULE), ESTIMATORS[asked["case"]](),
         members=1 if evolution else 2, meta_batch_size=3 if evolution else 4, batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
-    # Not Adam, whose first steps are the signs of gradients: there rounding decides where one is
-    # zero.
+    # Not Adam, whose first steps are the signs of gradients, which depend on rounding if a gradient
+    # is zero.
     made.compile(None if evolution else keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=asked.get("jit", False))
     return made
 
@@ -96,14 +96,14 @@ def trainer():
 def data():
     """Digits whose last batch has two examples, fewer than there are replicas."""
     digits = load_digits()
-    count = 288 if asked["case"] == "dropout" else 290  # masks are dealt out by place: parts of one size
+    count = 288 if asked["case"] == "dropout" else 290  # masks are distributed by position, so parts have equal sizes
     x, y = (digits.images / 16).astype("float32")[:count], digits.target[:count]
     weight = np.linspace(0.1, 1.0, count).astype("float32")
     return {"x": x, "y": y, "sample_weight": weight, "validation_data": (x[:50], y[:50])}
 
 
 def network():
-    """A network that starts alike in every process."""
+    """A network with the same initial weights in every process."""
     first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
     between = [keras.layers.Dropout(0.3, seed=1)] if asked["case"] == "dropout" else []
     model = Sequential(
@@ -125,7 +125,7 @@ BILEVEL = {
 
 
 def reweighted():
-    """A network that learns with weights of examples."""
+    """A network trained with learned example weights."""
     first, second = (keras.initializers.GlorotUniform(seed) for seed in (1, 2))
     chain = [keras.layers.Dense(16, "tanh", kernel_initializer=first), keras.layers.Dense(10, kernel_initializer=second)]
     model = keras.Sequential([keras.Input((64,)), *chain])
@@ -145,7 +145,7 @@ def copies(variable):
 
 
 def main():
-    """Trains, and prints what came out."""
+    """Trains and prints the results."""
     asked.update(json.loads(sys.argv[1]))
     with strategy().scope():
         if asked["what"] == "meta":

@@ -210,7 +210,7 @@ _DRAWN = {
 
 
 def combinations(count, seed=0):
-    """`count` rules in which every option was drawn, those that exclude each other put right."""
+    """Draws every option of `count` rules at random, then repairs conflicting options."""
     rng = np.random.default_rng(seed)
     rules = {}
     for index in range(count):
@@ -242,7 +242,7 @@ def never_chosen(table):
 
 
 def draw_genome(rule, seed=0, population=(), dtype="float64"):
-    """A genome in which no number is a special one."""
+    """A random genome without special values such as 0 or 1."""
     rng = np.random.default_rng(seed)
     leading = (() if rule.layers is None else (rule.layers,)) + tuple(population)
     arrays = {}

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 5))
 Y = (X[:, 0] > 0).astype(int) + (X[:, 1] > 1)
 
-# Distributions whose numbers come of integers, comparisons and exact products: equal to the bit.
+# Distributions computed with integers, comparisons and exact products: equal to the bit.
 EXACT = {
     **{f"function {name}": lambda name=name: tasks.functions(name) for name in function_names()},
     "functions": lambda: tasks.functions(["xor", "circle", "cross"], relabel=True),
