@@ -18,7 +18,7 @@ from keras_blur import arguments
 from keras_blur.core.connection import Connection
 from keras_blur.core.connections.scale import scale_connection
 from keras_blur.core.weightless import Normalize
-from keras_blur.layers.base import Plan, Shape, SynapticLayer, refuse_outer_training
+from keras_blur.layers.base import Plan, Shape, SynapticLayer, check_keywords, refuse_outer_training
 
 Array = Any
 
@@ -384,6 +384,8 @@ class GroupNormalization(_Normalization):
             gamma_constraint=gamma_constraint,
             **kwargs,
         )
+        if groups != -1:
+            arguments.count("groups", groups)
         self.groups = int(groups)
 
     def make_map(self, source: Shape) -> Normalize:
@@ -429,6 +431,7 @@ class RMSNormalization(_Normalization):
     """
 
     def __init__(self, axis: Any = -1, epsilon: float = 1e-6, **kwargs: Any):
+        check_keywords("RMSNormalization", kwargs, self._keywords)
         super().__init__(axis, epsilon, False, True, **kwargs)
 
     def make_map(self, source: Shape) -> Normalize:

@@ -259,3 +259,12 @@ def test_channels_first_is_channels_last_on_moved_axes(name, float64):
     moved, last = (model.layers[3 if place == 0 else 4] for place, model in enumerate(models))
     assert type(moved) is type(last)
     np.testing.assert_allclose(moved(x), np.moveaxis(last(np.moveaxis(x, 1, -1)), -1, 1), rtol=1e-9, atol=1e-12)
+
+
+def test_mistakes_about_normalisation():
+    for groups in (0, -2, 1.5):
+        with pytest.raises(ValueError, match="`groups` must be a positive integer"):
+            kb.layers.GroupNormalization(groups)
+    for name in ("gamma_initializer", "beta_constraint"):
+        with pytest.raises(ValueError, match=f"`{name}` is not an argument of keras_blur's RMSNormalization"):
+            kb.layers.RMSNormalization(**{name: None})
