@@ -4,6 +4,7 @@
 here.
 """
 
+import builtins
 import gc
 import os
 import random
@@ -31,6 +32,15 @@ collect_ignore = [
     "test_readme.py", "test_site.py", "tpu", "training/test_distribution.py", "training/test_duties.py",
     "training/test_resume.py",
 ] if JAX else []  # fmt: skip
+
+
+def pytest_configure(config):
+    """With `--jaxtyping-packages`, functions check arrays against their hints. Only type checkers
+    import jaxtyping, so here the names in the hints become known to all modules."""
+    if config.getoption("--jaxtyping-packages", None):
+        import jaxtyping
+
+        vars(builtins).update({name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Int", "Shaped")})
 
 
 @pytest.fixture(autouse=True)

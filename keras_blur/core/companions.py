@@ -7,13 +7,16 @@ do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_blur.core import equations
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 Array = Any
 Synapses = Mapping[str, Array]
@@ -32,7 +35,7 @@ def companions(rule: Rule, names: tuple[str, ...]) -> dict[str, str]:
     return {**traces, **{name + AVERAGE: name for name in read}}
 
 
-def averaged(genome: Genome, synapses: Synapses, step: Array, learns: bool) -> Synapses:
+def averaged(genome: Genome, synapses: Synapses, step: Int[Array, ""] | int, learns: bool) -> Synapses:
     """The synapses after a step, with their averages moved towards them.
 
     If a layer does not learn, the first step sets its averages to its synapses, and they stay
@@ -51,7 +54,7 @@ def averaged(genome: Genome, synapses: Synapses, step: Array, learns: bool) -> S
     return moved
 
 
-def slow(rule: Rule, synapses: Synapses, step: Array) -> Synapses:
+def slow(rule: Rule, synapses: Synapses, step: Int[Array, ""] | int) -> Synapses:
     """The synapses that `predict` reads: the averages, once there are any."""
     if not rule.slow_synapses:
         return synapses

@@ -24,7 +24,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -37,6 +37,9 @@ from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.core.settling import TermContext, choose, settle
 from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
 
 Array = Any
 Shape = tuple[int, ...]
@@ -133,25 +136,25 @@ class Connection(abc.ABC):
         have one state for all channels.
         """
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         """States `[..., s, batch, *target]` as `[..., s, rows, units]`: positions join the
         batch."""
         return states
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         """The inverse of `rows`."""
         return rows
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
         """A kernel `[..., c, *kernel_shape]` as `[..., c, in, units]`: a column is what one unit
         reads."""
         return kernel
 
-    def kernel(self, matrix: Array, like: Array) -> Array:
+    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The inverse of `matrix`: a kernel of the shape of `like`."""
         return matrix
 
-    def over_readers(self, matrix: Array) -> Array:
+    def over_readers(self, matrix: Float[Array, "*population c in units"]) -> Float[Array, "*population c in #units"]:
         """A matrix `[..., c, in, units]`, each entry added up over the units that read the same
         input.
 
@@ -165,11 +168,11 @@ class Connection(abc.ABC):
         """Whether the rows of a batch may be fewer than the inputs of a unit."""
         return False
 
-    def rows_read(self, states: Array) -> Array:
+    def rows_read(self, states: Array) -> Float[Array, "*population s rows in"]:
         """States that enter `[..., s, batch, *source]` as `[..., s, rows, in]`, if `few_rows`."""
         return states
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         """What the units of each block read, `[..., s, blocks, rows, in]`.
 
         Args:
@@ -184,18 +187,18 @@ class Connection(abc.ABC):
         positions = self.positions_of(source)
         return min(positions, most) if most else positions
 
-    def split(self, matrix: Array) -> Array:
+    def split(self, matrix: Float[Array, "*leading in units"]) -> Float[Array, "*leading blocks in_block units_block"]:
         """A matrix or bias `[..., in, units]` as those of the blocks,
-        `[..., blocks, in, units of a block]`."""
+        `[..., blocks, in_block, units_block]`."""
         return ops.expand_dims(matrix, -3)
 
-    def joined(self, blocks: Array) -> Array:
+    def joined(self, blocks: Float[Array, "*leading blocks in_block units_block"]) -> Float[Array, "*leading in units"]:
         """The inverse of `split`."""
         return ops.squeeze(blocks, -3)
 
     # What follows from it.
 
-    def rows_of(self, states: Array | Parts) -> Array | Parts:
+    def rows_of(self, states: Array | Parts) -> Shaped[Array | Parts, "*population s rows units"]:
         """The rows of states that may be in parts."""
         return mapped(self.rows, states, 1)
 
@@ -203,7 +206,7 @@ class Connection(abc.ABC):
         """Shape of the features of states that enter."""
         return tuple(pre.shape[len(pre.shape) - self.axes :])
 
-    def mixed(self, states: Array | Parts, transform: Array) -> Array:
+    def mixed(self, states: Array | Parts, transform: Float[Array, "... source target"]) -> Array:
         """States that enter, mixed by a transform `[..., source, target]`."""
         if self.axes == 1:
             return equations.mix(states, transform)
@@ -276,7 +279,7 @@ class Connection(abc.ABC):
         """Shape of the running statistics of a rule that normalises over the batch."""
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
 
-    def rounded(self, factor: Array) -> Array:
+    def rounded(self, factor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """A factor rounded to the compute type. Its sums are still formed in the type of the
         states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
@@ -433,8 +436,8 @@ class Connection(abc.ABC):
         post: Array | Parts,
         *,
         prefix: str,
-        step: Array,
-        sample_weight: Array | None,
+        step: Int[Array, ""] | int,
+        sample_weight: Shaped[Array, "... batch"] | None,
         batch: equations.SharedBatch | None = None,
         alone: bool = True,
     ) -> Sums:
@@ -577,7 +580,9 @@ class Connection(abc.ABC):
             return None
         return terms.Groups(rows, most)
 
-    def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:
+    def gram(
+        self, context: TermContext, read: Array, ones: Float[Array, "... 1 1"] | None
+    ) -> Float[Array, "*population c blocks in in"]:
         """The Gram matrices of inputs and bias, `[..., c, blocks, in, in]`."""
         x = self.patches(read, context.source, context.genome.rule.whitening_positions)
         if ones is not None:
@@ -589,7 +594,12 @@ class Connection(abc.ABC):
         return ops.matmul(ops.swapaxes(x, -1, -2), x)
 
     def whitened(
-        self, genome: Genome, sums: Mapping[str, Array], gram: Array, names: Mapping[str, str], examples: Array
+        self,
+        genome: Genome,
+        sums: Mapping[str, Array],
+        gram: Float[Array, "*population c blocks in in"],
+        names: Mapping[str, str],
+        examples: Float[Array, "... 1 1 1"],
     ) -> dict[str, Array]:
         """Eq. W1 on the term of a kernel, with the bias as its last row."""
         damping = equations.per_state(genome.log_damping, gram, 4)
@@ -625,7 +635,7 @@ class Connection(abc.ABC):
             start += part.shape[-2]
         return found
 
-    def of_rows(self, weight: Array, source: Shape) -> Array:
+    def of_rows(self, weight: Shaped[Array, "*population batch"], source: Shape) -> Shaped[Array, "*population 1 rows 1"]:
         """Weights of examples, `[..., batch]`, repeated for rows, `[..., 1, rows, 1]`."""
         positions = self.positions_of(source)
         return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
@@ -641,7 +651,9 @@ class Connection(abc.ABC):
         ones = ops.ones((*shape[: len(shape) - self.axes], *self.target(source)), dtype=states.dtype)
         return self.matrix(self.outer(states, ones, source))
 
-    def update(self, genome: Genome, synapses: Synapses, totals: Sums, *, prefix: str, step: Array) -> dict[str, Array]:
+    def update(
+        self, genome: Genome, synapses: Synapses, totals: Sums, *, prefix: str, step: Int[Array, ""] | int
+    ) -> dict[str, Array]:
         """Equation 7 with the stabilising options: the new synapses, from the sums of `hebbian`."""
         rule = genome.rule
         arrays = genome.arrays

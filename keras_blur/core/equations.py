@@ -16,7 +16,7 @@ as the first. Here `nu` and `mu` are always `[source, target]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -25,6 +25,9 @@ from keras_blur.core.derivatives import mean, tanh, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.core.states import Parts, between, joined, later_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Array = Any
 Activation = str | Callable[[Any], Any]
@@ -46,7 +49,7 @@ class SharedBatch(NamedTuple):
 SYNAPSE_EPSILON = 1e-9
 
 
-def activate(activation: Activation, z: Array) -> Array:
+def activate(activation: Activation, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The nonlinearity of the summed input z: one of `ACTIVATIONS` by name, or an elementwise
     function.
 
@@ -68,7 +71,9 @@ def activate(activation: Activation, z: Array) -> Array:
     return z
 
 
-def value_and_derivative(activation: Activation, z: Array) -> tuple[Array, Callable[[], Array]]:
+def value_and_derivative(
+    activation: Activation, z: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Callable[[], Float[Array, "*shape"]]]:
     """The nonlinearity of the summed input z, and a function that computes its derivative there.
 
     Example:
@@ -106,20 +111,24 @@ def per_state(number: Array, like: Array, trailing: int) -> Array:
     return ops.reshape(number, tuple(number.shape) + (1,) * trailing)
 
 
-def scalar(number: Array, like: Array) -> Array:
+def scalar(number: Float[Array, "*population"] | float, like: Array) -> Float[Array, "*population 1 1 1"]:
     """A genome number `[...]` shaped to multiply states or kernels `[..., k, rows, columns]`."""
     return per_state(number, like, 3)
 
 
-def times(number: Array, states: Array) -> Array:
+def times(
+    number: Float[Array, "*#population"], states: Float[Array, "*#population k rows columns"]
+) -> Float[Array, "*population k rows columns"]:
     """Arrays `[..., k, rows, columns]` times a genome number; unchanged, if it is known to be 1."""
     if isinstance(number, (np.ndarray, np.generic)) and np.all(number == 1.0):
         return states
     return scalar(number, states) * states
 
 
-def mix(states: Array | Parts, transform: Array) -> Array:
-    """The states `[..., k, batch, units]` mixed by a transform `[..., source, target]`.
+def mix(
+    states: Float[Array | Parts, "*#population s batch units"], transform: Float[Array, "*#population source target"]
+) -> Float[Array, "*population target batch units"]:
+    """The states `[..., s, batch, units]` mixed by a transform `[..., source, target]`.
 
     In an array of fewer states, such as the input layer, the other states are zero. If the numbers
     of a transform are known and few of them are not zero, only those cost anything.
@@ -144,7 +153,9 @@ def mix(states: Array | Parts, transform: Array) -> Array:
     return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
 
 
-def mix_one(states: Array, transform: Array) -> Array:
+def mix_one(
+    states: Float[Array, "*#population #target batch units"], transform: Float[Array, "*#population source target"]
+) -> Float[Array, "*population target batch units"]:
     """Multiplies `[..., s, batch, units]` by the first row of a transform; s is 1, or one entry for
     each target."""
     row = transform[..., 0, :]
@@ -168,14 +179,14 @@ def _mix_sparse(states: Array | Parts, transform: np.ndarray) -> Array:
     return columns[0] if len(columns) == 1 else ops.concatenate(columns, axis=-3)
 
 
-def swapped(transform: Array) -> Array:
+def swapped(transform: Float[Array, "*population source target"]) -> Float[Array, "*population target source"]:
     """A transform with its two axes exchanged. If its numbers are known, they stay known."""
     if isinstance(transform, np.ndarray):
         return np.swapaxes(transform, -1, -2)
     return ops.swapaxes(ops.convert_to_tensor(transform), -1, -2)
 
 
-def sources(*transforms: Array) -> int:
+def sources(*transforms: Float[Array, "... source _"]) -> int:
     """How many states transforms `[..., source, target]` read: up to the last source with a number
     that is not zero.
 
@@ -195,7 +206,9 @@ def sources(*transforms: Array) -> int:
     return last
 
 
-def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Array, Array]:
+def moments(
+    rule: Rule, z: Float[Array, "*population s batch units"], batch: SharedBatch | None = None
+) -> tuple[Float[Array, "*population s #batch #units"], Float[Array, "*population s #batch #units"]]:
     """Mean and variance of the summed input over the normalisation axis; over the whole batch, if
     devices share it."""
     axis = -2 if rule.normalization_axis == "batch" else -1
@@ -207,7 +220,13 @@ def moments(rule: Rule, z: Array, batch: SharedBatch | None = None) -> tuple[Arr
     return centre, mean(ops.square(z - centre), axis, keepdims=True)
 
 
-def normalize(rule: Rule, z: Array, scale: Array, shift: Array, statistics: tuple[Array, Array]) -> Array:
+def normalize(
+    rule: Rule,
+    z: Float[Array, "*#population s batch units"],
+    scale: Float[Array, "*#population s"],
+    shift: Float[Array, "*#population s"],
+    statistics: tuple[Float[Array, "*#population s #batch #units"], Float[Array, "*#population s #batch #units"]],
+) -> Float[Array, "*population s batch units"]:
     """Section 3.4: the summed input brought to a learned mean and deviation, before the
     nonlinearity."""
     mean, variance = statistics
@@ -235,25 +254,30 @@ def forward_neurons(
     rule: Rule,
     genome: Genome,
     activation: Activation,
-    z: Array,
-    old: Array | None,
-    statistics: tuple[Array, Array] | None,
+    z: Float[Array, "*#population s batch units"],
+    old: Float[Array, "*#population k batch units"] | None,
+    statistics: tuple[Float[Array, "*#population s #batch #units"], Float[Array, "*#population s #batch #units"]] | None,
     batch: SharedBatch | None = None,
-) -> tuple[Array | Parts, tuple[Array, Array] | None]:
+) -> tuple[
+    Float[Array | Parts, "*population k batch units"],
+    tuple[Float[Array, "*#population s #batch #units"], Float[Array, "*#population s #batch #units"]] | None,
+]:
     """Equation 5: new neuron states of a layer from their summed input.
 
     Args:
         rule: the options.
         genome: the layer's genome.
         activation: the layer's nonlinearity.
-        z: summed input, `[..., k, batch, units]`; without state 2 if `rule.derivative_state`.
-        old: the states before, or `None` for zeros.
-        statistics: mean and variance to normalise with; `None` takes those of z.
+        z: summed input, `[..., s, batch, units]`, of all k states; without state 2 if
+            `rule.derivative_state`.
+        old: the states before, `[..., k, batch, units]`, or `None` for zeros.
+        statistics: mean and variance to normalise with, each `[..., s, 1, units]`, or
+            `[..., s, batch, 1]` over units; `None` takes those of z.
         batch: the batch, if z belongs to a part of it.
 
     Returns:
-        The states, in parts if `rule.derivative_state`, and the statistics that were used (`None`
-        if this pass does not normalise).
+        The states `[..., k, batch, units]`, in parts if `rule.derivative_state`, and the statistics
+        that were used (`None` if this pass does not normalise).
     """
     if rule.normalize_activations in ("forward", "both"):
         statistics = moments(rule, z, batch) if statistics is None else statistics
@@ -276,8 +300,12 @@ def forward_neurons(
 
 
 def backward_neurons(
-    rule: Rule, genome: Genome, z: Array, old: Array | Parts, batch: SharedBatch | None = None
-) -> Array | Parts:
+    rule: Rule,
+    genome: Genome,
+    z: Float[Array, "*#population s batch units"],
+    old: Float[Array | Parts, "*#population k batch units"],
+    batch: SharedBatch | None = None,
+) -> Float[Array | Parts, "*population k batch units"]:
     """Equation 6: new neuron states from what came back, z, and from the states of the forward
     pass, old.
 
@@ -303,7 +331,9 @@ def backward_neurons(
     return activate(rule.backward, new)
 
 
-def inverse_norm(genome: Genome, energy: Array) -> Array:
+def inverse_norm(
+    genome: Genome, energy: Float[Array, "*#population c rows columns"]
+) -> Float[Array, "*population c rows columns"]:
     """The factor that brings synapses of this energy (sum of squares) to unit norm, times the
     learned rescaling.
 
@@ -316,7 +346,9 @@ def inverse_norm(genome: Genome, energy: Array) -> Array:
     return inverse
 
 
-def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
+def update_gate(
+    rule: Rule, genome: Genome, gate: Float[Array, "*#population"] | float, step: Int[Array, ""] | int
+) -> Float[Array, "*population"] | float:
     """The synapse update gate eta~ at a learning step, with its decay.
 
     Example:
@@ -333,7 +365,7 @@ def update_gate(rule: Rule, genome: Genome, gate: Array, step: Array) -> Array:
     return gate * ops.exp(-power * ops.log1p(time))  # (1 + t / steps)^-p
 
 
-def averaging_share(genome: Genome, step: Array) -> Array:
+def averaging_share(genome: Genome, step: Int[Array, ""] | int) -> Float[Array, "*population"]:
     """The weight of the new value in an average with polynomial decay, at a learning step; 1 at
     step 0.
 
@@ -345,7 +377,13 @@ def averaging_share(genome: Genome, step: Array) -> Array:
     return (breadth + 1.0) / (time + 1.0 + breadth)
 
 
-def remembered_share(rule: Rule, step: Array, running: Array, fresh: tuple[Array, Array], examples: Array) -> Array:
+def remembered_share(
+    rule: Rule,
+    step: Int[Array, ""],
+    running: Float[Array, "k 1 units"],
+    fresh: tuple[Float[Array, "k 1 units"], Float[Array, "k 1 units"]],
+    examples: Float[Array, ""],
+) -> Float[Array, ""]:
     """The weight of the old value in running statistics of the summed input; a scalar.
 
     While the synapses stay, the statistics are those of all batches, up to a limit. Sampling
@@ -379,7 +417,9 @@ def remembered_share(rule: Rule, step: Array, running: Array, fresh: tuple[Array
 _TINY = 1e-30  # stands for zero in a divisor
 
 
-def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | float:
+def oja_strength(
+    rule: Rule, multiplier: Float[Array, "*population"] | None, like: Array
+) -> Float[Array, "*population 1 1 1"] | float:
     """The factors of Oja's term that do not depend on the synapse, shaped to multiply arrays like
     `like`."""
     if multiplier is None:
@@ -389,19 +429,19 @@ def oja_strength(rule: Rule, multiplier: Array | None, like: Array) -> Array | f
 
 def new_synapse(
     rule: Rule,
-    old: Array,
-    change: Array,
-    shrink: Array | None,
+    old: Float[Array, "*#population c in units"],
+    change: Float[Array, "*#population #c in units"],
+    shrink: Float[Array, "*#population c #in #units"] | None,
     *,
-    keep: Array,
-    gate: Array,
-    saturation: Array | None,
-) -> Array:
+    keep: Float[Array, "*#population"],
+    gate: Float[Array, "*#population"],
+    saturation: Float[Array, "*#population"] | None,
+) -> Float[Array, "*population c in units"]:
     """Equation 7 with its stabilisers: a kernel (or bias) after one learning step.
 
     Args:
         rule: the options.
-        old: the kernel.
+        old: the kernel as a matrix, `[..., c, in, units]`, or the bias, `[..., c, 1, units]`.
         change: the Hebbian term times the update gate, eta~ H.
         shrink: Oja's factor, `sum_r w_rj^2` or `(mu~ a_j)^2` with its multipliers, or `None`.
         keep: the gate f~.

@@ -12,13 +12,16 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_blur.core.derivatives import tanh
 from keras_blur.core.losses import SUMS, FunctionLoss, as_keras, mask_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 TARGETS = ("classes", "indicators", "signs", "values")
@@ -120,7 +123,7 @@ def target_kind(loss: keras.losses.Loss) -> str:
     return "hinge" if "Hinge" in name else "values"
 
 
-def encode(y: Array, units: int, kind: str) -> Array:
+def encode(y: Array, units: int, kind: str) -> Float[Array, "batch {units}"]:
     """Labels as the output layer receives them: `[batch, units]`, with +1 for the true class and -1
     for others.
 
@@ -219,10 +222,10 @@ def _axes(axis: Any) -> set[int]:
 def error(
     loss: keras.losses.Loss,
     y: Array,
-    prediction: Array,
-    sample_weight: Array | None = None,
+    prediction: Float[Array, "*population batch units"],
+    sample_weight: Shaped[Array, " batch"] | Shaped[Array, "batch 1"] | None = None,
     total: Callable[[Array], Array] | None = None,
-) -> Array:
+) -> Float[Array, "*population batch units"]:
     """The derivative of a Keras loss by the prediction, with weights, masks and reduction.
 
     It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a

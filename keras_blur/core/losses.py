@@ -8,12 +8,15 @@ only here. The mean of the losses that `per_example` returns is the number that 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_blur.backend import mean, replicas
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 SUMS = (None, "none", "sum")  # `fit` descends the sum of a loss without a reduction
@@ -57,7 +60,9 @@ def _takes_two(function: Any) -> bool:
     return True
 
 
-def per_example(loss: keras.losses.Loss, y: Array, prediction: Array) -> Array:
+def per_example(
+    loss: keras.losses.Loss, y: Array, prediction: Shaped[Array, "batch ..."]
+) -> Float[Array, " batch"] | Float[Array, ""]:
     """The loss of each example: its mean over the batch is the loss that Keras's `fit` minimises.
 
     Args:
@@ -148,11 +153,13 @@ class ExampleLosses:
         self.loss = loss
         self.predictions: list[Array] = []
 
-    def __call__(self, y: Array, prediction: Array) -> Array:
+    def __call__(self, y: Array, prediction: Shaped[Array, "batch ..."]) -> Float[Array, " batch"] | Float[Array, ""]:
         self.predictions.append(prediction)
         return per_example(self.loss, y, prediction)
 
-    def smoothed(self, y: Array, prediction: Array, spread: Array) -> Array:
+    def smoothed(
+        self, y: Shaped[Array, "batch ..."], prediction: Shaped[Array, "batch ..."], spread: Float[Array, ""]
+    ) -> Float[Array, " batch"] | Float[Array, ""]:
         """The losses with label smoothing, like the `label_smoothing` of Keras's losses.
 
         Args:

@@ -19,7 +19,7 @@ the connection that reads them, as published; if several read them, by that of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -30,6 +30,9 @@ from keras_blur.core.connection import Shape, Sums, Synapses
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
 from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 Array = Any
 Statistics = tuple[Array, Array] | None
@@ -175,7 +178,7 @@ def step(
     x: Inputs,
     feedback: Callable[[Any], Any],
     *,
-    sample_weight: Array | None = None,
+    sample_weight: Shaped[Array, "... batch"] | None = None,
     batch: equations.SharedBatch | None = None,
     training: bool = True,
 ) -> StepResult:

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 Array = Any
 Shape = tuple[Any, ...]
 
 
-def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape) -> Array:
+def unfold(
+    x: Shaped[Array, "... channels"], size: Shape, strides: Shape, padding: str, dilation: Shape
+) -> Shaped[Array, "... taps channels"]:
     """The patches that a convolution reads, `[..., *positions, taps, channels]`, of
     `[..., *spatial, channels]`.
 
@@ -29,7 +34,9 @@ def unfold(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape)
     return ops.stack(taps(x, size, strides, padding, dilation), axis=-2)
 
 
-def taps(x: Array, size: Shape, strides: Shape, padding: str, dilation: Shape, outside: float = 0.0) -> list[Array]:
+def taps(
+    x: Shaped[Array, "... channels"], size: Shape, strides: Shape, padding: str, dilation: Shape, outside: float = 0.0
+) -> list[Shaped[Array, "*positions channels"]]:
     """What each tap of a window reads, `[..., *positions, channels]`, of `[..., *spatial,
     channels]`.
 
@@ -74,7 +81,9 @@ def positions(length: int, size: int, stride: int, padding: str, rate: int) -> i
     return (length - (size - 1) * rate - 1) // stride + 1
 
 
-def thinned(rows: Array, positions: int, most: int) -> Array:
+def thinned(
+    rows: Shaped[Array, "*leading rows features"], positions: int, most: int
+) -> Shaped[Array, "*leading kept features"]:
     """Keeps at most `most` positions of each example, evenly spaced, of rows
     `[..., batch * positions, features]`.
 

@@ -19,6 +19,8 @@ from keras_blur.core import equations, terms
 from keras_blur.core.genome import Genome
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from keras_blur.core.connection import Connection
 
 Array = Any
@@ -43,7 +45,7 @@ class TermContext(NamedTuple):
     genome: Genome
     source: Shape
     weight: Array | None
-    dtype: str
+    dtype: Any
     groups: terms.Groups | None
     orthogonal: bool
 
@@ -52,15 +54,15 @@ class TermContext(NamedTuple):
         """Whether anything is done to terms while their rows are at hand."""
         return self.groups is not None or self.orthogonal
 
-    def damping(self, like: Array) -> Array:
+    def damping(self, like: Array) -> Float[Array, "*population 1 1 1 1"]:
         """The damping of the inputs' correlations, `[..., 1, 1, 1, 1]`."""
         return ops.exp(equations.per_state(self.genome.log_damping, like, 4))
 
-    def root(self, connection: Connection) -> Array | None:
+    def root(self, connection: Connection) -> Float[Array, "*population 1 rows 1"] | None:
         """Square roots of the weights of rows, `[..., 1, rows, 1]`."""
         return None if self.weight is None else ops.sqrt(ops.abs(connection.of_rows(self.weight, self.source)))
 
-    def examples(self, connection: Connection, post: Array) -> Array:
+    def examples(self, connection: Connection, post: Float[Array, "... rows units"]) -> Float[Array, "*population 1 1 1"]:
         """The number of examples, `[..., 1, 1, 1]`; the sum of their weights, if they have
         weights."""
         if self.weight is None:
@@ -69,7 +71,7 @@ class TermContext(NamedTuple):
         size = ops.sum(ops.abs(ops.cast(self.weight, self.dtype)), axis=-1)
         return ops.reshape(size, (*size.shape, 1, 1, 1))
 
-    def examples_of(self, groups: terms.Groups, connection: Connection) -> Array:
+    def examples_of(self, groups: terms.Groups, connection: Connection) -> Float[Array, "*blocks 1 1"]:
         """The number of examples of each group, `[..., 1, groups, 1, 1]`, or `[1, 1, 1]` if all
         groups are equally large."""
         positions = connection.positions_of(self.source)
@@ -85,8 +87,8 @@ def settle(
     connection: Connection,
     context: TermContext,
     read: Array,
-    ones: Array | None,
-    senders: Array,
+    ones: Float[Array, "*#population #c 1 1"] | None,
+    senders: Float[Array, "*#population c rows units"],
     whole: Callable[[Array], dict[str, Array]],
     names: Mapping[str, str],
 ) -> dict[str, Array]:

@@ -9,9 +9,12 @@ backward pass reads separately is never joined, and a derivative takes no memory
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 Array = Any
 
@@ -81,7 +84,7 @@ class Parts:
         return Parts(features, [later(part) if callable(part) else function(part) for part in self.parts])
 
 
-def joined(states: Array | Parts) -> Array:
+def joined(states: Shaped[Array | Parts, "*shape"]) -> Shaped[Array, "*shape"]:
     """The states as one array."""
     return states.between(0, states.shape[-2 - states.features]) if isinstance(states, Parts) else states
 

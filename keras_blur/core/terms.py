@@ -32,11 +32,14 @@ products.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras import ops
 
 from keras_blur.backend import solve_positive
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Array = Any
 
@@ -48,7 +51,12 @@ _FIRST, _OTHERS = (2.8, -2.2, 0.0), (3.4445, -4.7750, 2.0315)
 _TINY = 1e-30  # stands for zero in a divisor
 
 
-def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array:
+def whitened(
+    gram: Float[Array, "*#blocks in in"],
+    term: Float[Array, "*#blocks in units"],
+    damping: Float[Array, "*#blocks 1 1"],
+    examples: Float[Array, "*#blocks 1 1"] | float | int,
+) -> Float[Array, "*blocks in units"]:
     """Eq. W1: the term with decorrelated inputs, by the system of the features.
 
     Args:
@@ -66,7 +74,12 @@ def whitened(gram: Array, term: Array, damping: Array, examples: Array) -> Array
     return solve_positive(_damped(gram, damping, examples), term)
 
 
-def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Array) -> Array:
+def whitened_senders(
+    inner: Float[Array, "*#blocks rows rows"],
+    senders: Float[Array, "*#blocks rows units"],
+    damping: Float[Array, "*#blocks 1 1"],
+    examples: Float[Array, "*#blocks 1 1"] | float | int,
+) -> Float[Array, "*blocks rows units"]:
     """Eq. W2: an array in place of D, `[..., rows, units]`, such that `X^T` times it is the
     whitened term.
 
@@ -79,7 +92,13 @@ def whitened_senders(inner: Array, senders: Array, damping: Array, examples: Arr
     return solve_positive(_damped(inner, damping, examples), senders)
 
 
-def responses(inner: Array, senders: Array, whitened: Array, damping: Array, examples: Array) -> Array:
+def responses(
+    inner: Float[Array, "*#blocks rows rows"],
+    senders: Float[Array, "*#blocks rows units"],
+    whitened: Float[Array, "*#blocks rows units"],
+    damping: Float[Array, "*#blocks 1 1"],
+    examples: Float[Array, "*#blocks 1 1"] | float | int,
+) -> Float[Array, "*blocks rows units"]:
     """`X X^T W` for whitened senders W, without the product: by eq. W2 it is `s (D - damping W)`.
 
     Args:
@@ -134,7 +153,7 @@ class Groups(NamedTuple):
     def _count(self) -> Any:
         return -(-self.rows // self.size)
 
-    def apart(self, x: Array) -> Array:
+    def apart(self, x: Float[Array, "*leading rows n"]) -> Float[Array, "*leading groups size n"]:
         """`[..., rows, n]` as `[..., groups, size, n]`."""
         if self.single:
             return ops.expand_dims(x, -3)
@@ -143,7 +162,7 @@ class Groups(NamedTuple):
             x = ops.pad(x, (*((0, 0),) * (len(x.shape) - 2), (0, more), (0, 0)))
         return ops.reshape(x, (*ops.shape(x)[:-2], self._count, self.size, x.shape[-1]))
 
-    def together(self, x: Array) -> Array:
+    def together(self, x: Float[Array, "*leading groups size n"]) -> Float[Array, "*leading rows n"]:
         """The inverse of `apart`."""
         if self.single:
             return ops.squeeze(x, -3)
@@ -151,14 +170,18 @@ class Groups(NamedTuple):
         x = ops.reshape(x, (*shape[:-3], shape[-3] * shape[-2], x.shape[-1]))
         return x if self.full else x[..., : self.rows, :]
 
-    def present(self, dtype: str) -> Array:
+    def present(self, dtype: Any) -> Float[Array, "groups size 1"]:
         """1 for each row, and 0 where a group is filled up: `[groups, size, 1]`."""
         return self.apart(ops.ones((self.rows, 1), dtype=dtype))
 
 
 def frobenius(
-    parts: Sequence[Array], shape: tuple[int, int, int], *, times: Array | float = 1.0, moderate: bool = False
-) -> list[Array]:
+    parts: Sequence[Float[Array, "*#leading _ columns"]],
+    shape: tuple[int, int, int],
+    *,
+    times: Float[Array, "*#leading 1 1"] | float = 1.0,
+    moderate: bool = False,
+) -> list[Float[Array, "*leading _ columns"]]:
     """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
 
     Args:
@@ -183,7 +206,7 @@ def frobenius(
     return [part * factor for part in parts]
 
 
-def orthogonal(term: Array, iterations: int) -> Array:
+def orthogonal(term: Float[Array, "*blocks in units"], iterations: int) -> Float[Array, "*blocks in units"]:
     """Eq. N2: a term at Frobenius norm 1 whose singular values went through the iterations.
 
     It uses products only, so it compiles everywhere and has a gradient. A term of zeros has no
@@ -207,7 +230,9 @@ def orthogonal(term: Array, iterations: int) -> Array:
     return ops.swapaxes(x, -1, -2) if rows < columns else x
 
 
-def orthogonal_senders(senders: Array, responses: Array, iterations: int) -> Array:
+def orthogonal_senders(
+    senders: Float[Array, "*#blocks rows units"], responses: Float[Array, "*#blocks rows units"], iterations: int
+) -> Float[Array, "*blocks rows units"]:
     """Eq. N2 by the system of the rows: an array in place of D, `[..., rows, units]`.
 
     All iterates are `X^T M D` with M a polynomial in `P = D (X X^T D)^T`.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
@@ -29,6 +29,9 @@ from keras_blur.core.derivatives import jvp, mean, transpose, vjp
 from keras_blur.core.equations import SharedBatch
 from keras_blur.core.patches import taps
 from keras_blur.core.states import first_states, later_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -416,7 +419,9 @@ def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:
     return cast
 
 
-def drop_mask(seed: Array, rate: float, rows: Any, shape: Shape, noise_shape: Sequence[int | None], dtype: Any) -> Array:
+def drop_mask(
+    seed: Int[Array, " 2"], rate: float, rows: Any, shape: Shape, noise_shape: Sequence[int | None], dtype: Any
+) -> Float[Array, "rows ..."]:
     """The factors of a dropout, `[rows, *shape]`: 0, or the inverse of the fraction that stays.
 
     Args:

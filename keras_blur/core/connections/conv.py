@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import coarser, positions, thinned, unfold
 from keras_blur.core.states import between
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 
@@ -81,23 +84,23 @@ class Convolution(Connection):
         ]
         return self._shape_stored((*spatial, self.units))
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         states = self._last(states)
         shape = ops.shape(states)
         return ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, self.units))
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         target = self._shape_last(self.target(source))
         return self._stored_order(ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *target)))
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
         shape = ops.shape(kernel)
         return ops.reshape(kernel, (*shape[: len(shape) - self.axes - 1], -1, self.units))
 
-    def kernel(self, matrix: Array, like: Array) -> Array:
+    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return ops.reshape(matrix, ops.shape(like))
 
-    def over_readers(self, matrix: Array) -> Array:
+    def over_readers(self, matrix: Float[Array, "*population c in units"]) -> Float[Array, "*population c in #units"]:
         if self.groups == 1:
             return super().over_readers(matrix)
         each = self.units // self.groups
@@ -146,7 +149,7 @@ class Convolution(Connection):
         patches = ops.moveaxis(patches, -2, -4)  # [..., groups, rows, taps, in]
         return ops.reshape(patches, (*ops.shape(patches)[:-2], taps * (channels // self.groups)))
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         counts = self._shape_last(self.target(source))[:-1]
         strides = [stride * by for stride, by in zip(self.strides, coarser(counts, most), strict=True)]
         return self._grouped(self._last(states), tuple(strides))
@@ -156,11 +159,11 @@ class Convolution(Connection):
         by = coarser(counts, most)
         return math.prod(-(-count // each) for count, each in zip(counts, by, strict=True))
 
-    def split(self, matrix: Array) -> Array:
+    def split(self, matrix: Float[Array, "*leading in units"]) -> Float[Array, "*leading blocks in_block units_block"]:
         shape = ops.shape(matrix)
         return ops.moveaxis(ops.reshape(matrix, (*shape[:-1], self.groups, self.units // self.groups)), -2, -3)
 
-    def joined(self, blocks: Array) -> Array:
+    def joined(self, blocks: Float[Array, "*leading blocks in_block units_block"]) -> Float[Array, "*leading in units"]:
         together = ops.moveaxis(blocks, -3, -2)
         return ops.reshape(together, (*ops.shape(together)[:-2], self.units))
 
@@ -218,19 +221,19 @@ class TransposedConnection(Convolution):
                 lengths.append((length - 1) * stride + reach - 2 * cut + more)
         return self._shape_stored((*lengths, self.units))
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
         kernel = ops.swapaxes(kernel, -1, -2)
         shape = ops.shape(kernel)
         return ops.reshape(kernel, (*shape[: len(shape) - self.axes - 1], -1, self.units))
 
-    def kernel(self, matrix: Array, like: Array) -> Array:
+    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         *lead, units, inputs = ops.shape(like)
         return ops.swapaxes(ops.reshape(matrix, (*lead, inputs, units)), -1, -2)
 
     def kept(self, source: Shape, most: int) -> int:
         return Connection.kept(self, source, most)
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         """As in `Connection`. A transposed convolution has no patches to gather, so a one-hot
         kernel for each tap and channel copies the input to where it is read."""
         inputs = self._shape_last(source)[-1]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import thinned
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 
@@ -38,13 +41,13 @@ class DenseConnection(Connection):
     def target(self, source: Shape) -> Shape:
         return (*self.positions, self.units)
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         if not self.positions:
             return states
         shape = ops.shape(states)
         return ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, shape[-1]))
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         return self._placed(rows, self.units)
 
     def _placed(self, rows: Array, units: int) -> Array:
@@ -67,10 +70,10 @@ class DenseConnection(Connection):
     def few_rows(self) -> bool:
         return True
 
-    def rows_read(self, states: Array) -> Array:
+    def rows_read(self, states: Array) -> Float[Array, "*population s rows in"]:
         return self.rows(states)
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         return ops.expand_dims(thinned(self.rows(states), math.prod(self.positions), most), -3)
 
     def _read(self, states: Array, source: Shape) -> Array:

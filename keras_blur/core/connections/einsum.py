@@ -10,13 +10,16 @@ import dataclasses
 import itertools
 import math
 import string
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import thinned
 from keras_blur.core.states import between
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 
@@ -82,26 +85,26 @@ class EinsumConnection(Connection):
         ahead = len(array.shape) - len(known)
         return ops.transpose(array, [*range(ahead), *(ahead + known.index(letter) for letter in order)])
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         states = self._permuted(states, self.outputs[1:], self._order)
         shape = ops.shape(states)
         return ops.reshape(states, (*shape[: len(shape) - self.target_axes - 1], -1, self.units))
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         states = ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *(self._size[letter] for letter in self._order)))
         return self._permuted(states, self._order, self.outputs[1:])
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
         kernel = self._permuted(kernel, self.weights, self._matrix_order)
         shape = ops.shape(kernel)
         return ops.reshape(kernel, (*shape[: len(shape) - len(self.weights)], -1, self.units))
 
-    def kernel(self, matrix: Array, like: Array) -> Array:
+    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         lead = ops.shape(like)[: len(like.shape) - len(self.weights)]
         kernel = ops.reshape(matrix, (*lead, *(self._size[letter] for letter in self._matrix_order)))
         return self._permuted(kernel, self._matrix_order, self.weights)
 
-    def over_readers(self, matrix: Array) -> Array:
+    def over_readers(self, matrix: Float[Array, "*population c in units"]) -> Float[Array, "*population c in #units"]:
         order, shape = self._matrix_order, ops.shape(matrix)
         whole = ops.reshape(matrix, (*shape[:-2], *(self._size[letter] for letter in order)))
         summed = [place - len(order) for place, letter in enumerate(order) if letter not in self.inputs]
@@ -116,7 +119,7 @@ class EinsumConnection(Connection):
     def _count(self, letters: str) -> int:
         return math.prod(self._size[letter] for letter in letters)
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         read = "".join(letter for letter in self.weights if letter not in self.outputs)
         shared = "".join(letter for letter in self.inputs[1:] if letter in self.outputs and letter not in self.weights)
         summed = [
@@ -131,7 +134,7 @@ class EinsumConnection(Connection):
         apart = ops.moveaxis(ops.reshape(states, (*lead, -1, blocks, positions, inputs)), -3, -4)
         return thinned(ops.reshape(apart, (*lead, blocks, -1, inputs)), positions, most)
 
-    def split(self, matrix: Array) -> Array:
+    def split(self, matrix: Float[Array, "*leading in units"]) -> Float[Array, "*leading blocks in_block units_block"]:
         lead, rows = ops.shape(matrix)[:-2], matrix.shape[-2]
         apart = ops.reshape(matrix, (*lead, rows, *(self._size[letter] for letter in self.own)))
         rest = "".join(letter for letter in self.own if letter not in self._blocks)
@@ -139,7 +142,7 @@ class EinsumConnection(Connection):
         apart = ops.reshape(apart, (*lead, rows, self._count(self._blocks), self._count(rest)))
         return ops.moveaxis(apart, -2, -3)
 
-    def joined(self, blocks: Array) -> Array:
+    def joined(self, blocks: Float[Array, "*leading blocks in_block units_block"]) -> Float[Array, "*leading in units"]:
         together = ops.moveaxis(blocks, -3, -2)
         lead, rows = ops.shape(together)[:-3], together.shape[-3]
         rest = "".join(letter for letter in self.own if letter not in self._blocks)
@@ -189,7 +192,7 @@ class EinsumConnection(Connection):
 
 
 def einsum_connection(
-    equation: str, source: Shape, output_shape: Shape, bias_axes: str | None, activation: Any
+    equation: str, source: Shape, output_shape: tuple[int | None, ...], bias_axes: str | None, activation: Any
 ) -> EinsumConnection:
     """The connection of a Keras EinsumDense.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
@@ -17,6 +17,9 @@ from keras_blur.core.derivatives import transpose
 from keras_blur.core.genome import Genome
 from keras_blur.core.settling import TermContext
 from keras_blur.core.states import between
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 Array = Any
 
@@ -51,11 +54,11 @@ class EmbeddingConnection(Connection):
     def target(self, source: Shape) -> Shape:
         return (*source, self.units)
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         shape = ops.shape(states)
         return ops.reshape(states, (*shape[: len(shape) - self.target_axes - 1], -1, self.units))
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         return ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *source, self.units))
 
     def gram(self, context: TermContext, read: Array, ones: Array | None) -> Array:

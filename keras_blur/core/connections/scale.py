@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_blur.core.connection import Connection, Shape
 from keras_blur.core.patches import thinned
 from keras_blur.core.rule import Rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 Array = Any
 
@@ -58,12 +61,12 @@ class ScaleConnection(Connection):
             return states
         return ops.transpose(states, [*range(ahead), *(ahead + axis for axis in order)])
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
         states = self._ordered(states)
         shape = ops.shape(states)
         return ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, self.units))
 
-    def features(self, rows: Array, source: Shape) -> Array:
+    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
         order = [*self._shared, *self.own]
         states = ops.reshape(rows, (*ops.shape(rows)[:-2], -1, *(self.shape[axis] for axis in order)))
         if order == sorted(order):
@@ -71,24 +74,24 @@ class ScaleConnection(Connection):
         ahead = len(states.shape) - self.axes
         return ops.transpose(states, [*range(ahead), *(ahead + order.index(axis) for axis in range(self.axes))])
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
         shape = ops.shape(kernel)
         return ops.reshape(kernel, (*shape[: len(shape) - len(self.own)], 1, self.units))
 
-    def kernel(self, matrix: Array, like: Array) -> Array:
+    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return ops.reshape(matrix, ops.shape(like))
 
-    def over_readers(self, matrix: Array) -> Array:
+    def over_readers(self, matrix: Float[Array, "*population c in units"]) -> Float[Array, "*population c in #units"]:
         return matrix
 
-    def patches(self, states: Array, source: Shape, most: int) -> Array:
+    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
         rows = thinned(self.rows(states), self.positions_of(source), most)
         return ops.expand_dims(ops.swapaxes(rows, -1, -2), -1)
 
-    def split(self, matrix: Array) -> Array:
+    def split(self, matrix: Float[Array, "*leading in units"]) -> Float[Array, "*leading blocks in_block units_block"]:
         return ops.expand_dims(ops.swapaxes(matrix, -1, -2), -1)
 
-    def joined(self, blocks: Array) -> Array:
+    def joined(self, blocks: Float[Array, "*leading blocks in_block units_block"]) -> Float[Array, "*leading in units"]:
         return ops.swapaxes(ops.squeeze(blocks, -1), -1, -2)
 
     def product(self, kernel: Array, x: Array) -> Array:
