@@ -225,7 +225,7 @@ def einsum_connection(
             f"`equation` must have a letter for each axis of the input, of shape (batch, {str(source)[1:-1]}). "
             f"Received: equation={equation!r}"
         )
-    known = dict(zip(inputs[1:], source, strict=True))
+    known: dict[str, Any] = dict(zip(inputs[1:], source, strict=True))
     told = [
         letter for letter in outputs[1:] if letter not in letters
     ]  # Keras's `output_shape` omits the axes of the ellipsis
