@@ -11,7 +11,7 @@ CALLS = [
     "wrong_shapes.py",
     *(f"test_twin.py::test_step_agrees[{name}]" for name in ("pair_normalized", "whitening_rows_orthogonal_3")),
     "test_connections.py::test_a_convolution_is_dense_on_patches[2-size0-strides0-valid-dilation0-shape0]",
-    "test_connections.py::test_a_population_is_a_loop_over_members[conv groups-2]",
+    "test_connections.py::test_a_population_is_a_loop_over_members[dense-2]",
     "test_feedback.py::test_encode",
     "test_weightless.py::test_normalisation[batch]",
 ]
