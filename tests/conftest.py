@@ -25,7 +25,7 @@ import pytest
 collect_ignore = [
     "learners/test_single_output.py", "learners/test_same_learners.py", "learners/test_online.py",
     "learners/test_meta_learners.py", "learners/test_identity.py", "checks", "replicas.py", "core/test_losses.py",
-    "core/test_singular.py", "genomes", "meta/test_estimates_on_jax.py", "meta/test_memorisation.py",
+    "core/test_shapes.py", "core/test_singular.py", "genomes", "meta/test_estimates_on_jax.py", "meta/test_memorisation.py",
     "meta/test_meta_estimators.py", "meta/test_meta_trainer.py", "meta/test_on_arrays.py", "meta/test_warp.py",
     "models/test_on_tensorflow.py", "tasks/test_two_backends.py", "test_claims.py", "test_compiled.py",
     "test_examples.py", "test_files.py", "test_fuzz.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py",
