@@ -380,8 +380,8 @@ def averaging_share(genome: Genome, step: Int[Array, ""] | int) -> Float[Array, 
 def remembered_share(
     rule: Rule,
     step: Int[Array, ""],
-    running: Float[Array, "k 1 units"],
-    fresh: tuple[Float[Array, "k 1 units"], Float[Array, "k 1 units"]],
+    running: Float[Array, "s 1 units"],
+    fresh: tuple[Float[Array, "s 1 units"], Float[Array, "s 1 units"]],
     examples: Float[Array, ""],
 ) -> Float[Array, ""]:
     """The weight of the old value in running statistics of the summed input; a scalar.
