@@ -37,7 +37,7 @@ class MAML(BaselineLearner, MetaLearner):
         activation: hidden activation of a dense network, and of layers of `keras_blur` that
             have none.
         loss: loss of the inner steps, as in `learners.BaselineLearner`.
-        first_order: whether the outer gradient takes inner gradients as constants.
+        first_order: whether the outer gradient treats inner gradients as constants.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -262,9 +262,9 @@ class Estimator(InnerLoop, abc.ABC):
             on its own), `"squared"`, or `"auto"`: cross-entropy for classes, binary for bits,
             squared for values.
         kind: output kind of the tasks: `"classes"`, `"values"` or `"bits"`. `MetaTrainer` sets it.
-        recompute: whether to trade time for memory. If so, only the state at the start of each
-            segment of about `sqrt(steps)` steps is stored, and the backward pass recomputes the
-            segment.
+        recompute: whether to save memory by recomputing the unrolled steps. If so, only the state
+            at the start of each segment of about `sqrt(steps)` steps is stored, and the backward
+            pass recomputes the segment.
 
     Raises:
         ValueError: if an argument is out of range.

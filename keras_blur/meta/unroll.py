@@ -32,7 +32,7 @@ class Unroll(Estimator):
             added to the query loss.
         loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
         kind: output kind of the tasks; `MetaTrainer` sets it.
-        recompute: whether to trade time for memory, as in `Estimator`.
+        recompute: whether to save memory by recomputing the unrolled steps, as in `Estimator`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -74,7 +74,7 @@ class TruncatedUnroll(Truncated, Unroll):
             added to the query loss.
         loss: `"auto"`, `"cross_entropy"`, `"binary"` or `"squared"`, as in `Estimator`.
         kind: output kind of the tasks; `MetaTrainer` sets it.
-        recompute: whether to trade time for memory, as in `Estimator`.
+        recompute: whether to save memory by recomputing the unrolled steps, as in `Estimator`.
         episode_steps: learning steps of an episode, a multiple of `steps`.
 
     Raises:
