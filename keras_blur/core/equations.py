@@ -386,13 +386,13 @@ def remembered_share(
 ) -> Float[Array, ""]:
     """The weight of the old value in running statistics of the summed input; a scalar.
 
-    While the synapses stay, the statistics are those of all batches, up to a limit. Sampling
-    explains a squared distance between the mean of a batch and the running mean of about the
-    variance over the number of examples. Let r be the distance over that, averaged over the units.
-    Up to r = 2 the old value keeps its weight. Beyond, the synapses have changed and older
-    statistics belong to another network, so the weight falls with (2 / r)^2.
+    While the synapses do not change, all batches have the same weight until the old value reaches
+    its largest weight. Let r be the squared distance of the batch mean from the running mean, times
+    the number of examples, over the variance, averaged over units. Sampling alone gives r near 1.
+    Above r = 2 the synapses have changed, and the running statistics describe another network, so
+    the weight is at most (2 / r)^2.
 
-    The form is ours. `tests/models/test_sequential_training.py` holds both cases.
+    Source: none; the threshold and the power were chosen by experiment.
 
     Args:
         rule: the options; `normalization_momentum` is the largest weight.

@@ -35,10 +35,9 @@ class Evolution(InnerLoop):
         recompute: must be `False`, since nothing of the unroll is stored.
         population: candidates of a generation.
         sigma: standard deviation of the first generation.
-        fitness: `"accuracy"` or `"loss"` of the query after the last step, or `"speed"`: the
-            accuracy of the query averaged over steps 1, 2, 4, ... and the last one, which a genome
-            that learns fast from the first step on makes large. The trajectory loss counts in
-            `"loss"` alone.
+        fitness: `"accuracy"` or `"loss"` of the query after the last step, or `"speed"`: the query
+            accuracy averaged over steps 1, 2, 4, ... and the last, so early steps count as much as
+            late ones. Only `"loss"` includes the trajectory loss.
 
     Raises:
         ValueError: if an argument is out of range.
