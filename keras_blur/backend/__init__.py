@@ -12,7 +12,8 @@ have the same functions:
   function at a point; `pullback`: the transposed Jacobian of some results by some arguments;
 - `gradient_for_keras`, `dense`: gradients as Keras's optimizers get them, and as arrays;
   `apply_gradients`: an optimizer's step;
-- `branch`: one of several functions, chosen when a program runs;
+- `branch`: one of several functions, chosen when a program runs; `on_platform`: one of two equal
+  functions, chosen by the device that is to run it;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
@@ -56,6 +57,7 @@ matmul = _chosen.matmul
 mean = _chosen.mean
 numbers_of = _chosen.numbers_of
 on_cpu = _chosen.on_cpu
+on_platform = _chosen.on_platform
 one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
 pack = _chosen.pack
@@ -100,6 +102,7 @@ __all__ = [
     "mean",
     "numbers_of",
     "on_cpu",
+    "on_platform",
     "one_by_one",
     "outside_of_programs",
     "pack",

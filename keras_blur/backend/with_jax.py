@@ -104,6 +104,12 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
     return jax.lax.map(function, arrays)
 
 
+def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
+    """The value of one of two equal functions of a tree: the one for CPUs, or that for all other
+    devices."""
+    return jax.lax.platform_dependent(arrays, cpu=cpu, default=other)
+
+
 def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
     """The values of a function, and its transposed Jacobian, which computes only what is asked
     for."""

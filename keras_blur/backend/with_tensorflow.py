@@ -308,6 +308,19 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
     return tf.map_fn(function, arrays, fn_output_signature=specs)
 
 
+def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
+    """The value of one of two equal functions of a tree: the one for CPUs, or that for all other
+    devices.
+
+    Example:
+
+    >>> bool(on_platform(tf.constant(2.0), cpu=lambda x: x + x, other=lambda x: 2.0 * x) == 4.0)
+    True
+    """
+    elsewhere = tf.config.list_logical_devices("GPU") or isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+    return (other if elsewhere else cpu)(arrays)
+
+
 def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
     """The values of a function, and its transposed Jacobian, which computes only what is asked for.
 

@@ -19,13 +19,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_blur import arguments, backend
 from keras_blur.core import random
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, choose, start
+from keras_blur.meta.estimator import (
+    Array,
+    Carried,
+    Episodes,
+    Estimate,
+    Estimator,
+    Outer,
+    Truncated,
+    choose,
+    in_groups,
+    start,
+)
 
 _NOISE = 1  # folded into the seed of an estimate for its perturbations
 
@@ -69,7 +81,20 @@ class ES(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        particles = perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
+        def scores(particles: Outer) -> tuple[Array, Array]:
+            return self._scores(learner, particles, episodes, seed, carried, first, shard)[0]
+
+        def like(members: int, dtype: str) -> Any:
+            return (keras.KerasTensor((members,), dtype),) * 2
+
+        return in_groups(scores, like, learner, self._particles(outer, seed), episodes, seed), ()
+
+    def _particles(self, outer: Outer, seed: Array) -> Outer:
+        return perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
+
+    def _scores(
+        self, learner: Learner, particles: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
+    ) -> tuple[tuple[Array, Array], Any]:
         state = self.begin(learner, particles, episodes, seed, carried, first, shard)
         losses, accuracies, state = self.objective(learner, particles, episodes, state)
         return (backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)), self.kept(state)
@@ -143,6 +168,11 @@ class PES(Truncated, ES):
     Source: "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
     Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021), algorithm 2.
     """
+
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
+    ) -> tuple[Any, Any]:
+        return self._scores(learner, self._particles(outer, seed), episodes, seed, carried, first, shard)
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         zero = ops.zeros(2, "int32")

@@ -17,7 +17,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -135,6 +135,7 @@ def explained(prediction: Array, y: Array) -> Array:
     return ops.where(flat, of_flat, 1.0 - error / ops.where(flat, 1.0, spread))
 
 
+_CACHED = 2**19  # numbers in the learner states of a group of members: 2 MB in float32
 _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "squared": squared_error}
 
 
@@ -423,6 +424,55 @@ def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard
     members = next(iter(outer.values())).shape[0]
     x, y = episodes["x"], episodes["y"]
     return learner.init(over_tasks(outer), seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), shard)
+
+
+def in_groups(
+    function: Callable[[Outer], Any],
+    like: Callable[[int, str], Any],
+    learner: Learner,
+    outer: Outer,
+    episodes: Episodes,
+    seed: Array,
+) -> Any:
+    """The values of a function of outer parameters, computed on a CPU for a few members at a time.
+
+    The states of many members do not fit in the caches of a CPU, which then waits for its memory.
+    Groups that fit take turns, and only one group's unroll is stored. Other devices take all
+    members at once.
+
+    Args:
+        function: maps outer parameters `[members, ...]` to a tree of arrays `[members, ...]`. No
+            member's values may depend on another member.
+        like: maps a number of members and a dtype to a tree like a value of `function`, with
+            shapes and dtypes.
+        learner: the learner.
+        outer: outer parameters of all members.
+        episodes: as in `Estimator.__call__`.
+        seed: seed of the initial networks.
+
+    Returns:
+        The value of `function`, for all members.
+    """
+    members = next(iter(outer.values())).shape[0]
+    one = start(learner, {name: value[:1] for name, value in outer.items()}, episodes, seed)
+    size = min(members, max(1, _CACHED // sum(math.prod(leaf.shape) for leaf in backend.leaves(one))))
+    while members % size:
+        size -= 1
+    if size == members:
+        return function(outer)
+
+    # A group takes members from the whole axis, so that devices that share the axis stay busy.
+    def grouped(value: Array) -> Array:
+        return ops.swapaxes(ops.reshape(value, (size, members // size, *value.shape[1:])), 0, 1)
+
+    def whole(value: Array) -> Array:
+        return ops.reshape(ops.swapaxes(value, 0, 1), (members, *value.shape[2:]))
+
+    def in_turn(outer: Outer) -> Any:
+        found = backend.one_by_one(function, backend.tree_map(grouped, outer), like(size, state_dtype(one)))
+        return backend.tree_map(whole, found)
+
+    return backend.on_platform(dict(outer), cpu=in_turn, other=function)
 
 
 def over_tasks(outer: Outer) -> Outer:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_blur import arguments, backend
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, section, start
+from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, in_groups, section, start
 
 FITNESSES = ("accuracy", "loss", "speed")
 
@@ -77,7 +79,17 @@ class Evolution(InnerLoop):
             The accuracy is that after the last step; with `fitness="speed"`, the loss is the mean
             over the scored steps.
         """
-        state, begin, found = start(learner, outer, episodes, seed), 0, []
+
+        def score(outer: Outer) -> tuple[Array, Array, Array]:
+            return self._score(learner, outer, episodes, start(learner, outer, episodes, seed))
+
+        def like(members: int, dtype: str) -> Any:
+            return (keras.KerasTensor((members,), dtype),) * 3
+
+        return in_groups(score, like, learner, outer, episodes, seed)
+
+    def _score(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array, Array]:
+        begin, found = 0, []
         for end in self._scored_at():
             part = dataclasses.replace(self, steps=end - begin)
             support = {name: section(episodes[name], begin, end - begin, axis=1) for name in ("x", "y")}

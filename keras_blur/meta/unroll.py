@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_blur import backend
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, start
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, in_groups, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,18 @@ class Unroll(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
+        def estimate(outer: Outer) -> Estimate:
+            return self._estimate(learner, outer, episodes, seed, carried, first, shard)[0]
+
+        def like(members: int, dtype: str) -> Estimate:
+            gradients = {name: keras.KerasTensor((members, *value.shape[1:]), value.dtype) for name, value in outer.items()}
+            return Estimate(gradients, keras.KerasTensor((members,), dtype), keras.KerasTensor((members,), dtype))
+
+        return in_groups(estimate, like, learner, outer, episodes, seed), ()
+
+    def _estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
+    ) -> tuple[Estimate, Any]:
         def score(outer: Outer) -> tuple[Array, Any]:
             state = self.begin(learner, outer, episodes, seed, carried, first, shard)
             losses, accuracies, state = self.objective(learner, outer, episodes, state)
@@ -88,6 +101,11 @@ class TruncatedUnroll(Truncated, Unroll):
     Source: truncated backpropagation through time, "An efficient gradient-based algorithm for
     on-line training of recurrent network trajectories" (Williams and Peng, 1990).
     """
+
+    def local_estimate(
+        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
+    ) -> tuple[Any, Any]:
+        return self._estimate(learner, outer, episodes, seed, carried, first, shard)
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         return Carried(backend.tree_map(ops.zeros_like, start(learner, outer, episodes, ops.zeros(2, "int32"))))
