@@ -105,8 +105,10 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
 
 
 def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
-    """The value of one of two equal functions of a tree: the one for CPUs, or that for all other
-    devices."""
+    """Returns `cpu(arrays)` on a CPU and `other(arrays)` on any other device.
+
+    Both functions must give the same values.
+    """
     return jax.lax.platform_dependent(arrays, cpu=cpu, default=other)
 
 
