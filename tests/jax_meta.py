@@ -22,7 +22,7 @@ ESTIMATORS = {
     "truncated": lambda: meta.TruncatedUnroll(2, episode_steps=4),
     "es": lambda: meta.ES(3, antithetic_pairs=4),
     "pes": lambda: meta.PES(2, episode_steps=4, antithetic_pairs=4),
-    "cma": lambda: meta.Evolution(3, population=8, fitness="loss"),
+    "cma": lambda: meta.Evolution(3, population=9, fitness="loss"),  # no multiple of four
     "warpgrad": lambda: meta.WarpGrad(3, start="leap"),
     "offline": lambda: meta.OfflineWarpGrad(4, thetas=2, start="reptile"),
 }
@@ -61,8 +61,8 @@ def trainer():
 
 
 def noted(runner, seen):
-    """Records how many tasks a device computes."""
-    split = runner.split
+    """Records how many tasks, or candidates of CMA-ES, a device computes."""
+    split, each = runner.split, runner.each
 
     def noting(function, common, episodes, kept):
         def of_part(index, count, common, episodes, kept):
@@ -71,7 +71,14 @@ def noted(runner, seen):
 
         return split(of_part, common, episodes, kept)
 
-    runner.split = noting
+    def noting_each(function, common, candidates):
+        def of_part(common, candidates):
+            seen.add(candidates.shape[0])
+            return function(common, candidates)
+
+        return each(of_part, common, candidates)
+
+    runner.split, runner.each = noting, noting_each
 
 
 if __name__ == "__main__":
@@ -82,4 +89,4 @@ if __name__ == "__main__":
     history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
     found = {name: value.tolist() for name, value in made.strategy.population().items()}
     print(json.dumps({"history": history, "outer": found, "score": np.array(made.member_score.value).tolist(),
-                      "devices": made.runner.shares, "tasks": sorted(seen)}))  # fmt: skip
+                      "devices": made.runner.shares, "work": sorted(seen)}))  # fmt: skip

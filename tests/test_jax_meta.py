@@ -10,6 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from keras import ops
+
+from keras_blur import Genome, backend
 
 pytest.importorskip("jax")
 
@@ -77,8 +80,37 @@ def test_jax_learns_what_tensorflow_learns(alone, case):
 def test_four_devices_are_one(alone, case):
     four = result(start(case=case, devices=4))
     assert (alone(case)["devices"], four["devices"]) == (1, 4)
-    assert (alone(case)["tasks"], four["tasks"]) == (([], []) if case == "cma" else ([4], [1]))
+    assert (alone(case)["work"], four["work"]) == (([9], [3]) if case == "cma" else ([4], [1]))
     assert_close(four, alone(case), 1e-6)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_virtual_devices(tmp_path):
+    options = ["--estimator=cma", "--population=5", "--hidden=8", "--unroll=3", "--epochs=1", "--steps_per_epoch=2"]
+
+    def genome(backend, devices):
+        path = tmp_path / f"{backend}-{devices}.json"
+        found = subprocess.run(
+            [sys.executable, "-m", "keras_blur", "meta-train", *options, f"--devices={devices}", f"--genome={path}"],
+            env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr[-3000:]
+        return Genome.load(path)
+
+    one, *others = genome("tensorflow", 1), genome("tensorflow", 2), genome("jax", 2)
+    for other in others:
+        for name, value in one.arrays.items():
+            np.testing.assert_allclose(other.arrays[name], value, atol=1e-4, err_msg=name)
+
+
+def test_more_devices_than_there_are():
+    ops.ones(1)  # from now on, the CPU is in use
+    with (
+        pytest.raises(ValueError, match=r"must be at most the \d that there are. Received: devices=64"),
+        backend.on_devices(64),
+    ):
+        pass
 
 
 @pytest.mark.slow

@@ -135,6 +135,10 @@ def complete(flag: dict[str, Any], given: set[str]) -> None:
         for name, file in FILES.items():
             if name not in given:
                 flag[name] = f"{out.rstrip('/')}/{file}"
+    if flag["devices"] > 1 and flag["tpu"] != "none":
+        raise ValueError(
+            f"--devices must be 1 with a TPU, all of whose cores are used. Received: --devices={flag['devices']}"
+        )
     meta_train.complete(flag, given)
 
 

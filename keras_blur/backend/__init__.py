@@ -21,7 +21,8 @@ have the same functions:
 - `matmul`: a product that no accelerator computes in fewer digits than its type has;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
-- `Runner`: runs programs that read and assign variables, on all devices; `replicas`,
+- `Runner`: runs programs that read and assign variables, on all devices; `on_devices`: a number of
+  devices for the runners made in a scope; `replicas`,
   `replicas_of_program`, `replica`, `total`: how many devices share a batch, which one this is, and
   sums over them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
@@ -57,6 +58,7 @@ matmul = _chosen.matmul
 mean = _chosen.mean
 numbers_of = _chosen.numbers_of
 on_cpu = _chosen.on_cpu
+on_devices = _chosen.on_devices
 on_platform = _chosen.on_platform
 one_by_one = _chosen.one_by_one
 outside_of_programs = _chosen.outside_of_programs
@@ -102,6 +104,7 @@ __all__ = [
     "mean",
     "numbers_of",
     "on_cpu",
+    "on_devices",
     "on_platform",
     "one_by_one",
     "outside_of_programs",

@@ -112,6 +112,31 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
     return jax.lax.platform_dependent(arrays, cpu=cpu, default=other)
 
 
+@contextlib.contextmanager
+def on_devices(count: int) -> Iterator[Any]:
+    """A context with the scope in which trainers use a number of devices of one kind.
+
+    On a CPU the devices are virtual: each takes a share of the work, and they share the cores.
+
+    Args:
+        count: number of devices.
+
+    Raises:
+        ValueError: if there are fewer, or the CPU was already in use as fewer devices.
+    """
+    with contextlib.suppress(RuntimeError):  # too late: the CPU is in use
+        jax.config.update("jax_num_cpu_devices", count)
+    found = keras.distribution.list_devices()
+    if len(found) < count:
+        raise ValueError(f"`devices` must be at most the {len(found)} that there are. Received: devices={count}")
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=found[:count]))
+    try:
+        yield contextlib.nullcontext()
+    finally:
+        keras.distribution.set_distribution(before)
+
+
 def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
     """The values of a function, and its transposed Jacobian, which computes only what is asked
     for."""
@@ -524,12 +549,27 @@ class Runner:
         split = bool(array.ndim) and not array.shape[0] % self.shares
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._laid_out(split))
 
-    def spread(self, values: Array) -> Array:
-        """An array laid over the devices along its first axis, if they divide it, inside a
-        program."""
-        if values.shape[0] % self.shares or self._mesh is None:
-            return values
-        return jax.lax.with_sharding_constraint(values, self._laid_out(True))
+    def each(self, function: Callable[..., Any], common: Any, dealt: Any) -> Any:
+        """The value of a function of trees of arrays, each device computing its part, inside a
+        program.
+
+        The compiler alone would not split a loop over places of the first axis.
+
+        Args:
+            function: takes two trees, and returns a tree of arrays whose first axis is that of
+                `dealt`. No place of that axis may depend on another.
+            common: a tree of arrays that are whole in every part.
+            dealt: a tree of arrays that are split along their first axis. If the devices do not
+                divide it, every device computes all of it.
+        """
+        if self.shares == 1 or any(leaf.shape[0] % self.shares for leaf in leaves(dealt)):
+            return function(common, dealt)
+        along = PartitionSpec(self._axis)
+        split = jax.shard_map(
+            function, mesh=self._mesh, in_specs=(PartitionSpec(), along), out_specs=along,
+            check_vma=False,  # as in `split`
+        )  # fmt: skip
+        return split(common, dealt)
 
     def split(self, function: Callable[..., Any], common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
         """The mean over devices of a function's first result, and all of its second, inside a

@@ -322,6 +322,29 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
     return (other if elsewhere else cpu)(arrays)
 
 
+@contextlib.contextmanager
+def on_devices(count: int) -> Iterator[Any]:
+    """A context with the scope in which trainers use a number of devices of one kind.
+
+    On a CPU the devices are virtual: each takes a share of the work, and they share the cores.
+
+    Args:
+        count: number of devices.
+
+    Raises:
+        ValueError: if there are fewer, or the CPU was already in use as fewer devices.
+    """
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    if kind == "CPU":
+        with contextlib.suppress(RuntimeError):  # too late: the CPU is in use
+            virtual = [tf.config.LogicalDeviceConfiguration()] * count
+            tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], virtual)
+    found = [device.name for device in tf.config.list_logical_devices(kind)]
+    if len(found) < count:
+        raise ValueError(f"`devices` must be at most the {len(found)} that there are. Received: devices={count}")
+    yield tf.distribute.MirroredStrategy(found[:count]).scope()
+
+
 def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
     """The values of a function, and its transposed Jacobian, which computes only what is asked for.
 
@@ -721,9 +744,9 @@ class Runner:
 
         return run if eager else tf.function(run, autograph=False)
 
-    def spread(self, values: Array) -> Array:
-        """The array itself: a replica holds what it works on."""
-        return values
+    def each(self, function: Callable[..., Any], common: Any, dealt: Any) -> Any:
+        """The value of a function of trees of arrays: a replica holds its part already."""
+        return function(common, dealt)
 
     def undivided(self) -> Any:
         """No scope: Keras divides batches of any size."""

@@ -15,8 +15,7 @@ from typing import Any
 
 import keras
 
-from keras_blur import genomes, learners, meta, tasks
-from keras_blur.backend import numbers_of
+from keras_blur import backend, genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
 from keras_blur.cli.outputs import interrupted, write_json, wrote
@@ -170,6 +169,7 @@ def define_flags(flags: Flags) -> None:
         "Whether to recompute the unrolled steps, which saves memory.",
         [with_value("estimator", "unroll", "truncated")],
     )
+    flags.integer("devices", 1, "Devices to split tasks, or the candidates of cma, over; on a CPU, virtual ones.", least=1)
     flags.switch("jit_compile", True, "Whether to compile with XLA: a slower start, then faster on small networks.")
     flags.number(
         "trajectory_loss_weight",
@@ -246,6 +246,14 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
         scope: scope of a `tf.distribute` strategy, or `None`.
     """
     del positional
+    if flag["devices"] == 1:
+        return _run(flag, scope or contextlib.nullcontext())
+    with backend.on_devices(flag["devices"]) as of_devices:
+        return _run(flag, of_devices)
+
+
+def _run(flag: dict[str, Any], scope: Any) -> int:
+    """`run` in the scope of its devices."""
     method = flag["method"]
     unrolls, sizes = whole_numbers("unroll", flag["unroll"]), whole_numbers("sizes", flag["sizes"])
     if flag["epochs"] < len(unrolls):
@@ -259,7 +267,7 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     families = [_augmented(flag, one) for one in families]
     learner, start = _learners(flag, families[0])
     output = flag["genome"] if method == "blur" else flag["model"]
-    with scope or contextlib.nullcontext():
+    with scope:
         trainer = meta.MetaTrainer(
             families,
             learner,
@@ -288,18 +296,18 @@ def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> i
     log = keras.callbacks.History()
     stopped = False
     begin = time.perf_counter()
-    before = int(numbers_of(trainer.meta_step))
+    before = int(backend.numbers_of(trainer.meta_step))
     try:
         trainer.fit(flag["epochs"], flag["steps_per_epoch"], checkpoint=flag["checkpoint"], callbacks=[*callbacks, log])
     except KeyboardInterrupt:
         stopped = True
     seconds = time.perf_counter() - begin
-    if stopped and int(numbers_of(trainer.meta_step)) == before:
+    if stopped and int(backend.numbers_of(trainer.meta_step)) == before:
         return interrupted("no meta-step was done, nothing was kept")
     writes = trainer.sound or not exists(output)
     if writes:  # even if the checkpoint was complete
         save(trainer.learned, output)
-    scores = numbers_of(trainer.member_score).tolist()
+    scores = backend.numbers_of(trainer.member_score).tolist()
     quality = "query accuracy" if trainer.quality == "accuracy" else "R squared"
     print(f"\nmeta-training: {seconds:.0f} s; running {quality} of the members: "
           f"{', '.join(f'{score:.3f}' for score in scores)}; best: {trainer.best}")  # fmt: skip

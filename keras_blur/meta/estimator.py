@@ -461,12 +461,11 @@ def in_groups(
     if size == members:
         return function(outer)
 
-    # A group takes members from the whole axis, so that devices that share the axis stay busy.
     def grouped(value: Array) -> Array:
-        return ops.swapaxes(ops.reshape(value, (size, members // size, *value.shape[1:])), 0, 1)
+        return ops.reshape(value, (members // size, size, *value.shape[1:]))
 
     def whole(value: Array) -> Array:
-        return ops.reshape(ops.swapaxes(value, 0, 1), (members, *value.shape[2:]))
+        return ops.reshape(value, (members, *value.shape[2:]))
 
     def in_turn(outer: Outer) -> Any:
         found = backend.one_by_one(function, backend.tree_map(grouped, outer), like(size, state_dtype(one)))

@@ -323,8 +323,8 @@ class Search(Strategy):
         del window
         learner = self.families[family][1]
 
-        def score(candidates: Array, episodes: Episodes, seed: Array) -> Any:
-            return estimator.score(learner, from_vectors(self.shapes, candidates), episodes, seed)
+        def score(common: tuple[Episodes, Array], candidates: Array) -> Any:
+            return estimator.score(learner, from_vectors(self.shapes, candidates), *common)
 
         ask, tell = self.search.ask, self.search.tell
         if not self.eager:
@@ -332,9 +332,10 @@ class Search(Strategy):
         state = CMAState(**{name: value_of(variable) for name, variable in self.state.items()})
         candidates = ask(state, random.fold_in(seed, _CANDIDATES))
         mine, population = shard(), estimator.population
-        dealt = np.arange(-(-population // mine.count) * mine.count) % population  # repeats some to fill the shards
-        own = self.runner.spread(mine.part(ops.take(candidates, dealt, axis=0), axis=0))
-        scores = score(own, episodes, seed)
+        shares = self.runner.shares
+        dealt = np.arange(-(-population // shares) * shares) % population  # repeats some to fill the shards
+        own = mine.part(ops.take(candidates, dealt, axis=0), axis=0)
+        scores = self.runner.each(score, (episodes, seed), own)
         fitness, loss, quality = (value[:population] for value in mine.whole(scores, axis=0))
         new = tell(state, candidates, fitness)
         for name, value in new._asdict().items():
