@@ -35,7 +35,6 @@ from keras_blur.meta.estimator import (
     Outer,
     Truncated,
     choose,
-    in_groups,
     start,
 )
 
@@ -81,23 +80,16 @@ class ES(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        def scores(particles: Outer) -> tuple[Array, Array]:
-            return self._scores(learner, particles, episodes, seed, carried, first, shard)[0]
+        def scores(particles: Outer) -> tuple[tuple[Array, Array], Any]:
+            state = self.begin(learner, particles, episodes, seed, carried, first, shard)
+            losses, accuracies, state = self.objective(learner, particles, episodes, state)
+            return (backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)), state
 
         def like(members: int, dtype: str) -> Any:
             return (keras.KerasTensor((members,), dtype),) * 2
 
-        return in_groups(scores, like, learner, self._particles(outer, seed), episodes, seed), ()
-
-    def _particles(self, outer: Outer, seed: Array) -> Outer:
-        return perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
-
-    def _scores(
-        self, learner: Learner, particles: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
-    ) -> tuple[tuple[Array, Array], Any]:
-        state = self.begin(learner, particles, episodes, seed, carried, first, shard)
-        losses, accuracies, state = self.objective(learner, particles, episodes, state)
-        return (backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)), self.kept(state)
+        particles = perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
+        return self.by_member(scores, like, learner, particles, episodes, seed)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return self.estimate(outer, perturbations(outer, self.antithetic_pairs, seed), *measured), ()
@@ -168,11 +160,6 @@ class PES(Truncated, ES):
     Source: "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
     Strategies" (Vicol, Metz and Sohl-Dickstein, ICML 2021), algorithm 2.
     """
-
-    def local_estimate(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
-    ) -> tuple[Any, Any]:
-        return self._scores(learner, self._particles(outer, seed), episodes, seed, carried, first, shard)
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         zero = ops.zeros(2, "int32")

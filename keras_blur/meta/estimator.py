@@ -347,6 +347,30 @@ class Estimator(InnerLoop, abc.ABC):
         del carried, first
         return start(learner, outer, episodes, seed, shard)
 
+    def by_member(
+        self,
+        function: Callable[[Outer], tuple[Any, Any]],
+        like: Callable[[int, str], Any],
+        learner: Learner,
+        outer: Outer,
+        episodes: Episodes,
+        seed: Array,
+    ) -> tuple[Any, Any]:
+        """Statistics of each member, and the learner states to carry on.
+
+        Estimates of whole episodes carry nothing, so members are computed by `in_groups`.
+
+        Args:
+            function: maps outer parameters `[members, ...]` to a tree of arrays `[members, ...]`,
+                and to the learner states after the last step.
+            like: as in `in_groups`, for the first result of `function`.
+            learner: the learner.
+            outer: outer parameters of all members.
+            episodes: as in `local_estimate`.
+            seed: as in `local_estimate`.
+        """
+        return in_groups(lambda outer: function(outer)[0], like, learner, outer, episodes, seed), ()
+
     def part(self, episodes: Episodes, window: Array) -> Episodes:
         """Selects the support batches of a truncation window.
 
@@ -356,15 +380,6 @@ class Estimator(InnerLoop, abc.ABC):
         """
         del window
         return episodes
-
-    def kept(self, learners: Any) -> Any:
-        """Selects the learner states to carry on. Estimates of whole episodes carry nothing.
-
-        Args:
-            learners: learner states after the last step.
-        """
-        del learners
-        return ()
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         """A placeholder for `carried` before the first estimate: zeros of the correct shapes.
@@ -412,8 +427,16 @@ class Truncated(Estimator):
     ) -> Any:
         return choose(first, start(learner, outer, episodes, seed, shard), carried.learners)
 
-    def kept(self, learners: Any) -> Any:
-        return learners
+    def by_member(
+        self,
+        function: Callable[[Outer], tuple[Any, Any]],
+        like: Callable[[int, str], Any],
+        learner: Learner,
+        outer: Outer,
+        episodes: Episodes,
+        seed: Array,
+    ) -> tuple[Any, Any]:
+        return function(outer)
 
 
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard = ALL) -> Any:

@@ -20,7 +20,7 @@ from keras import ops
 from keras_blur import backend
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
-from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, in_groups, start
+from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, Truncated, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +49,22 @@ class Unroll(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        def estimate(outer: Outer) -> Estimate:
-            return self._estimate(learner, outer, episodes, seed, carried, first, shard)[0]
-
-        def like(members: int, dtype: str) -> Estimate:
-            gradients = {name: keras.KerasTensor((members, *value.shape[1:]), value.dtype) for name, value in outer.items()}
-            return Estimate(gradients, keras.KerasTensor((members,), dtype), keras.KerasTensor((members,), dtype))
-
-        return in_groups(estimate, like, learner, outer, episodes, seed), ()
-
-    def _estimate(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
-    ) -> tuple[Estimate, Any]:
         def score(outer: Outer) -> tuple[Array, Any]:
             state = self.begin(learner, outer, episodes, seed, carried, first, shard)
             losses, accuracies, state = self.objective(learner, outer, episodes, state)
             loss = backend.mean(losses, axis=1)
             # Members do not touch each other, so the gradient of the sum holds each one's own.
-            return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), self.kept(state))
+            return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), state)
 
-        (loss, accuracy, kept), gradients = backend.gradient(score, dict(outer))
-        return Estimate(gradients, loss, accuracy), kept
+        def estimate(outer: Outer) -> tuple[Estimate, Any]:
+            (loss, accuracy, state), gradients = backend.gradient(score, dict(outer))
+            return Estimate(gradients, loss, accuracy), state
+
+        def like(members: int, dtype: str) -> Estimate:
+            gradients = {name: keras.KerasTensor((members, *value.shape[1:]), value.dtype) for name, value in outer.items()}
+            return Estimate(gradients, keras.KerasTensor((members,), dtype), keras.KerasTensor((members,), dtype))
+
+        return self.by_member(estimate, like, learner, outer, episodes, seed)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
@@ -101,11 +96,6 @@ class TruncatedUnroll(Truncated, Unroll):
     Source: truncated backpropagation through time, "An efficient gradient-based algorithm for
     on-line training of recurrent network trajectories" (Williams and Peng, 1990).
     """
-
-    def local_estimate(
-        self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
-    ) -> tuple[Any, Any]:
-        return self._estimate(learner, outer, episodes, seed, carried, first, shard)
 
     def nothing_carried(self, learner: Learner, outer: Outer, episodes: Episodes) -> Carried:
         return Carried(backend.tree_map(ops.zeros_like, start(learner, outer, episodes, ops.zeros(2, "int32"))))

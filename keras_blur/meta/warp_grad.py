@@ -102,7 +102,7 @@ class WarpGrad(Estimator):
         state, sums = backend.loop(self.steps, body, state, nothing)
         sums = {**sums, **self._of_run(learner, outer, episodes, seed, shard, begin, state)}
         loss, correct = self.judged(learner, outer, episodes, state)
-        return Estimate(sums, loss, correct), self.kept(state)
+        return Estimate(sums, loss, correct), ()
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()
