@@ -6,6 +6,9 @@ its root.
 
 Notebooks become pages with the outputs that they hold; nothing is executed. A page links to the
 notebook, which GitHub shows, and the site to the page.
+
+The card of a genome has the genome's name in its heading, and the page of an experiment its
+picture. Every picture links to its file, as on GitHub: on a phone it opens at its full size.
 """
 
 import pathlib
@@ -45,8 +48,16 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     source = page.file.abs_src_path
+    if page.file.src_uri.startswith("keras_blur/genomes/"):
+        return markdown.replace("# ", f"# {page.file.name}: ", 1)
+    if page.file.src_uri.startswith("examples/paper/results/"):
+        return f"{markdown}\n![{page.file.name}]({page.file.name}.png)\n"
     if source and not source.startswith(config.docs_dir):
         return markdown
     up = "../" * page.file.src_uri.count("/")
     markdown = markdown.replace(f"]({up}../", f"]({up}")
     return re.sub(r"(\]\((?:\.\./)*tutorials/\w+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def on_page_content(html, **kwargs):
+    return re.sub(r'(?<!">)(<img [^>]*src="([^"]+\.png)"[^>]*>)', r'<a href="\2">\1</a>', html)
