@@ -125,6 +125,9 @@ def define_flags(flags: Flags) -> None:
     flags.string(
         "start", None, "Name or file of an initial genome, whose rule --rule can change; else file of an initial model."
     )
+    flags.words(
+        "learn", [], "The genome's arrays to learn; the others stay those of --start. By default all.", [with_any("start"), *_BLUR]
+    )
     flags.group("Outer learning")
     flags.choice(
         "estimator",
@@ -341,7 +344,11 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
             )
         options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
         rule = parse_rule(flag["rule"], **options)
-        return _networks(flag["network"], networks, rule), start.with_rule(rule) if start else None
+        start = start.with_rule(rule) if start else None
+        if unknown := set(flag["learn"]) - set(start.arrays if start else ()):
+            raise ValueError(f"--learn must be some of {', '.join(start.arrays)}. Received: {', '.join(sorted(unknown))}")
+        fixed = {name: value for name, value in start.arrays.items() if name not in flag["learn"]} if flag["learn"] else None
+        return _networks(flag["network"], networks, rule, fixed), start
     if len(networks) > 1:
         raise ValueError(
             f"--hidden must be given once with --method={flag['method']}. Received: {len(networks)} times --hidden"
@@ -364,15 +371,17 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
     return [kinds[flag["method"]](network)], flag["start"]
 
 
-def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule) -> list[learners.MetaLearner]:
+def _networks(
+    names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule, fixed: Any
+) -> list[learners.MetaLearner]:
     """The learners of the selected networks."""
     found: list[learners.MetaLearner] = []
     for name in names:
         if name == "mlp":
-            found += [learners.Blur(units, rule) for units in hidden]
+            found += [learners.Blur(units, rule, fixed=fixed) for units in hidden]
             continue
         build = functools.partial(_build(name), activation=activation_of(rule.forward_activation))
-        found.append(learners.Blur(build, rule))
+        found.append(learners.Blur(build, rule, fixed=fixed))
     return found
 
 

@@ -41,10 +41,13 @@ class Blur(MetaLearner):
             Sums and everything else stay float32, as in Keras's mixed precision. `None` is float32.
             The layers of a function have dtype policies of their own.
         std: standard deviation of the random transforms at the start of meta-training.
+        fixed: arrays of the genome by name that are no outer parameters, so meta-training leaves
+            them as they are; `None` for none. Where transforms are fixed, a step costs less: what
+            their zeros would multiply is not computed.
 
     Raises:
-        ValueError: if the rule keeps neurons or an argument is out of range; from `on`, if the
-            function returns something else.
+        ValueError: if the rule keeps neurons or an argument is out of range; if `fixed` is not a
+            part of a genome of the rule; from `on`, if the function returns something else.
 
     Example:
 
@@ -58,6 +61,14 @@ class Blur(MetaLearner):
     >>> tuple(state.synapses[0]["kernel"].shape)
     (2, 3, 3, 1, 4)
 
+    Learn only the gate of an existing genome:
+
+    >>> from keras_blur import genomes
+    >>> start = genomes.load("fast")
+    >>> fixed = {name: value for name, value in start.arrays.items() if name != "synapse_update"}
+    >>> list(Blur((32,), start.rule, fixed=fixed).parameters(start))
+    ['synapse_update']
+
     Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), sections 3.2 and
     3.3.
     """
@@ -69,6 +80,7 @@ class Blur(MetaLearner):
         *,
         compute_dtype: str | None = None,
         std: float = 0.5,
+        fixed: Mapping[str, np.ndarray] | None = None,
     ):
         if compute_dtype is not None:
             arguments.choice("compute_dtype", compute_dtype, ("bfloat16", "float16"))
@@ -84,6 +96,7 @@ class Blur(MetaLearner):
         arguments.instance("rule", self.rule, Rule, "a keras_blur.Rule or None")
         if self.rule.keep_neurons:
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
+        self.fixed = _part_of_genome(self.rule, fixed or {})
         self._plan: Plan | None = None  # of a function's network, once the shape is known
 
     def on(self, shape: tuple[int, ...], outputs: int) -> Self:
@@ -128,16 +141,23 @@ class Blur(MetaLearner):
             outer: arrays by name, `[...]` before the shape of each. A layer axis, if any, comes
                 after these leading axes.
         """
+        made = Genome.unchecked if self.fixed else Genome  # fixed arrays have no leading axes
+        outer = {**self.fixed, **outer}
         if self.rule.layers is None:
-            return Genome(self.rule, outer)
+            return made(self.rule, outer)
         own = {name: len(shape) for name, shape in self.rule.shapes().items()}
-        return Genome(self.rule, {name: _layers_first(value, own[name]) for name, value in outer.items()})
+        return made(self.rule, {name: _layers_first(value, own[name]) for name, value in outer.items()})
 
     def draw(self, seed: int, members: int, features: int, outputs: int) -> dict[str, np.ndarray]:
-        return self.parameters(Genome.random(self.rule, seed, std=self.std, synapse_update=-0.01, population=(members,)))
+        drawn = Genome.random(self.rule, seed, std=self.std, synapse_update=-0.01, population=(members,))
+        return self._outer(drawn)
 
     def learned(self, outer: Mapping[str, np.ndarray]) -> Genome:
-        return Genome(self.rule, outer)
+        return Genome(self.rule, {**self.fixed, **outer})
+
+    def _outer(self, genome: Genome) -> dict[str, np.ndarray]:
+        """The arrays of a genome that are outer parameters."""
+        return {name: value for name, value in genome.by_member().items() if name not in self.fixed}
 
     def parameters(self, learned: Any) -> dict[str, np.ndarray]:
         genome = Genome.load(learned) if isinstance(learned, (str, os.PathLike)) else learned
@@ -146,10 +166,13 @@ class Blur(MetaLearner):
                 "`start` must be a genome of the learner's rule, single or one population. "
                 f"{arguments.received('start', genome)}"
             )
-        return genome.by_member()
+        for name, value in self.fixed.items():
+            if not all(np.array_equal(own, value) for own in genome.by_member()[name]):
+                raise ValueError(f"`start` must have the `{name}` that the learner's `fixed` has.")
+        return self._outer(genome)
 
     def shares_outer(self, other: Learner) -> bool:
-        return isinstance(other, Blur) and other.rule == self.rule
+        return isinstance(other, Blur) and other.rule == self.rule and _same(other.fixed, self.fixed)
 
     def check(self, kind: str, outputs: int) -> None:
         rule = self.rule
@@ -226,6 +249,25 @@ def check_genome(genome: Genome, hidden: Sequence[int] | None, axes: int = 0) ->
             f"{kind}, for {len(hidden) + 1} layers of synapses if each has its own. Received: {genome!r} with "
             f"layers={genome.rule.layers}"
         )
+
+
+def _part_of_genome(rule: Rule, fixed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Some arrays of a single genome, not all, checked."""
+    arguments.instance("fixed", fixed, Mapping, "a mapping from names to arrays, or None")
+    whole = Genome.random(rule, 0).arrays
+    if unknown := sorted(set(fixed) - set(whole)):
+        raise ValueError(f"`fixed` must have names of {', '.join(whole)}. Received: {', '.join(map(str, unknown))}")
+    if len(fixed) == len(whole):
+        raise ValueError("`fixed` must leave some arrays of the genome to be learned. Received: all of them")
+    for name, value in fixed.items():
+        if np.shape(value) != whole[name].shape:
+            raise ValueError(f"`fixed[{name!r}]` must have shape {whole[name].shape}. Received shape {np.shape(value)}")
+    checked = Genome(rule, {**whole, **fixed})
+    return {name: checked.arrays[name] for name in whole if name in fixed}
+
+
+def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def _layers_first(value: Array, own: int) -> Array:
