@@ -9,11 +9,15 @@ notebook, which GitHub shows, and the site to the page.
 
 The card of a genome has the genome's name in its heading, and the page of an experiment its
 picture. Every picture links to its file, as on GitHub: on a phone it opens at its full size.
+
+Formulas are LaTeX between dollars or in a fence `math`, as GitHub shows them. Here they become
+MathML, which browsers show without a script or a font from elsewhere.
 """
 
 import pathlib
 import re
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 
@@ -55,8 +59,24 @@ def on_page_markdown(markdown, page, config, files):
     if source and not source.startswith(config.docs_dir):
         return markdown
     up = "../" * page.file.src_uri.count("/")
+    markdown = _with_formulas(markdown) if "```math" in markdown else markdown
     markdown = markdown.replace(f"]({up}../", f"]({up}")
     return re.sub(r"(\]\((?:\.\./)*tutorials/\w+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def _with_formulas(markdown):
+    """A page whose formulas are MathML. A number in `\\tag` stands at the right."""
+
+    def block(found):
+        formula, tag, number = found.group(1).partition(r"\tag{")
+        number = f"<span>({number.rpartition('}')[0]})</span>" if tag else ""
+        return f'<div class="formula">{convert(formula, display="block")}{number}</div>'
+
+    markdown = re.sub(r"^```math\n(.*?)^```$", block, markdown, flags=re.DOTALL | re.MULTILINE)
+    parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)  # code stays as it is
+    for place in range(0, len(parts), 2):
+        parts[place] = re.sub(r"\$([^$]+)\$", lambda found: f"<span>{convert(found.group(1))}</span>", parts[place])
+    return "".join(parts)
 
 
 def on_page_content(html, **kwargs):

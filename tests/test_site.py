@@ -160,3 +160,6 @@ def test_the_site_builds_and_asks_no_other_host(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in tmp_path.glob("**/*.html"):
         assert not re.search(r"""<(?:script|img|link|iframe)[^>]+(?:src|href)=["'](?:https?:)?//""", page.read_text()), page
+    theory = (tmp_path / "theory.html").read_text()
+    assert theory.count("<math") > 30  # no formula is left as LaTeX
+    assert not re.search(r"\\(?:tag|leftarrow|sum)|\$", theory.partition("<article")[2])

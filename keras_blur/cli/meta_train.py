@@ -19,6 +19,7 @@ from keras_blur import backend, genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
 from keras_blur.cli.outputs import interrupted, write_json, wrote
+from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
 from keras_blur.models.networks import NETWORKS, activation_of, builder
@@ -126,7 +127,10 @@ def define_flags(flags: Flags) -> None:
         "start", None, "Name or file of an initial genome, whose rule --rule can change; else file of an initial model."
     )
     flags.words(
-        "learn", [], "The genome's arrays to learn; the others stay those of --start. By default all.", [with_any("start"), *_BLUR]
+        "learn",
+        [],
+        "The genome's arrays to learn; the others stay those of --start. By default all.",
+        [with_any("start"), *_BLUR],
     )
     flags.group("Outer learning")
     flags.choice(
@@ -345,9 +349,7 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
         rule = parse_rule(flag["rule"], **options)
         start = start.with_rule(rule) if start else None
-        if unknown := set(flag["learn"]) - set(start.arrays if start else ()):
-            raise ValueError(f"--learn must be some of {', '.join(start.arrays)}. Received: {', '.join(sorted(unknown))}")
-        fixed = {name: value for name, value in start.arrays.items() if name not in flag["learn"]} if flag["learn"] else None
+        fixed = _fixed(start, flag["learn"]) if start and flag["learn"] else None
         return _networks(flag["network"], networks, rule, fixed), start
     if len(networks) > 1:
         raise ValueError(
@@ -371,9 +373,14 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
     return [kinds[flag["method"]](network)], flag["start"]
 
 
-def _networks(
-    names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule, fixed: Any
-) -> list[learners.MetaLearner]:
+def _fixed(start: Genome, learned: Sequence[str]) -> dict[str, Any]:
+    """The arrays of a genome that are not to be learned."""
+    if unknown := set(learned) - set(start.arrays):
+        raise ValueError(f"--learn must be some of {', '.join(start.arrays)}. Received: {', '.join(sorted(unknown))}")
+    return {name: value for name, value in start.arrays.items() if name not in learned}
+
+
+def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule, fixed: Any) -> list[learners.MetaLearner]:
     """The learners of the selected networks."""
     found: list[learners.MetaLearner] = []
     for name in names:

@@ -126,8 +126,9 @@ class Tasks(abc.ABC):
         limit = self.available(split)
         if query + batch > limit:
             raise ValueError(
-                f"`batch` and `query` must add up to at most {limit}, the number of different examples that an episode has "
-                f"in the split {split!r} of {self.name}. Received: batch={batch}, query={query}"
+                f"`batch` and `query` (a trainer's `batch_size` and `query_size`) must add up to at most {limit}, the "
+                f"number of different examples that an episode has in the split {split!r} of {self.name}. Received: "
+                f"batch={batch}, query={query}"
             )
         different = min(steps * batch, limit - query)
         x, y = (ops.cast(one, "float32") for one in self.examples(seed, query + different, split))

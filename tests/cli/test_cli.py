@@ -279,6 +279,8 @@ IGNORED = [
     ("meta-train", "--method=maml --genome=g.json", "--genome applies only with --method=blur"),
     ("meta-train", "--method=maml --states=3", "--states applies only with --method=blur"),
     ("meta-train", "--start=backprop --states=3", "--states must be the 2 of the genome of --start"),
+    ("meta-train", "--learn=nu", "--learn applies only with --start"),
+    ("meta-train", "--start=fast --learn=gate", "--learn must be some of nu, mu,"),
     ("meta-train", "--method=online --synthetic=remember --hidden=8", "--hidden applies only without --method=online"),
     ("meta-train", "--functions=xor --sizes=8", "--sizes applies only without --functions or --synthetic"),
     ("meta-train", "--synthetic=pose --data=mnist", "--data applies only without --functions or --synthetic"),

@@ -60,7 +60,7 @@ def test_only_the_others_are_meta_trained(fast, estimator, tmp_path):
 def test_random_starts_keep_what_is_fixed(fast):
     learner = learners.Blur((8,), fast.rule, fixed=without(fast))
     drawn = learner.draw(0, 3, 4, 2)
-    assert {name: value.shape for name, value in drawn.items()} == {name: (3,) for name in GATE}
+    assert {name: value.shape for name, value in drawn.items()} == dict.fromkeys(GATE, (3,))
     learned = learner.learned({name: value[1] for name, value in drawn.items()})
     np.testing.assert_array_equal(learned.nu, fast.nu)
     assert not learner.shares_outer(learners.Blur((8,), fast.rule))

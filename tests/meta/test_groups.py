@@ -67,7 +67,7 @@ def test_groups_give_the_values_of_all_at_once(values, jit_compile, monkeypatch)
     monkeypatch.setattr(estimators, "_CACHED", 2 * size_of_one(learner, outer, episodes, seed))
     for one, other in zip(compute(), at_once, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert groups and all(size == 2 for _, size in groups)
+    assert {size for _, size in groups} == {2}
     assert len({tuple(leaf) for leaf in at_once[-1].reshape(len(at_once[-1]), -1).tolist()}) > 1  # members differ
 
 
