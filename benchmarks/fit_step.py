@@ -180,7 +180,8 @@ def main(argv: list[str]) -> None:
             flush=True,
         )
     if _JSON.value:
-        document = {"network": _NETWORK.value, "backend": keras.backend.backend(), "peak_flops": peak, "rows": rows}
+        ran = {"version": kb.__version__, "network": _NETWORK.value, "backend": keras.backend.backend()}
+        document = {**ran, "peak_flops": peak, "rows": rows}
         kb.files.write_text(_JSON.value, json.dumps(document, indent=1) + "\n")
 
 
