@@ -52,12 +52,16 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     source = page.file.abs_src_path
+    if source and not source.startswith(config.docs_dir):
+        markdown = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
     if page.file.src_uri.startswith("keras_blur/genomes/"):
         return markdown.replace("# ", f"# {page.file.name}: ", 1)
     if page.file.src_uri.startswith("examples/paper/results/"):
-        return f"{markdown}\n![{page.file.name}]({page.file.name}.png)\n"
+        title = page.file.name.replace("_", " ").replace("sgd", "SGD")
+        return f"# {title[0].upper()}{title[1:]}\n\n{markdown}\n![{title}]({page.file.name}.png)\n"
     if source and not source.startswith(config.docs_dir):
         return markdown
+    markdown = markdown.replace("```python notest", "```python")  # a mark for the tests
     up = "../" * page.file.src_uri.count("/")
     markdown = _with_formulas(markdown) if "```math" in markdown else markdown
     markdown = markdown.replace(f"]({up}../", f"]({up}")
