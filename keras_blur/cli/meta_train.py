@@ -380,7 +380,9 @@ def _fixed(start: Genome, learned: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in start.arrays.items() if name not in learned}
 
 
-def _networks(names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule, fixed: Any) -> list[learners.MetaLearner]:
+def _networks(
+    names: Sequence[str], hidden: Sequence[tuple[int, ...]], rule: Rule, fixed: Any = None
+) -> list[learners.MetaLearner]:
     """The learners of the selected networks."""
     found: list[learners.MetaLearner] = []
     for name in names:

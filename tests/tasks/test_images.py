@@ -193,7 +193,7 @@ def test_errors(options, message):
 def test_episode_errors(digits):
     with pytest.raises(ValueError, match="`split` must be one of"):
         digits.episode(random.seed_of(0), **SHAPE, split="all")
-    said = r"^`batch` and `query` must .* at most 1291, .* in the split 'train' of digits .* batch=1200, query=128"
+    said = r"^`batch` and `query` .* must .* at most 1291, .* in the split 'train' of digits .* batch=1200, query=128"
     with pytest.raises(ValueError, match=said):
         digits.episode(random.seed_of(0), steps=1, batch=1200, query=128)
     with pytest.raises(ValueError, match=said):  # the same words from a stream
