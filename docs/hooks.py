@@ -7,8 +7,9 @@ its root.
 Notebooks become pages with the outputs that they hold; nothing is executed. A page links to the
 notebook, which GitHub shows, and the site to the page.
 
-The card of a genome has the genome's name in its heading, and the page of an experiment its
-picture. Every picture links to its file, as on GitHub: on a phone it opens at its full size.
+The card of a genome has the genome's name in its heading. The page of an experiment has a heading
+and its picture. Every picture links to its file, as on GitHub: on a phone it opens at its full
+size.
 
 Formulas are LaTeX between dollars or in a fence `math`, as GitHub shows them. Here they become
 MathML, which browsers show without a script or a font from elsewhere.
@@ -54,12 +55,11 @@ def on_page_markdown(markdown, page, config, files):
     source = page.file.abs_src_path
     if source and not source.startswith(config.docs_dir):
         markdown = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
-    if page.file.src_uri.startswith("keras_blur/genomes/"):
-        return markdown.replace("# ", f"# {page.file.name}: ", 1)
-    if page.file.src_uri.startswith("examples/paper/results/"):
-        title = page.file.name.replace("_", " ").replace("sgd", "SGD")
-        return f"# {title[0].upper()}{title[1:]}\n\n{markdown}\n![{title}]({page.file.name}.png)\n"
-    if source and not source.startswith(config.docs_dir):
+        if page.file.src_uri.startswith("keras_blur/genomes/"):
+            return markdown.replace("# ", f"# {page.file.name}: ", 1)
+        if page.file.src_uri.startswith("examples/paper/results/"):
+            title = page.file.name.replace("_", " ").replace("sgd", "SGD")
+            return f"# {title[0].upper()}{title[1:]}\n\n{markdown}\n![{title}]({page.file.name}.png)\n"
         return markdown
     markdown = markdown.replace("```python notest", "```python")  # a mark for the tests
     up = "../" * page.file.src_uri.count("/")

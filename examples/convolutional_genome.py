@@ -45,29 +45,20 @@ query, averaged over the steps 1, 2, 4, ... So early steps count as much as late
 """
 
 
-def large_kernels(shape, outputs):
-    """Two convolutions of 5x5 and two dense layers."""
-    return [
-        keras.layers.Conv2D(6, 5, padding="same", activation="relu"),
-        keras.layers.MaxPooling2D(2),
-        keras.layers.Conv2D(12, 5, padding="same", activation="relu"),
-        keras.layers.MaxPooling2D(2),
-        keras.layers.Flatten(),
-        keras.layers.Dense(48, activation="relu"),
-        keras.layers.Dense(outputs),
-    ]
+def convolutional(kernel, filters, hidden=()):
+    """A function of a learner: convolutions with pooling, hidden dense layers, and the outputs."""
+
+    def network(shape, outputs):
+        layers = []
+        for count in filters:
+            layers += [keras.layers.Conv2D(count, kernel, padding="same", activation="relu"), keras.layers.MaxPooling2D(2)]
+        dense = [keras.layers.Dense(units, activation="relu") for units in hidden]
+        return [*layers, keras.layers.Flatten(), *dense, keras.layers.Dense(outputs)]
+
+    return network
 
 
-def small_kernels(shape, outputs):
-    """Two convolutions of 3x3 and a dense layer."""
-    return [
-        keras.layers.Conv2D(8, 3, padding="same", activation="relu"),
-        keras.layers.MaxPooling2D(2),
-        keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
-        keras.layers.MaxPooling2D(2),
-        keras.layers.Flatten(),
-        keras.layers.Dense(outputs),
-    ]
+NETWORKS = (convolutional(5, (6, 12), hidden=(48,)), convolutional(3, (8, 16)))
 
 
 def families(quick):
@@ -85,11 +76,14 @@ def printed(genome):
 def main(argv):
     del argv
     quick = _QUICK.value
+    each = 1 if quick else 10  # generations between two reports
+    if _GENERATIONS.value % each:
+        raise app.UsageError(f"--generations must be a multiple of {each}. Received: --generations={_GENERATIONS.value}")
     start = kb.genomes.load("fast")
     fixed = {name: value for name, value in start.arrays.items() if name not in LEARNED}
     trainer = kb.meta.MetaTrainer(
         families(quick),
-        [kb.learners.Blur(network, start.rule, fixed=fixed) for network in (large_kernels, small_kernels)],
+        [kb.learners.Blur(network, start.rule, fixed=fixed) for network in NETWORKS],
         kb.meta.Evolution(4 if quick else _STEPS.value, population=_POPULATION.value, sigma=0.15, fitness="speed"),
         batch_size=32 if quick else 64,
         query_size=80,
@@ -100,14 +94,14 @@ def main(argv):
     print(f"start: {printed(start)}", flush=True)
 
     def report(epoch, logs):
-        print(f"generation {10 * (epoch + 1)}: accuracy {logs['accuracy']:.3f}, sigma {logs['sigma']:.3f}; "
+        print(f"generation {each * (epoch + 1)}: accuracy {logs['accuracy']:.3f}, sigma {logs['sigma']:.3f}; "
               f"{printed(trainer.genome)}", flush=True)  # fmt: skip
 
     callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=report)]
     if _GENOME.value:
         callbacks.append(kb.meta.SaveLearned(_GENOME.value))
-    epochs = 1 if quick else _GENERATIONS.value // 10
-    trainer.fit(epochs, 1 if quick else 10, checkpoint=_CHECKPOINT.value, callbacks=callbacks, verbose=0)
+    epochs = 2 if quick else _GENERATIONS.value // each
+    trainer.fit(epochs, each, checkpoint=_CHECKPOINT.value, callbacks=callbacks, verbose=0)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ def test_versions_are_in_the_order_of_their_numbers(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import over_versions
 
-    given = [document("0.10.0", "mlp", genome=3.0), document("0.9.1", "mlp", genome=1.5, other=1.0)]
+    given = [document(version, "mlp", genome=size) for version, size in (("0.10.0", 3.0), ("0.10.0rc1", 2.0))]
+    given.append(document("0.9.1", "mlp", genome=1.5, other=1.0))
     found = over_versions.by_panel([*given, document("0.9.1", "lenet", genome=2.0)])
     assert list(found) == ["mlp, jax", "lenet, jax"]
-    assert list(found["mlp, jax"]["genome"]) == ["0.9.1", "0.10.0"]
+    assert list(found["mlp, jax"]["genome"]) == ["0.9.1", "0.10.0rc1", "0.10.0"]
     assert found["mlp, jax"]["genome"]["0.10.0"] == {"ratio": 3.0, "memory_ratio": 6.0}
     assert list(found["mlp, jax"]["other"]) == ["0.9.1"]
 

@@ -114,16 +114,8 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
 
 @contextlib.contextmanager
 def on_devices(count: int) -> Iterator[Any]:
-    """A context with the scope in which trainers use a number of devices of one kind.
-
-    On a CPU the devices are virtual: each takes a share of the work, and they share the cores.
-
-    Args:
-        count: number of devices.
-
-    Raises:
-        ValueError: if there are fewer, or the CPU was already in use as fewer devices.
-    """
+    """A context with the scope in which trainers use a number of devices; on a CPU, virtual
+    ones."""
     with contextlib.suppress(RuntimeError):  # too late: the CPU is in use
         jax.config.update("jax_num_cpu_devices", count)
     found = keras.distribution.list_devices()

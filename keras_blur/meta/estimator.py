@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 import numpy as np
@@ -281,6 +281,8 @@ class Estimator(InnerLoop, abc.ABC):
     5
     """
 
+    carries_learners: ClassVar[bool] = False  # whether an estimate passes its learners to the next one
+
     @abc.abstractmethod
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -358,7 +360,7 @@ class Estimator(InnerLoop, abc.ABC):
     ) -> tuple[Any, Any]:
         """Statistics of each member, and the learner states to carry on.
 
-        Estimates of whole episodes carry nothing, so members are computed by `in_groups`.
+        If nothing is carried on, members are computed by `in_groups`.
 
         Args:
             function: maps outer parameters `[members, ...]` to a tree of arrays `[members, ...]`,
@@ -369,6 +371,8 @@ class Estimator(InnerLoop, abc.ABC):
             episodes: as in `local_estimate`.
             seed: as in `local_estimate`.
         """
+        if self.carries_learners:
+            return function(outer)
         return in_groups(lambda outer: function(outer)[0], like, learner, outer, episodes, seed), ()
 
     def part(self, episodes: Episodes, window: Array) -> Episodes:
@@ -400,6 +404,7 @@ class Truncated(Estimator):
     `episode_steps` must be a multiple of `steps`. Learners are carried from window to window.
     """
 
+    carries_learners = True
     episode_steps: int = 100
 
     def __post_init__(self) -> None:
@@ -426,17 +431,6 @@ class Truncated(Estimator):
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
         return choose(first, start(learner, outer, episodes, seed, shard), carried.learners)
-
-    def by_member(
-        self,
-        function: Callable[[Outer], tuple[Any, Any]],
-        like: Callable[[int, str], Any],
-        learner: Learner,
-        outer: Outer,
-        episodes: Episodes,
-        seed: Array,
-    ) -> tuple[Any, Any]:
-        return function(outer)
 
 
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard = ALL) -> Any:

@@ -5,9 +5,9 @@ ignore the trailing data. The checksum is verified first, because HDF5 may read 
 silently or crash the process.
 
 Equal settings must give equal JSON in every process, so automatic layer names, object identities
-and memory addresses are left out. Data are represented by their shapes and a projection.
-Projections are compared with a tolerance, since preprocessing may round differently on another
-machine.
+and memory addresses are left out. Data are represented by their shapes, their norm and a projection
+of their direction. Both numbers are compared with a tolerance, since preprocessing may round
+differently on another machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from keras_blur.tasks.base import Tasks
 
 _MAGIC = b"keras_blur run 1"
 _TRAILER = struct.Struct(f"<Q32s{len(_MAGIC)}s")  # bytes of settings, checksum, magic
-_PROJECTION = "projection"
+_PROJECTION, _NORM = "projection", "euclidean_norm"
 _TOLERANCE = 1e-5
 _ROWS = 4096
 _OF_CLASSES = ("class", "class_name", "module", "registered_name")
@@ -148,7 +148,8 @@ def _arrays(nest: Any) -> Iterator[Any]:
 
 
 def projected(arrays: list[Any]) -> dict[str, Any]:
-    """Summarises arrays: element count, and the projection on a fixed direction over the norm.
+    """Summarises arrays: element count, norm, and the projection on a fixed direction over the
+    norm.
 
     Example:
 
@@ -171,7 +172,8 @@ def projected(arrays: list[Any]) -> dict[str, Any]:
             square += float(np.vdot(part, part))
         elements += given.size
     kind = shapes[0] if len(shapes) == 1 else len(shapes)
-    return {"arrays": kind, "elements": elements, _PROJECTION: along / math.sqrt(square) if square else 0.0}
+    norm = math.sqrt(square)
+    return {"arrays": kind, "elements": elements, _PROJECTION: along / norm if norm else 0.0, _NORM: norm}
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
@@ -199,9 +201,13 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, st
 
 
 def _equal(before: Any, now: Any, name: str) -> bool:
-    if not name.endswith(_PROJECTION):
+    if name.endswith(_PROJECTION):
+        close = math.isclose(before, now, abs_tol=_TOLERANCE)
+    elif name.endswith(_NORM):
+        close = math.isclose(before, now, rel_tol=_TOLERANCE)
+    else:
         return before == now
-    return math.isclose(before, now, abs_tol=_TOLERANCE) or (math.isnan(before) and math.isnan(now))
+    return close or (math.isnan(before) and math.isnan(now))
 
 
 def _shown(value: Any) -> str:

@@ -61,6 +61,7 @@ def test_it_trains_stops_on_sigterm_and_goes_on_to_the_same_result(tmp_path, bac
     ("flags", "said"),
     [
         (["--tpu=local"], "needs a TPU in this machine; there is none"),
+        (["--tpu=local", "--devices=2"], "--devices must be 1 with a TPU"),
         (["--tpu=none", "--hidden=0"], "--hidden must be positive whole numbers"),
         (["--out=nowhere://bucket/run"], "nowhere://bucket/run: File system scheme 'nowhere' not implemented"),
     ],

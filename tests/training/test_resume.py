@@ -395,6 +395,16 @@ def test_equal_settings_are_described_alike_in_another_place():
     assert [name for name, *_ in found] == ["y.projection"]
 
 
+def test_numbers_of_another_size_are_other_settings():
+    x = np.linspace(-1.0, 1.0, 50, dtype="float32")
+    found = list(settings.differences(settings.described(x), settings.described(3.0 * x)))
+    assert [name for name, *_ in found] == ["euclidean_norm"]
+    gates = [{"synapse_update": np.float32(value)} for value in (-0.1, -0.2)]
+    one, other = (json.loads(json.dumps(settings.described(learners.Blur((4,), fixed=gate)))) for gate in gates)
+    assert [name for name, *_ in settings.differences(one, other)] == ["fixed.synapse_update.euclidean_norm"]
+    assert list(settings.differences(one, one)) == []
+
+
 def test_the_rate_of_an_optimizer_is_found_where_it_is():
     wrapped = settings.described(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.25)))
     assert loop._rate(wrapped) == 0.25
