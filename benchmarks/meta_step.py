@@ -2,7 +2,7 @@
 run.
 
     python benchmarks/meta_step.py [--network mlp] [--hidden 128] [--genome NAME] [--batch_size 128]
-        [--steps 10] [--backends tensorflow,jax] [--json FILE]
+        [--steps 10] [--backends tensorflow,jax] [--devices 1] [--json FILE]
 
 One episode of 28x28 images and ten classes: the gradient of the query's cross-entropy through an
 unroll, data in memory. On TensorFlow as a graph that runs operation by operation
@@ -12,6 +12,8 @@ take turns. The fraction of the matmul peak is that of dense networks under a ra
 the multiplications and additions of the matrix products that the equations and their derivatives
 need and nothing else (a product has two derivatives, one where an operand is data). Memory is the
 peak above the process before the first call, compilation included, each in a process of its own.
+With `--devices` above 1, JAX splits the population over so many devices, virtual ones on a CPU; one
+genome has a single device and all cores.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ _BATCH = flags.DEFINE_integer("batch_size", 128, "Examples in a batch.", lower_b
 _STEPS = flags.DEFINE_integer("steps", 10, "Unrolled steps.", lower_bound=1)
 _STATES = flags.DEFINE_integer("states", 2, "States of a neuron of a random genome.", lower_bound=2)
 _POPULATION = flags.DEFINE_integer("population", 80, "Genomes of the population.", lower_bound=2)
+_DEVICES = flags.DEFINE_integer("devices", 1, "Devices over which JAX splits the population.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Times that each is run.", lower_bound=3)
 _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in some more processes.")
 _BACKENDS = flags.DEFINE_list("backends", ["tensorflow", "jax"], "Backends to measure.")
@@ -71,9 +74,17 @@ def hidden() -> tuple[int, ...]:
 
 
 class Case:
-    """A meta-gradient and its arguments."""
+    """A meta-gradient and its arguments.
 
-    def __init__(self, steps: int, members: int = 1, *, jit: bool, recompute: bool = False):
+    Args:
+        steps: unrolled steps.
+        members: genomes, which the runner's devices share if they can.
+        runner: the devices; `None` is one.
+        jit: whether XLA compiles it.
+        recompute: as in `Unroll`.
+    """
+
+    def __init__(self, steps: int, members: int = 1, *, runner: Any = None, jit: bool, recompute: bool = False):
         batch, rng, genome = _BATCH.value, np.random.default_rng(0), of_flags()
         network: Any = hidden()
         if _NETWORK.value != "mlp":
@@ -94,10 +105,12 @@ class Case:
         own = learner.parameters(genome)
         outer = {name: np.repeat(array[:1], members, axis=0).astype("float32") for name, array in own.items()}
         self._arguments = backend.tree_map(ops.convert_to_tensor, (outer, episodes))
-        seed = random.seed_of(0)
-        self._gradient = backend.compiled(
-            lambda outer, episodes: estimator(learner, outer, episodes, seed)[0], jit_compile=jit
-        )
+        seed, runner = random.seed_of(0), runner or backend.Runner()
+
+        def of_part(episodes: Any, outer: Any) -> Any:
+            return estimator(learner, outer, episodes, seed)[0]
+
+        self._gradient = backend.compiled(lambda outer, episodes: runner.each(of_part, episodes, outer), jit_compile=jit)
         start = time.perf_counter()
         self()
         self.compile_seconds = time.perf_counter() - start
@@ -139,7 +152,7 @@ def again(*flags: str, on: str | None = None) -> str:
     forwarded = [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in (
         ("network", _NETWORK.value), ("hidden", _HIDDEN.value), ("genome", _GENOME.value), ("batch_size", _BATCH.value),
         ("steps", _STEPS.value), ("states", _STATES.value), ("population", _POPULATION.value),
-        ("repeats", _REPEATS.value), ("memory", _MEMORY.value),
+        ("devices", _DEVICES.value), ("repeats", _REPEATS.value), ("memory", _MEMORY.value),
     ) if value is not None]  # fmt: skip
     environment = {**os.environ, **({"KERAS_BACKEND": on} if on else {})}
     asked = [sys.executable, __file__, *forwarded, *flags]
@@ -154,11 +167,14 @@ def memory_of(steps: int, *, jit: bool, recompute: bool) -> float:
 def columns() -> dict[str, Any]:
     """The numbers of this process's backend, by program and by name."""
     steps, population = _STEPS.value, _POPULATION.value
-    programs = PROGRAMS[keras.backend.backend()]
+    programs, runner = PROGRAMS[keras.backend.backend()], None
+    if keras.backend.backend() == "jax" and _DEVICES.value > 1:
+        with backend.on_devices(_DEVICES.value):
+            runner = backend.Runner()
     timed: dict[str, Callable[[], float]] = {"sgd": Sgd()}
     compiling = {}
     for name, jit in programs.items():
-        timed[name], timed["population, " + name] = Case(steps, jit=jit), Case(steps, population, jit=jit)
+        timed[name], timed["population, " + name] = Case(steps, jit=jit), Case(steps, population, runner=runner, jit=jit)
         compiling[name] = Case(50, jit=jit).compile_seconds / Case(5, jit=jit).compile_seconds
     times: dict[str, list[float]] = {name: [] for name in timed}
     flops = []
@@ -209,7 +225,10 @@ def main(argv: list[str]) -> None:
         found |= json.loads(again("--columns", on=one).splitlines()[-1])
     units = f"hidden {','.join(_HIDDEN.value)}" if _NETWORK.value == "mlp" else _NETWORK.value
     kind = _GENOME.value or f"k={_STATES.value}"
-    print(f"28x28 images, {units}, batch {_BATCH.value}, {_STEPS.value} steps, {kind}, float32; median of {_REPEATS.value}")
+    print(
+        f"28x28 images, {units}, batch {_BATCH.value}, {_STEPS.value} steps, {kind}, float32; median of {_REPEATS.value}; "
+        f"devices of a population on JAX: {_DEVICES.value}"
+    )
     print(f"{'':40}" + "".join(f"{name:>10}" for name in found))
     for name in next(iter(found.values())):
         print(f"{name:40}" + "".join(f"{column[name]:10.3f}" for column in found.values()))

@@ -4,8 +4,8 @@ On TensorFlow, multi-device code is written once, as the program of one replica.
 processes its shard of the work, reduces the intermediate results with the others, and continues
 with identical values. All replicas therefore write the same values into their copies of a variable.
 Without a strategy, the shard is the whole work and reductions are identities. So it is on JAX,
-where one program sees the arrays of all devices. There `Runner.split` gives each device its tasks;
-the compiler splits all else.
+where one program sees the arrays of all devices. There `Runner.split` gives each device its tasks,
+or its members where the devices do not divide the tasks; the compiler splits all else.
 
 On TensorFlow, work is interleaved: of `n` tasks, replica `r` of `R` takes tasks `r`, `r + R`,
 `r + 2 R`, ... The assignment does not depend on how replicas are placed on hosts, and a single sum
@@ -32,6 +32,7 @@ class Shard:
         index: index of the replica; an integer or a scalar int32 array.
         count: number of replicas.
         in_blocks: whether a shard is a block in a row; if not, every `count`-th place.
+        members: the part of the members that goes with this part of the tasks; `None` is all.
 
     Example:
 
@@ -42,6 +43,7 @@ class Shard:
     index: Any = 0
     count: int = 1
     in_blocks: bool = False
+    members: Shard | None = None
 
     def places(self, size: int) -> Array:
         """The places of this shard among those of all, int32 `[size]`.

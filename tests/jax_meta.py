@@ -1,9 +1,9 @@
 """Meta-trains in a process of its own, on either backend: `python jax_meta.py JSON`; prints one
 line of JSON.
 
-The JSON gives `case`, an estimator; how it is run: nothing, `devices` (all that JAX has, under
-`keras.distribution`), or `worker`, `workers` and `port` (processes of one device each); `epochs`,
-and `checkpoint`.
+The JSON gives `cases`, names of estimators; how they are run: nothing, `devices` (all that JAX has,
+under `keras.distribution`), or `worker`, `workers` and `port` (processes of one device each);
+`tasks` and `members`, of a step; `epochs`, and `checkpoint`.
 """
 
 import json
@@ -47,12 +47,13 @@ def warp():
     return learners.Warp(model, names, keras.optimizers.SGD(0.1, momentum=0.9))
 
 
-def trainer():
-    """A trainer with tasks for four devices."""
-    evolution, warps = asked["case"] == "cma", asked["case"] in ("warpgrad", "offline")
+def trainer(case):
+    """A trainer with tasks, or members, for four devices."""
+    evolution, warps = case == "cma", case in ("warpgrad", "offline")
     made = meta.MetaTrainer(
         tasks.images("digits", size=4, relabel=True), warp() if warps else learners.Blur((8,), RULE),
-        ESTIMATORS[asked["case"]](), members=1 if evolution else 2, meta_batch_size=4, batch_size=8, query_size=16, seed=3,
+        ESTIMATORS[case](), members=1 if evolution else asked.get("members", 2),
+        meta_batch_size=asked.get("tasks", 4), batch_size=8, query_size=16, seed=3,
     )  # fmt: skip
     # Not Adam, whose first steps are the signs of gradients, which depend on rounding if a gradient
     # is zero.
@@ -61,19 +62,19 @@ def trainer():
 
 
 def noted(runner, seen):
-    """Records how many tasks, or candidates of CMA-ES, a device computes."""
+    """Records for how many tasks and members, or candidates of CMA-ES, a device computes."""
     split, each = runner.split, runner.each
 
-    def noting(function, common, episodes, kept):
-        def of_part(index, count, common, episodes, kept):
-            seen.add(episodes["x"].shape[0])
-            return function(index, count, common, episodes, kept)
+    def noting(function, *trees):
+        def of_part(tasks, members, common, outer, episodes, kept):
+            seen.add((episodes["x"].shape[0], next(iter(outer.values())).shape[0]))
+            return function(tasks, members, common, outer, episodes, kept)
 
-        return split(of_part, common, episodes, kept)
+        return split(of_part, *trees)
 
     def noting_each(function, common, candidates):
         def of_part(common, candidates):
-            seen.add(candidates.shape[0])
+            seen.add((4, candidates.shape[0]))  # each sees all tasks
             return function(common, candidates)
 
         return each(of_part, common, candidates)
@@ -84,9 +85,12 @@ def noted(runner, seen):
 if __name__ == "__main__":
     asked.update(json.loads(sys.argv[1]))
     lay()
-    made, seen = trainer(), set()
-    noted(made.runner, seen)
-    history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
-    found = {name: value.tolist() for name, value in made.strategy.population().items()}
-    print(json.dumps({"history": history, "outer": found, "score": np.array(made.member_score.value).tolist(),
-                      "devices": made.runner.shares, "work": sorted(seen)}))  # fmt: skip
+    found = {}
+    for case in asked["cases"]:
+        made, seen = trainer(case), set()
+        noted(made.runner, seen)
+        history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
+        outer = {name: value.tolist() for name, value in made.strategy.population().items()}
+        found[case] = {"history": history, "outer": outer, "score": np.array(made.member_score.value).tolist(),
+                       "devices": made.runner.shares, "work": sorted(seen)}  # fmt: skip
+    print(json.dumps(found))

@@ -17,10 +17,8 @@ from keras_blur import Genome, backend
 pytest.importorskip("jax")
 
 META, BILEVEL = (pathlib.Path(__file__).with_name(name) for name in ("jax_meta.py", "jax_bilevel.py"))
-SLOW = [
-    pytest.param(case, marks=pytest.mark.slow) for case in ("recomputed", "truncated", "es", "pes", "warpgrad", "offline")
-]
-CASES = ["unroll", "cma", *SLOW]
+FAST, SLOW = ("unroll", "cma"), ("recomputed", "truncated", "es", "pes", "warpgrad", "offline")
+CASES = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]  # those of a group share a process
 OF_BILEVEL = ["difference", "evograd", "cut", "sampler", "scaled"]
 HIDE = "import sys; sys.modules['tensorflow'] = None; "
 
@@ -44,13 +42,14 @@ def result(process):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Results of one device by case, each computed once."""
+    """Results of one device by case, each group computed once."""
     known = {}
 
-    def of(case):
-        if case not in known:
-            known[case] = result(start(case=case))
-        return known[case]
+    def of(*cases, **asked):
+        key = json.dumps([cases, asked])
+        if key not in known:
+            known[key] = result(start(cases=cases, **asked))
+        return known[key]
 
     return of
 
@@ -70,18 +69,30 @@ def assert_close(found, wanted, tolerance):
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_jax_learns_what_tensorflow_learns(alone, case):
-    # CMA-ES computes in float64 on TensorFlow and in float32 on JAX.
-    assert_close(alone(case), result(start("tensorflow", case=case)), 1e-4 if case == "cma" else 1e-5)
+@pytest.mark.parametrize("cases", CASES)
+def test_jax_learns_what_tensorflow_learns(alone, cases):
+    wanted = result(start("tensorflow", cases=cases))
+    for case in cases:
+        # CMA-ES computes in float64 on TensorFlow and in float32 on JAX.
+        assert_close(alone(*cases)[case], wanted[case], 1e-4 if case == "cma" else 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_four_devices_are_one(alone, case):
-    four = result(start(case=case, devices=4))
-    assert (alone(case)["devices"], four["devices"]) == (1, 4)
-    assert (alone(case)["work"], four["work"]) == (([9], [3]) if case == "cma" else ([4], [1]))
-    assert_close(four, alone(case), 1e-6)
+@pytest.mark.parametrize("cases", CASES)
+def test_four_devices_split_tasks_and_are_one(alone, cases):
+    four = result(start(cases=cases, devices=4))
+    for case, one in alone(*cases).items():
+        assert (one["devices"], four[case]["devices"]) == (1, 4)
+        assert (one["work"], four[case]["work"]) == (([[4, 9]], [[4, 3]]) if case == "cma" else ([[4, 2]], [[1, 2]]))
+        assert_close(four[case], one, 1e-6)
+
+
+@pytest.mark.slow
+def test_four_devices_split_members_where_tasks_do_not_fit(alone):
+    cases, options = ("unroll", "pes", "offline"), {"tasks": 1, "members": 4}
+    four = result(start(cases=cases, devices=4, **options))
+    for case, one in alone(*cases, **options).items():
+        assert (one["work"], four[case]["work"]) == ([[1, 4]], [[1, 1]])
+        assert_close(four[case], one, 1e-6)
 
 
 @pytest.mark.slow
@@ -114,21 +125,21 @@ def test_more_devices_than_there_are():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["unroll", "cma"])
-def test_two_processes_are_one(alone, case):
+def test_two_processes_are_one(alone):
     port = free_port()
-    both = [start(case=case, worker=number, workers=2, port=port) for number in range(2)]
+    both = [start(cases=FAST, worker=number, workers=2, port=port) for number in range(2)]
     for found in map(result, both):
-        assert found["devices"] == 2
-        assert_close(found, alone(case), 1e-6)
+        for case, one in alone(*FAST).items():
+            assert found[case]["devices"] == 2
+            assert_close(found[case], one, 1e-6)
 
 
-def test_a_resumed_run_is_an_unbroken_one(alone, tmp_path):
+def test_a_resumed_run_is_an_unbroken_one(tmp_path):
     path = str(tmp_path / "run.weights.h5")
-    result(start(case="truncated", epochs=1, checkpoint=path))
-    resumed = result(start(case="truncated", checkpoint=path))
-    assert resumed["outer"] == alone("truncated")["outer"]
-    assert resumed["score"] == alone("truncated")["score"]
+    result(start(cases=["truncated"], epochs=1, checkpoint=path))
+    resumed, unbroken = (result(start(cases=["truncated"], **own))["truncated"] for own in ({"checkpoint": path}, {}))
+    assert resumed["outer"] == unbroken["outer"]
+    assert resumed["score"] == unbroken["score"]
 
 
 def assert_same(found, wanted, case, tolerance):

@@ -480,6 +480,7 @@ class Runner:
     replicas = 1
     compiles = True  # whole programs: a function in one needs no compilation of its own
     in_blocks = True  # a device has places in a row of what is dealt
+    splits_members = True  # where the devices do not divide the tasks
 
     def __init__(self) -> None:
         layout = keras.distribution.distribution()
@@ -563,35 +564,43 @@ class Runner:
         )  # fmt: skip
         return split(common, dealt)
 
-    def split(self, function: Callable[..., Any], common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
-        """The mean over devices of a function's first result, and all of its second, inside a
-        program.
+    def split(self, function: Callable[..., Any], common: Any, outer: Any, tasks: Any, kept: Any) -> tuple[Any, Any]:
+        """A function of tasks and members, each device computing a part, inside a program.
 
-        Each device computes the function of its part. The compiler alone would not split a loop
-        over tasks.
+        Tasks are split if the devices divide their number, else members, else nothing. The compiler
+        alone would not split a loop over either.
 
         Args:
-            function: takes the index of a part, the number of parts, and the three trees; it
-                returns two trees, the second like `kept`.
+            function: takes the part of the tasks, the part of the members (each an index and the
+                number of parts) and the four trees. It returns a tree of arrays
+                `[members, ...]`, of which this gives the mean over parts of the tasks, and a tree
+                like `kept`.
             common: a tree of arrays that are whole in every part.
-            dealt: a tree of arrays that are split along their first axis. If the devices do not
-                divide it, there is one part.
-            kept: a tree of arrays that are split along their second axis, if they have one.
+            outer: a tree of arrays `[members, ...]`.
+            tasks: a tree of arrays `[tasks, ...]`.
+            kept: a tree of arrays `[members, tasks, ...]`. Those with fewer axes are whole.
         """
-        if self.shares == 1 or any(leaf.shape[0] % self.shares for leaf in leaves(dealt)):
-            return function(jnp.int32(0), 1, common, dealt, kept)
-        whole, axis = PartitionSpec(), self._axis
-        of_kept = tree_map(lambda leaf: PartitionSpec(None, axis) if len(leaf.shape) > 1 else whole, kept)
+        shares, axis, all_of_them = self.shares, self._axis, (jnp.int32(0), 1)
+        by_task, by_member = (not any(leaf.shape[0] % shares for leaf in leaves(tree)) for tree in (tasks, outer))
+        if shares == 1 or not (by_task or by_member):
+            return function(all_of_them, all_of_them, common, outer, tasks, kept)
+        whole, along = PartitionSpec(), PartitionSpec(axis)
+        of_members, of_tasks = (whole, along) if by_task else (along, whole)
+        pair = PartitionSpec(None, axis) if by_task else along
+        of_kept = tree_map(lambda leaf: pair if len(leaf.shape) > 1 else whole, kept)
 
-        def part(common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
-            found, own = function(jax.lax.axis_index(axis), self.shares, common, dealt, kept)
-            return jax.lax.pmean(found, axis), own
+        def part(*trees: Any) -> tuple[Any, Any]:
+            own = (jax.lax.axis_index(axis), shares)
+            if not by_task:
+                return function(all_of_them, own, *trees)
+            found, after = function(own, all_of_them, *trees)
+            return jax.lax.pmean(found, axis), after
 
         split = jax.shard_map(
-            part, mesh=self._mesh, in_specs=(whole, PartitionSpec(axis), of_kept), out_specs=(whole, of_kept),
+            part, mesh=self._mesh, in_specs=(whole, of_members, of_tasks, of_kept), out_specs=(of_members, of_kept),
             check_vma=False,  # a loop would have to say which of its zeros differ between devices
         )  # fmt: skip
-        return split(common, dealt, kept)
+        return split(common, outer, tasks, kept)
 
     @contextlib.contextmanager
     def undivided(self) -> Iterator[None]:

@@ -752,16 +752,17 @@ class Runner:
         """No scope: Keras divides batches of any size."""
         return contextlib.nullcontext()
 
-    def split(self, function: Callable[..., Any], common: Any, dealt: Any, kept: Any) -> tuple[Any, Any]:
-        """The results of a function of this replica's part, inside its program.
+    def split(self, function: Callable[..., Any], common: Any, outer: Any, tasks: Any, kept: Any) -> tuple[Any, Any]:
+        """The results of a function of this replica's tasks and all members, inside its program.
 
         Args:
-            function: takes the index of this replica, the number of replicas, and the three trees.
-            common, dealt, kept: trees of arrays, those of this replica.
+            function: takes the part of the tasks, the part of the members (each an index and the
+                number of parts) and the four trees.
+            common, outer, tasks, kept: trees of arrays, those of this replica.
         """
-        count = replicas_of_program()
-        index = tf.convert_to_tensor(replica() if count > 1 else 0, tf.int32)
-        return function(index, count, common, dealt, kept)
+        count, first = replicas_of_program(), tf.constant(0, tf.int32)
+        index = tf.convert_to_tensor(replica(), tf.int32) if count > 1 else first
+        return function((index, count), (first, 1), common, outer, tasks, kept)
 
     def deal(self, dataset_of: Callable[[int, int], tf.data.Dataset]) -> Any:
         """Returns an iterator in which each replica has its own dataset.

@@ -176,7 +176,7 @@ def define_flags(flags: Flags) -> None:
         "Whether to recompute the unrolled steps, which saves memory.",
         [with_value("estimator", "unroll", "truncated")],
     )
-    flags.integer("devices", 1, "Devices to split tasks, or the candidates of cma, over; on a CPU, virtual ones.", least=1)
+    flags.integer("devices", 1, "Devices to split tasks, members or candidates over; on a CPU, virtual ones.", least=1)
     flags.switch("jit_compile", True, "Whether to compile with XLA: a slower start, then faster on small networks.")
     flags.number(
         "trajectory_loss_weight",

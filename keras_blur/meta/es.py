@@ -88,7 +88,8 @@ class ES(Estimator):
         def like(members: int, dtype: str) -> Any:
             return (keras.KerasTensor((members,), dtype),) * 2
 
-        particles = perturbed(outer, perturbations(outer, self.antithetic_pairs, seed), self.sigma)
+        noise = perturbations(outer, self.antithetic_pairs, seed, shard.members)
+        particles = perturbed(outer, noise, self.sigma)
         return self.by_member(scores, like, learner, particles, episodes, seed)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
@@ -174,15 +175,21 @@ class PES(Truncated, ES):
         return self.estimate(outer, directions, *measured), directions
 
 
-def perturbations(outer: Outer, antithetic_pairs: int, seed: Array) -> Outer:
-    """Standard normal directions `[members, antithetic_pairs, ...]` for each outer parameter."""
-    return {
-        name: ops.cast(
-            random.normal(random.fold_in(seed, _NOISE, index), (value.shape[0], antithetic_pairs, *value.shape[1:])),
-            value.dtype,
-        )
-        for index, (name, value) in enumerate(sorted(outer.items()))
-    }
+def perturbations(outer: Outer, antithetic_pairs: int, seed: Array, part: Shard | None = None) -> Outer:
+    """Standard normal directions `[members, antithetic_pairs, ...]` for each outer parameter.
+
+    Args:
+        outer: outer parameters `[members, ...]`.
+        antithetic_pairs: directions of each member.
+        seed: a seed.
+        part: which of all members these are; `None` is all.
+    """
+    noise = {}
+    for index, (name, value) in enumerate(sorted(outer.items())):
+        shape = (value.shape[0], antithetic_pairs, *value.shape[1:])
+        rows = None if part is None else part.places(shape[0])
+        noise[name] = ops.cast(random.normal(random.fold_in(seed, _NOISE, index), shape, rows), value.dtype)
+    return noise
 
 
 def perturbed(outer: Outer, noise: Outer, sigma: float) -> Outer:

@@ -250,9 +250,9 @@ NOTHING = Carried()
 class Estimator(InnerLoop, abc.ABC):
     """An inner loop with an estimator of its outer gradient: the base class of your own.
 
-    An estimate has two halves, so that tasks can be split over several devices. `local_estimate`
-    computes statistics on one shard of the tasks. `combine` turns their mean over shards into the
-    estimate.
+    An estimate has two halves, so that tasks or members can be split over several devices.
+    `local_estimate` computes statistics on one shard of the tasks or of the members. `combine`
+    turns their mean over shards of the tasks, for all members, into the estimate.
 
     Args:
         steps: learning steps of one estimate.
@@ -287,22 +287,24 @@ class Estimator(InnerLoop, abc.ABC):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        """Computes statistics on one shard of the tasks.
+        """Computes statistics on one shard of the tasks or of the members.
 
         Args:
             learner: the learner.
-            outer: outer parameters by name, `[members, ...]`.
+            outer: outer parameters by name, `[members, ...]`, those of the shard.
             episodes: the episodes of the shard: `x` `[tasks, steps, batch, features]`, `y`
                 `[tasks, steps, batch, outputs]`, `query_x` `[tasks, query, features]` and `query_y`
                 `[tasks, query, outputs]`.
             seed: seed of the initial networks and of noise, `[2]` int32.
-            carried: state returned by the previous estimate; ignored if `first`.
+            carried: state returned by the previous estimate; ignored if `first`. The learners are
+                those of the shard, the directions those of all members.
             first: whether this is the first estimate on these episodes; a scalar array or `bool`.
-            shard: the shard.
+            shard: the shard. What is drawn at random for each member is that of
+                `shard.members.places`.
 
         Returns:
-            A tree of arrays, whose mean over shards is passed to `combine`, and the learner states
-            to carry on.
+            A tree of arrays `[members, ...]`, whose mean over shards of the tasks is passed to
+            `combine`, and the learner states to carry on.
         """
 
     @abc.abstractmethod

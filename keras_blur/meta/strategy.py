@@ -215,9 +215,8 @@ class Descent(Strategy):
         episodes = estimator.part(episodes, window)
         mine, slots = shard(), self._carried[family]
         carried = tree_map(value_of, slots)
-        common = (outer, seed, carried.directions, first)
-        of_tasks = self._of_tasks(family, estimator)
-        measured, learners = self.runner.split(of_tasks, common, episodes, mine.part(carried.learners, axis=1))
+        common, learners = (seed, carried.directions, first), mine.part(carried.learners, axis=1)
+        measured, learners = self.runner.split(self._of_part(family, estimator), common, outer, episodes, learners)
         found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
         kept = Carried(mine.whole(learners, axis=1), directions)
         for slot, value in zip(leaves(slots), leaves(kept), strict=True):
@@ -237,18 +236,19 @@ class Descent(Strategy):
         logs = {name: counted(value, sound) for name, value in means.items()}
         return Outcome({**logs, "skipped": skipped(sound, norm)}, found.accuracy, sound)
 
-    def _of_tasks(self, family: int, estimator: Estimator) -> Any:
-        """A function for `Runner.split`: the statistics of a shard of tasks, compiled."""
+    def _of_part(self, family: int, estimator: Estimator) -> Any:
+        """A function for `Runner.split`: the statistics of some tasks and members, compiled."""
 
-        def of_tasks(index: Array, count: int, common: Any, episodes: Episodes, learners: Any) -> Any:
-            def local(index: Array, common: Any, episodes: Episodes, learners: Any) -> Any:
-                outer, seed, directions, first = common
-                mine, carried = Shard(index, count, self.runner.in_blocks), Carried(learners, directions)
+        def of_part(tasks: tuple[Array, int], members: tuple[Array, int], *trees: Any) -> Any:
+            def local(task: Array, member: Array, common: Any, outer: Any, episodes: Episodes, learners: Any) -> Any:
+                (seed, directions, first), in_blocks = common, self.runner.in_blocks
+                own = Shard(member, members[1], in_blocks) if members[1] > 1 else None
+                mine, carried = Shard(task, tasks[1], in_blocks, own), Carried(learners, directions)
                 return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
 
-            return (local if self.eager else compiled(local, jit_compile=self.jit))(index, common, episodes, learners)
+            return (local if self.eager else compiled(local, jit_compile=self.jit))(tasks[0], members[0], *trees)
 
-        return of_tasks
+        return of_part
 
     def apply(self, gradients: Mapping[str, Array], sound: Array) -> None:
         """Updates the sound members. The others keep their parameters and optimizer state.

@@ -17,6 +17,7 @@ Under `tf.distribute`, tasks (or the candidates of evolution) are split over rep
 runs the inner loop on its shard. Statistics are reduced once per step, after the inner loop, and
 every replica updates its own copy of the variables with the same numbers. The number of replicas
 affects a step only by rounding. So it is on JAX, where one program sees the tasks of all devices.
+There, members are split where the devices do not divide the tasks.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class MetaTrainer(OuterLoop):
             tasks. Must be 1 under `Evolution`, which has its own population.
         meta_batch_size: episodes per meta-step, over which gradients are averaged. Under a strategy
             it must be a multiple of the number of replicas, except for `Evolution`, which splits
-            candidates instead.
+            candidates instead. On several JAX devices, it or `members` must be a multiple of their
+            number.
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: maximum gradient norm of each member; `None` disables clipping.
@@ -160,10 +162,13 @@ class MetaTrainer(OuterLoop):
                 f"`members` must be 1 under Evolution, which has its own `population`. Received: members={members}"
             )
         begin = self._begin(start, members, seed)
-        if meta_batch_size % self.runner.shares and not isinstance(estimator, Evolution):
+        shares, or_members = self.runner.shares, self.runner.splits_members
+        undivided = meta_batch_size % shares and not (or_members and members % shares == 0)
+        if undivided and not isinstance(estimator, Evolution):
             raise ValueError(
-                f"`meta_batch_size` must be a multiple of the {self.runner.shares} replicas of the strategy. Received: "
-                f"meta_batch_size={meta_batch_size}"
+                f"`meta_batch_size`{' or `members`' * or_members} must be a multiple of the {shares} "
+                f"{'devices' if or_members else 'replicas of the strategy'}. Received: meta_batch_size={meta_batch_size}"
+                f"{f', members={members}' * or_members}"
             )
         self._given_estimator = estimator
         self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
