@@ -66,7 +66,7 @@ class Shard:
             axis: axis to split, whose size is a multiple of `count`.
 
         Raises:
-            ValueError: if the size of the axis is no multiple of `count`.
+            ValueError: if the size of the axis is not a multiple of `count`.
 
         Example:
 

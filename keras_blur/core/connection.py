@@ -81,9 +81,9 @@ class Connection(abc.ABC):
         units: number of units of a row, the targets of the synapses.
         use_bias: whether the inputs have a constant 1 beside them, in every state.
         activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function;
-            `None` takes the rule's.
+            `None` uses the rule's.
         compute_dtype: type of the factors of the map and of the outer product. Their sums stay
-            float32. `None` takes the type of the states.
+            float32. `None` uses the type of the states.
         penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to
             the Hebbian term.
         limits: for `"kernel"` and `"bias"`, functions that each channel goes through after a
@@ -354,7 +354,7 @@ class Connection(abc.ABC):
                 are zero, as for an input layer.
             old: this layer's states before the step, or `None` for zeros.
             last: whether this is an output layer.
-            statistics: mean and variance to normalise with; `None` takes those of the batch.
+            statistics: mean and variance to normalise with; `None` uses those of the batch.
             batch: the batch, if devices share it.
 
         Returns:

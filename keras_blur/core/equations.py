@@ -272,7 +272,7 @@ def forward_neurons(
             `rule.derivative_state`.
         old: the states before, `[..., k, batch, units]`, or `None` for zeros.
         statistics: mean and variance to normalise with, each `[..., s, 1, units]`, or
-            `[..., s, batch, 1]` over units; `None` takes those of z.
+            `[..., s, batch, 1]` over units; `None` uses those of z.
         batch: the batch, if z belongs to a part of it.
 
     Returns:

@@ -342,7 +342,7 @@ class Genome:
         """The genome as plain JSON values, with its checksum.
 
         Args:
-            license: the SPDX identifier of a licence; `None` takes the genome's own.
+            license: the SPDX identifier of a licence; `None` uses the genome's own.
         """
         arrays = {}
         for name, array in self.arrays.items():
@@ -426,7 +426,7 @@ class Genome:
         Args:
             path: the file, with the ending `.json`: on a disk, in a bucket (`gs://...`), or on the
                 Hugging Face Hub (`hf://OWNER/REPOSITORY/FILE.json`).
-            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` takes that of
+            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` uses that of
                 the file that the genome was loaded from, or else `"NOASSERTION"`.
 
         Raises:

@@ -50,7 +50,7 @@ class Rule:
         states: k, the number of states of a neuron and of channels of a synapse; at least 2.
         forward_activation: nonlinearity of hidden neurons in the forward pass (eq. 5): `"tanh"`,
             `"relu"`, `"relu_tanh"` (relu of tanh), `"sigmoid"` or `"linear"`.
-        backward_activation: nonlinearity of the backward pass (eq. 6); `None` takes
+        backward_activation: nonlinearity of the backward pass (eq. 6); `None` uses
             `forward_activation`.
         last_activation: nonlinearity of the output layer, used in the forward pass only.
         derivative_state: the value-and-derivative pair of eq. 1: after the forward pass state 1 is
@@ -75,7 +75,7 @@ class Rule:
         normalization_epsilon: added to the variance.
         normalization_momentum: the largest weight of the old value in the running statistics that
             `predict` uses with `normalization_axis="batch"`. The weight is smaller while the
-            synapses change much; 0 takes the statistics of the last training batch.
+            synapses change much; 0 uses the statistics of the last training batch.
         oja: Oja's term, which bounds the synapses: `"weights"` (eq. 8, first term), `"activations"`
             (the textbook form on transformed states) or `"none"`.
         oja_factor: constant factor of Oja's term.
@@ -107,9 +107,9 @@ class Rule:
             learned damping (eq. W1 of `keras_blur.core.terms`).
         whitening_positions: in a convolution, or another layer with shared synapses, the maximum
             number of positions of an example from which the correlations of the inputs are
-            computed. They are evenly spaced. 0 takes all positions.
+            computed. They are evenly spaced. 0 uses all positions.
         whitening_rows: the maximum number of consecutive rows of a batch that are whitened
-            together, as a group, by their own correlations (eq. W3); `None` takes the whole batch
+            together, as a group, by their own correlations (eq. W3); `None` uses the whole batch
             as one group. Groups are used in layers that read one row for each example or position,
             as dense layers do. Convolutions, layers that share their synapses, and layers that use
             only some positions whiten by the whole batch. On several devices, so does every layer

@@ -429,7 +429,7 @@ def drop_mask(
         rate: share of the entries that are dropped.
         rows: number of rows of this replica.
         shape: of a row.
-        noise_shape: as of `Dropout`.
+        noise_shape: as in `Dropout`.
         dtype: of the mask.
     """
     whole = (rows * replicas(), *shape)

@@ -99,7 +99,7 @@ class Learner(abc.ABC):
             y: `[..., batch, outputs]`: +1 for the true class and -1 for the others, or values.
 
         Returns:
-            The new state, and the prediction for `x` made before the update, as of `predict`.
+            The new state, and the prediction for `x` made before the update, as in `predict`.
         """
 
     @abc.abstractmethod

@@ -33,7 +33,7 @@ class Blur(MetaLearner):
             layers are those that `keras_blur.Model` or `convert` takes, without random numbers
             (dropout), and its last layer gives the outputs. Kernels start normal with variance
             1 / fan-in; initializers that draw nothing, such as ones, are taken as they are. Batch
-            normalisation takes the statistics of the batch at hand, in predictions too.
+            normalisation uses the statistics of the batch at hand, in predictions too.
         rule: rule of the genome; `None` is `Rule()`. A rule that learns from errors descends its
             loss. Without a loss it descends the softmax cross-entropy, or the logistic one for a
             single output.

@@ -90,7 +90,7 @@ class Plan:
         return tuple(connection.shapes(rule, source, feeds_back=False) for connection, source in holders)
 
     def init(self, rule: Rule, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL) -> NetworkState:
-        """The network before the first batch; arguments as of `Learner.init`."""
+        """The network before the first batch; arguments as in `Learner.init`."""
         synapses = []
         holders = zip(self.graph.holders, self.sources, self.initializers, self.graph.feeds_back, strict=True)
         for index, (connection, source, given, feeds_back) in enumerate(holders):

@@ -116,7 +116,7 @@ class PlainNetwork:
     def init(
         self, features: int, outputs: int, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> tuple[Array, ...]:
-        """The arrays with which `learners.Blur` starts; arguments as of `Learner.init`."""
+        """The arrays with which `learners.Blur` starts; arguments as in `Learner.init`."""
         if callable(self.network):
             state = known_plan(self._plan, features, outputs).init(self.genome.rule, seed, leading, shard)
             pairs = zip(self.plan.shapes, state.synapses, strict=True)
@@ -152,7 +152,7 @@ class PlainNetwork:
     def __call__(self, arrays: Sequence[Array], x: Array) -> Array:
         """Outputs `[..., batch, outputs]` of rows `[..., batch, features]`; leading axes broadcast.
 
-        Batch normalisation takes the statistics of the batch at hand, for each network its own.
+        Batch normalisation uses the statistics of the batch at hand, for each network its own.
         """
         if not callable(self.network):
             return dense.forward(arrays, x, self.activation)

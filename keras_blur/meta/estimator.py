@@ -344,7 +344,7 @@ class Estimator(InnerLoop, abc.ABC):
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
-        """The learner states before the first batch of this estimate; arguments as of
+        """The learner states before the first batch of this estimate; arguments as in
         `local_estimate`."""
         del carried, first
         return start(learner, outer, episodes, seed, shard)

@@ -224,7 +224,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return (*inputs, *(ops.convert_to_tensor(variable) for variable in self._neurons))
 
     def _statistics(self, training: bool) -> list[Any]:
-        """The statistics that normalise the sums of each connection; `None` takes those of the
+        """The statistics that normalise the sums of each connection; `None` uses those of the
         batch."""
         layers = self._synaptic()
         found = []
@@ -306,7 +306,7 @@ class BlurModel(WholeFiles, CheckedModel):
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
                 its name, or a function of labels and predictions. For several outputs: a list of
                 losses, or a dict by the names of the outputs. Labels must be written as the loss
-                takes them. `None` takes the loss of the rule.
+                takes them. `None` uses the loss of the rule.
             loss_weights: weight of each output's loss, in a list or a dict by the names of the
                 outputs. `None` gives equal weights, and is required with one output.
             metrics: as in Keras.

@@ -79,7 +79,7 @@ def compare(
         seed: random seed of networks and batches.
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection. Image
             sets have no validation images.
-        grids: learning rates by name of optimizer, from `OPTIMIZERS`; `None` takes all of them,
+        grids: learning rates by name of optimizer, from `OPTIMIZERS`; `None` uses all of them,
             with half decades around the usual rates.
         schedules: one or both of `"constant"` and `"linear"`, which decays to 0 at the scored step.
         normalize: whether the genome and the optimizers also learn the network with batch
