@@ -33,7 +33,7 @@ def backprop(
         learning_rate: the rate, a positive number; the synapse update gate is its negative.
         activation: nonlinearity of hidden layers.
         last_activation: nonlinearity of the output layer.
-        loss: the Keras loss to descend where `compile` is given none (an instance or its name), or
+        loss: the Keras loss (an instance or its name) to descend if `compile` is given none, or
             `None`.
 
     Returns:
@@ -117,8 +117,8 @@ def load(name: str | os.PathLike[str] = "fast") -> Genome:
 
 
 def card(name: str) -> str:
-    """What is known of a trained genome: tasks, rule, cost, scores, limits, the command that made
-    it; as Markdown.
+    """What is known about a trained genome, as Markdown: tasks, rule, cost, scores, limits, and the
+    command that made it.
 
     Args:
         name: one of `names()`.

@@ -110,8 +110,8 @@ class BatchNormalization(_Normalization):
     """Batch normalisation that learns by a genome, in place of `keras.layers.BatchNormalization`.
 
     Moving statistics are those of Keras without the bias towards their initial values: after t
-    batches they are the weighted mean over these t batches. Predictions are therefore accurate
-    after a few steps already.
+    batches they are the weighted mean over these t batches. Predictions are therefore already
+    accurate after a few steps.
 
     Args:
         axis: integer, the axis of the features.
@@ -216,8 +216,8 @@ class BatchNormalization(_Normalization):
         """Updates the moving statistics with those of a batch.
 
         Args:
-            mean: of the batch, in the shape of the features with axes of size 1.
-            variance: of the batch, in the same shape.
+            mean: mean of the batch, in the shape of the features with axes of size 1.
+            variance: variance of the batch, in the same shape.
             share: weight of the new values in the average; `None` uses the debiased weight for
                 `momentum`.
         """

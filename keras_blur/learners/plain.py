@@ -107,7 +107,7 @@ class PlainNetwork:
         return dict(zip(self.names, arrays, strict=True))
 
     def spread(self, arrays: Sequence[Array], leading: tuple[int, ...]) -> tuple[Array, ...]:
-        """The arrays with the given leading axes, with which theirs broadcast."""
+        """The arrays broadcast to the given leading axes."""
         return tuple(
             ops.broadcast_to(one, (*leading, *one.shape[len(one.shape) - rank :]))
             for one, rank in zip(arrays, self._ranks, strict=True)
@@ -133,7 +133,7 @@ class PlainNetwork:
         """Initial arrays by name, `[members, ...]`.
 
         Kernels are normal with variance 1 / fan-in, or 2 / fan-in if `activation` is a relu. An
-        initializer that draws nothing is taken as it is.
+        initializer that draws no random numbers is used unchanged.
         """
         if not callable(self.network):
             return dense.draw(self.name, (features, *self.network, outputs), self.activation, members, seed)
@@ -177,7 +177,7 @@ class PlainNetwork:
         """The network as a Keras model.
 
         Its batch normalisation has Keras's initial moving statistics. `model(x, training=True)`
-        takes those of the batch, as the learner does.
+        uses those of the batch, as the learner does.
         """
         if not callable(self.network):
             return dense.sequential(self.name, outer, self.activation)

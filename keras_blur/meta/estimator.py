@@ -497,7 +497,7 @@ def over_tasks(outer: Outer) -> Outer:
 
 
 def section(values: Array, begin: Array, size: int, axis: int) -> Array:
-    """A number of places of an axis, from a given one on.
+    """A number of consecutive places of an axis, from a given one on.
 
     It is a slice of static size, as a TPU needs it.
     """

@@ -16,7 +16,8 @@ learners in variables, separately for each family.
 Under `tf.distribute`, tasks (or the candidates of evolution) are split over replicas. Each replica
 runs the inner loop on its shard. Statistics are reduced once per step, after the inner loop, and
 every replica updates its own copy of the variables with the same numbers. The number of replicas
-affects a step only by rounding. So it is on JAX, where one program sees the tasks of all devices.
+affects a step only by rounding. The same holds on JAX, where one program sees the tasks of all
+devices.
 """
 
 from __future__ import annotations

@@ -305,8 +305,8 @@ class BlurModel(WholeFiles, CheckedModel):
             optimizer: must be `None`. It exists for compatibility with Keras.
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
                 its name, or a function of labels and predictions. For several outputs: a list of
-                losses, or a dict by the names of the outputs. Labels must be written as the loss
-                takes them. `None` uses the loss of the rule.
+                losses, or a dict by the names of the outputs. Labels must have the form that the
+                loss takes. `None` uses the loss of the rule.
             loss_weights: weight of each output's loss, in a list or a dict by the names of the
                 outputs. `None` gives equal weights, and is required with one output.
             metrics: as in Keras.
