@@ -381,7 +381,7 @@ class Genome:
             )
         body = {key: value for key, value in document.items() if key != "checksum"}
         if document.get("checksum") != _checksum(body):
-            raise ValueError(f"{source} is damaged: its checksum does not fit its content.")
+            raise ValueError(f"{source} is damaged: its checksum does not match its content.")
         try:
             if not isinstance(body["rule"], Mapping):
                 raise TypeError(f"its rule is {body['rule']!r}")

@@ -214,7 +214,7 @@ def keras_model(learned: Any) -> keras.Model:
             with files.local(learned) as copy:
                 learned = keras.models.load_model(copy, compile=False)
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(learned)!r} is no Keras model, or is damaged: {error}") from error
+            raise ValueError(f"{os.fspath(learned)!r} is not a Keras model, or is damaged: {error}") from error
     if not isinstance(learned, keras.Model):
         raise ValueError(f"A Keras model or a path to one is needed. Received: {learned!r}")
     return learned

@@ -183,12 +183,12 @@ class Blur(MetaLearner):
             and "Categorical" in type(rule.keras_loss).__name__
         ):
             raise ValueError(
-                "`learner` must have a rule whose loss is of a single output, such as the binary cross-entropy, where the "
+                "`learner` must have a rule whose loss fits a single output, such as the binary cross-entropy, where the "
                 f"tasks have one. Received: loss={rule.loss!r}"
             )
         if rule.feedback == "error" and kind == "values" and feedback.target_kind(loss_of(rule)) != "values":
             raise ValueError(
-                "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
+                "`learner` must have a rule whose loss fits values, such as the mean squared error, where the tasks are of "
                 f"values. Received: loss={rule.loss!r}"
             )
         if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:

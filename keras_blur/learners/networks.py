@@ -171,7 +171,7 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
         )
     if any(reading.heads) and not head:
         raise ValueError(
-            "`network` must end with a layer of synapses that gives logits or values, with nothing behind it that is not "
+            "`network` must end with a layer of synapses that gives logits or values, with nothing after it that is not "
             f"learned, such as a softmax. Received: {given.layers[-1].name}"
         )
     return Plan(

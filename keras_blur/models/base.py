@@ -209,7 +209,7 @@ class BlurModel(WholeFiles, CheckedModel):
         arrays = self.reading.prepare(inputs, training)
         if self._neurons and arrays[0].shape[0] not in (None, self._neurons[0].shape[1]):
             raise ValueError(
-                f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
+                f"A rule with `keep_neurons=True` needs batches of the size that the model was built for, "
                 f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
             )
         connects = self.reading.graph.connects
@@ -341,7 +341,7 @@ class BlurModel(WholeFiles, CheckedModel):
         several = isinstance(loss, (list, tuple, dict))
         if loss_weights is not None and not several:
             raise ValueError(
-                f"`loss_weights` must be left out: a network has one output. Received: loss_weights={loss_weights!r}"
+                f"`loss_weights` must be left out, as the network has one output. Received: loss_weights={loss_weights!r}"
             )
         resolved = keras.tree.map_structure(feedbacks.resolve_loss, loss) if several else feedbacks.resolve_loss(loss)
         self._targets = targets
@@ -644,8 +644,8 @@ class BlurModel(WholeFiles, CheckedModel):
         share = float(np.min(ops.convert_to_numpy(update_gate(self.rule, self._genome, one, step))))
         if share < 0.01:
             warnings.warn(
-                f"The genome's synapse update gate is {share:.2g} of its first value after "
-                f"{int(step)} learning steps, so little is learned; `compile` starts it afresh.",
+                f"The genome's synapse update gate is {share:.2g} of its initial value after "
+                f"{int(step)} learning steps, so little is learned; `compile` resets it.",
                 stacklevel=3,
             )
 
