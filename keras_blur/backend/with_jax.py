@@ -479,7 +479,7 @@ class Runner:
 
     replicas = 1
     compiles = True  # whole programs: a function in one needs no compilation of its own
-    in_blocks = True  # a device has places in a row of what is dealt
+    in_blocks = True  # a device's places in what is dealt are consecutive
 
     def __init__(self) -> None:
         layout = keras.distribution.distribution()

@@ -355,7 +355,7 @@ def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tup
     Returns:
         The values, and a function of cotangents of some of them by name. It gives a tree like
         `arrays`. If `arrays` have names, too, it takes those wanted as a second argument. It may be
-        called several times, also in branches, which compute no part of the values again.
+        called several times, even in branches, which do not recompute any part of the values.
 
     Example:
 
@@ -680,7 +680,7 @@ class Runner:
     3
     """
 
-    in_blocks = False  # the places of a replica lie apart in what is dealt
+    in_blocks = False  # a replica's places in what is dealt are not consecutive
 
     def __init__(self) -> None:
         self._strategy = tf.distribute.get_strategy()

@@ -785,7 +785,7 @@ def _reads_first_alone(transform: Array) -> bool:
 
 
 def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -> None:
-    """Moves the traces by the terms, and replaces the terms by Nesterov's form, in which a term
+    """Moves the traces by the terms, and replaces the terms with Nesterov's form, in which a term
     counts at once."""
     for name in traces:
         own = name.removesuffix(TRACE)

@@ -1,5 +1,4 @@
-"""Ready-made genomes: the one that is backpropagation, and those trained ones that the package
-ships."""
+"""Ready-made genomes: backpropagation, and the trained genomes that the package ships."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ def backprop(
     last_activation: str = "linear",
     loss: Any = None,
 ) -> Genome:
-    """The genome whose learning is gradient descent: the point of the rule's space that is
+    """The genome whose learning is gradient descent: the special case of the rule that is
     backpropagation.
 
-    Two states, the value and the derivative (eq. 1): the forward pass leaves (s(z), s'(z)), the
-    backward pass multiplies the second by the weighted sum from above (eq. 2, eq. 6), so that it
-    becomes dL/dz, and the Hebbian product of the input's state 1 and the output's state 2 (eq. 3,
-    eq. 7) is the gradient. That needs one kernel for both directions and both states, or separate
-    ones that start equal and receive equal terms; where they do not, learning departs from gradient
-    descent after the first step.
+    There are two states, the value and the derivative (eq. 1). The forward pass leaves (s(z),
+    s'(z)). The backward pass multiplies the second by the weighted sum from above (eq. 2, eq. 6),
+    so it becomes dL/dz. The Hebbian product of the input's state 1 and the output's state 2 (eq. 3,
+    eq. 7) is then the gradient. This needs one kernel for both directions and both states, or
+    separate ones that start equal and receive equal terms. Otherwise, learning departs from
+    gradient descent after the first step.
 
     Args:
         learning_rate: the rate, a positive number; the synapse update gate is its negative.

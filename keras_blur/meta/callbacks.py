@@ -91,7 +91,7 @@ class MetaValidate(keras.callbacks.Callback):
         episodes: episodes per task distribution.
         split: `"validation"` for model selection, `"test"` for reporting only.
         path: file for the best parameters so far, or `None`. An existing file is replaced. A
-            resumed run reads it first and only replaces it by better parameters.
+            resumed run reads it first and only replaces it with better parameters.
         seed: seed of the episodes and initial networks.
 
     Raises:

@@ -190,8 +190,8 @@ class InnerLoop:
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Any, Array]:
-            # Data need no gradient. Without this, every step of the backward loop would form that
-            # of all batches.
+            # Data need no gradient. Without this, every step of the backward loop would compute
+            # that of all batches.
             batch_x, batch_y = (ops.stop_gradient(at(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.trajectory_loss_weight:

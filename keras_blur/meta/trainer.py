@@ -64,7 +64,7 @@ class MetaTrainer(OuterLoop):
         learner: a `learners.MetaLearner`, or several with the same outer parameters, such as
             `learners.Blur` of one rule. Each step uses one of the tasks and one of the learners.
         estimator: estimator of the outer gradient (`Unroll`, `TruncatedUnroll`, `ES`, `PES`, ...),
-            or `Evolution`, which replaces gradient and optimizer by CMA-ES.
+            or `Evolution`, which replaces gradient and optimizer with CMA-ES.
         members: number of independent sets of outer parameters, trained side by side on the same
             tasks. Must be 1 under `Evolution`, which has its own population.
         meta_batch_size: episodes per meta-step, over which gradients are averaged. Under a strategy
@@ -73,9 +73,9 @@ class MetaTrainer(OuterLoop):
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: maximum gradient norm of each member; `None` disables clipping.
-        start: initial outer parameters: the `learned` of such a trainer or its file (for `Blur`, a
-            genome, single or a population of `members`). `None` draws them at random. Evolution
-            starts around it.
+        start: initial outer parameters: the `learned` result of such a trainer, or its file (for
+            `Blur`, a genome, single or a population of `members`). `None` draws them at random.
+            Evolution starts around it.
         seed: random seed.
 
     Raises:
