@@ -67,7 +67,7 @@ def positive(name: str, value: Any) -> None:
 def between(name: str, value: Any, low: float, high: float) -> None:
     """Checks that an argument is a number strictly between two others."""
     if not is_number(value) or not low < value < high:
-        raise ValueError(f"`{name}` must be a number between {low:g} and {high:g}, without these. {received(name, value)}")
+        raise ValueError(f"`{name}` must be a number strictly between {low:g} and {high:g}. {received(name, value)}")
 
 
 def flag(name: str, value: Any) -> None:

@@ -3,13 +3,14 @@
 On TensorFlow, multi-device code is written once, as the program of one replica. Each replica
 processes its shard of the work, reduces the intermediate results with the others, and continues
 with identical values. All replicas therefore write the same values into their copies of a variable.
-Without a strategy, the shard is the whole work and reductions are identities. So it is on JAX,
-where one program sees the arrays of all devices. There `Runner.split` gives each device its tasks,
-or its members where the devices do not divide the tasks; the compiler splits all else.
+Without a strategy, the shard is the whole work and reductions are identities. The same holds on
+JAX, where one program sees the arrays of all devices. There, `Runner.split` gives each device its
+tasks, or its members if the devices do not divide the tasks; the compiler splits everything else.
 
 On TensorFlow, work is interleaved: of `n` tasks, replica `r` of `R` takes tasks `r`, `r + R`,
 `r + 2 R`, ... The assignment does not depend on how replicas are placed on hosts, and a single sum
-over replicas restores the original order. On JAX, a device takes tasks in a row, as its arrays lie.
+over replicas restores the original order. On JAX, a device takes consecutive tasks, as its arrays
+lie.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Shard:
     Attributes:
         index: index of the replica; an integer or a scalar int32 array.
         count: number of replicas.
-        in_blocks: whether a shard is a block in a row; if not, every `count`-th place.
+        in_blocks: whether a shard is a contiguous block; if not, it is every `count`-th place.
         members: the part of the members that goes with this part of the tasks; `None` is all.
 
     Example:
@@ -68,7 +69,7 @@ class Shard:
             axis: axis to split, whose size is a multiple of `count`.
 
         Raises:
-            ValueError: if the size of the axis is no multiple of `count`.
+            ValueError: if the size of the axis is not a multiple of `count`.
 
         Example:
 

@@ -1,15 +1,16 @@
-"""What `keras.ops` cannot say, once for TensorFlow and once for JAX.
+"""What `keras.ops` cannot express, once for TensorFlow and once for JAX.
 
-Every other file of the package that runs on both backends asks this one. The two implementations
-have the same functions:
+Files of the package that run on both backends take these functions from here. The two
+implementations have the same functions:
 
 - `value_of`, `numbers_of`: a Keras variable as an array of a program, and of numpy;
-- `leaves`, `pack`, `tree_map`: trees of arrays, also of classes that are registered;
+- `leaves`, `pack`, `tree_map`: trees of arrays, including registered classes;
 - `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
-  one loop of a program; `one_by_one`: a function of each place of an axis, as one loop, too;
-  `recomputed`: a function that keeps nothing for its gradient;
-- `gradient`: of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the Jacobian of a
-  function at a point; `pullback`: the transposed Jacobian of some results by some arguments;
+  one loop of a program; `one_by_one`: a function applied at each place of an axis, also as one
+  loop; `recomputed`: a function that keeps nothing for its gradient;
+- `gradient`: the gradient of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the
+  Jacobian of a function at a point; `pullback`: the transposed Jacobian of some results with
+  respect to some arguments;
 - `gradient_for_keras`, `dense`: gradients as Keras's optimizers get them, and as arrays;
   `apply_gradients`: an optimizer's step;
 - `branch`: one of several functions, chosen when a program runs; `on_platform`: one of two equal
@@ -18,18 +19,17 @@ have the same functions:
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
   alone. `core` uses none of them;
-- `matmul`: a product that no accelerator computes in fewer digits than its type has;
+- `matmul`: a product that no accelerator computes with less precision than its type has;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `Runner`: runs programs that read and assign variables, on all devices; `on_devices`: a number of
-  devices for the runners made in a scope; `replicas`,
-  `replicas_of_program`, `replica`, `total`: how many devices share a batch, which one this is, and
-  sums over them;
+  devices for the runners made in a scope; `replicas`, `replicas_of_program`, `replica`, `total`:
+  how many devices share a batch, which of them this is, and sums over them;
 - `bits`, `bits_of_rows`: random integers from a seed, equal on both backends; `upper_product`: of
   integers, where 64 bits would overflow;
 - `stream`, `constant`: draws of numbers in order as data, and an array that they read; `on_cpu`:
-  where they are drawn; `passes`, `repeated`: batches of arrays and of datasets without an end;
-- `training_elsewhere`: whether a gradient tape of another model records;
+  where they are drawn; `passes`, `repeated`: endless batches of arrays and of datasets;
+- `training_elsewhere`: whether a gradient tape of another model is recording;
 - `reducible`, `symbolic_build`, `outside_of_programs`, `after`, `is_dataset`: what Keras's trainers
   of the two backends ask of a model in different ways.
 """

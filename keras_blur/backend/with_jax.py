@@ -1,7 +1,7 @@
 """The backend's functions on JAX; see `keras_blur.backend`.
 
-A batch that `keras.distribution` lays over several devices is one array to a program, and the
-compiler forms the sums. `Runner.split` alone forms one itself.
+To a program, a batch that `keras.distribution` spreads over several devices is one array, and the
+compiler inserts the sums. Only `Runner.split` computes one itself.
 """
 
 from __future__ import annotations
@@ -185,11 +185,11 @@ def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
 
 
 def solve_positive(matrix: Array, right: Array) -> Array:
-    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
-    other is harmed.
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, which do not
+    affect the matrices beside them.
 
     On a CPU, matrices are solved one at a time. Programs that solved several batches of matrices
-    side by side stopped and waited forever (JAX 0.10, two cores).
+    side by side hung (JAX 0.10, two cores).
     """
     lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
 
@@ -245,7 +245,7 @@ def symbolic_build(model: Any, iterator: Any, data_batch: Any) -> Iterator[tuple
 
 
 def outside_of_programs() -> Any:
-    """No scope: variables are made where they are made."""
+    """No scope is needed."""
     return contextlib.nullcontext()
 
 
@@ -323,7 +323,7 @@ def bits(seed: Array, shape: tuple[int, ...], dtype: str = "uint32") -> Array:
 
     Args:
         seed: two integers.
-        shape: of the array.
+        shape: shape of the array.
         dtype: `"uint32"`, or `"int32"` for the same bits.
     """
     size = int(np.prod(shape, dtype=np.int64))
@@ -337,7 +337,7 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
     Args:
         seed: two integers.
         rows: indices `[rows]`.
-        size: of a row.
+        size: size of a row.
     """
     begin = jnp.asarray(rows).astype(jnp.uint32)[:, None] * jnp.uint32(size)
     numbers = begin // _BLOCK + jnp.arange(-(-size // _BLOCK) + 1, dtype=jnp.uint32)
@@ -380,7 +380,7 @@ class stream:
                 draw.eval_shape(np.int32(0))
 
     def batch(self, size: int, drop_remainder: bool = True) -> stream:
-        """The same stream, with so many draws in a row along a new first axis of each array."""
+        """The same stream, with `size` consecutive draws along a new first axis of each array."""
         del drop_remainder  # it has no end
         made = copy.copy(self)
         made._size = size
@@ -474,12 +474,12 @@ class Runner:
 
     A program sees the arrays of all devices, so there is one replica. Under
     `keras.distribution.DataParallel`, what is dealt is laid over the devices along its first axis,
-    and the compiler splits the work accordingly and forms the sums.
+    and the compiler splits the work accordingly and inserts the sums.
     """
 
     replicas = 1
     compiles = True  # whole programs: a function in one needs no compilation of its own
-    in_blocks = True  # a device has places in a row of what is dealt
+    in_blocks = True  # a device's places in what is dealt are consecutive
     splits_members = True  # where the devices do not divide the tasks
 
     def __init__(self) -> None:
@@ -516,8 +516,8 @@ class Runner:
         """A compiled program that may read and assign Keras variables.
 
         Args:
-            function: from trees of arrays to a tree of arrays.
-            variables: gives the Keras variables that the function reads or assigns.
+            function: a function from trees of arrays to a tree of arrays.
+            variables: returns the Keras variables that the function reads or assigns.
             eager: whether to run it without compilation, for debugging.
         """
         return function if eager else Program(function, variables(), None if self._mesh is None else self._laid_out(False))

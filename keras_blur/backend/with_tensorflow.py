@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from tensorflow.python.eager import record  # TensorFlow does not export whether a tape records
+from tensorflow.python.eager import record  # TensorFlow does not export whether a tape is recording
 
 Array = Any
 
@@ -19,7 +19,7 @@ def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable
     """The value of a function, and its transposed Jacobian as a function of a cotangent.
 
     Args:
-        function: of arrays, to one array.
+        function: a function from arrays to one array.
         *inputs: where to take the Jacobian.
 
     Returns:
@@ -68,8 +68,8 @@ def _known_order(order: Array) -> np.ndarray | None:
 def _known_orders() -> Any:
     """A scope whose transpositions have a gradient that XLA compiles in a loop.
 
-    TensorFlow's own inverts their order when the program runs, and XLA must know it before. So the
-    second derivative of a transposition would not compile.
+    TensorFlow's own gradient inverts their order when the program runs, but XLA must know it at
+    compile time. So the second derivative of a transposition would not compile.
     """
     if tf.executing_eagerly():
         return contextlib.nullcontext()
@@ -119,7 +119,7 @@ def register(kind: type, flatten: Callable[[Any], tuple[Any, Any]], unflatten: C
 
     Args:
         kind: the class.
-        flatten: from an object to what is static and hashable, and a tuple of arrays.
+        flatten: maps an object to its static, hashable part and a tuple of arrays.
         unflatten: the inverse of `flatten`.
     """
     kind.__tf_flatten__ = flatten  # type: ignore[attr-defined]
@@ -155,7 +155,7 @@ def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple
     """The gradient of a function's first result, a scalar.
 
     Args:
-        function: from a tree of arrays to a scalar and a tree of anything else.
+        function: a function from a tree of arrays to a scalar and a tree of anything else.
         arrays: where to take the gradient.
 
     Returns:
@@ -207,11 +207,11 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tup
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of trees of arrays that stores nothing for its gradient but its arguments.
 
-    The way back computes the function again.
+    The backward pass computes the function again.
 
     Args:
-        function: of trees of arrays, to a tree of arrays. It must not capture arrays that need a
-            gradient.
+        function: a function from trees of arrays to a tree of arrays. It must not capture arrays
+            that need a gradient.
     """
 
     def call(*arguments: Any) -> Any:
@@ -291,7 +291,7 @@ def one_by_one(function: Callable[..., Any], arrays: Any, like: Any) -> Any:
     It is one loop of the program. `ops.map` is the same, but traces the function twice.
 
     Args:
-        function: from a tree of arrays to a tree of arrays.
+        function: a function from a tree of arrays to a tree of arrays.
         arrays: a tree of arrays with the first axis.
         like: a tree like a value of the function, of anything with a shape and a dtype.
 
@@ -349,13 +349,13 @@ def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tup
     """The values of a function, and its transposed Jacobian, which computes only what is asked for.
 
     Args:
-        function: from a tree of arrays to arrays by name.
+        function: a function from a tree of arrays to arrays by name.
         arrays: where to take the Jacobian.
 
     Returns:
         The values, and a function of cotangents of some of them by name. It gives a tree like
         `arrays`. If `arrays` have names, too, it takes those wanted as a second argument. It may be
-        called several times, also in branches, which compute no part of the values again.
+        called several times, even in branches, which do not recompute any part of the values.
 
     Example:
 
@@ -487,8 +487,8 @@ def total(values: Sequence[Array]) -> list[Array]:
 
 
 def solve_positive(matrix: Array, right: Array) -> Array:
-    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, beside which no
-    other is harmed.
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, which do not
+    affect the matrices beside them.
 
     Args:
         matrix: `[..., n, n]`.
@@ -506,7 +506,7 @@ def bits(seed: Array, shape: tuple[Any, ...], dtype: str = "uint32") -> Array:
 
     Args:
         seed: two integers.
-        shape: of the array.
+        shape: shape of the array.
         dtype: `"uint32"`, or `"int32"` for the same bits.
     """
     key, high = _mixed(seed)
@@ -519,7 +519,7 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
     Args:
         seed: two integers.
         rows: indices `[rows]`.
-        size: of a row.
+        size: size of a row.
     """
     key, high = _mixed(seed)
 
@@ -558,7 +558,7 @@ def upper_product(a: Array, b: int) -> Array:
 
 
 def training_elsewhere() -> bool:
-    """Whether a gradient tape records, as in the training step of an optimizer."""
+    """Whether a gradient tape is recording, as in the training step of an optimizer."""
     return record.could_possibly_record()
 
 
@@ -644,7 +644,7 @@ def passes(arrays: Sequence[np.ndarray], rows: Callable[[Array], Array], first: 
 
     Args:
         arrays: `[n, ...]`.
-        rows: from the number of a pass, an int32 array, to the indices of its batches,
+        rows: maps the number of a pass, an int32 array, to the indices of its batches,
             `[batches, batch]`.
         first: number of the first pass.
         skipped: number of its batches to leave out.
@@ -680,7 +680,8 @@ class Runner:
     3
     """
 
-    in_blocks = False  # the places of a replica lie apart in what is dealt
+    in_blocks = False  # a replica's places in what is dealt are not consecutive
+    splits_members = False
 
     def __init__(self) -> None:
         self._strategy = tf.distribute.get_strategy()
@@ -732,9 +733,9 @@ class Runner:
         """A program of all replicas that may read and assign variables.
 
         Args:
-            function: from trees of arrays to a tree of arrays, the program of one replica. Results
-                must be equal on all replicas.
-            variables: gives the Keras variables that the function reads or assigns.
+            function: a function from trees of arrays to a tree of arrays, the program of one
+                replica. Results must be equal on all replicas.
+            variables: returns the Keras variables that the function reads or assigns.
             eager: whether to run it without compilation, for debugging.
         """
         del variables  # a graph refers to them by itself

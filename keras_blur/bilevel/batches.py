@@ -73,7 +73,7 @@ class Batches:
 
 
 class Passes:
-    """Passes over a `PyDataset`, with what a `tf.data.Dataset` says of itself."""
+    """Passes over a `PyDataset`, described as a `tf.data.Dataset` describes itself."""
 
     def __init__(self, data: keras.utils.PyDataset):
         self._data = data
@@ -102,7 +102,7 @@ def source(
         name: name of the argument, for messages.
         data: a `tf.data.Dataset` or `PyDataset` of batches (x, y), or a pair of arrays.
         batch: batch size for arrays.
-        runner: of the devices, which split each batch.
+        runner: the runner of the devices, which split each batch.
         expected: returns the data specification of the model.
         within: `name`, if messages should say that x and y belong to it.
 

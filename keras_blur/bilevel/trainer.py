@@ -169,10 +169,10 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             weighted_metrics: metrics that use the sample weights of validation data.
             run_eagerly: whether to run steps uncompiled, for debugging.
             steps_per_execution: steps between calls of batch callbacks.
-            jit_compile: whether to compile steps with XLA. Ignored on several replicas, which
-                reduce inside a step, with a sampler, whose branches take minutes to compile, and on
-                JAX, which compiles every step. On a CPU, convolutions are many times faster without
-                XLA on TensorFlow.
+            jit_compile: whether to compile steps with XLA. Ignored on several replicas (which
+                reduce inside a step), with a sampler (whose branches take minutes to compile), and
+                on JAX (which compiles every step). On a CPU, convolutions are many times faster
+                without XLA on TensorFlow.
             auto_scale_loss: whether to use loss scaling for both optimizers if the dtype policy of
                 the model is mixed_float16, as in Keras.
 
@@ -384,8 +384,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
     def _program(self, turn: bool) -> Any:
         if turn not in self._programs:
-            # Nothing that adds up over replicas, or that the runner compiles, may stand in a
-            # function of its own.
+            # Nothing that adds up over replicas, or that the runner compiles, may be in a separate
+            # function.
             inner = compiled(self._step, jit_compile=True) if self.jit_step else self._step
 
             def step(*batches: Any) -> dict[str, Array]:

@@ -78,7 +78,7 @@ def model_expects(model: keras.Model, loss: Any) -> Expected:
 
     Args:
         model: the model. With several inputs or outputs nothing is known.
-        loss: as of `label_kind`.
+        loss: as in `label_kind`.
     """
     features, outputs = (getattr(model, name, None) for name in ("input_shape", "output_shape"))
     if not all(shape is None or isinstance(shape, tuple) for shape in (features, outputs)):
@@ -161,10 +161,10 @@ def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
 
     Args:
         data: arrays `(x, y)` or `(x, y, sample_weight)`, or a source of batches.
-        expected: as of `checked`.
+        expected: as in `checked`.
 
     Raises:
-        ValueError: as of `checked`, or if a tuple has another length.
+        ValueError: as in `checked`, or if a tuple has another length.
     """
     if not isinstance(data, (tuple, list)):
         return checked(data, None, None, expected, within="validation_data")[0]

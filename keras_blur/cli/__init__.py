@@ -116,7 +116,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         flags.check_outputs(flag)
         return command.run(flag, positional)
     except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so the flush at exit fails no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so the flush at exit no longer fails
         return 0
     except MemoryError:
         return _mistake(program, "there is not enough memory; a smaller batch or network needs less")

@@ -35,7 +35,7 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
     except ValueError:
         numbers = [0]
     if any(number < 1 for number in numbers):
-        raise ValueError(f"--{name} must be positive whole numbers with commas, as in 256,128. Received: {','.join(texts)}")
+        raise ValueError(f"--{name} must be positive whole numbers, as in 256,128. Received: {','.join(texts)}")
     return numbers
 
 
@@ -184,4 +184,6 @@ def score_all(
 def stopped_early(results: Sequence[Mapping[str, Any]]) -> int:
     """Reports what an interrupted scoring run kept. Returns the exit status."""
     curves = sum(len(result["curves"]) for result in results)
-    return interrupted(f"kept the curves learned so far: {curves}" if curves else "no score was taken yet, nothing was kept")
+    return interrupted(
+        f"kept the curves learned so far: {curves}" if curves else "no score was taken yet, so nothing was kept"
+    )

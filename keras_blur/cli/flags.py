@@ -153,7 +153,7 @@ class Flags:
     def words(self, name: str, default: Sequence[str] | None, text: str, when: Sequence[When] = ()) -> None:
         """Defines a flag for a comma-separated list."""
         absl_flags.DEFINE_list(name, default, text, flag_values=self._absl)
-        self._add(name, ",".join(default or ()), text, "a list with commas", when)
+        self._add(name, ",".join(default or ()), text, "a comma-separated list", when)
 
     def repeated(self, name: str, default: Sequence[str], text: str, when: Sequence[When] = ()) -> None:
         """Defines a string flag that can be repeated."""

@@ -310,7 +310,7 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         stopped = True
     seconds = time.perf_counter() - begin
     if stopped and int(backend.numbers_of(trainer.meta_step)) == before:
-        return interrupted("no meta-step was done, nothing was kept")
+        return interrupted("no meta-step was done, so nothing was kept")
     writes = trainer.sound or not exists(output)
     if writes:  # even if the checkpoint was complete
         save(trainer.learned, output)
@@ -344,7 +344,7 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
         start = genomes.load(flag["start"]) if flag["start"] else None
         if start and flag["states"] not in (None, start.rule.states):
             raise ValueError(
-                f"--states must be the {start.rule.states} of the genome of --start. Received: --states={flag['states']}"
+                f"--states must be {start.rule.states}, as in the genome of --start. Received: --states={flag['states']}"
             )
         options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
         rule = parse_rule(flag["rule"], **options)

@@ -1,8 +1,7 @@
 """A connection between two layers of neurons: one bilinear map and the rule around it, as pure
 functions of arrays.
 
-Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 7 and
-8.
+Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 8.
 
 A kind of layer supplies one map, `product`, of a kernel and an array of states, and says how it
 looks as a matrix product. The transpose and the outer product follow by automatic differentiation,
@@ -13,7 +12,7 @@ bias sums, statistics and stabilisers keep their meaning. The mean over the batc
 count examples, not rows.
 
 Work that no later result depends on is not done. The input layer has one non-zero state, so its
-sums are formed once per channel and mixed afterwards. Nothing flows back into the input, so the
+sums are computed once per channel and mixed afterwards. Nothing flows back into the input, so the
 first connection has no backward kernel. The bias has none either, since nothing would read it. If a
 backward array is given anyway, as in a replay of published numbers, it is updated like the others.
 """
@@ -81,9 +80,9 @@ class Connection(abc.ABC):
         units: number of units of a row, the targets of the synapses.
         use_bias: whether the inputs have a constant 1 beside them, in every state.
         activation: nonlinearity of the layer, a name of `ACTIVATIONS` or an elementwise function;
-            `None` takes the rule's.
+            `None` uses the rule's.
         compute_dtype: type of the factors of the map and of the outer product. Their sums stay
-            float32. `None` takes the type of the states.
+            float32. `None` uses the type of the states.
         penalties: for `"kernel"` and `"bias"`, functions of a channel whose gradient is added to
             the Hebbian term.
         limits: for `"kernel"` and `"bias"`, functions that each channel goes through after a
@@ -97,7 +96,7 @@ class Connection(abc.ABC):
     penalties: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
     limits: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
 
-    # What a kind of connection says.
+    # What a kind of connection defines.
 
     @property
     def reads_integers(self) -> bool:
@@ -196,7 +195,7 @@ class Connection(abc.ABC):
         """The inverse of `split`."""
         return ops.squeeze(blocks, -3)
 
-    # What follows from it.
+    # What follows from that.
 
     def rows_of(self, states: Array | Parts) -> Shaped[Array | Parts, "*population s rows units"]:
         """The rows of states that may be in parts."""
@@ -280,13 +279,13 @@ class Connection(abc.ABC):
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
 
     def rounded(self, factor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """A factor rounded to the compute type. Its sums are still formed in the type of the
+        """A factor rounded to the compute type. Its sums are still computed in the type of the
         states."""
         if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
             return factor
         if self.compute_dtype != "float16":
             return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
-        # float16 holds 6e-8 to 65504 only: the factor is brought to a largest entry near 1 first,
+        # float16 covers only 6e-8 to 65504: the factor is first scaled to a largest entry near 1,
         # by a power of 2.
         largest = ops.max(ops.abs(factor), axis=(-2, -1), keepdims=True)
         scale = ops.stop_gradient(ops.exp2(ops.floor(ops.log2(ops.maximum(largest, _LEAST)))))
@@ -354,7 +353,7 @@ class Connection(abc.ABC):
                 are zero, as for an input layer.
             old: this layer's states before the step, or `None` for zeros.
             last: whether this is an output layer.
-            statistics: mean and variance to normalise with; `None` takes those of the batch.
+            statistics: mean and variance to normalise with; `None` uses those of the batch.
             batch: the batch, if devices share it.
 
         Returns:
@@ -786,7 +785,7 @@ def _reads_first_alone(transform: Array) -> bool:
 
 
 def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -> None:
-    """Moves the traces by the terms, and replaces the terms by Nesterov's form, in which a term
+    """Moves the traces by the terms, and replaces the terms with Nesterov's form, in which a term
     counts at once."""
     for name in traces:
         own = name.removesuffix(TRACE)

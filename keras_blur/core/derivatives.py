@@ -1,6 +1,6 @@
 """Jacobians of functions of arrays, and transposes of linear ones.
 
-A kind of connection states one bilinear map. Its transpose and its outer product are derived here,
+A kind of connection defines one bilinear map. Its transpose and its outer product are derived here,
 so each backend uses its own kernels for them: the transpose of a convolution is the backend's, not
 one of ours.
 

@@ -227,7 +227,7 @@ def normalize(
     shift: Float[Array, "*#population s"],
     statistics: tuple[Float[Array, "*#population s #batch #units"], Float[Array, "*#population s #batch #units"]],
 ) -> Float[Array, "*population s batch units"]:
-    """Section 3.4: the summed input brought to a learned mean and deviation, before the
+    """Section 3.4: the summed input scaled to a learned mean and standard deviation, before the
     nonlinearity."""
     mean, variance = statistics
     deviation = ops.sqrt(variance + rule.normalization_epsilon)
@@ -272,7 +272,7 @@ def forward_neurons(
             `rule.derivative_state`.
         old: the states before, `[..., k, batch, units]`, or `None` for zeros.
         statistics: mean and variance to normalise with, each `[..., s, 1, units]`, or
-            `[..., s, batch, 1]` over units; `None` takes those of z.
+            `[..., s, batch, 1]` over units; `None` uses those of z.
         batch: the batch, if z belongs to a part of it.
 
     Returns:
@@ -334,11 +334,11 @@ def backward_neurons(
 def inverse_norm(
     genome: Genome, energy: Float[Array, "*#population c rows columns"]
 ) -> Float[Array, "*population c rows columns"]:
-    """The factor that brings synapses of this energy (sum of squares) to unit norm, times the
+    """The factor that scales synapses of this energy (sum of squares) to unit norm, times the
     learned rescaling.
 
-    A kernel that is normalised where it is used is never formed. The sums that it gives are
-    multiplied by this factor instead.
+    A kernel that is normalised where it is used is never computed. The sums over it are multiplied
+    by this factor instead.
     """
     inverse = ops.rsqrt(energy + SYNAPSE_EPSILON)
     if genome.rule.rescale_synapses:

@@ -28,7 +28,7 @@ TARGETS = ("classes", "indicators", "signs", "values")
 
 
 def resolve_loss(loss: Any) -> keras.losses.Loss:
-    """The `keras.losses.Loss` that Keras makes of a loss, or that a JSON text describes.
+    """The `keras.losses.Loss` that Keras makes from a loss, or that a JSON text describes.
 
     Args:
         loss: a `Loss`, its name, a function of labels and predictions, or the JSON text of a
@@ -103,12 +103,12 @@ def _arguments(loss: keras.losses.Loss) -> dict[str, Any]:
 
 
 def target_kind(loss: keras.losses.Loss) -> str:
-    """How labels are written that go with a loss.
+    """How the labels for a loss are written.
 
     Returns:
-        `"classes"` (integers), `"indicators"` (0 and 1, one column a class), `"hinge"` (0 and 1 if
-        the batch has no other labels, else -1 and 1, as in Keras) or `"values"` (numbers to be fed
-        as they are).
+        `"classes"` (integers), `"indicators"` (0 and 1, one column per class), `"hinge"` (0 and 1
+        if the batch has no other labels, else -1 and 1, as in Keras) or `"values"` (numbers that
+        are fed back unchanged).
 
     Example:
 
@@ -226,7 +226,8 @@ def error(
     sample_weight: Shaped[Array, " batch"] | Shaped[Array, "batch 1"] | None = None,
     total: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "*population batch units"]:
-    """The derivative of a Keras loss by the prediction, with weights, masks and reduction.
+    """The derivative of a Keras loss with respect to the prediction, with weights, masks and
+    reduction.
 
     It is computed at least as exactly as the loss, whose `dtype` is float32 by default. Without a
     reduction, it is the derivative of the sum, which Keras's `fit` then descends.

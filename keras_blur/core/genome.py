@@ -35,10 +35,9 @@ from keras_blur.files import check_output, read_text, write_text
 
 FORMAT = "keras_blur.genome"
 VERSION = 1
-NO_LICENSE = "NOASSERTION"  # SPDX's word where nothing is said
+NO_LICENSE = "NOASSERTION"  # SPDX's word for a licence that is not stated
 
-# Where a random genome starts. Matrices are drawn; these numbers are not. The published code starts
-# so.
+# Where a random genome starts. Matrices are drawn; these numbers are those of the published code.
 _START = {
     "neuron_keep": 1.0,
     "neuron_update": 1.0,
@@ -119,8 +118,8 @@ class Genome:
 
     @classmethod
     def unchecked(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
-        """A genome of arrays that are known to fit, or of what a tree transformation replaces them
-        by."""
+        """A genome of arrays that are known to fit, or of what a tree transformation puts in their
+        place."""
         made = object.__new__(cls)
         made.__dict__.update(_rule=rule, _arrays=MappingProxyType(dict(arrays)))
         return made
@@ -331,7 +330,7 @@ class Genome:
 
     @property
     def license(self) -> str:
-        """The licence of the file that the genome was loaded from, by its SPDX identifier.
+        """The licence of the file that the genome was loaded from, as an SPDX identifier.
 
         A genome that was made, learned or changed has `"NOASSERTION"`. `save` can give its file
         another.
@@ -342,7 +341,7 @@ class Genome:
         """The genome as plain JSON values, with its checksum.
 
         Args:
-            license: the SPDX identifier of a licence; `None` takes the genome's own.
+            license: the SPDX identifier of a licence; `None` uses the genome's own.
         """
         arrays = {}
         for name, array in self.arrays.items():
@@ -364,7 +363,7 @@ class Genome:
 
     @classmethod
     def from_dict(cls, document: Any, *, source: str = "document") -> Genome:
-        """Makes a genome of what `to_dict` returned.
+        """Makes a genome from what `to_dict` returned.
 
         Args:
             document: the mapping.
@@ -382,7 +381,7 @@ class Genome:
             )
         body = {key: value for key, value in document.items() if key != "checksum"}
         if document.get("checksum") != _checksum(body):
-            raise ValueError(f"{source} is damaged: its checksum does not fit its content.")
+            raise ValueError(f"{source} is damaged: its checksum does not match its content.")
         try:
             if not isinstance(body["rule"], Mapping):
                 raise TypeError(f"its rule is {body['rule']!r}")
@@ -406,7 +405,7 @@ class Genome:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> Genome:
-        """Makes a genome of what `to_json` returned. Raises a `ValueError` as `from_dict` does.
+        """Makes a genome from what `to_json` returned. Raises a `ValueError` as `from_dict` does.
 
         Example:
 
@@ -426,7 +425,7 @@ class Genome:
         Args:
             path: the file, with the ending `.json`: on a disk, in a bucket (`gs://...`), or on the
                 Hugging Face Hub (`hf://OWNER/REPOSITORY/FILE.json`).
-            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` takes that of
+            license: the SPDX identifier of a licence, such as `"Apache-2.0"`; `None` uses that of
                 the file that the genome was loaded from, or else `"NOASSERTION"`.
 
         Raises:

@@ -195,7 +195,7 @@ class Builder:
         return len(self._features) + len(self._operations)
 
     def connect(self, connection: Connection, source: int, *, key: Any = None, learns: bool = True) -> int:
-        """Adds a connection and gives the number of its neurons.
+        """Adds a connection and returns the number of its neurons.
 
         Args:
             connection: its operations.
@@ -209,7 +209,7 @@ class Builder:
         return self._next - 1
 
     def map(self, weightless: WeightlessMap, *sources: int) -> int:
-        """Adds a map without synapses and gives the number of its value."""
+        """Adds a map without synapses and returns the number of its value."""
         self._operations.append(Pass(weightless, sources, self._next))
         return self._next - 1
 

@@ -1,4 +1,4 @@
-"""Keras losses as Keras's `fit` takes them: functions and objects, label ranks, masks, dtypes and
+"""Keras losses as Keras's `fit` applies them: functions and objects, label ranks, masks, dtypes and
 reductions.
 
 Source: `keras.losses.Loss.__call__` and `keras.Model.compile` of Keras 3. A loss is taken apart
@@ -24,7 +24,7 @@ FunctionLoss: Any = keras.losses.MeanSquaredError.__base__  # Keras does not exp
 
 
 def as_keras(loss: Any) -> keras.losses.Loss:
-    """The `keras.losses.Loss` that `keras.Model.compile` makes of its argument.
+    """The `keras.losses.Loss` that `keras.Model.compile` makes from its argument.
 
     Args:
         loss: a `Loss`, a class of one, its config, a name, or a function of labels and predictions.
@@ -72,7 +72,8 @@ def per_example(
         prediction: `[batch, ...]`, with Keras's mask if it has one.
 
     Returns:
-        `[batch]` numbers of Keras's default dtype; a scalar if the loss is one of the whole batch.
+        `[batch]` numbers of Keras's default dtype; a scalar if the loss is defined on the whole
+        batch only.
 
     Example:
 
@@ -163,7 +164,7 @@ class ExampleLosses:
         """The losses with label smoothing, like the `label_smoothing` of Keras's losses.
 
         Args:
-            y: labels as the loss takes them: integers, or one column a class.
+            y: labels as the loss takes them: integers, or one column per class.
             prediction: `[batch, ..., classes]`, or `[batch, 1]` for two classes.
             spread: the part of a label that is spread evenly over all classes, a scalar.
         """

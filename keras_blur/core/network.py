@@ -120,9 +120,9 @@ def forward(
         synapses: the result of `stored`.
         x: inputs `[..., batch, *features]`; a tuple of them if there are several.
         neurons: states of inputs and layers before the pass; `()` for zeros.
-        statistics: mean and variance to normalise the sums of each connection with; `()` takes
-            those of this batch.
-        training: whether dropout is active, and normalising maps take the statistics of the batch.
+        statistics: mean and variance to normalise the sums of each connection with; `()` uses those
+            of this batch.
+        training: whether dropout is active, and normalising maps use the statistics of the batch.
         batch: the batch, if x is the part of it that one of several devices holds.
 
     Returns:

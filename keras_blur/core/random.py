@@ -1,8 +1,8 @@
 """Random numbers that depend only on a seed.
 
-The numbers are equal to the bit, whatever the backend, the device, the compiler, the number of
+The numbers are identical bit for bit, whatever the backend, the device, the compiler, the number of
 replicas and earlier draws. All of them follow from the integers of the Philox generator
-(`backend.bits`). Floats are made of these by operations that every compiler rounds alike: a
+(`backend.bits`). Floats are made from these by operations that every compiler rounds alike: a
 conversion of integers to float32, and products that are exact in float32, so that fusing one with a
 sum changes nothing. There is no sum of several floats, since compilers reorder those.
 """
@@ -91,7 +91,7 @@ def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float =
 
     Args:
         seed: a seed.
-        shape: of the array.
+        shape: shape of the array.
         low, high: bounds, as Python numbers.
 
     Example:

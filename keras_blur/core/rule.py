@@ -50,7 +50,7 @@ class Rule:
         states: k, the number of states of a neuron and of channels of a synapse; at least 2.
         forward_activation: nonlinearity of hidden neurons in the forward pass (eq. 5): `"tanh"`,
             `"relu"`, `"relu_tanh"` (relu of tanh), `"sigmoid"` or `"linear"`.
-        backward_activation: nonlinearity of the backward pass (eq. 6); `None` takes
+        backward_activation: nonlinearity of the backward pass (eq. 6); `None` uses
             `forward_activation`.
         last_activation: nonlinearity of the output layer, used in the forward pass only.
         derivative_state: the value-and-derivative pair of eq. 1: after the forward pass state 1 is
@@ -75,7 +75,7 @@ class Rule:
         normalization_epsilon: added to the variance.
         normalization_momentum: the largest weight of the old value in the running statistics that
             `predict` uses with `normalization_axis="batch"`. The weight is smaller while the
-            synapses change much; 0 takes the statistics of the last training batch.
+            synapses change much; 0 uses the statistics of the last training batch.
         oja: Oja's term, which bounds the synapses: `"weights"` (eq. 8, first term), `"activations"`
             (the textbook form on transformed states) or `"none"`.
         oja_factor: constant factor of Oja's term.
@@ -84,7 +84,7 @@ class Rule:
             `exp(-|w| (epsilon + |saturation|))`; `"tanh"`: `w <- alpha tanh(w / alpha)`
             (section 3.4); `"none"`.
         saturation_epsilon: the epsilon of `"exp_update"`.
-        normalize_synapses: which synapses are brought to unit norm over their input axis (section
+        normalize_synapses: which synapses are scaled to unit norm over their input axis (section
             C.6): the `"stored"` ones, at the start of a step; only the `"effective"` ones, where
             they are used; `"both"`; or `"none"`.
         rescale_synapses: whether normalised synapses are multiplied by a learned number.
@@ -107,23 +107,23 @@ class Rule:
             learned damping (eq. W1 of `keras_blur.core.terms`).
         whitening_positions: in a convolution, or another layer with shared synapses, the maximum
             number of positions of an example from which the correlations of the inputs are
-            computed. They are evenly spaced. 0 takes all positions.
+            computed. They are evenly spaced. 0 uses all positions.
         whitening_rows: the maximum number of consecutive rows of a batch that are whitened
-            together, as a group, by their own correlations (eq. W3); `None` takes the whole batch
+            together, as a group, by their own correlations (eq. W3); `None` uses the whole batch
             as one group. Groups are used in layers that read one row for each example or position,
             as dense layers do. Convolutions, layers that share their synapses, and layers that use
             only some positions whiten by the whole batch. On several devices, so does every layer
             for which a device is not known to hold whole groups.
-        normalize_term: `"frobenius"`: a Hebbian term is brought to a fixed norm (eq. N1);
-            `"orthogonal"`: before that, its singular values are brought nearer to each other
-            (eq. N2); `"none"`. Normalisation keeps only the direction of a term; the gate alone
-            sets the size of the change. The bias is a row of the term. Where rows are whitened in
-            groups, eq. N2 acts on the term of each group (eq. N3), unless a trace or a penalty is
-            added to the term first.
+        normalize_term: `"frobenius"`: a Hebbian term is scaled to a fixed norm (eq. N1);
+            `"orthogonal"`: before that, its singular values are brought closer together (eq. N2);
+            `"none"`. Normalisation keeps only the direction of a term; the gate alone sets the size
+            of the change. The bias is a row of the term. Where rows are whitened in groups, eq. N2
+            acts on the term of each group (eq. N3), unless a trace or a penalty is added to the
+            term first.
         orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small
             singular values, 5 make all of them nearly equal.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by
-            `H + beta m` in place of `H`, with beta learned. The terms are those `"before"` or
+            `H + beta m` instead of `H`, with beta learned. The terms are those `"before"` or
             `"after"` normalisation; `"none"` keeps no trace. A trace is one more array beside each
             kernel and bias.
         slow_synapses: whether `predict` reads an average of the synapses with polynomial decay,
@@ -340,7 +340,7 @@ class Rule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Rule:
-        """The rule of a `get_config`; an unknown option raises a `ValueError`."""
+        """The rule that `get_config` described; an unknown option raises a `ValueError`."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config) - known)
         if unknown:

@@ -1,7 +1,7 @@
 """Arrays of states `[..., k, batch, *features]`: slices of them, and states that are kept in parts.
 
 States are sliced, not gathered. XLA merges equal slices, and sees through a concatenation, so what
-two passes take of the same array is formed once. A backend without such a compiler forms each
+two passes take from the same array is computed once. A backend without such a compiler builds each
 concatenation. So the pair of a value and its derivative (eq. 1) is kept as `Parts`: what the
 backward pass reads separately is never joined, and a derivative takes no memory until it is read.
 """

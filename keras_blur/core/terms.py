@@ -13,12 +13,11 @@ moments and `s_g = trace(X_g^T X_g) / examples_g`:
 only as large as a group, so the cost grows with the size of the batch, not with its cube.
 
 Normalisation keeps only the direction of a term, so the gate alone sets the size of the change:
-`"frobenius"`
-gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings its singular
-values nearer to each other (eq. N2): two iterations lift the small ones, five make them nearly
-equal. Where the rows are whitened in groups, this is done to the term of each group (eq. N3):
-`H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a group, a
-device can do its own groups, and no group outweighs the others.
+`"frobenius"` gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings
+its singular values closer together (eq. N2): two iterations lift the small ones, five make them
+nearly equal. Where the rows are whitened in groups, this is done to the term of each group (eq.
+N3): `H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a
+group, a device can do its own groups, and no group outweighs the others.
 
 Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (Martens and
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,
@@ -277,12 +276,12 @@ def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int, *, whi
     Args:
         rows: number of rows of a group, an integer or a scalar array.
         inputs: size of a row of X, including the bias.
-        units: of the target.
+        units: number of units of the target.
         iterations: number of Newton-Schulz iterations.
-        whitened: whether whitening forms the system of the rows in any case.
+        whitened: whether whitening computes the system of the rows in any case.
     """
     if not isinstance(rows, int):
-        rows = ops.cast(rows, "float32")  # its third power is no 32-bit integer
+        rows = ops.cast(rows, "float32")  # its third power does not fit in a 32-bit integer
     small, large = min(inputs, units), max(inputs, units)
     polynomial = 8 * (iterations - 1)  # of `_polynomial`
     if 2 * small <= large:
@@ -314,6 +313,6 @@ def _scaled(parts: Sequence[Array], axes: tuple[int, ...]) -> tuple[list[Array],
 
 
 def _energy(parts: Sequence[Array], axes: tuple[int, ...]) -> Array:
-    """The sum of squares, or 1 of zeros."""
+    """The sum of squares; 1 if all entries are zero."""
     energy = sum(ops.sum(ops.square(part), axis=axes, keepdims=True) for part in parts)
     return ops.where(energy <= _TINY, ops.ones_like(energy), energy)

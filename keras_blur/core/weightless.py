@@ -70,7 +70,7 @@ class Linear(WeightlessMap):
     """A linear function of examples. States pass through it as if they were more examples.
 
     Args:
-        function: of arrays `[n, *features]`, to an array `[n, *target]`.
+        function: a function from arrays `[n, *features]` to an array `[n, *target]`.
         sources: shapes of the features that enter.
         target: shape of the features that leave.
 
@@ -105,7 +105,7 @@ class Jacobian(WeightlessMap):
     state 1.
 
     Args:
-        function: of arrays `[batch, *features]`, to an array `[batch, *target]`.
+        function: a function from arrays `[batch, *features]` to an array `[batch, *target]`.
         sources: shapes of the features that enter.
         target: shape of the features that leave.
     """
@@ -150,7 +150,7 @@ class Jacobian(WeightlessMap):
 
 class Softmax(Jacobian):
     """A softmax over the last axis. For a cross-entropy of probabilities it is skipped: the loss is
-    taken of the logits."""
+    computed from the logits."""
 
     def __init__(self, shape: Shape):
         super().__init__(ops.softmax, [shape], shape)
@@ -189,8 +189,8 @@ class Elementwise(Jacobian):
 
 
 class MaxPooling(Jacobian):
-    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest; among
-    equals, the first.
+    """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest; in a
+    tie, the first.
 
     Written by hand: XLA rounds the second derivative of TensorFlow's max pooling to 16 bits.
 
@@ -198,8 +198,8 @@ class MaxPooling(Jacobian):
         function: the pooling, of arrays `[n, *spatial, channels]`.
         source: shape of the features that enter.
         target: shape of the features that leave.
-        size: of a window.
-        strides: of the windows.
+        size: size of a window.
+        strides: strides of the windows.
         padding: `"valid"` or `"same"`.
         first: whether channels come before the spatial axes.
     """
@@ -280,7 +280,7 @@ class Dropout(WeightlessMap):
     its own rows.
 
     Args:
-        shape: of the features.
+        shape: shape of the features.
         rate: share of the entries that are dropped.
         noise_shape: shape of the mask before it is broadcast, batch included, as in Keras; `None`
             for the full size of an axis, 1 for an axis that is dropped as a whole.
@@ -317,7 +317,7 @@ class Normalize(WeightlessMap):
     deviation. It is symmetric, so it is its own transpose.
 
     Args:
-        shape: of the features.
+        shape: shape of the features.
         axes: axes of `[batch, *features]` that the statistics run over; 0 is the batch.
         epsilon: added to the variance.
         center: whether the mean is subtracted; if not, the second moment takes the place of the
@@ -428,9 +428,9 @@ def drop_mask(
         seed: two integers.
         rate: share of the entries that are dropped.
         rows: number of rows of this replica.
-        shape: of a row.
-        noise_shape: as of `Dropout`.
-        dtype: of the mask.
+        shape: shape of a row.
+        noise_shape: as in `Dropout`.
+        dtype: dtype of the mask.
     """
     whole = (rows * replicas(), *shape)
     drawn = tuple(size if wanted is None else wanted for size, wanted in zip(whole, noise_shape, strict=True))

@@ -1,5 +1,4 @@
-"""Ready-made genomes: the one that is backpropagation, and those trained ones that the package
-ships."""
+"""Ready-made genomes: backpropagation, and the trained genomes that the package ships."""
 
 from __future__ import annotations
 
@@ -19,21 +18,21 @@ def backprop(
     last_activation: str = "linear",
     loss: Any = None,
 ) -> Genome:
-    """The genome whose learning is gradient descent: the point of the rule's space that is
+    """The genome whose learning is gradient descent: the special case of the rule that is
     backpropagation.
 
-    Two states, the value and the derivative (eq. 1): the forward pass leaves (s(z), s'(z)), the
-    backward pass multiplies the second by the weighted sum from above (eq. 2, eq. 6), so that it
-    becomes dL/dz, and the Hebbian product of the input's state 1 and the output's state 2 (eq. 3,
-    eq. 7) is the gradient. That needs one kernel for both directions and both states, or separate
-    ones that start equal and receive equal terms; where they do not, learning departs from gradient
-    descent after the first step.
+    There are two states, the value and the derivative (eq. 1). The forward pass leaves (s(z),
+    s'(z)). The backward pass multiplies the second by the weighted sum from above (eq. 2, eq. 6),
+    so it becomes dL/dz. The Hebbian product of the input's state 1 and the output's state 2 (eq. 3,
+    eq. 7) is then the gradient. This needs one kernel for both directions and both states, or
+    separate ones that start equal and receive equal terms. Otherwise, learning departs from
+    gradient descent after the first step.
 
     Args:
         learning_rate: the rate, a positive number; the synapse update gate is its negative.
         activation: nonlinearity of hidden layers.
         last_activation: nonlinearity of the output layer.
-        loss: the Keras loss to descend where `compile` is given none (an instance or its name), or
+        loss: the Keras loss (an instance or its name) to descend if `compile` is given none, or
             `None`.
 
     Returns:
@@ -117,8 +116,8 @@ def load(name: str | os.PathLike[str] = "fast") -> Genome:
 
 
 def card(name: str) -> str:
-    """What is known of a trained genome: tasks, rule, cost, scores, limits, the command that made
-    it; as Markdown.
+    """What is known about a trained genome, as Markdown: tasks, rule, cost, scores, limits, and the
+    command that made it.
 
     Args:
         name: one of `names()`.

@@ -77,24 +77,24 @@ class MultiHeadAttention(BlurLayer):
     Args:
         num_heads: number of heads.
         key_dim: size of queries and keys in each head.
-        value_dim: size of values in each head; `None` takes `key_dim`.
+        value_dim: size of values in each head; `None` uses `key_dim`.
         dropout: fraction of the attention weights to drop in training, from 0 to 1.
         use_bias: whether the four projections have a bias.
-        output_shape: size of the output features; `None` takes that of the query.
+        output_shape: size of the output features; `None` uses that of the query.
         kernel_initializer: Keras initializer of the projections' kernels.
         bias_initializer: Keras initializer of their biases.
-        kernel_regularizer: as of `Dense`.
-        bias_regularizer: as of `Dense`.
+        kernel_regularizer: as in `Dense`.
+        bias_regularizer: as in `Dense`.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
-        kernel_constraint: as of `Dense`.
-        bias_constraint: as of `Dense`.
+        kernel_constraint: as in `Dense`.
+        bias_constraint: as in `Dense`.
         seed: random seed of the dropout.
-        **kwargs: as of `Dense`.
+        **kwargs: as in `Dense`.
 
     Call arguments:
         query: `(batch_size, length, size)`.
         value: `(batch_size, value_length, value_size)`.
-        key: `(batch_size, value_length, key_size)`; `None` takes `value`.
+        key: `(batch_size, value_length, key_size)`; `None` uses `value`.
         use_causal_mask: whether a position attends only to itself and earlier positions.
         query_mask, value_mask, key_mask, attention_mask: must be `None`.
         return_attention_scores: must be `False`.

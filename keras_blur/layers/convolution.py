@@ -136,20 +136,20 @@ _CONV = """A convolutional layer that learns by a genome, in place of `keras.lay
         kernel_size: {rank} integers, or one for all.
         strides: {rank} integers, or one for all.
         padding: {paddings}.
-        data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
+        data_format: `"channels_last"` or `"channels_first"`; `None` uses Keras's.
         dilation_rate: {rank} integers, or one for all.
         groups: number of groups of channels.
-        activation: as of `Dense`.
-        use_bias: as of `Dense`.
-        kernel_initializer: as of `Dense`.
-        bias_initializer: as of `Dense`.
-        kernel_regularizer: as of `Dense`.
-        bias_regularizer: as of `Dense`.
+        activation: as in `Dense`.
+        use_bias: as in `Dense`.
+        kernel_initializer: as in `Dense`.
+        bias_initializer: as in `Dense`.
+        kernel_regularizer: as in `Dense`.
+        bias_regularizer: as in `Dense`.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
-        kernel_constraint: as of `Dense`.
-        bias_constraint: as of `Dense`.
-        backward_initializer: as of `Dense`.
-        **kwargs: as of `Dense`.
+        kernel_constraint: as in `Dense`.
+        bias_constraint: as in `Dense`.
+        backward_initializer: as in `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, *positions, channels)`; with `"channels_first"`,
@@ -265,19 +265,19 @@ _DEPTHWISE_DOC = """A depthwise convolution that learns by a genome, in place of
         strides: {rank} integers, or one for all.
         padding: `"valid"` or `"same"`.
         depth_multiplier: number of units for each input channel.
-        data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
+        data_format: `"channels_last"` or `"channels_first"`; `None` uses Keras's.
         dilation_rate: {rank} integers, or one for all.
-        activation: as of `Dense`.
-        use_bias: as of `Dense`.
+        activation: as in `Dense`.
+        use_bias: as in `Dense`.
         depthwise_initializer: Keras initializer of each channel of the kernel.
-        bias_initializer: as of `Dense`.
+        bias_initializer: as in `Dense`.
         depthwise_regularizer: as `kernel_regularizer` of `Dense`.
-        bias_regularizer: as of `Dense`.
+        bias_regularizer: as in `Dense`.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
         depthwise_constraint: as `kernel_constraint` of `Dense`.
-        bias_constraint: as of `Dense`.
-        backward_initializer: as of `Dense`.
-        **kwargs: as of `Dense`.
+        bias_constraint: as in `Dense`.
+        backward_initializer: as in `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, *positions, channels)`; with `"channels_first"`,
@@ -320,19 +320,19 @@ class Conv2DTranspose(_Convolution):
         strides: two integers, or one for both.
         padding: `"valid"` or `"same"`.
         output_padding: as in Keras.
-        data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
+        data_format: `"channels_last"` or `"channels_first"`; `None` uses Keras's.
         dilation_rate: two integers, or one for both.
-        activation: as of `Dense`.
-        use_bias: as of `Dense`.
-        kernel_initializer: as of `Dense`.
-        bias_initializer: as of `Dense`.
-        kernel_regularizer: as of `Dense`.
-        bias_regularizer: as of `Dense`.
+        activation: as in `Dense`.
+        use_bias: as in `Dense`.
+        kernel_initializer: as in `Dense`.
+        bias_initializer: as in `Dense`.
+        kernel_regularizer: as in `Dense`.
+        bias_regularizer: as in `Dense`.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
-        kernel_constraint: as of `Dense`.
-        bias_constraint: as of `Dense`.
-        backward_initializer: as of `Dense`.
-        **kwargs: as of `Dense`.
+        kernel_constraint: as in `Dense`.
+        bias_constraint: as in `Dense`.
+        backward_initializer: as in `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, *positions, channels)`; with `"channels_first"`,
@@ -417,22 +417,22 @@ class SeparableConv2D(BlurLayer):
         kernel_size: two integers, or one for both.
         strides: two integers, or one for both.
         padding: `"valid"` or `"same"`.
-        data_format: `"channels_last"` or `"channels_first"`; `None` takes Keras's.
+        data_format: `"channels_last"` or `"channels_first"`; `None` uses Keras's.
         dilation_rate: two integers, or one for both.
         depth_multiplier: number of depthwise units for each input channel.
-        activation: as of `Dense`.
-        use_bias: as of `Dense`.
+        activation: as in `Dense`.
+        use_bias: as in `Dense`.
         depthwise_initializer: Keras initializer of each channel of the depthwise kernel.
         pointwise_initializer: Keras initializer of each channel of the pointwise kernel.
-        bias_initializer: as of `Dense`.
+        bias_initializer: as in `Dense`.
         depthwise_regularizer: as `kernel_regularizer` of `Dense`.
         pointwise_regularizer: as `kernel_regularizer` of `Dense`.
-        bias_regularizer: as of `Dense`.
+        bias_regularizer: as in `Dense`.
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
         depthwise_constraint: as `kernel_constraint` of `Dense`.
         pointwise_constraint: as `kernel_constraint` of `Dense`.
-        bias_constraint: as of `Dense`.
-        **kwargs: as of `Dense`.
+        bias_constraint: as in `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, *positions, channels)`; with `"channels_first"`,

@@ -31,7 +31,7 @@ class Dense(SynapticLayer):
     Args:
         units: positive integer, number of neurons.
         activation: nonlinearity of the layer: a Keras activation or its name, or `"relu_tanh"`.
-            `None` takes the nonlinearity of the rule, but none in a plain Keras model or if a
+            `None` uses the nonlinearity of the rule, but none in a plain Keras model or if a
             normalisation, activation or merging layer follows.
         use_bias: whether the layer has a bias, a synapse from a constant input of 1.
         kernel_initializer: Keras initializer of each channel of the kernel.
@@ -42,7 +42,7 @@ class Dense(SynapticLayer):
         activity_regularizer: must be `None`, since a genome learns from the loss alone.
         kernel_constraint: Keras constraint of the kernel, applied after each update.
         bias_constraint: Keras constraint of the bias.
-        backward_initializer: initializer of each channel of the backward kernel; `None` takes
+        backward_initializer: initializer of each channel of the backward kernel; `None` uses
             `kernel_initializer`.
         **kwargs: `name`, `dtype` and `trainable`, as for every Keras layer. `trainable=False`
             freezes the synapses.
@@ -119,16 +119,16 @@ class EinsumDense(SynapticLayer):
         equation: the einsum, as in Keras. Input and output must begin with the same batch letter.
         output_shape: shape of the output without the batch, as in Keras; `None` for the size of an
             input axis.
-        activation: as of `Dense`.
+        activation: as in `Dense`.
         bias_axes: `None` for no bias, or the letters of all output axes that the kernel has.
-        kernel_initializer: as of `Dense`.
-        bias_initializer: as of `Dense`.
-        kernel_regularizer: as of `Dense`.
-        bias_regularizer: as of `Dense`.
-        kernel_constraint: as of `Dense`.
-        bias_constraint: as of `Dense`.
-        backward_initializer: as of `Dense`.
-        **kwargs: as of `Dense`.
+        kernel_initializer: as in `Dense`.
+        bias_initializer: as in `Dense`.
+        kernel_regularizer: as in `Dense`.
+        bias_regularizer: as in `Dense`.
+        kernel_constraint: as in `Dense`.
+        bias_constraint: as in `Dense`.
+        backward_initializer: as in `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, ...)`, with an axis for each letter of the equation's input.

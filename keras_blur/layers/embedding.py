@@ -29,7 +29,7 @@ class Embedding(SynapticLayer):
         embeddings_regularizer: as `kernel_regularizer` of `Dense`.
         embeddings_constraint: as `kernel_constraint` of `Dense`.
         mask_zero: must be `False`, since networks that learn by a genome do not propagate masks.
-        **kwargs: as of `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, ...)`, integers from 0 to `input_dim - 1`.

@@ -110,8 +110,8 @@ class BatchNormalization(_Normalization):
     """Batch normalisation that learns by a genome, in place of `keras.layers.BatchNormalization`.
 
     Moving statistics are those of Keras without the bias towards their initial values: after t
-    batches they are the weighted mean over these t batches. Predictions are therefore accurate
-    after a few steps already.
+    batches they are the weighted mean over these t batches. Predictions are therefore already
+    accurate after a few steps.
 
     Args:
         axis: integer, the axis of the features.
@@ -128,7 +128,7 @@ class BatchNormalization(_Normalization):
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
         synchronized: has no effect, since statistics are always over the batch of all replicas.
-        **kwargs: as of `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
+        **kwargs: as in `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
 
     Input shape:
         `(batch_size, ...)`, of any rank from 2.
@@ -216,9 +216,9 @@ class BatchNormalization(_Normalization):
         """Updates the moving statistics with those of a batch.
 
         Args:
-            mean: of the batch, in the shape of the features with axes of size 1.
-            variance: of the batch, in the same shape.
-            share: weight of the new values in the average; `None` takes the debiased weight for
+            mean: mean of the batch, in the shape of the features with axes of size 1.
+            variance: variance of the batch, in the same shape.
+            share: weight of the new values in the average; `None` uses the debiased weight for
                 `momentum`.
         """
         count = ops.cast(self.updates + 1, self.variable_dtype)
@@ -271,7 +271,7 @@ class LayerNormalization(_Normalization):
         gamma_regularizer: as `kernel_regularizer` of `Dense`.
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
-        **kwargs: as of `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, ...)`, of any rank from 2.
@@ -337,7 +337,7 @@ class GroupNormalization(_Normalization):
         gamma_regularizer: as `kernel_regularizer` of `Dense`.
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
-        **kwargs: as of `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, ...)`, of any rank from 2.
@@ -412,7 +412,7 @@ class RMSNormalization(_Normalization):
     Args:
         axis: integer or list of integers, the axes over which the mean square is computed.
         epsilon: added to the mean square.
-        **kwargs: as of `Dense`.
+        **kwargs: as in `Dense`.
 
     Input shape:
         `(batch_size, ...)`, of any rank from 2.

@@ -29,8 +29,8 @@ class Learner(abc.ABC):
     """An algorithm that learns a task: the base class of learners without outer parameters.
 
     Arrays may have leading axes `[members, tasks]`. Members differ in their outer parameters, tasks
-    in their data. Examples are rows; a learner with a network that looks at images gives them their
-    shape back (`on`).
+    in their data. Examples are rows; a learner with a network that looks at images restores their
+    shape (`on`).
 
     Example:
 
@@ -99,7 +99,7 @@ class Learner(abc.ABC):
             y: `[..., batch, outputs]`: +1 for the true class and -1 for the others, or values.
 
         Returns:
-            The new state, and the prediction for `x` made before the update, as of `predict`.
+            The new state, and the prediction for `x` made before the update, as in `predict`.
         """
 
     @abc.abstractmethod
@@ -119,9 +119,9 @@ class Learner(abc.ABC):
 class MetaLearner(Learner):
     """A learner whose outer parameters `meta.MetaTrainer` learns: the base class of your own.
 
-    Besides a learner's functions it says where its outer parameters start (`draw`), what they are
-    to a user (`learned`), and how they are found there again (`parameters`). The names of learned
-    initial weights begin with `start_`.
+    Besides a learner's functions, it says where its outer parameters start (`draw`), turns them
+    into what a user works with (`learned`), and reads them back from that (`parameters`). The names
+    of learned initial weights begin with `start_`.
 
     Example:
 
@@ -214,7 +214,7 @@ def keras_model(learned: Any) -> keras.Model:
             with files.local(learned) as copy:
                 learned = keras.models.load_model(copy, compile=False)
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(learned)!r} is no Keras model, or is damaged: {error}") from error
+            raise ValueError(f"{os.fspath(learned)!r} is not a Keras model, or is damaged: {error}") from error
     if not isinstance(learned, keras.Model):
         raise ValueError(f"A Keras model or a path to one is needed. Received: {learned!r}")
     return learned

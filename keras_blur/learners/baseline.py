@@ -38,8 +38,8 @@ class BaselineLearner(Learner):
         optimizer: a Keras SGD (with or without momentum), Adam or RMSprop. Only its rates and
             coefficients may be set.
         network: units of the hidden layers of a dense network; or a function from the shape of an
-            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
-            `learners.Blur`. It starts with the weights of `Blur`. Batch normalisation takes the
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as in
+            `learners.Blur`. It starts with the weights of `Blur`. Batch normalisation uses the
             statistics of the batch at hand, in predictions too.
         activation: hidden activation of a dense network, one known to `Rule`, and of layers of
             `keras_blur` that have none.

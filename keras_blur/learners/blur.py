@@ -31,9 +31,9 @@ class Blur(MetaLearner):
         network: units of the hidden layers of a dense network; or a function from the shape of an
             example and the number of outputs to a list of Keras layers, or to a Keras model. Its
             layers are those that `keras_blur.Model` or `convert` takes, without random numbers
-            (dropout), and its last layer gives the outputs. Kernels start normal with variance
-            1 / fan-in; initializers that draw nothing, such as ones, are taken as they are. Batch
-            normalisation takes the statistics of the batch at hand, in predictions too.
+            (dropout), and its last layer gives the outputs. Kernels start normal with variance 1 /
+            fan-in; initializers that draw no random numbers, such as ones, are used unchanged.
+            Batch normalisation uses the statistics of the batch at hand, in predictions too.
         rule: rule of the genome; `None` is `Rule()`. A rule that learns from errors descends its
             loss. Without a loss it descends the softmax cross-entropy, or the logistic one for a
             single output.
@@ -41,7 +41,7 @@ class Blur(MetaLearner):
             Sums and everything else stay float32, as in Keras's mixed precision. `None` is float32.
             The layers of a function have dtype policies of their own.
         std: standard deviation of the random transforms at the start of meta-training.
-        fixed: arrays of the genome by name that are no outer parameters, so meta-training leaves
+        fixed: arrays of the genome, by name, that are not outer parameters, so meta-training leaves
             them as they are; `None` for none. Where transforms are fixed, a step costs less: what
             their zeros would multiply is not computed.
 
@@ -183,12 +183,12 @@ class Blur(MetaLearner):
             and "Categorical" in type(rule.keras_loss).__name__
         ):
             raise ValueError(
-                "`learner` must have a rule whose loss is of a single output, such as the binary cross-entropy, where the "
+                "`learner` must have a rule whose loss fits a single output, such as the binary cross-entropy, where the "
                 f"tasks have one. Received: loss={rule.loss!r}"
             )
         if rule.feedback == "error" and kind == "values" and feedback.target_kind(loss_of(rule)) != "values":
             raise ValueError(
-                "`learner` must have a rule whose loss is of values, such as the mean squared error, where the tasks are of "
+                "`learner` must have a rule whose loss fits values, such as the mean squared error, where the tasks are of "
                 f"values. Received: loss={rule.loss!r}"
             )
         if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:

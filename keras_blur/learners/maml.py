@@ -30,9 +30,9 @@ class MAML(BaselineLearner, MetaLearner):
     Args:
         optimizer: as in `learners.BaselineLearner`. The paper uses plain SGD.
         network: units of the hidden layers of a dense network; or a function from the shape of an
-            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as in
             `learners.Blur`. Kernels are drawn with variance 1 / fan-in, or 2 / fan-in
-            if `activation` is a relu. Batch normalisation takes the statistics of the batch at
+            if `activation` is a relu. Batch normalisation uses the statistics of the batch at
             hand, in predictions too: those of the query are its own.
         activation: hidden activation of a dense network, and of layers of `keras_blur` that
             have none.

@@ -1,9 +1,9 @@
 """Any Keras network inside a learner: its plan, and the synapses that it starts with.
 
-A learner is a set of pure functions. A Keras network comes in by its plan alone
-(`models.reading`), and its initial synapses are drawn here from a seed, so that members start alike
-and tasks do not. Kernels are normal with variance 1 / fan-in, as in all learners; an initializer
-that draws nothing (zeros, ones, a constant) is taken as it is.
+A learner is a set of pure functions. A Keras network enters only as its plan (`models.reading`).
+Its initial synapses are drawn here from a seed, so that members start alike and tasks do not.
+Kernels are normal with variance 1 / fan-in, as in all learners; an initializer that draws no random
+numbers (zeros, ones, a constant) is used unchanged.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class Plan:
     Attributes:
         graph: the network.
         sources: shape of the features that enter each set of synapses.
-        initializers: of each set of synapses, the initializers that draw nothing, by array.
+        initializers: for each set of synapses, the initializers that draw no random numbers, by
+            array.
         prepare: takes examples `[n, *shape]` to the arrays that enter the graph.
         outputs: number of outputs.
         shape: shape of an example; `None` if the graph takes rows.
         model: the network as a model that learns by a genome; `None` if the graph takes rows.
-        head: maps behind the last layer of synapses.
+        head: maps after the last layer of synapses.
     """
 
     graph: Graph
@@ -84,13 +85,13 @@ class Plan:
 
     @functools.cached_property
     def shapes(self) -> tuple[dict[str, Shape], ...]:
-        """Of each set of synapses, the shapes of kernel and bias, with one channel."""
+        """For each set of synapses, the shapes of kernel and bias, with one channel."""
         rule = Rule(channels="tied", directions="tied")
         holders = zip(self.graph.holders, self.sources, strict=True)
         return tuple(connection.shapes(rule, source, feeds_back=False) for connection, source in holders)
 
     def init(self, rule: Rule, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL) -> NetworkState:
-        """The network before the first batch; arguments as of `Learner.init`."""
+        """The network before the first batch; arguments as in `Learner.init`."""
         synapses = []
         holders = zip(self.graph.holders, self.sources, self.initializers, self.graph.feeds_back, strict=True)
         for index, (connection, source, given, feeds_back) in enumerate(holders):
@@ -101,7 +102,7 @@ class Plan:
             ) -> Array:  # fmt: skip
                 if name in given:
                     return ops.broadcast_to(ops.cast(given[name](shape), "float32"), (*leading, *shape))
-                # Channel 0 of the kernel is what a learner with one kernel a layer starts with.
+                # Channel 0 of the kernel is what a learner with one kernel per layer starts with.
                 return draw_kernel(seed, (index, _PLACES[name], channel), shape, leading, shard, fan_in(connection, shape))
 
             synapses.append(connection.init(rule, source, draw, feeds_back=feeds_back))
@@ -170,7 +171,7 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
         )
     if any(reading.heads) and not head:
         raise ValueError(
-            "`network` must end with a layer of synapses that gives logits or values, with nothing behind it that is not "
+            "`network` must end with a layer of synapses that gives logits or values, with nothing after it that is not "
             f"learned, such as a softmax. Received: {given.layers[-1].name}"
         )
     return Plan(
@@ -208,7 +209,8 @@ def known_plan(plan: Plan | None, features: int | None = None, outputs: int | No
 
 
 def _fixed(layer: SynapticLayer) -> dict[str, Any]:
-    """The initializers of a layer that draw nothing, by the array that starts by them."""
+    """The initializers of a layer that draw no random numbers, by the array that they
+    initialise."""
     chosen = {
         "kernel": layer.kernel_initializer,
         "bias": layer.bias_initializer,

@@ -37,10 +37,10 @@ class NeuralProcess(MetaLearner):
     Args:
         network: units of the hidden layers of a dense encoder and decoder; or a function from the
             shape of an example and a number of outputs to a list of Keras layers, or to a Keras
-            model, as of `learners.Blur`. A function makes an embedding of `representation` numbers,
+            model, as in `learners.Blur`. A function makes an embedding of `representation` numbers,
             which may end with layers without weights, such as `Flatten`. Encoder and decoder read
             it in place of the example, and are dense with a hidden layer of `representation` units.
-            Batch normalisation takes the statistics of the support batch, and of the query batch
+            Batch normalisation uses the statistics of the support batch, and of the query batch
             for the query.
         representation: size of the encoded support.
         activation: hidden activation of dense networks, and of layers of `keras_blur` that have

@@ -203,9 +203,9 @@ class OnlineCell(keras.layers.Layer):
 
     Args:
         units: number of bits of an item.
-        name: as of every Keras layer.
-        dtype: as of every Keras layer.
-        trainable: as of every Keras layer.
+        name: as in every Keras layer.
+        dtype: as in every Keras layer.
+        trainable: as in every Keras layer.
         **options: options of `OnlineRule` except `units`.
 
     Raises:

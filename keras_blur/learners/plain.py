@@ -107,7 +107,7 @@ class PlainNetwork:
         return dict(zip(self.names, arrays, strict=True))
 
     def spread(self, arrays: Sequence[Array], leading: tuple[int, ...]) -> tuple[Array, ...]:
-        """The arrays with the given leading axes, with which theirs broadcast."""
+        """The arrays broadcast to the given leading axes."""
         return tuple(
             ops.broadcast_to(one, (*leading, *one.shape[len(one.shape) - rank :]))
             for one, rank in zip(arrays, self._ranks, strict=True)
@@ -116,7 +116,7 @@ class PlainNetwork:
     def init(
         self, features: int, outputs: int, seed: Array, leading: tuple[int, ...] = (), shard: Shard = ALL
     ) -> tuple[Array, ...]:
-        """The arrays with which `learners.Blur` starts; arguments as of `Learner.init`."""
+        """The arrays with which `learners.Blur` starts; arguments as in `Learner.init`."""
         if callable(self.network):
             state = known_plan(self._plan, features, outputs).init(self.genome.rule, seed, leading, shard)
             pairs = zip(self.plan.shapes, state.synapses, strict=True)
@@ -133,7 +133,7 @@ class PlainNetwork:
         """Initial arrays by name, `[members, ...]`.
 
         Kernels are normal with variance 1 / fan-in, or 2 / fan-in if `activation` is a relu. An
-        initializer that draws nothing is taken as it is.
+        initializer that draws no random numbers is used unchanged.
         """
         if not callable(self.network):
             return dense.draw(self.name, (features, *self.network, outputs), self.activation, members, seed)
@@ -152,7 +152,7 @@ class PlainNetwork:
     def __call__(self, arrays: Sequence[Array], x: Array) -> Array:
         """Outputs `[..., batch, outputs]` of rows `[..., batch, features]`; leading axes broadcast.
 
-        Batch normalisation takes the statistics of the batch at hand, for each network its own.
+        Batch normalisation uses the statistics of the batch at hand, for each network its own.
         """
         if not callable(self.network):
             return dense.forward(arrays, x, self.activation)
@@ -177,7 +177,7 @@ class PlainNetwork:
         """The network as a Keras model.
 
         Its batch normalisation has Keras's initial moving statistics. `model(x, training=True)`
-        takes those of the batch, as the learner does.
+        uses those of the batch, as the learner does.
         """
         if not callable(self.network):
             return dense.sequential(self.name, outer, self.activation)

@@ -45,9 +45,9 @@ class Prototypes(MetaLearner):
 
     Args:
         network: units of the hidden layers of a dense network; or a function from the shape of an
-            example and the number of outputs to a list of Keras layers, or to a Keras model, as of
+            example and the number of outputs to a list of Keras layers, or to a Keras model, as in
             `learners.Blur`. It is given `dimensions` as the number of outputs, and may
-            end with layers without weights, such as `Flatten`. Batch normalisation takes the
+            end with layers without weights, such as `Flatten`. Batch normalisation uses the
             statistics of the support batch, and of the query batch for the query.
         dimensions: size of the embedding.
         activation: hidden activation of a dense network, and of layers of `keras_blur` that

@@ -141,7 +141,7 @@ class Warp(MetaLearner):
         missing = [name for name in self._trainable if name not in found]
         if missing:
             raise ValueError(
-                f"The model must have the layers of this learner's. Received: {learned!r} without {', '.join(missing)}"
+                f"The model must have the layers of this learner's model. Received: {learned!r} without {', '.join(missing)}"
             )
         return {name: found[name] for name in self._trainable}
 

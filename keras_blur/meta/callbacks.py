@@ -68,7 +68,7 @@ class UnrollCurriculum(keras.callbacks.Callback):
         return {"stages": [list(stage) for stage in self.stages]}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        fresh = int(numbers_of(self.model.epoch_step)) == 0  # not one that a resumed run goes on with
+        fresh = int(numbers_of(self.model.epoch_step)) == 0  # not one that a resumed run continues
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
             self.model.synchronize()
         if self.model.estimator.steps != self.steps_at(epoch):
@@ -91,7 +91,7 @@ class MetaValidate(keras.callbacks.Callback):
         episodes: episodes per task distribution.
         split: `"validation"` for model selection, `"test"` for reporting only.
         path: file for the best parameters so far, or `None`. An existing file is replaced. A
-            resumed run reads it first and only replaces it by better parameters.
+            resumed run reads it first and only replaces it with better parameters.
         seed: seed of the episodes and initial networks.
 
     Raises:
@@ -151,7 +151,7 @@ class MetaValidate(keras.callbacks.Callback):
             self._scores.append(compiled(scorer, jit_compile=trainer.jit_step))
 
         if self.path is not None and files.exists(self.path) and int(numbers_of(trainer.meta_step)):
-            before = trainer.families[0][1].parameters(self.path)  # of the run that this one goes on with
+            before = trainer.families[0][1].parameters(self.path)  # of the run that this one continues
             quality = self._score({name: own[0] for name, own in before.items()})[1]
             self.best = quality if np.isfinite(quality) else None
 

@@ -151,7 +151,7 @@ class PES(Truncated, ES):
         episode_steps: learning steps of an episode, a multiple of `steps`.
 
     Raises:
-        ValueError: if an argument is out of range, or `episode_steps` is no multiple of `steps`.
+        ValueError: if an argument is out of range, or `episode_steps` is not a multiple of `steps`.
 
     Example:
 

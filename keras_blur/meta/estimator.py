@@ -190,8 +190,8 @@ class InnerLoop:
         leading = (next(iter(outer.values())).shape[0], int(x.shape[1]))
 
         def body(outer: Outer, time: Array, state: Any, total: Array) -> tuple[Any, Array]:
-            # Data need no gradient. Without this, every step of the backward loop would form that
-            # of all batches.
+            # Data need no gradient. Without this, every step of the backward loop would compute
+            # that of all batches.
             batch_x, batch_y = (ops.stop_gradient(at(data, time, axis=2)) for data in (x, y))
             state, prediction = learner.step(outer, state, batch_x, batch_y)
             if self.trajectory_loss_weight:
@@ -346,7 +346,7 @@ class Estimator(InnerLoop, abc.ABC):
     def begin(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> Any:
-        """The learner states before the first batch of this estimate; arguments as of
+        """The learner states before the first batch of this estimate; arguments as in
         `local_estimate`."""
         del carried, first
         return start(learner, outer, episodes, seed, shard)
@@ -499,7 +499,7 @@ def over_tasks(outer: Outer) -> Outer:
 
 
 def section(values: Array, begin: Array, size: int, axis: int) -> Array:
-    """A number of places of an axis, from a given one on.
+    """A number of consecutive places of an axis, from a given one on.
 
     It is a slice of static size, as a TPU needs it.
     """

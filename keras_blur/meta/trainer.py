@@ -16,8 +16,8 @@ learners in variables, separately for each family.
 Under `tf.distribute`, tasks (or the candidates of evolution) are split over replicas. Each replica
 runs the inner loop on its shard. Statistics are reduced once per step, after the inner loop, and
 every replica updates its own copy of the variables with the same numbers. The number of replicas
-affects a step only by rounding. So it is on JAX, where one program sees the tasks of all devices.
-There, members are split where the devices do not divide the tasks.
+affects a step only by rounding. The same holds on JAX, where one program sees the tasks of all
+devices. There, members are split if the devices do not divide the tasks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MetaTrainer(OuterLoop):
         learner: a `learners.MetaLearner`, or several with the same outer parameters, such as
             `learners.Blur` of one rule. Each step uses one of the tasks and one of the learners.
         estimator: estimator of the outer gradient (`Unroll`, `TruncatedUnroll`, `ES`, `PES`, ...),
-            or `Evolution`, which replaces gradient and optimizer by CMA-ES.
+            or `Evolution`, which replaces gradient and optimizer with CMA-ES.
         members: number of independent sets of outer parameters, trained side by side on the same
             tasks. Must be 1 under `Evolution`, which has its own population.
         meta_batch_size: episodes per meta-step, over which gradients are averaged. Under a strategy
@@ -74,9 +74,9 @@ class MetaTrainer(OuterLoop):
         batch_size: examples of a support batch.
         query_size: examples of the query.
         clipnorm: maximum gradient norm of each member; `None` disables clipping.
-        start: initial outer parameters: the `learned` of such a trainer or its file (for `Blur`, a
-            genome, single or a population of `members`). `None` draws them at random. Evolution
-            starts around it.
+        start: initial outer parameters: the `learned` result of such a trainer, or its file (for
+            `Blur`, a genome, single or a population of `members`). `None` draws them at random.
+            Evolution starts around it.
         seed: random seed.
 
     Raises:

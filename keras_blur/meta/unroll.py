@@ -53,7 +53,7 @@ class Unroll(Estimator):
             state = self.begin(learner, outer, episodes, seed, carried, first, shard)
             losses, accuracies, state = self.objective(learner, outer, episodes, state)
             loss = backend.mean(losses, axis=1)
-            # Members do not touch each other, so the gradient of the sum holds each one's own.
+            # Members are independent, so the gradient of the sum contains each member's own.
             return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), state)
 
         def estimate(outer: Outer) -> tuple[Estimate, Any]:
@@ -86,7 +86,7 @@ class TruncatedUnroll(Truncated, Unroll):
         episode_steps: learning steps of an episode, a multiple of `steps`.
 
     Raises:
-        ValueError: if an argument is out of range, or `episode_steps` is no multiple of `steps`.
+        ValueError: if an argument is out of range, or `episode_steps` is not a multiple of `steps`.
 
     Example:
 

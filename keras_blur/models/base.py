@@ -209,7 +209,7 @@ class BlurModel(WholeFiles, CheckedModel):
         arrays = self.reading.prepare(inputs, training)
         if self._neurons and arrays[0].shape[0] not in (None, self._neurons[0].shape[1]):
             raise ValueError(
-                f"A rule with `keep_neurons=True` needs batches of the size it was built for, "
+                f"A rule with `keep_neurons=True` needs batches of the size that the model was built for, "
                 f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
             )
         connects = self.reading.graph.connects
@@ -224,7 +224,7 @@ class BlurModel(WholeFiles, CheckedModel):
         return (*inputs, *(ops.convert_to_tensor(variable) for variable in self._neurons))
 
     def _statistics(self, training: bool) -> list[Any]:
-        """The statistics that normalise the sums of each connection; `None` takes those of the
+        """The statistics that normalise the sums of each connection; `None` uses those of the
         batch."""
         layers = self._synaptic()
         found = []
@@ -305,8 +305,8 @@ class BlurModel(WholeFiles, CheckedModel):
             optimizer: must be `None`. It exists for compatibility with Keras.
             loss: the loss to report and, with `Rule.feedback="error"`, to learn from: a Keras loss,
                 its name, or a function of labels and predictions. For several outputs: a list of
-                losses, or a dict by the names of the outputs. Labels must be written as the loss
-                takes them. `None` takes the loss of the rule.
+                losses, or a dict by the names of the outputs. Labels must have the form that the
+                loss takes. `None` uses the loss of the rule.
             loss_weights: weight of each output's loss, in a list or a dict by the names of the
                 outputs. `None` gives equal weights, and is required with one output.
             metrics: as in Keras.
@@ -341,7 +341,7 @@ class BlurModel(WholeFiles, CheckedModel):
         several = isinstance(loss, (list, tuple, dict))
         if loss_weights is not None and not several:
             raise ValueError(
-                f"`loss_weights` must be left out: a network has one output. Received: loss_weights={loss_weights!r}"
+                f"`loss_weights` must be left out, as the network has one output. Received: loss_weights={loss_weights!r}"
             )
         resolved = keras.tree.map_structure(feedbacks.resolve_loss, loss) if several else feedbacks.resolve_loss(loss)
         self._targets = targets
@@ -644,8 +644,8 @@ class BlurModel(WholeFiles, CheckedModel):
         share = float(np.min(ops.convert_to_numpy(update_gate(self.rule, self._genome, one, step))))
         if share < 0.01:
             warnings.warn(
-                f"The genome's synapse update gate is {share:.2g} of its first value after "
-                f"{int(step)} learning steps, so little is learned; `compile` starts it afresh.",
+                f"The genome's synapse update gate is {share:.2g} of its initial value after "
+                f"{int(step)} learning steps, so little is learned; `compile` resets it.",
                 stacklevel=3,
             )
 

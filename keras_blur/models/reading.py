@@ -398,7 +398,7 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()
     ):
         raise ValueError(
-            f"Layer {layer.name!r} ({kind.__name__}) must not draw random numbers behind a layer with synapses, where its "
+            f"Layer {layer.name!r} ({kind.__name__}) must not draw random numbers after a layer with synapses, where its "
             "Jacobian is needed. Use keras.layers.Dropout, or put it before the first layer with synapses."
         )
     function = _function_of(layer, node)

@@ -95,7 +95,7 @@ class Sequential(BlurModel):
             ValueError: if the model is built or has no layers.
         """
         if self.built or not self._chain:
-            raise ValueError("A layer can be removed only while the model is not built, and has layers.")
+            raise ValueError("A layer can be removed only if the model has layers and is not built yet.")
         return self._chain.pop()
 
     @property

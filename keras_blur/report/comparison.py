@@ -79,7 +79,7 @@ def compare(
         seed: random seed of networks and batches.
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection. Image
             sets have no validation images.
-        grids: learning rates by name of optimizer, from `OPTIMIZERS`; `None` takes all of them,
+        grids: learning rates by name of optimizer, from `OPTIMIZERS`; `None` uses all of them,
             with half decades around the usual rates.
         schedules: one or both of `"constant"` and `"linear"`, which decays to 0 at the scored step.
         normalize: whether the genome and the optimizers also learn the network with batch
@@ -117,7 +117,9 @@ def compare(
         raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}. Received: schedules={schedules!r}")
     source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
     if not 1 <= tuning_seeds <= seeds:
-        raise ValueError(f"`tuning_seeds` must be from 1 to {seeds}, the seeds. Received: tuning_seeds={tuning_seeds}")
+        raise ValueError(
+            f"`tuning_seeds` must be from 1 to {seeds}, the number of seeds. Received: tuning_seeds={tuning_seeds}"
+        )
     described, build = builder(network)
     start = _Start(source, build, activation_of(genome.rule.forward_activation))
     header = {

@@ -269,7 +269,7 @@ def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> d
     learner.check(tasks.kind, tasks.outputs)
     learner = learner.on(tasks.shape, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
-        raise ValueError(f"`episodes` must be an integer from 2. Received: episodes={episodes!r}")
+        raise ValueError(f"`episodes` must be an integer of at least 2. Received: episodes={episodes!r}")
     return {name: ops.convert_to_tensor(own[:1]) for name, own in learner.parameters(learned).items()}
 
 

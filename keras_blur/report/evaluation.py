@@ -58,7 +58,7 @@ def evaluate(
         data: an image set or a task distribution of classes, as in `compare`. If a
             split has few examples, all steps use one batch and the rest is scored.
         network: units of the hidden layers, or a function from the shape of an example and the
-            number of outputs to Keras layers, as of `learners.Blur`.
+            number of outputs to Keras layers, as in `learners.Blur`.
         steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.

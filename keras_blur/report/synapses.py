@@ -218,7 +218,7 @@ def draw_synapses(trace: Mapping[str, np.ndarray], path: str | os.PathLike[str],
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """Replaces values that have no logarithm by NaN."""
+    """Replaces values that have no logarithm with NaN."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 

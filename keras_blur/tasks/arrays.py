@@ -79,7 +79,7 @@ def arrays(
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}. Received: kind={kind!r}")
     for option, value, least in (("classes", classes, 2), ("size", size, 1), ("project", project, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least):
-            raise ValueError(f"`{option}` must be an integer from {least} or None. Received: {option}={value!r}")
+            raise ValueError(f"`{option}` must be an integer of at least {least} or None. Received: {option}={value!r}")
     if kind == "values" and (relabel or classes is not None):
         raise ValueError("`relabel` and `classes` must be left out for kind='values'. Received: one of them")
     try:
@@ -132,6 +132,6 @@ def _split(x: np.ndarray, shares: np.ndarray, seed: int) -> dict[str, np.ndarray
     if min(map(len, places.values())) < 2:
         sizes = ", ".join(f"{split} {len(place)}" for split, place in places.items())
         raise ValueError(
-            f"`shares` must leave each split 2 or more examples. Received: {sizes}, as {len(known)} inputs differ"
+            f"`shares` must leave each split 2 or more examples. Received: {sizes} from {len(known)} different inputs"
         )
     return places

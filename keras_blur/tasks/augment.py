@@ -166,7 +166,7 @@ class LabelOffset(Augmentation):
         if modulo is not None and not 0.0 < modulo < math.inf:
             raise ValueError(f"`modulo` must be a positive number or None. Received: modulo={modulo!r}")
         if values is not None and (isinstance(values, bool) or not isinstance(values, int) or values < 2):
-            raise ValueError(f"`values` must be an integer from 2 or None. Received: values={values!r}")
+            raise ValueError(f"`values` must be an integer of at least 2 or None. Received: values={values!r}")
         self.low, self.high, self.modulo, self.values = float(low), float(high), modulo, values
 
     def prepared(self, tasks: Tasks) -> Tasks:

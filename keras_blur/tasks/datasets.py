@@ -119,7 +119,7 @@ def _prepared(
     if not os.path.isdir(builder.data_path) or not builder.info.splits:
         raise ValueError(
             f"The image set {name!r} is not prepared in {folder!r} (looked at {os.fspath(builder.data_path)!r}). "
-            f"Give its folder with data_dir (--data_dir) or TFDS_DATA_DIR, or get it with a network: {get}"
+            f"Give its folder with data_dir (--data_dir) or TFDS_DATA_DIR, or download it with: {get}"
         )
     splits = builder.info.splits
     test = next((split for split in ("test", "validation") if split in splits), None)
@@ -135,7 +135,7 @@ def _prepared(
         known = ", ".join(sorted(features))
         raise ValueError(f"`group` must be a feature of {name!r}, one of {known}. Received: group={group!r}")
     if group is not None and (features[group].shape != () or not np.issubdtype(features[group].np_dtype, np.integer)):
-        raise ValueError(f"`group` must be the name of an integer feature, one number an image. Received: group={group!r}")
+        raise ValueError(f"`group` must be the name of an integer feature, one number per image. Received: group={group!r}")
     classes = int(features["label"].num_classes)
     train_x, train_y, *of_train = _arrays(tfds, builder, "train", group, convert)
     test_x, test_y, *of_test = _arrays(tfds, builder, test, group, convert)

@@ -243,7 +243,7 @@ def episodes(
     loaded = load_images(name, data_dir, group=group, convert=shrink)
     side, scale, groups = loaded.x_train.shape[1], loaded.scale, loaded.groups
     splits = _split_by_class(loaded)
-    del loaded  # a large set is here once, and changed in place from now on
+    del loaded  # a large set exists only once, and is changed in place from now on
     most = len(np.unique(splits["train"][1]))
     if ways > most:
         raise ValueError(

@@ -148,8 +148,8 @@ def _angle(task: Array) -> Array:
     return random.uniform(random.fold_in(task, 0), (), 0.0, 2.0 * math.pi)
 
 
-# Whether points `[n, 2]` are of class 1; the second argument is the episode's seed. Sizes halve the
-# square nearly.
+# Whether points `[n, 2]` are of class 1; the second argument is the episode's seed. Sizes divide
+# the square into nearly equal halves.
 
 
 def _and(x: Array, task: Array) -> Array:

@@ -24,7 +24,7 @@ from keras_blur.tasks.datasets import Images, load_images
 
 Array = Any
 
-_VALIDATION = 10  # each tenth training image is for meta-validation
+_VALIDATION = 10  # every tenth training image is for meta-validation
 
 
 class ArrayTasks(Tasks):

@@ -1,8 +1,8 @@
 """Label noise.
 
 Source: the noise models of "Meta-Weight-Net" (Shu et al., NeurIPS 2019), section 4. Uniform
-(symmetric) noise redraws a label from all classes, including the true one. Flips replace it by the
-next class.
+(symmetric) noise redraws a label from all classes, including the true one. Flips replace it with
+the next class.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def sines(*, seed: int = 1) -> SineSet:
 
     Six are for meta-training, two for meta-validation and two for meta-test. Amplitudes are from
     0.1 to 5, phases from 0 to pi. Four held-out tasks, all outside the training range, are few, so
-    scores vary much between seeds.
+    scores vary a lot between seeds.
 
     Args:
         seed: random seed of amplitudes and phases, from 0.

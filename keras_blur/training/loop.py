@@ -319,7 +319,7 @@ class OuterLoop(keras.Model):
             raise
         except (ValueError, KeyError, UserWarning) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"Checkpoint {path!r} is damaged, or none of a trainer: {reason}") from error
+            raise ValueError(f"Checkpoint {path!r} is damaged, or is not a trainer's checkpoint: {reason}") from error
         for name, (optimizer, _) in self.optimizers().items():
             asked, old = now["rates"][name], before["rates"][name]
             if asked == old:

@@ -259,6 +259,6 @@ def read(path: str) -> dict[str, Any]:
             summed.update(part)
             left -= len(part)
         if summed.digest() != digest:
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
         file.seek(size - length)
         return json.loads(file.read(length))

@@ -479,7 +479,7 @@ def test_a_pseudo_clean_split_finds_most_correct_labels():
 def test_losses_that_cannot_be_split_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):
         bilevel.PseudoCleanSplit().probabilities(np.array(losses))
-    with pytest.raises(ValueError, match="`threshold` must be a number between 0 and 1"):
+    with pytest.raises(ValueError, match="`threshold` must be a number strictly between 0 and 1"):
         bilevel.PseudoCleanSplit(threshold=1.0)
 
 
@@ -520,7 +520,10 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
             "`y` of `meta_data` must hold integers from 0",
         ),
         (lambda: bilevel.Hyperparameters(), "One of `weight_decay`, `label_smoothing` and `class_weights`"),
-        (lambda: bilevel.Hyperparameters(label_smoothing=1.0), "`label_smoothing` must be a number between 0 and 1"),
+        (
+            lambda: bilevel.Hyperparameters(label_smoothing=1.0),
+            "`label_smoothing` must be a number strictly between 0 and 1",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(make, message):

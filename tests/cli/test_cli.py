@@ -278,7 +278,7 @@ IGNORED = [
     ("meta-train", "--model=m.keras", "--model applies only without --method=blur"),
     ("meta-train", "--method=maml --genome=g.json", "--genome applies only with --method=blur"),
     ("meta-train", "--method=maml --states=3", "--states applies only with --method=blur"),
-    ("meta-train", "--start=backprop --states=3", "--states must be the 2 of the genome of --start"),
+    ("meta-train", "--start=backprop --states=3", "--states must be 2, as in the genome of --start"),
     ("meta-train", "--learn=nu", "--learn applies only with --start"),
     ("meta-train", "--start=fast --learn=gate", "--learn must be some of nu, mu,"),
     ("meta-train", "--method=online --synthetic=remember --hidden=8", "--hidden applies only without --method=online"),

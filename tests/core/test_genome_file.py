@@ -77,7 +77,7 @@ def test_any_changed_digit_is_found(tmp_path, genome):
 
 @pytest.mark.parametrize("change", [("tanh", "relu"), ("-0.", "0."), ("nu_tilde", "nu_tilda"), ("false", "true")])
 def test_changed_text_is_found(tmp_path, genome, change):
-    with pytest.raises(ValueError, match=r"changed.json' is damaged: its checksum does not fit"):
+    with pytest.raises(ValueError, match=r"changed.json' is damaged: its checksum does not match"):
         load(tmp_path, genome.to_json().replace(*change, 1))
 
 

@@ -188,7 +188,7 @@ def test_tasks_of_other_sizes_are_refused():
         (lambda: learners.MAML(keras.optimizers.Adagrad()), "`optimizer` must be a Keras SGD, Adam or RMSprop"),
         (lambda: learners.Prototypes().check("values", 2), "needs tasks of two classes or more"),
         (lambda: learners.MAML(keras.optimizers.SGD(0.1)).check("values", 1), "must be 'squared' for tasks of values"),
-        (lambda: learners.Prototypes().parameters("/no/such.keras"), "is no Keras model"),
+        (lambda: learners.Prototypes().parameters("/no/such.keras"), "is not a Keras model"),
         (lambda: learners.Prototypes().parameters(3), "A Keras model or a path to one is needed"),
     ],
 )

@@ -123,10 +123,10 @@ def test_a_rule_that_learns_from_errors_descends_the_logistic_loss():
 @pytest.mark.parametrize("loss", ["CategoricalCrossentropy", "SparseCategoricalCrossentropy"])
 def test_a_loss_of_several_outputs_is_refused(loss):
     rule = Rule(feedback="error", last_activation="linear", loss=getattr(keras.losses, loss)(from_logits=True))
-    with pytest.raises(ValueError, match=r"`learner` must have a rule whose loss is of a single output.*Categorical"):
+    with pytest.raises(ValueError, match=r"`learner` must have a rule whose loss fits a single output.*Categorical"):
         meta.MetaTrainer(Sides(1), learners.Blur((4,), rule), meta.Unroll(1))
     genome = Genome.random(rule, 0)
-    with pytest.raises(ValueError, match="`learner` must have a rule whose loss is of a single output"):
+    with pytest.raises(ValueError, match="`learner` must have a rule whose loss fits a single output"):
         evaluate(genome, Sides(1), (4,), steps=1, seeds=2, batch_size=4)
 
 

@@ -267,7 +267,7 @@ def test_errors_of_values_need_a_loss_of_values():
     sine, options = tasks.functions("sine"), {"batch_size": 8, "query_size": 8}
     for loss in (None, "categorical_crossentropy"):
         learner = learners.Blur((4,), Rule(feedback="error", loss=loss))
-        with pytest.raises(ValueError, match="loss is of values"):
+        with pytest.raises(ValueError, match="loss fits values"):
             meta.MetaTrainer(sine, learner, meta.Unroll(2), **options)
     made = meta.MetaTrainer(sine, learners.Blur((4,), genomes.backprop(loss="mean_squared_error").rule), **options)
     assert made.quality == "r2"
@@ -362,7 +362,7 @@ def test_shell_with_other_learners(name, tmp_path, capsys):
         ("--synthetic=pose --functions=xor", "exclude each other"),
         ("--method=maml --rule=oja=weights", "--rule applies only with --method=blur"),
         ("--method=prototypes --functions=sine", "needs tasks of two classes or more"),
-        ("--method=maml --functions=xor --start=/no/such.keras", "is no Keras model"),
+        ("--method=maml --functions=xor --start=/no/such.keras", "is not a Keras model"),
         ("--estimator=warpgrad --trajectory_loss_weight=1", "`trajectory_loss_weight` must be 0"),
         ("--rule=nonsense=1", "--rule must be option=value pairs"),
         ("--network=vgg", "--network must be some of mlp, lenet, resnet20 or .keras files. Received: vgg"),

@@ -337,7 +337,7 @@ def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
         (lambda: learners.Warp(plane(), [x.name for x in plane().layers], keras.optimizers.SGD(0.1)), "`warp` must"),
         (lambda: warp().draw(0, 1, 7, OUTPUTS), "must map 7 features to"),
         (lambda: warp().parameters(plane()), "must have the layers of this learner's"),
-        (lambda: warp().parameters("/no/such.keras"), "is no Keras model"),
+        (lambda: warp().parameters("/no/such.keras"), "is not a Keras model"),
         (lambda: meta.WarpGrad(3, order="second"), "`order` must be one of"),
         (lambda: meta.WarpGrad(3, start="zero"), "`start` must be one of"),
         (lambda: meta.WarpGrad(3, trajectory_loss_weight=1.0), "`trajectory_loss_weight` must be 0"),

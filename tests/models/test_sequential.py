@@ -481,7 +481,7 @@ GENOME = kb.Genome.random(kb.Rule(), seed=0)
         ([kl.Reshape((5, 1)), kl.Conv1D(2, 2), kl.Flatten(), Dense(3)], GENOME, "Conv1D.* has weights of its own"),
         ([kl.Embedding(9, 2), kl.Flatten(), Dense(3)], GENOME, "Embedding.* has weights of its own"),
         ([Dense(4), kl.LayerNormalization(), Dense(3)], GENOME, "LayerNormalization.* has weights of its own"),
-        ([Dense(4), kl.GaussianNoise(0.1), Dense(3)], GENOME, "must not draw random numbers behind a layer with synapses"),
+        ([Dense(4), kl.GaussianNoise(0.1), Dense(3)], GENOME, "must not draw random numbers after a layer with synapses"),
         (["dense"], GENOME, "must hold Keras layers"),
         ([Dense(3, name="a"), Dense(3, name="a")], GENOME, "two layers named 'a'"),
         ([Dense(3), keras.Input((3,))], GENOME, "must be the first entry"),

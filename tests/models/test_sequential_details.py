@@ -314,7 +314,7 @@ def test_a_kept_batch_takes_no_other_size():
     model = make(random(keep_neurons=True), inputs=keras.Input((5,), batch_size=8))
     model.fit(X, Y, batch_size=8, verbose=0)
     before = weights(model)
-    with pytest.raises(ValueError, match="needs batches of the size it was built for, 8"):
+    with pytest.raises(ValueError, match="needs batches of the size that the model was built for, 8"):
         model.train_on_batch(X[:3], Y[:3])
     for new, old in zip(weights(model), before, strict=True):
         np.testing.assert_array_equal(new, old)

@@ -196,7 +196,7 @@ def test_a_fit_whose_gate_has_decayed_says_so(tmp_path):
     genome = kb.Genome.random(rule, seed=0, synapse_update=-0.01).replace(decay_power=2.0, log_decay_steps=0.0)
     model = make(genome)
     model.fit(X, Y, batch_size=4, verbose=0)  # twelve steps: (1 + 12) ** -2 is 0.006
-    with pytest.warns(UserWarning, match=r"gate is 0\.0059 of its first value after 12 learning steps.*`compile`"):
+    with pytest.warns(UserWarning, match=r"gate is 0\.0059 of its initial value after 12 learning steps.*`compile`"):
         model.fit(X, Y, batch_size=24, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")

@@ -129,7 +129,7 @@ def test_a_curve_is_the_score_after_each_number_of_steps():
     assert curve["area"] == pytest.approx(((zero + one) / 2 + 3 * (one + four) / 2) / 4)
     with pytest.raises(ValueError, match="`at` must be two or more ascending numbers"):
         adaptation_curve(learner, learned, of, at=[3, 1], **shape)
-    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
+    with pytest.raises(ValueError, match="`episodes` must be an integer of at least 2"):
         score_episodes(learner, learned, of, episodes=1)
-    with pytest.raises(ValueError, match="`episodes` must be an integer from 2"):
+    with pytest.raises(ValueError, match="`episodes` must be an integer of at least 2"):
         adaptation_curve(learner, learned, of, at=[0, 1], **{**shape, "episodes": 1})

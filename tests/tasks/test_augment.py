@@ -224,7 +224,7 @@ def test_augmenting_twice_draws_two_keys():
         (lambda: tasks.augment(tasks.pose(), "rotation"), "must be a task distribution or a mixture"),
         (lambda: tasks.LabelOffset(1.0, 1.0), "`low` must be less than `high`"),
         (lambda: tasks.LabelOffset(0.0, 1.0, 0.0), "`modulo` must be a positive number"),
-        (lambda: tasks.LabelOffset(0.0, 1.0, values=1), "`values` must be an integer from 2"),
+        (lambda: tasks.LabelOffset(0.0, 1.0, values=1), "`values` must be an integer of at least 2"),
         (lambda: tasks.pose(0), "`objects` must be a positive integer"),
         (lambda: tasks.classes(9, pool=5), "`ways` must be from 2 to pool=5"),
         (lambda: tasks.classes(noise=-1.0), "`noise` must be a finite number"),

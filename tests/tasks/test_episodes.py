@@ -243,7 +243,7 @@ def test_classes_of_an_episode_are_of_one_group(tmp_path):
             {"group": "tribe"},
             "`group` must be a feature of 'tiny_letters', one of image, kin, label. Received: group='tribe'",
         ),
-        ({"group": "image"}, "`group` must be the name of an integer feature, one number an image."),
+        ({"group": "image"}, "`group` must be the name of an integer feature, one number per image."),
         ({"exclusive": False}, "`exclusive` must be True with `group`"),
         ({"name": "digits", "ways": 2}, "`group` must be None for the digits"),
     ):

@@ -207,7 +207,7 @@ def flip(content):
 def test_a_damaged_checkpoint_gives_one_sentence(damage, made_with, tmp_path):
     path = tmp_path / "run.weights.h5"
     path.write_bytes(damage(made_with[trainer].read_bytes()))
-    with pytest.raises(ValueError, match="is damaged, or none of a trainer: it") as raised:
+    with pytest.raises(ValueError, match="is damaged, or is not a trainer's checkpoint: it") as raised:
         run(trainer(), path, 2)
     assert "\n" not in str(raised.value)
 
@@ -215,7 +215,9 @@ def test_a_damaged_checkpoint_gives_one_sentence(damage, made_with, tmp_path):
 def test_weights_of_a_model_are_no_checkpoint(tmp_path):
     path = tmp_path / "run.weights.h5"
     network().save_weights(path)
-    with pytest.raises(ValueError, match="is damaged, or none of a trainer: it does not end as a checkpoint does"):
+    with pytest.raises(
+        ValueError, match="is damaged, or is not a trainer's checkpoint: it does not end as a checkpoint does"
+    ):
         run(trainer(), path, 2)
 
 

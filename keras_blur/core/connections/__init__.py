@@ -1,1 +1,1 @@
-"""The kinds of connections: one bilinear map a file."""
+"""The kinds of connections: one bilinear map per file."""
