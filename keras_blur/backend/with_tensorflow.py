@@ -636,7 +636,15 @@ def stream(
         return tf.switch_case(tf.ensure_shape(chosen, ()), branches)
 
     draw = tf.autograph.experimental.do_not_convert(draw)  # AutoGraph would bury what an error says
-    return numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4)
+    return _untuned(numbers.map(draw, num_parallel_calls=1, deterministic=True).prefetch(4))
+
+
+def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A dataset without autotuning, which has nothing to tune here. Its thread sleeps for up to a
+    minute, and whoever deletes an iterator may have to wait for it."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def passes(arrays: Sequence[np.ndarray], rows: Callable[[Array], Array], first: int, skipped: int) -> tf.data.Dataset:
@@ -652,7 +660,7 @@ def passes(arrays: Sequence[np.ndarray], rows: Callable[[Array], Array], first: 
     held = [tf.constant(array) for array in arrays]
     numbers = tf.data.Dataset.range(first, np.iinfo(np.int32).max)
     chosen = numbers.flat_map(lambda number: tf.data.Dataset.from_tensor_slices(rows(number)))
-    return chosen.skip(skipped).map(lambda row: tuple(tf.gather(array, row) for array in held)).prefetch(2)
+    return _untuned(chosen.skip(skipped).map(lambda row: tuple(tf.gather(array, row) for array in held)).prefetch(2))
 
 
 def repeated(data: Any, skipped: int, index: int, count: int) -> tf.data.Dataset:
@@ -667,7 +675,7 @@ def repeated(data: Any, skipped: int, index: int, count: int) -> tf.data.Dataset
     dataset = data
     if not isinstance(data, tf.data.Dataset):
         spec = tuple(tf.TensorSpec(one.shape, one.dtype) for one in data.element_spec)
-        dataset = tf.data.Dataset.from_generator(lambda: iter(data), output_signature=spec)
+        dataset = _untuned(tf.data.Dataset.from_generator(lambda: iter(data), output_signature=spec))
     return dataset.repeat().skip(skipped).map(lambda *batch: tuple(part[index::count] for part in batch)).prefetch(2)
 
 
