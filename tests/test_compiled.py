@@ -122,6 +122,16 @@ def test_a_task_stream_has_no_python_in_it(name):
     assert not python_in(PIPELINES[name].dataset(0, steps=2, batch=4, query=4).batch(2))
 
 
+def test_no_stream_has_a_thread_that_tunes_it():
+    """The thread sleeps for up to a minute, and whoever deletes an iterator may wait for it."""
+    episodes = PIPELINES["functions"].dataset(0, steps=2, batch=4, query=4).batch(2)
+    batches = backend.passes([np.zeros((4, 2))], lambda number: tf.constant([[0, 1], [2, 3]]), 0, 0)
+    for stream in (episodes, batches):
+        assert stream.options().autotune.enabled is False
+    own = tf.data.Dataset.from_tensors((np.zeros((4, 2)),))  # a user's dataset stays as it is
+    assert backend.repeated(own, 0, 0, 1).options().autotune.enabled is None
+
+
 def test_python_in_a_stream_is_seen():
     numbers = tf.data.Dataset.from_generator(lambda: iter([1.0]), output_signature=tf.TensorSpec(()))
     assert python_in(numbers.batch(2))

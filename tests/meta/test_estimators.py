@@ -148,6 +148,16 @@ def test_a_pair_without_a_finite_loss_is_left_out():
     assert np.isnan(float(nothing_left.loss[0]))
 
 
+def test_a_part_of_the_members_has_the_noise_that_it_has_among_all():
+    outer, seed = {"gate": ops.zeros(6), "nu": ops.zeros((6, 2, 2))}, random.seed_of(2)
+    whole = perturbations(outer, 3, seed)
+    for index in range(2):
+        own = {name: value[3 * index : 3 * index + 3] for name, value in outer.items()}
+        for name, found in perturbations(own, 3, seed, Shard(index, 2, in_blocks=True)).items():
+            wanted = whole[name][3 * index : 3 * index + 3]
+            np.testing.assert_array_equal(ops.convert_to_numpy(found), ops.convert_to_numpy(wanted))
+
+
 def test_perturbations_are_antithetic_and_differ():
     outer = {"a": ops.zeros((2, 3)), "b": ops.zeros((2,))}
     noise = perturbations(outer, 4, random.seed_of(1))

@@ -80,6 +80,16 @@ def test_keras_s_own_backup_resumes_to_the_same_numbers(tmp_path):
     assert_equal(again, unbroken)
 
 
+def test_devices_divide_tasks_or_members(monkeypatch):
+    kind = type(trainer().runner)
+    monkeypatch.setattr(kind, "shares", 4)
+    monkeypatch.setattr(kind, "splits_members", True)  # as on JAX
+    assert trainer(members=8, meta_batch_size=3).members == 8
+    message = "^`meta_batch_size` or `members` must be a multiple of the 4 devices. Received: meta_batch_size=3, members=2$"
+    with pytest.raises(ValueError, match=message):
+        trainer(members=2, meta_batch_size=3)
+
+
 def test_equal_seeds_give_equal_runs():
     runs = [trainer(seed=seed) for seed in (1, 1, 2)]
     for made in runs:
