@@ -126,7 +126,11 @@ def test_no_stream_has_a_thread_that_tunes_it():
     """The thread sleeps for up to a minute, and whoever deletes an iterator may wait for it."""
     episodes = PIPELINES["functions"].dataset(0, steps=2, batch=4, query=4).batch(2)
     batches = backend.passes([np.zeros((4, 2))], lambda number: tf.constant([[0, 1], [2, 3]]), 0, 0)
-    for stream in (episodes, batches):
+
+    class Passes:  # what stands for a `PyDataset`
+        element_spec = (tf.TensorSpec((4, 2)),)
+
+    for stream in (episodes, batches, backend.repeated(Passes(), 0, 0, 1)):
         assert stream.options().autotune.enabled is False
     own = tf.data.Dataset.from_tensors((np.zeros((4, 2)),))  # a user's dataset stays as it is
     assert backend.repeated(own, 0, 0, 1).options().autotune.enabled is None

@@ -162,13 +162,13 @@ class MetaTrainer(OuterLoop):
                 f"`members` must be 1 under Evolution, which has its own `population`. Received: members={members}"
             )
         begin = self._begin(start, members, seed)
-        shares, or_members = self.runner.shares, self.runner.splits_members
-        undivided = meta_batch_size % shares and not (or_members and members % shares == 0)
-        if undivided and not isinstance(estimator, Evolution):
+        shares, whose, split = self.runner.shares, "replicas of the strategy", {"meta_batch_size": meta_batch_size}
+        if self.runner.splits_members:
+            whose, split = "devices", {**split, "members": members}
+        if all(count % shares for count in split.values()) and not isinstance(estimator, Evolution):
             raise ValueError(
-                f"`meta_batch_size`{' or `members`' * or_members} must be a multiple of the {shares} "
-                f"{'devices' if or_members else 'replicas of the strategy'}. Received: meta_batch_size={meta_batch_size}"
-                f"{f', members={members}' * or_members}"
+                f"{' or '.join(f'`{name}`' for name in split)} must be a multiple of the {shares} {whose}. "
+                f"Received: {', '.join(f'{name}={count}' for name, count in split.items())}"
             )
         self._given_estimator = estimator
         self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
