@@ -608,11 +608,13 @@ def orthogonal_term(rule, change, places):
     return result
 
 
-def sized_term(change, places):
-    """Equation N1: the norm of all groups of units together."""
+def sized_term(rule, change, places):
+    """Equation N1: the norm of all groups of units together, each with a rank of `whitening_rows`
+    at most."""
     size = 0.0
     for there, units in blocks(places, len(change) - len(places.exists)):
-        size += min(len(there), len(units)) * max(1.0, len(units) / len(there))
+        rank = min(len(there), len(units), rule.whitening_rows or np.inf)
+        size += rank * max(1.0, len(units) / len(there))
     norm = np.sqrt(np.sum(change**2, axis=(0, 1), keepdims=True))
     return change * np.sqrt(size) / np.where(norm > 0, norm, 1.0)
 
@@ -712,7 +714,7 @@ def update(rule, gene, prefix, kernels, traces, sums, own, places, time, count):
     if rule.normalize_term == "orthogonal" and not (in_groups and rule.momentum != "before"):
         changes = each_way(lambda change: orthogonal_term(rule, change, places), changes, own)
     if rule.normalize_term != "none":
-        changes = each_way(lambda change: sized_term(change, places), changes, own)
+        changes = each_way(lambda change: sized_term(rule, change, places), changes, own)
     if rule.directions != "untied":
         changes[1] = np.swapaxes(changes[0], 0, 1)
     if rule.momentum == "after":

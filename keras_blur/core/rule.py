@@ -113,8 +113,10 @@ class Rule:
             as one group. Groups are used in layers that read one row for each example or position,
             as dense layers do. Convolutions, layers that share their synapses, and layers that use
             only some positions whiten by the whole batch. On several devices, so does every layer
-            for which a device is not known to hold whole groups.
-        normalize_term: `"frobenius"`: a Hebbian term is scaled to a fixed norm (eq. N1);
+            for which a device is not known to hold whole groups. The number also bounds the rank
+            that `normalize_term` allows for.
+        normalize_term: `"frobenius"`: a Hebbian term is scaled to a fixed norm (eq. N1), that of a
+            matrix whose singular values are one and of which there are `whitening_rows` at most;
             `"orthogonal"`: before that, its singular values are brought closer together (eq. N2);
             `"none"`. Normalisation keeps only the direction of a term; the gate alone sets the size
             of the change. The bias is a row of the term. Where rows are whitened in groups, eq. N2

@@ -13,8 +13,9 @@ moments and `s_g = trace(X_g^T X_g) / examples_g`:
 only as large as a group, so the cost grows with the size of the batch, not with its cube.
 
 Normalisation keeps only the direction of a term, so the gate alone sets the size of the change:
-`"frobenius"` gives it the norm that an orthogonal matrix has (eq. N1). `"orthogonal"` first brings
-its singular values closer together (eq. N2): two iterations lift the small ones, five make them
+`"frobenius"` gives it the norm of a matrix Q with singular values of one (eq. N1). Q has full rank,
+or that of a group of rows at most: a wide term has few directions, which would get the share of all.
+`"orthogonal"` first brings its singular values closer together (eq. N2): two iterations lift the small ones, five make them
 nearly equal. Where the rows are whitened in groups, this is done to the term of each group (eq.
 N3): `H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a
 group, a device can do its own groups, and no group outweighs the others.
@@ -178,16 +179,19 @@ def frobenius(
     parts: Sequence[Float[Array, "*#leading _ columns"]],
     shape: tuple[int, int, int],
     *,
+    rank: int | None = None,
     times: Float[Array, "*#leading 1 1"] | float = 1.0,
     moderate: bool = False,
 ) -> list[Float[Array, "*leading _ columns"]]:
-    """Eq. N1: a term at the Frobenius norm of an orthogonal one. A term of zeros stays zero.
+    """Eq. N1: a term at the Frobenius norm of one whose singular values are all one, or
+    `sqrt(columns / rows)` if it has more columns than rows. A term of zeros stays zero.
 
     Args:
         parts: the rows of the term in parts, such as those of kernel and bias:
             `[..., rows, columns]`.
         shape: the number of blocks of a term, and the rows and columns of a block. The norm is that
             of all blocks together.
+        rank: the maximum number of singular values of a block; `None` for as many as it can have.
         times: a factor of the result, a number or `[..., 1, 1]`, applied in the same pass.
         moderate: whether the square of an entry cannot overflow, as after eq. N2.
 
@@ -198,7 +202,8 @@ def frobenius(
     2.0
     """
     blocks, rows, columns = shape
-    norm = (blocks * min(rows, columns)) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
+    values = min(rows, columns) if rank is None else min(rows, columns, rank)
+    norm = (blocks * values) ** 0.5 * max(1.0, (columns / rows) ** 0.5)
     if not moderate:
         parts, _ = _scaled(parts, (-2, -1))
     factor = times * norm * ops.rsqrt(_energy(parts, (-2, -1)))

@@ -98,6 +98,26 @@ def test_frobenius_has_the_norm_of_an_orthogonal_matrix(shape):
     assert not np.asarray(terms.frobenius([np.zeros_like(term)], shape)[0]).any()
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4), (1, 4, 6)])
+@pytest.mark.parametrize("rank", [1, 3, 4, 9])
+def test_frobenius_counts_no_more_singular_values_than_the_rank(shape, rank):
+    blocks, inputs, units = shape
+    left, _, right = np.linalg.svd(normal(inputs, units), full_matrices=False)
+    wanted = max(1.0, (units / inputs) ** 0.5) * np.linalg.norm(left[:, :rank] @ right[:rank]) * blocks**0.5
+    (found,) = terms.frobenius([normal(1, blocks * inputs, units)], shape, rank=rank)
+    np.testing.assert_allclose(np.linalg.norm(found), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "orthogonal"])
+def test_the_rank_of_a_term_is_that_of_a_group_at_most(norm):
+    """Also where the batch is smaller than a group, so that its size changes no norm."""
+    layer, x, y = DenseConnection(9), normal(10, 9), normal(10, 9, seed=1)
+    for rows, rank in ((None, 9), (4, 4), (9, 9), (20, 9)):
+        found = terms_of(layer, x, y, whitening=True, whitening_rows=rows, normalize_term=norm)
+        squares = np.sum(np.square(found["kernel"])) + np.sum(np.square(found["bias"]))
+        np.testing.assert_allclose(squares, rank, rtol=1e-6)
+
+
 def test_a_member_without_sound_numbers_harms_no_other():
     matrix = np.stack([np.eye(3), np.full((3, 3), np.nan), np.full((3, 3), np.inf)])
     found = np.asarray(solve_positive(matrix, np.ones((3, 3, 2))))
@@ -157,7 +177,7 @@ def test_groups_are_orthogonal_each_and_normalised_together(inputs, units):
     for weight in (None, np.ones(10), np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 0.2, 0.7])):
         groups = [terms_of(layer, *one[:2], weight=one[2], whitening=True) for one in split_rows(x, y, 4, weight)]
         whole = sum(terms.orthogonal(np.concatenate([one["kernel"], one["bias"]])[None], 5) for one in groups)
-        wanted = np.asarray(terms.frobenius([whole], (1, inputs + 1, units))[0])[0]
+        wanted = np.asarray(terms.frobenius([whole], (1, inputs + 1, units), rank=4)[0])[0]
         found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=4, normalize_term="orthogonal")
         np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
@@ -170,7 +190,7 @@ def test_what_joins_a_term_joins_it_before_it_is_orthogonal(joins):
     rule = {"whitening": True, "whitening_rows": 4, "momentum": "before" if joins == "trace" else "none"}
     whitened = terms_of(layer, x, y, **{**rule, "momentum": "none"})
     whole = np.concatenate([whitened["kernel"], whitened["bias"]])
-    wanted = np.asarray(terms.frobenius([terms.orthogonal(whole[None], 5)], (1, 7, 3))[0])[0]
+    wanted = np.asarray(terms.frobenius([terms.orthogonal(whole[None], 5)], (1, 7, 3), rank=4)[0])[0]
     found = terms_of(layer, x, y, normalize_term="orthogonal", **rule)
     np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
