@@ -18,7 +18,7 @@ from keras_blur.cli.flags import Flags, When
 from keras_blur.files import read_text
 from keras_blur.models.networks import NETWORKS
 from keras_blur.report.baselines import GRIDS, OPTIMIZERS
-from keras_blur.report.comparison import compare
+from keras_blur.report.comparison import SCHEDULES, compare
 from keras_blur.report.curves import format_compare, format_several
 
 USAGE = "--genome NAME_OR_FILE [flags]"
@@ -26,6 +26,7 @@ EXAMPLES = (
     "--genome mnist-4state --steps 50 --optimizers SGD,Adam --plot compare.png",
     "--genome mine.json --data mnist --data_dir DIR --network lenet --json compare.json",
     "--genome other.json --data mnist --data_dir DIR --network lenet --baselines compare.json",
+    "--genome fast --steps 500 --score_at 500 --schedules linear",
 )
 
 _MLP = When("to --network mlp", lambda flag: flag["network"] == "mlp", ("network",))
@@ -38,7 +39,9 @@ def define_flags(flags: Flags) -> None:
     flags.group("Network and baselines")
     flags.string("network", "mlp", "'mlp' (see --hidden), 'lenet', 'resnet20', or a .keras file.")
     flags.words("optimizers", list(OPTIMIZERS), "Keras optimizers to compare with.")
+    flags.words("schedules", list(SCHEDULES), "Schedules of their rates: 'constant', 'linear' (decay).")
     flags.switch("normalize", True, "Whether to compare with batch normalisation, too.")
+    flags.words("score_at", [], "Steps that are scored, besides 0 and --steps; by default 1, 2, 5, 10, ..., 1000.")
     flags.integer("tuning_seeds", 1, "Number of seeds, from the first, on which all learning rates are run.", least=1)
     flags.string("baselines", None, "Earlier --json file whose optimizer runs are reused.", [_ONE])
     define_scoring_outputs(flags)
@@ -53,7 +56,8 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     network = whole_numbers("hidden", flag["hidden"]) if flag["network"] == "mlp" else flag["network"]
     results, stopped = score_all(
         flag, compare, format_compare, network,
-        grids={name: GRIDS[name] for name in flag["optimizers"]}, normalize=flag["normalize"],
+        grids={name: GRIDS[name] for name in flag["optimizers"]}, schedules=flag["schedules"], normalize=flag["normalize"],
+        score_at=whole_numbers("score_at", flag["score_at"]) if flag["score_at"] else None,
         tuning_seeds=flag["tuning_seeds"], baselines=_baselines(flag["baselines"]),
     )  # fmt: skip
     whole = [result for result in results if "envelopes" in result]

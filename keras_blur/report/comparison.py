@@ -59,6 +59,7 @@ def compare(
     grids: Mapping[str, Sequence[float]] | None = None,
     schedules: Sequence[str] = SCHEDULES,
     normalize: bool = True,
+    score_at: Sequence[int] | None = None,
     tuning_seeds: int = 1,
     baselines: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
@@ -73,7 +74,7 @@ def compare(
         network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
             `.keras` file, or a Keras model with one input and one output per class. An MLP, LeNet
             and ResNet have the genome's activation. Weights are drawn anew for each seed.
-        steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
+        steps: number of learning steps.
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.
         seed: random seed of networks and batches.
@@ -84,6 +85,8 @@ def compare(
         schedules: one or both of `"constant"` and `"linear"`, which decays to 0 at the scored step.
         normalize: whether the genome and the optimizers also learn the network with batch
             normalisation. A network that has normalisation layers is compared as it is.
+        score_at: steps at which learners are scored, besides 0 and `steps`; `None` takes 1, 2, 5,
+            10, ..., 1000. Fewer scores are cheaper, as a decayed rate has a run for each of them.
         tuning_seeds: number of seeds, from the first, on which the whole grid runs.
         baselines: an earlier result, even a partial one, in the same setting, whose optimizer runs
             are reused. Seconds are always measured anew.
@@ -115,7 +118,7 @@ def compare(
     chosen = _checked_grids(GRIDS if grids is None else grids)
     if not schedules or set(schedules) - set(SCHEDULES):
         raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}. Received: schedules={schedules!r}")
-    source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
+    source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split, score_at=score_at)
     if not 1 <= tuning_seeds <= seeds:
         raise ValueError(
             f"`tuning_seeds` must be from 1 to {seeds}, the number of seeds. Received: tuning_seeds={tuning_seeds}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_blur import arguments
 from keras_blur.checks import Expected, checked_arrays
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.tasks.base import Tasks
@@ -103,12 +104,20 @@ def _labels(signs: np.ndarray) -> np.ndarray:
 
 
 def source_of(
-    data: Images | Tasks, *, steps: int, seeds: int, batch_size: int, seed: int, split: str
+    data: Images | Tasks,
+    *,
+    steps: int,
+    seeds: int,
+    batch_size: int,
+    seed: int,
+    split: str,
+    score_at: Sequence[int] | None = None,
 ) -> tuple[Source, list[int]]:
     """Checks the arguments of a comparison or an evaluation.
 
     Returns:
-        The batches, and the steps to score.
+        The batches, and the steps to score: 0, those of `score_at` (`None`: of `STEPS`), and
+        `steps`.
 
     Raises:
         ValueError: if an argument is out of range or does not fit the data.
@@ -125,7 +134,10 @@ def source_of(
             f"`steps` must be at least 1, `seeds` at least 2, `batch_size` from 1 to {limit}. "
             f"Received: steps={steps}, seeds={seeds}, batch_size={batch_size}"
         )
-    at = sorted({step for step in STEPS if step <= steps} | {steps})
+    wanted = STEPS if score_at is None else arguments.counts("score_at", score_at)
+    if score_at is not None and max(wanted, default=0) > steps:
+        raise ValueError(f"`score_at` must be at most {steps}, the number of steps. Received: score_at={score_at!r}")
+    at = sorted({0, *(step for step in wanted if step <= steps), steps})
     if isinstance(data, Tasks):
         check_tasks(data, batch_size, 1, split)
         return Episodes(data, batch_size, seeds, seed, steps, split), at

@@ -189,6 +189,21 @@ def test_equal_seeds_give_equal_comparisons(result):
     np.testing.assert_allclose(again["curves"][name]["loss"][0], result["curves"][name]["loss"][0], rtol=1e-5)
 
 
+def test_scores_may_be_few_and_are_the_same(result):
+    genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
+    options = {"seeds": 2, "batch_size": 32, "grids": {"Adam": (0.01,)}, "schedules": ["linear"], "normalize": False}
+    few_scores = compare(genome, few(), (12,), steps=10, score_at=[5], **options)
+    assert few_scores["steps"] == [0, 5, 10]
+    for name in ("genome", "Adam 0.01, linear decay"):
+        wanted = np.array(result["curves"][name]["loss"])[:, [result["steps"].index(step) for step in (0, 5, 10)]]
+        np.testing.assert_allclose(few_scores["curves"][name]["loss"][: len(wanted)], wanted, rtol=1e-5)
+    last = compare(genome, few(), (12,), steps=10, score_at=[], **options)
+    assert last["steps"] == [0, 10]
+    assert last["speedup"] == {"plain": {"steps": None, "seconds": None}}
+    with pytest.raises(ValueError, match=r"must be a comparison with steps=\[0, 10\]"):
+        compare(genome, few(), (12,), steps=10, score_at=[10], baselines=few_scores, **options)
+
+
 def test_a_decayed_rate_falls_to_its_horizon():
     """By hand: at horizon 2 the rates are r and r / 2, at horizon 5 r, 0.8 r, ..."""
     images, rate = few(), 0.5
@@ -418,6 +433,9 @@ def test_numbers_out_of_range():
         compare(Genome.random(RULE, 0, population=(2,)), few(), (8,), steps=1, seeds=2)
     with pytest.raises(ValueError, match="`tuning_seeds` must be from 1 to 2"):
         compare(genome, few(), (8,), steps=1, seeds=2, tuning_seeds=3)
+    for score_at, said in ([[20], "at most 10"], [[0], "a sequence of positive integers"], [5, "a sequence of positive"]):
+        with pytest.raises(ValueError, match=f"`score_at` must be {said}"):
+            compare(genome, few(), (8,), steps=10, seeds=2, score_at=score_at)
     with pytest.raises(ValueError, match="`schedules` must be some of constant, linear"):
         compare(genome, few(), (8,), steps=1, seeds=2, schedules=["cosine"])
     with pytest.raises(ValueError, match="`genome` must be a single one or on one population axis, for 2 layers"):
