@@ -1,15 +1,12 @@
-"""A connection between two layers of neurons: one bilinear map and the rule around it, as pure
-functions of arrays.
+"""A connection between two layers of neurons: the rule around one bilinear map, as pure functions
+of arrays.
 
 Source: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021), equations 5 to 8.
 
-A kind of layer supplies one map, `product`, of a kernel and an array of states, and says how it
-looks as a matrix product. The transpose and the outer product follow by automatic differentiation,
-unless a kind has faster ones. What the rule does with them is written here once, for every kind, on
-*rows*: states `[..., k, rows, units]` and kernels `[..., c, in, units]`. A convolution is a dense
-connection on patches. Its positions join the batch as rows. Sharing weights is a sum over rows, so
-bias sums, statistics and stabilisers keep their meaning. The mean over the batch and sample weights
-count examples, not rows.
+What the rule does is written here once, for every kind of map, on *rows*: states
+`[..., k, rows, units]` and kernels `[..., c, in, units]` (see `keras_blur.core.maps`). Sharing
+weights is a sum over rows, so bias sums, statistics and stabilisers keep their meaning. The mean
+over the batch and sample weights count examples, not rows.
 
 Work that no later result depends on is not done. The input layer has one non-zero state, so its
 sums are computed once per channel and mixed afterwards. Nothing flows back into the input, so the
@@ -19,33 +16,28 @@ backward array is given anyway, as in a replay of published numbers, it is updat
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_blur.core import equations, terms
 from keras_blur.core.companions import AVERAGE, TRACE, companions
-from keras_blur.core.derivatives import transpose, vjp
+from keras_blur.core.derivatives import vjp
 from keras_blur.core.genome import Genome
+from keras_blur.core.maps import Map, Shape
 from keras_blur.core.rule import Rule
 from keras_blur.core.settling import TermContext, choose, settle
-from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
+from keras_blur.core.states import Parts, first_states, later_states, mapped
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 Array = Any
-Shape = tuple[int, ...]
 Synapses = Mapping[str, Array]
 Draw = Callable[[str, int, tuple[int, ...]], Array]
-
-_LEAST = 1e-30  # stands for zero in a divisor
 
 
 class Sums(NamedTuple):
@@ -69,7 +61,7 @@ class Sums(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Connection(abc.ABC):
+class Connection(Map):
     """The synapses between a layer and the one before it.
 
     Synapses are a mapping of arrays with the channel axis first: `kernel`
@@ -96,172 +88,6 @@ class Connection(abc.ABC):
     penalties: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
     limits: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict, compare=False)
 
-    # What a kind of connection defines.
-
-    @property
-    def reads_integers(self) -> bool:
-        """Whether the inputs are indices of entries instead of features."""
-        return False
-
-    @property
-    def gathers(self) -> bool:
-        """Whether `patches` gathers all inputs, so that the map is a matrix product with the
-        patches."""
-        return False
-
-    @property
-    def axes(self) -> int:
-        """Number of feature axes that enter."""
-        return 1
-
-    @property
-    def target_axes(self) -> int:
-        """Number of feature axes that leave."""
-        return self.axes
-
-    @abc.abstractmethod
-    def kernel_shape(self, source: Shape) -> Shape:
-        """Shape of the kernel for features of shape `source`: that of the Keras layer."""
-
-    @abc.abstractmethod
-    def target(self, source: Shape) -> Shape:
-        """Shape of the features that leave, for those that enter."""
-
-    @abc.abstractmethod
-    def product(self, kernel: Array, x: Array) -> Array:
-        """The map: `[..., s, batch, *source]` to `[..., s, batch, *target]`.
-
-        The kernel `[..., c, *kernel_shape]` has one channel for each state, or one for all; x may
-        have one state for all channels.
-        """
-
-    def rows(self, states: Array) -> Shaped[Array, "*population s rows units"]:
-        """States `[..., s, batch, *target]` as `[..., s, rows, units]`: positions join the
-        batch."""
-        return states
-
-    def features(self, rows: Shaped[Array, "*population s rows units"], source: Shape) -> Array:
-        """The inverse of `rows`."""
-        return rows
-
-    def matrix(self, kernel: Array) -> Float[Array, "*population c in units"]:
-        """A kernel `[..., c, *kernel_shape]` as `[..., c, in, units]`: a column is what one unit
-        reads."""
-        return kernel
-
-    def kernel(self, matrix: Float[Array, "*population c in units"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The inverse of `matrix`: a kernel of the shape of `like`."""
-        return matrix
-
-    def over_readers(self, matrix: Float[Array, "*population c in units"]) -> Float[Array, "*population c in #units"]:
-        """A matrix `[..., c, in, units]`, each entry added up over the units that read the same
-        input.
-
-        The last axis of the result has size 1, or the number of units. Every unit of a row reads
-        every input, unless the kind of connection says otherwise, as one with groups does.
-        """
-        return ops.sum(matrix, axis=-1, keepdims=True)
-
-    @property
-    def few_rows(self) -> bool:
-        """Whether the rows of a batch may be fewer than the inputs of a unit."""
-        return False
-
-    def rows_read(self, states: Array) -> Float[Array, "*population s rows in"]:
-        """States that enter `[..., s, batch, *source]` as `[..., s, rows, in]`, if `few_rows`."""
-        return states
-
-    def patches(self, states: Array, source: Shape, most: int) -> Float[Array, "*population s blocks rows in"]:
-        """What the units of each block read, `[..., s, blocks, rows, in]`.
-
-        Args:
-            states: states that enter, `[..., s, batch, *source]`.
-            source: shape of the features that enter.
-            most: the maximum number of positions of an example, evenly spaced; 0 for all.
-        """
-        return ops.expand_dims(states, -3)
-
-    def kept(self, source: Shape, most: int) -> int:
-        """Number of positions of an example that `patches` gives."""
-        positions = self.positions_of(source)
-        return min(positions, most) if most else positions
-
-    def split(self, matrix: Float[Array, "*leading in units"]) -> Float[Array, "*leading blocks in_block units_block"]:
-        """A matrix or bias `[..., in, units]` as those of the blocks,
-        `[..., blocks, in_block, units_block]`."""
-        return ops.expand_dims(matrix, -3)
-
-    def joined(self, blocks: Float[Array, "*leading blocks in_block units_block"]) -> Float[Array, "*leading in units"]:
-        """The inverse of `split`."""
-        return ops.squeeze(blocks, -3)
-
-    # What follows from that.
-
-    def rows_of(self, states: Array | Parts) -> Shaped[Array | Parts, "*population s rows units"]:
-        """The rows of states that may be in parts."""
-        return mapped(self.rows, states, 1)
-
-    def source(self, pre: Array | Parts) -> Shape:
-        """Shape of the features of states that enter."""
-        return tuple(pre.shape[len(pre.shape) - self.axes :])
-
-    def mixed(self, states: Array | Parts, transform: Float[Array, "... source target"]) -> Array:
-        """States that enter, mixed by a transform `[..., source, target]`."""
-        if self.axes == 1:
-            return equations.mix(states, transform)
-        states = joined(states)
-        shape = ops.shape(states)
-        flat = ops.reshape(states, (*shape[: len(shape) - self.axes], math.prod(self.source(states))))
-        mixed = equations.mix(flat, transform)
-        return ops.reshape(mixed, (*ops.shape(mixed)[:-1], *self.source(states)))
-
-    def linear(self, kernel: Array, x: Array) -> Array:
-        """The map, with factors of the compute type."""
-        return self.product(self.rounded(kernel), self.rounded(x))
-
-    def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
-        """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
-        if self.gathers and self.is_population(kernel, source):
-            kernel, y = self.rounded(kernel), self.rounded(y)
-            sent = ops.matmul(self.split(self.rows(y)), ops.swapaxes(self.split(self.matrix(kernel)), -1, -2))
-            shape = (*ops.shape(y)[: len(y.shape) - len(self.target(source))], *source)
-            return transpose(lambda x: self.patches(x, source, 0), shape, sent)
-        channels = kernel.shape[0] if len(kernel.shape) == 1 + len(self.kernel_shape(source)) else 1
-        if channels > 1:  # one by one and side by side: the transpose of a slice would be an array of zeros for each
-            axes = len(self.target(source))
-            every = [(kernel[c : c + 1], between(y, c, c + 1, axes)) for c in range(channels)]
-            parts = [self.linear_transpose(one, states, source) for one, states in every]
-            return ops.concatenate(parts, axis=-2 - len(source))
-        kernel, y = self.rounded(kernel), self.rounded(y)
-        shape = ops.shape(y)
-        shape = (*shape[: len(shape) - len(self.target(source))], *source)
-        return transpose(lambda x: self.product(kernel, x), shape, y)
-
-    def outer(self, pre: Array, post: Array, source: Shape) -> Array:
-        """The outer product, summed over the batch: of `[..., s, batch, *source]` and
-        `[..., c, batch, *target]`."""
-        pre, post = self.rounded(pre), self.rounded(post)
-        leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
-        shape = (*leading, *self.kernel_shape(source))
-        if self.gathers and len(leading) > 1:
-            blocks = ops.matmul(ops.swapaxes(self.patches(pre, source, 0), -1, -2), self.split(self.rows(post)))
-            return self.kernel(self.joined(blocks), ops.zeros(shape, dtype=blocks.dtype))
-        return transpose(lambda kernel: self.product(kernel, pre), shape, post)
-
-    def is_population(self, kernel: Array, source: Shape) -> bool:
-        """Whether kernels `[..., c, *kernel_shape]` have leading axes."""
-        return len(kernel.shape) > 1 + len(self.kernel_shape(source))
-
-    def product_of_members(self, kernel: Array, x: Array) -> Array:
-        """The map of a population of kernels: one matrix product with what `patches` gathers.
-
-        The map, its transpose and its outer product are written by hand. An outer gradient needs
-        second derivatives, and TensorFlow has none under XLA for a product that broadcasts.
-        """
-        source = tuple(x.shape[len(x.shape) - self.axes :])
-        blocks = ops.matmul(self.patches(x, source, 0), self.split(self.matrix(kernel)))
-        return self.features(self.joined(blocks), source)
-
     def shapes(self, rule: Rule, source: int | Shape, *, feeds_back: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the synapse arrays for features of shape `source`; with a backward kernel if
         `feeds_back`."""
@@ -277,19 +103,6 @@ class Connection(abc.ABC):
     def statistics_shape(self, rule: Rule) -> tuple[int, ...]:
         """Shape of the running statistics of a rule that normalises over the batch."""
         return (rule.states - 1 if rule.derivative_state else rule.states, 1, self.units)
-
-    def rounded(self, factor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """A factor rounded to the compute type. Its sums are still computed in the type of the
-        states."""
-        if self.compute_dtype is None or self.compute_dtype == keras.backend.standardize_dtype(factor.dtype):
-            return factor
-        if self.compute_dtype != "float16":
-            return ops.cast(ops.cast(factor, self.compute_dtype), factor.dtype)
-        # float16 covers only 6e-8 to 65504: the factor is first scaled to a largest entry near 1,
-        # by a power of 2.
-        largest = ops.max(ops.abs(factor), axis=(-2, -1), keepdims=True)
-        scale = ops.stop_gradient(ops.exp2(ops.floor(ops.log2(ops.maximum(largest, _LEAST)))))
-        return ops.cast(ops.cast(factor / scale, self.compute_dtype), factor.dtype) * scale
 
     def init(self, rule: Rule, source: int | Shape, draw: Draw, *, feeds_back: bool = True) -> dict[str, Array]:
         """Initial synapses.
@@ -393,10 +206,6 @@ class Connection(abc.ABC):
     def _through(self, kernel: Array | None, x: Array) -> Array:
         """The map, or nothing at all if the connection has no kernel."""
         return x if kernel is None else self.linear(kernel, x)
-
-    def positions_of(self, source: Shape) -> int:
-        """Number of rows of an example."""
-        return math.prod(self.target(source)) // self.units
 
     def backward(self, genome: Genome, synapses: Synapses, post: Array | Parts, source: Shape) -> Array:
         """The sums of equation 6: what the neurons before the connection receive from this layer.
@@ -633,11 +442,6 @@ class Connection(abc.ABC):
             found[name] = self.joined(whole[..., start : start + part.shape[-2], :])
             start += part.shape[-2]
         return found
-
-    def of_rows(self, weight: Shaped[Array, "*population batch"], source: Shape) -> Shaped[Array, "*population 1 rows 1"]:
-        """Weights of examples, `[..., batch]`, repeated for rows, `[..., 1, rows, 1]`."""
-        positions = self.positions_of(source)
-        return (weight if positions == 1 else ops.repeat(weight, positions, axis=-1))[..., None, :, None]
 
     def _read(self, states: Array, source: Shape) -> Array:
         """States `[..., s, batch, *source]` added up over the rows in which each entry of a kernel

@@ -26,9 +26,10 @@ from keras import ops
 
 from keras_blur.core import equations
 from keras_blur.core.companions import averaged, slow
-from keras_blur.core.connection import Shape, Sums, Synapses
+from keras_blur.core.connection import Sums, Synapses
 from keras_blur.core.genome import Genome
 from keras_blur.core.graph import Connect, Graph, Pass
+from keras_blur.core.maps import Shape
 from keras_blur.core.states import Parts, between, first_states, joined, later_states, mapped
 
 if TYPE_CHECKING:

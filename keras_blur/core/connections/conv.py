@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.connection import Connection
+from keras_blur.core.maps import Shape
 from keras_blur.core.patches import coarser, positions, thinned, unfold
 from keras_blur.core.states import between
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.connection import Connection
+from keras_blur.core.maps import Shape
 from keras_blur.core.patches import thinned
 
 if TYPE_CHECKING:

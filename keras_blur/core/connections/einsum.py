@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.connection import Connection
+from keras_blur.core.maps import Shape
 from keras_blur.core.patches import thinned
 from keras_blur.core.states import between
 

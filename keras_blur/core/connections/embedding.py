@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.connection import Connection, Shape
+from keras_blur.core.connection import Connection
 from keras_blur.core.derivatives import transpose
 from keras_blur.core.genome import Genome
+from keras_blur.core.maps import Shape
 from keras_blur.core.settling import TermContext
 from keras_blur.core.states import between
 
