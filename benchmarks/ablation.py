@@ -54,14 +54,15 @@ AS_IT_IS = "as it is"
 OFF: dict[str, dict[str, Any]] = {
     "whitening": {"whitening": False, "whitening_positions": 0, "whitening_rows": None},
     "lifted singular values": {"normalize_term": "frobenius"},
-    "normalisation": {"normalize_term": "none"},
+    "bounded rank": {"term_rank": None},
+    "normalisation": {"normalize_term": "none", "term_rank": None},
     "momentum": {"momentum": "none"},
     "falling gate": {"update_decay": "none"},
     "slow synapses": {"slow_synapses": False},
 }
 TERMS = (
-    "whitening", "whitening_positions", "whitening_rows", "normalize_term", "orthogonal_iterations", "momentum",
-    "update_decay", "slow_synapses",
+    "whitening", "whitening_positions", "whitening_rows", "normalize_term", "orthogonal_iterations", "term_rank",
+    "momentum", "update_decay", "slow_synapses",
 )  # fmt: skip
 NUMBERS = ("decay_power", "log_decay_steps", "log_damping", "momentum", "log_averaging")
 

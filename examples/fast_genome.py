@@ -84,7 +84,7 @@ def rule():
     synapses."""
     start = genomes.backprop(1.0, "relu", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     added = {"whitening": True, "whitening_positions": 16, "whitening_rows": 128}
-    added |= {"normalize_term": "orthogonal", "orthogonal_iterations": 2}
+    added |= {"normalize_term": "orthogonal", "orthogonal_iterations": 2, "term_rank": 256}
     return start.with_rule(start.rule.replace(**added, update_decay="power", slow_synapses=True))
 
 

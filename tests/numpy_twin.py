@@ -609,11 +609,10 @@ def orthogonal_term(rule, change, places):
 
 
 def sized_term(rule, change, places):
-    """Equation N1: the norm of all groups of units together, each with a rank of `whitening_rows`
-    at most."""
+    """Equation N1: the norm of all groups of units together, each of rank `term_rank` at most."""
     size = 0.0
     for there, units in blocks(places, len(change) - len(places.exists)):
-        rank = min(len(there), len(units), rule.whitening_rows or np.inf)
+        rank = min(len(there), len(units), rule.term_rank or np.inf)
         size += rank * max(1.0, len(units) / len(there))
     norm = np.sqrt(np.sum(change**2, axis=(0, 1), keepdims=True))
     return change * np.sqrt(size) / np.where(norm > 0, norm, 1.0)

@@ -117,6 +117,7 @@ SINGLE = {
         }
         for directions, channels in (("untied", "own"), ("tied", "tied"), ("tied_updates", "tied_updates"))
     },
+    "term_rank": {"normalize_term": "frobenius", "term_rank": 2},
     "orthogonal_momentum": {"normalize_term": "orthogonal", "momentum": "before", "oja": "weights", "update_decay": "power"},
     **{
         f"whitening_{norm}_{directions}": {
@@ -204,6 +205,7 @@ _DRAWN = {
     "oja_factor": (1.0, 0.4),
     "supervised_every": (1, 2),
     "orthogonal_iterations": (1, 2),
+    "term_rank": (None, 1, 2),
     "whitening_rows": (None, 2, 3),
     "layers": (None, len(SIZES) - 1),
 }
@@ -219,6 +221,7 @@ def combinations(count, seed=0):
         drawn["rescale_synapses"] &= drawn["normalize_synapses"] != "none"
         drawn["separate_forward_synapse"] &= drawn["forward_synapse_update"]
         drawn["whitening_rows"] = drawn["whitening_rows"] if drawn["whitening"] else None
+        drawn["term_rank"] = drawn["term_rank"] if drawn["normalize_term"] != "none" else None
         drawn["momentum"] = "none" if drawn["forward_synapse_update"] else drawn["momentum"]
         rules[f"random_{index}"] = drawn
     return rules

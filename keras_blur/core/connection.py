@@ -427,7 +427,7 @@ class Connection(Map):
         orthogonal = rule.normalize_term == "orthogonal"
         found = [sums[name] for name in names.values()]
         times = 1.0 if gate is None else equations.scalar(gate, found[0])
-        parts = terms.frobenius(found, shape, rank=rule.whitening_rows, times=times, moderate=orthogonal)
+        parts = terms.frobenius(found, shape, rank=rule.term_rank, times=times, moderate=orthogonal)
         return dict(zip(names.values(), parts, strict=True))
 
     def as_whole(

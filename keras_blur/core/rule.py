@@ -113,10 +113,8 @@ class Rule:
             as one group. Groups are used in layers that read one row for each example or position,
             as dense layers do. Convolutions, layers that share their synapses, and layers that use
             only some positions whiten by the whole batch. On several devices, so does every layer
-            for which a device is not known to hold whole groups. The number also bounds the rank
-            that `normalize_term` allows for.
-        normalize_term: `"frobenius"`: a Hebbian term is scaled to a fixed norm (eq. N1), that of a
-            matrix whose singular values are one and of which there are `whitening_rows` at most;
+            for which a device is not known to hold whole groups.
+        normalize_term: `"frobenius"`: a Hebbian term is scaled to a fixed norm (eq. N1);
             `"orthogonal"`: before that, its singular values are brought closer together (eq. N2);
             `"none"`. Normalisation keeps only the direction of a term; the gate alone sets the size
             of the change. The bias is a row of the term. Where rows are whitened in groups, eq. N2
@@ -124,6 +122,10 @@ class Rule:
             term first.
         orthogonal_iterations: number of Newton-Schulz iterations of `"orthogonal"`: 2 lift small
             singular values, 5 make all of them nearly equal.
+        term_rank: the maximum number of singular values that the norm of eq. N1 allows for; `None`
+            allows for all that a term of its shape can have. A term has few large ones, however
+            wide its layer is. Without a bound they would share the norm of many, and wide layers
+            would begin with updates that are too large.
         momentum: whether a synapse keeps a trace of its terms, `m <- beta m + H`, and changes by
             `H + beta m` instead of `H`, with beta learned. The terms are those `"before"` or
             `"after"` normalisation; `"none"` keeps no trace. A trace is one more array beside each
@@ -181,6 +183,7 @@ class Rule:
     whitening_rows: int | None = None
     normalize_term: str = "none"
     orthogonal_iterations: int = 5
+    term_rank: int | None = None
     momentum: str = "none"
     slow_synapses: bool = False
     batch_reduction: str = "sum"
@@ -196,8 +199,9 @@ class Rule:
         arguments.integer("supervised_every", self.supervised_every, 1)
         arguments.integer("orthogonal_iterations", self.orthogonal_iterations, 1)
         arguments.integer("whitening_positions", self.whitening_positions, 0)
-        if self.whitening_rows is not None:
-            arguments.integer("whitening_rows", self.whitening_rows, 1)
+        for name in ("whitening_rows", "term_rank"):
+            if getattr(self, name) is not None:
+                arguments.integer(name, getattr(self, name), 1)
         self._check_layers()
         for name in (
             "derivative_state",
@@ -240,6 +244,11 @@ class Rule:
                 raise ValueError(
                     f"`{name}` needs `whitening=True`. Received: {name}={getattr(self, name)} with whitening=False"
                 )
+        if self.term_rank is not None and self.normalize_term == "none":
+            raise ValueError(
+                "`term_rank` needs `normalize_term` to be 'frobenius' or 'orthogonal'. "
+                f"Received: term_rank={self.term_rank} with normalize_term='none'"
+            )
         if self.loss is not None:
             if self.feedback != "error":
                 raise ValueError(f"`loss` is used by `feedback='error'` only. Received: feedback={self.feedback!r}")

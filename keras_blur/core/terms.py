@@ -14,11 +14,11 @@ only as large as a group, so the cost grows with the size of the batch, not with
 
 Normalisation keeps only the direction of a term, so the gate alone sets the size of the change:
 `"frobenius"` gives it the norm of a matrix Q with singular values of one (eq. N1). Q has full rank,
-or that of a group of rows at most: a wide term has few directions, which would get the share of all.
-`"orthogonal"` first brings its singular values closer together (eq. N2): two iterations lift the small ones, five make them
-nearly equal. Where the rows are whitened in groups, this is done to the term of each group (eq.
-N3): `H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a
-group, a device can do its own groups, and no group outweighs the others.
+or `term_rank` at most. `"orthogonal"` first brings its singular values closer together (eq. N2):
+two iterations lift the small ones, five make them nearly equal. Where the rows are whitened in
+groups, this is done to the term of each group (eq. N3):
+`H <- sum_g N2((X_g^T X_g / s_g + damping I)^-1 X_g^T D_g)`. So no system is larger than a group, a
+device can do its own groups, and no group outweighs the others.
 
 Sources: "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (Martens and
 Grosse, 2015), section 3; "Muon: An optimizer for hidden layers in neural networks" (Jordan et al.,

@@ -51,6 +51,7 @@ WRONG_OPTIONS = {
     "orthogonal_iterations": [0, 2.5, True],
     "whitening_positions": [-1, 2.5, True],
     "whitening_rows": [0, 2.5, True],
+    "term_rank": [0, 2.5, True],
     "batch_reduction": ["none", "average"],
     "feedback": ["targets", None],
     "loss": ["no_such_loss", 3],
@@ -77,6 +78,7 @@ def test_every_option_has_a_wrong_value():
         ({"loss": "mse"}, "feedback='labels'"),
         ({"whitening_positions": 4}, "whitening=False"),
         ({"whitening_rows": 4}, "whitening=False"),
+        ({"term_rank": 4}, "normalize_term='none'"),
     ],
 )
 def test_options_that_need_another(options, named):

@@ -109,11 +109,10 @@ def test_frobenius_counts_no_more_singular_values_than_the_rank(shape, rank):
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "orthogonal"])
-def test_the_rank_of_a_term_is_that_of_a_group_at_most(norm):
-    """Also where the batch is smaller than a group, so that its size changes no norm."""
+def test_a_rule_bounds_the_rank_of_a_term(norm):
     layer, x, y = DenseConnection(9), normal(10, 9), normal(10, 9, seed=1)
-    for rows, rank in ((None, 9), (4, 4), (9, 9), (20, 9)):
-        found = terms_of(layer, x, y, whitening=True, whitening_rows=rows, normalize_term=norm)
+    for most, rank in ((None, 9), (4, 4), (9, 9), (20, 9)):
+        found = terms_of(layer, x, y, term_rank=most, normalize_term=norm)
         squares = np.sum(np.square(found["kernel"])) + np.sum(np.square(found["bias"]))
         np.testing.assert_allclose(squares, rank, rtol=1e-6)
 
@@ -177,7 +176,7 @@ def test_groups_are_orthogonal_each_and_normalised_together(inputs, units):
     for weight in (None, np.ones(10), np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 0.2, 0.7])):
         groups = [terms_of(layer, *one[:2], weight=one[2], whitening=True) for one in split_rows(x, y, 4, weight)]
         whole = sum(terms.orthogonal(np.concatenate([one["kernel"], one["bias"]])[None], 5) for one in groups)
-        wanted = np.asarray(terms.frobenius([whole], (1, inputs + 1, units), rank=4)[0])[0]
+        wanted = np.asarray(terms.frobenius([whole], (1, inputs + 1, units))[0])[0]
         found = terms_of(layer, x, y, weight=weight, whitening=True, whitening_rows=4, normalize_term="orthogonal")
         np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
@@ -190,7 +189,7 @@ def test_what_joins_a_term_joins_it_before_it_is_orthogonal(joins):
     rule = {"whitening": True, "whitening_rows": 4, "momentum": "before" if joins == "trace" else "none"}
     whitened = terms_of(layer, x, y, **{**rule, "momentum": "none"})
     whole = np.concatenate([whitened["kernel"], whitened["bias"]])
-    wanted = np.asarray(terms.frobenius([terms.orthogonal(whole[None], 5)], (1, 7, 3), rank=4)[0])[0]
+    wanted = np.asarray(terms.frobenius([terms.orthogonal(whole[None], 5)], (1, 7, 3))[0])[0]
     found = terms_of(layer, x, y, normalize_term="orthogonal", **rule)
     np.testing.assert_allclose(np.concatenate([found["kernel"], found["bias"]]), wanted, rtol=1e-6, atol=1e-9)
 
