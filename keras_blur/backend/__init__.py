@@ -35,54 +35,71 @@ implementations have the same functions:
 """
 
 import importlib
+from types import ModuleType
 
 import keras
 
-_chosen = importlib.import_module(f"keras_blur.backend.with_{keras.backend.backend()}")
 
-after = _chosen.after
-apply_gradients = _chosen.apply_gradients
-bits = _chosen.bits
-bits_of_rows = _chosen.bits_of_rows
-branch = _chosen.branch
-compiled = _chosen.compiled
-constant = _chosen.constant
-dense = _chosen.dense
-gradient = _chosen.gradient
-gradient_for_keras = _chosen.gradient_for_keras
-is_dataset = _chosen.is_dataset
-jvp = _chosen.jvp
-leaves = _chosen.leaves
-loop = _chosen.loop
-matmul = _chosen.matmul
-mean = _chosen.mean
-numbers_of = _chosen.numbers_of
-on_cpu = _chosen.on_cpu
-on_devices = _chosen.on_devices
-on_platform = _chosen.on_platform
-one_by_one = _chosen.one_by_one
-outside_of_programs = _chosen.outside_of_programs
-pack = _chosen.pack
-passes = _chosen.passes
-pullback = _chosen.pullback
-recomputed = _chosen.recomputed
-reducible = _chosen.reducible
-register = _chosen.register
-repeated = _chosen.repeated
-replica = _chosen.replica
-replicas = _chosen.replicas
-replicas_of_program = _chosen.replicas_of_program
-Runner = _chosen.Runner
-solve_positive = _chosen.solve_positive
-stream = _chosen.stream
-symbolic_build = _chosen.symbolic_build
-tanh = _chosen.tanh
-total = _chosen.total
-training_elsewhere = _chosen.training_elsewhere
-tree_map = _chosen.tree_map
-upper_product = _chosen.upper_product
-value_of = _chosen.value_of
-vjp = _chosen.vjp
+def _part(name: str) -> ModuleType:
+    return importlib.import_module(f"keras_blur.backend.with_{keras.backend.backend()}.{name}")
+
+
+_trees = _part("trees")
+leaves = _trees.leaves
+numbers_of = _trees.numbers_of
+pack = _trees.pack
+register = _trees.register
+tree_map = _trees.tree_map
+value_of = _trees.value_of
+
+_programs = _part("programs")
+branch = _programs.branch
+compiled = _programs.compiled
+loop = _programs.loop
+one_by_one = _programs.one_by_one
+
+_derivatives = _part("derivatives")
+dense = _derivatives.dense
+gradient = _derivatives.gradient
+gradient_for_keras = _derivatives.gradient_for_keras
+jvp = _derivatives.jvp
+pullback = _derivatives.pullback
+recomputed = _derivatives.recomputed
+vjp = _derivatives.vjp
+
+_numbers = _part("numbers")
+bits = _numbers.bits
+bits_of_rows = _numbers.bits_of_rows
+matmul = _numbers.matmul
+mean = _numbers.mean
+solve_positive = _numbers.solve_positive
+tanh = _numbers.tanh
+upper_product = _numbers.upper_product
+
+_devices = _part("devices")
+on_devices = _devices.on_devices
+on_platform = _devices.on_platform
+replica = _devices.replica
+replicas = _devices.replicas
+replicas_of_program = _devices.replicas_of_program
+Runner = _devices.Runner
+total = _devices.total
+
+_streams = _part("streams")
+constant = _streams.constant
+is_dataset = _streams.is_dataset
+on_cpu = _streams.on_cpu
+passes = _streams.passes
+repeated = _streams.repeated
+stream = _streams.stream
+
+_trainers = _part("trainers")
+after = _trainers.after
+apply_gradients = _trainers.apply_gradients
+outside_of_programs = _trainers.outside_of_programs
+reducible = _trainers.reducible
+symbolic_build = _trainers.symbolic_build
+training_elsewhere = _trainers.training_elsewhere
 
 __all__ = [
     "Runner",

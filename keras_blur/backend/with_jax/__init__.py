@@ -1,0 +1,1 @@
+"""The backend's functions on JAX; see `keras_blur.backend`."""

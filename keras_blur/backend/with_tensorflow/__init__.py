@@ -1,0 +1,1 @@
+"""The backend's functions on TensorFlow; see `keras_blur.backend`."""

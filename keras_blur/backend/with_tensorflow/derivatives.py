@@ -1,0 +1,223 @@
+"""Gradients, Jacobians and their transposes on TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+Array = Any
+
+
+def vjp(function: Callable[..., Array], *inputs: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """The value of a function, and its transposed Jacobian as a function of a cotangent.
+
+    Args:
+        function: a function from arrays to one array.
+        *inputs: where to take the Jacobian.
+
+    Returns:
+        The value, and a function from an array of the value's shape to one array for each input. It
+        may be called several times.
+
+    Example:
+
+    >>> value, pull = vjp(lambda x: x * x, tf.constant(3.0))
+    >>> float(value), float(pull(tf.constant(2.0))[0])
+    (9.0, 12.0)
+    """
+    points = [tf.convert_to_tensor(value) for value in inputs]
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(points)
+        value = function(*points)
+
+    def pull(cotangent: Array) -> tuple[Array, ...]:
+        with _known_orders():
+            found = tape.gradient(
+                value, points, output_gradients=cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+        return tuple(found)
+
+    return value, pull
+
+
+@tf.RegisterGradient("KerasBlurTranspose")
+def _transpose_gradient(operation: Any, gradient: Array) -> tuple[Array, None]:
+    """TensorFlow's gradient of a transposition, with an order that is known when a graph is
+    made."""
+    order = _known_order(operation.inputs[1])
+    if order is None:
+        return tf.transpose(gradient, tf.math.invert_permutation(operation.inputs[1])), None
+    return tf.transpose(gradient, np.argsort(order)), None
+
+
+def _known_order(order: Array) -> np.ndarray | None:
+    """The order of a transposition, if it is a constant or the inverse of one."""
+    if order.op.type != "InvertPermutation":
+        return tf.get_static_value(order)
+    known = _known_order(order.op.inputs[0])
+    return None if known is None else np.argsort(known)
+
+
+def _known_orders() -> Any:
+    """A scope whose transpositions have a gradient that XLA compiles in a loop.
+
+    TensorFlow's own gradient inverts their order when the program runs, but XLA must know it at
+    compile time. So the second derivative of a transposition would not compile.
+    """
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.compat.v1.get_default_graph().gradient_override_map({"Transpose": "KerasBlurTranspose"})
+
+
+def jvp(function: Callable[..., Array], inputs: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    """The value of a function, and its Jacobian times a tangent.
+
+    The Jacobian is the transpose of the transposed one, so every operation with a second derivative
+    has it, under XLA as well; forward accumulators do not compile there.
+
+    Raises:
+        ValueError: if the function has no second derivative on TensorFlow.
+
+    Example:
+
+    >>> value, change = jvp(lambda x: x * x, [tf.constant(3.0)], [tf.constant(2.0)])
+    >>> float(value), float(change)
+    (9.0, 12.0)
+    """
+    points = [tf.convert_to_tensor(value) for value in inputs]
+    with tf.GradientTape(watch_accessed_variables=False) as outer:
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(points)
+            value = function(*points)
+        cotangent = tf.zeros_like(value)
+        outer.watch(cotangent)
+        # The inner gradient is recorded by the outer tape, as a linear function of the cotangent.
+        with _known_orders():
+            back = inner.gradient(value, points, output_gradients=cotangent)
+    used = [(one, tangent) for one, tangent in zip(back, tangents, strict=True) if one is not None]
+    if not used:  # the value does not depend on the inputs
+        return value, tf.zeros_like(value)
+    with _known_orders():
+        moved = outer.gradient([one for one, _ in used], cotangent, output_gradients=[tangent for _, tangent in used])
+    if moved is None:
+        raise ValueError(
+            "A layer or operation without weights must have a second derivative on TensorFlow for the other states to go "
+            f"through it. Received: {getattr(function, '__name__', function)!r}, which has none"
+        )
+    return value, moved
+
+
+def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """The gradient of a function's first result, a scalar.
+
+    Args:
+        function: a function from a tree of arrays to a scalar and a tree of anything else.
+        arrays: where to take the gradient.
+
+    Returns:
+        The second result, and a tree like `arrays` of gradients, which are zero where the scalar
+        does not depend on an array.
+
+    Example:
+
+    >>> _, found = gradient(lambda x: (x["a"] ** 2, ()), {"a": tf.constant(3.0), "b": tf.constant(1.0)})
+    >>> float(found["a"]), float(found["b"])
+    (6.0, 0.0)
+    """
+    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value, extra = function(arrays)
+    with _known_orders():
+        return extra, tape.gradient(value, arrays, unconnected_gradients="zero")
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of trees of arrays that stores nothing for its gradient but its arguments.
+
+    The backward pass computes the function again.
+
+    Args:
+        function: a function from trees of arrays to a tree of arrays. It must not capture arrays
+            that need a gradient.
+    """
+
+    def call(*arguments: Any) -> Any:
+        given = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(arguments)]
+        kept: list[Any] = []  # the tree of results, with all that is not floating-point
+
+        # Only floating-point tensors have a gradient. The others are captured, and left in `kept`,
+        # as a cast to a float would round large integers.
+        def run(*floats: Array) -> list[Array]:
+            again = iter(floats)
+            full = [next(again) if leaf.dtype.is_floating else leaf for leaf in given]
+            result = function(*tf.nest.pack_sequence_as(arguments, full))
+            kept[:] = [result]
+            return [leaf for leaf in tf.nest.flatten(result) if leaf.dtype.is_floating]
+
+        @tf.custom_gradient
+        def stored(*floats: Array) -> Any:
+            def backward(*upstream: Array) -> list[Array]:
+                with tf.GradientTape() as tape:
+                    tape.watch(floats)
+                    results = run(*floats)
+                return tape.gradient(results, floats, output_gradients=upstream, unconnected_gradients="zero")
+
+            return run(*floats), backward
+
+        floats = stored(*(leaf for leaf in given if leaf.dtype.is_floating))
+        result, results = kept[0], iter(floats)
+        leaves = [next(results) if leaf.dtype.is_floating else leaf for leaf in tf.nest.flatten(result)]
+        return tf.nest.pack_sequence_as(result, leaves)
+
+    return call
+
+
+def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:
+    """The values of a function, and its transposed Jacobian, which computes only what is asked for.
+
+    Args:
+        function: a function from a tree of arrays to arrays by name.
+        arrays: where to take the Jacobian.
+
+    Returns:
+        The values, and a function of cotangents of some of them by name. It gives a tree like
+        `arrays`. If `arrays` have names, too, it takes those wanted as a second argument. It may be
+        called several times, even in branches, which do not recompute any part of the values.
+
+    Example:
+
+    >>> arrays = {"u": tf.constant(2.0), "v": tf.constant(3.0)}
+    >>> values, pull = pullback(lambda x: {"product": x["u"] * x["v"], "first": x["u"]}, arrays)
+    >>> {name: float(value) for name, value in pull({"product": tf.constant(1.0)}, ["v"]).items()}
+    {'v': 2.0}
+    """
+    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(arrays)
+        values = dict(function(arrays))
+
+    def pull(cotangents: Mapping[str, Array], names: Sequence[str] | None = None) -> Any:
+        chosen = {name: values[name] for name in cotangents}
+        wanted = arrays if names is None else {name: arrays[name] for name in names}
+        return tape.gradient(chosen, wanted, output_gradients=dict(cotangents), unconnected_gradients="zero")
+
+    return values, pull
+
+
+def gradient_for_keras(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple[Any, Any]:
+    """As `gradient`, with the gradients that Keras's `fit` gives an optimizer: `None` for an array
+    that is not used, and slices for a lookup."""
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value, extra = function(arrays)
+    return extra, tape.gradient(value, arrays)
+
+
+def dense(gradient: Any) -> Array:
+    """A gradient as an array; that of a lookup may be slices."""
+    return tf.convert_to_tensor(gradient)

@@ -1,0 +1,100 @@
+"""Products, systems of equations and random integers on TensorFlow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+Array = Any
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The product of matrices in the precision of their type, as far as TensorFlow's own setting
+    allows (`tf.config.experimental.enable_tensor_float_32_execution`)."""
+    return tf.matmul(a, b)
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
+    JAX."""
+    return tf.math.tanh(x)
+
+
+def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    """The mean in the type of x; that of `keras.ops` rounds float64 to float32 on JAX."""
+    return ops.mean(x, axis=axis, keepdims=keepdims)
+
+
+def solve_positive(matrix: Array, right: Array) -> Array:
+    """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, which do not
+    affect the matrices beside them.
+
+    Args:
+        matrix: `[..., n, n]`.
+        right: `[..., n, m]`, with leading axes that broadcast.
+    """
+    return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
+
+
+_KEY = 0x02461E293EC8F720  # with which TensorFlow mixes a seed into Philox's key and counter
+
+
+_BLOCK = 4  # integers that Philox makes of one value of its counter
+
+
+def bits(seed: Array, shape: tuple[Any, ...], dtype: str = "uint32") -> Array:
+    """Uniform 32-bit integers of the Philox generator.
+
+    Args:
+        seed: two integers.
+        shape: shape of the array.
+        dtype: `"uint32"`, or `"int32"` for the same bits.
+    """
+    key, high = _mixed(seed)
+    return _philox(shape, key, tf.concat([tf.constant([0], tf.uint64), high], 0), dtype)
+
+
+def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
+    """Rows `[rows, size]` of `bits(seed, [n, size])`.
+
+    Args:
+        seed: two integers.
+        rows: indices `[rows]`.
+        size: size of a row.
+    """
+    key, high = _mixed(seed)
+
+    def row(number: Array) -> Array:
+        begin = tf.cast(number, tf.int64) * size
+        drawn = _philox((size + _BLOCK,), key, tf.concat([tf.cast(begin // _BLOCK, tf.uint64)[None], high], 0), "uint32")
+        return tf.slice(drawn, [begin % _BLOCK], [size])
+
+    return tf.map_fn(row, tf.convert_to_tensor(rows), fn_output_signature=tf.TensorSpec((size,), tf.uint32))
+
+
+def _philox(shape: tuple[Any, ...], key: Array, counter: Array, dtype: str) -> Array:
+    """Integers of Philox, TensorFlow's algorithm 1: identical under TensorFlow's kernels, XLA and
+    the TPU lowering, unlike its floating-point draws."""
+    shape = tf.convert_to_tensor(shape, tf.int32)
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(shape=shape, key=key, counter=counter, dtype=tf.as_dtype(dtype), alg=1)
+
+
+def _mixed(seed: Array) -> tuple[Array, Array]:
+    """Philox's key `[1]` and the high half of its counter `[1]`, as in TensorFlow's own draws but
+    in fewer operations."""
+    mixed = _philox((_BLOCK,), tf.constant([_KEY], tf.uint64), tf.cast(seed, tf.uint64), "uint32")
+    low, high = tf.unstack(tf.reshape(tf.cast(mixed, tf.uint64), (2, 2)), axis=1)
+    return tf.split(tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, tf.constant(32, tf.uint64))), 2)
+
+
+def upper_product(a: Array, b: int) -> Array:
+    """The upper 32 of the 64 bits of products.
+
+    Args:
+        a: uint32 numbers.
+        b: a number from 0 to `2**32 - 1`.
+    """
+    wide = tf.cast(a, tf.uint64) * tf.constant(b, tf.uint64)
+    return tf.cast(tf.bitwise.right_shift(wide, tf.constant(32, tf.uint64)), tf.uint32)
