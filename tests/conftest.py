@@ -29,8 +29,8 @@ collect_ignore = [
     "meta/test_meta_estimators.py", "meta/test_meta_trainer.py", "meta/test_on_arrays.py", "meta/test_warp.py",
     "models/test_on_tensorflow.py", "tasks/test_two_backends.py", "test_claims.py", "test_compiled.py",
     "test_examples.py", "test_files.py", "test_fuzz.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py",
-    "test_readme.py", "test_site.py", "tpu", "training/test_distribution.py", "training/test_duties.py",
-    "training/test_resume.py",
+    "test_readme.py", "test_site.py", "tpu", "training/test_averages.py", "training/test_distribution.py",
+    "training/test_fit_loop.py", "training/test_resume.py", "training/test_steps.py",
 ] if JAX else []  # fmt: skip
 
 
