@@ -29,7 +29,7 @@ BELOW = {
     "learners": {"backend", "core", "genomes", "layers", "models", "distribution", "checks"},
     "training": {"backend", "tasks", "checks", "distribution"},
     "meta": {"backend", "training", "learners", "tasks", "core", "checks", "compiling", "distribution"},
-    "bilevel": {"backend", "training", "learners", "tasks", "core", "checks", "distribution"},
+    "bilevel": {"backend", "training", "learners", "layers", "tasks", "core", "checks", "distribution"},
     "report": {"backend", "learners", "meta", "models", "layers", "core", "tasks", "compiling", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all

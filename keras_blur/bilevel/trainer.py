@@ -38,6 +38,7 @@ from keras_blur.checks import CheckedModel, Expected, checked_validation, model_
 from keras_blur.core import random
 from keras_blur.core.losses import ExampleLosses, as_keras, per_example
 from keras_blur.distribution import mean, shard
+from keras_blur.layers.base import check_trained_by_gradients
 from keras_blur.learners.base import places
 from keras_blur.training import settings
 from keras_blur.training.loop import OuterLoop, apply_scaled, check_frequency, clips, loss_scale, plain
@@ -93,6 +94,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     ):
         if not isinstance(model, keras.Model) or not model.built or not model.trainable_variables:
             raise ValueError(f"`model` must be a built Keras model with weights to train. Received: {model!r}")
+        check_trained_by_gradients("model", model)
         arguments.choice("first", first, ORDERS)
         arguments.flag("judge_training", judge_training)
         arguments.integer("seed", seed, 0)

@@ -130,6 +130,20 @@ class BlurLayer(keras.layers.Layer):
         return [layer for layer in self._flatten_layers() if isinstance(layer, SynapticLayer)]
 
 
+def check_trained_by_gradients(argument: str, model: keras.Model) -> None:
+    """Raises a `ValueError` if a layer of a model learns by a genome.
+
+    An optimizer would change its synapses, but not the averages that predict, nor other state of
+    the rule.
+    """
+    learned = [layer.name for layer in model._flatten_layers() if isinstance(layer, BlurLayer)]
+    if learned:
+        raise ValueError(
+            f"`{argument}` must be a Keras model that an optimizer trains; `to_keras()` makes one. "
+            f"Received: {model.name}, in which {', '.join(learned[:5])} learn by a genome"
+        )
+
+
 class SynapticLayer(BlurLayer):
     """A layer with one connection. A subclass defines the connection and takes the arguments of its
     Keras twin.

@@ -23,6 +23,7 @@ from keras import ops
 from keras_blur import arguments, backend
 from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.distribution import ALL, Shard
+from keras_blur.layers.base import check_trained_by_gradients
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import Array, MetaLearner, Outer, check_unshared, keras_model, places, resolve
 
@@ -87,6 +88,7 @@ class Warp(MetaLearner):
         updates.check_loss(loss)
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"`model` must be a Keras model that is built: give it an Input. Received: {model!r}")
+        check_trained_by_gradients("model", model)
         check_unshared(model)
         trainable = {id(variable) for variable in model.trainable_variables}
         known = [path for path, place in places(model).items() if any(id(own) in trainable for own in place.weights)]

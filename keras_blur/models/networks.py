@@ -11,7 +11,7 @@ import keras
 from keras import layers as kl
 
 from keras_blur import arguments
-from keras_blur.layers.base import relu_tanh
+from keras_blur.layers.base import check_trained_by_gradients, relu_tanh
 
 NETWORKS = ("mlp", "lenet", "resnet20")
 
@@ -149,6 +149,8 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
             "`network` must be units of hidden layers, 'lenet', 'resnet20', a .keras file or a Keras model. "
             f"Received: network={network!r}"
         )
+
+    check_trained_by_gradients("network", model)
 
     def again(shape: Sequence[int], classes: int, activation: Any = None) -> keras.Model:
         del activation

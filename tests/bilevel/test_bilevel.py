@@ -11,7 +11,7 @@ from bilevel_table import ESTIMATORS
 from keras import ops
 from on_backend import JAX, dataset, slopes
 
-from keras_blur import bilevel, meta, random, tasks
+from keras_blur import bilevel, convert, genomes, meta, random, tasks
 from keras_blur.bilevel.batches import Batches, Passes
 from keras_blur.bilevel.training_losses import rotated
 
@@ -506,6 +506,10 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
     ("make", "message"),
     [
         (lambda: bilevel.BilevelTrainer(None, bilevel.SampleWeightNet()), "`model` must be a built Keras model"),
+        (
+            lambda: bilevel.BilevelTrainer(convert(network(), genomes.load("fast")), bilevel.SampleWeightNet()),
+            "`model` must be a Keras model that an optimizer trains.*learn by a genome",
+        ),
         (lambda: trainer(first="last"), "`first` must be one of 'meta', 'model'"),
         (lambda: trainer(meta.Unroll(3)), "`estimator` must be one of OneStep"),
         (lambda: trainer(bilevel.EvoGrad(scope=("no",))), "`scope` must be names of layers with weights"),

@@ -10,7 +10,7 @@ from gradient_harness import draw_episodes
 from keras import ops
 from on_backend import bytes_of_loops, in_a_graph, operations
 
-from keras_blur import backend, learners, meta, random, tasks
+from keras_blur import backend, convert, genomes, learners, meta, random, tasks
 from keras_blur.distribution import Shard
 from keras_blur.meta.estimator import over_tasks, start
 from keras_blur.report.episodes import adaptation_curve
@@ -334,6 +334,10 @@ def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
     [
         (lambda: learners.Warp(plane(), ["bent"], keras.optimizers.SGD(0.1)), "`warp` must be names of layers with weights"),
         (lambda: learners.Warp(keras.Sequential(), [], keras.optimizers.SGD(0.1)), "must be a Keras model that is built"),
+        (
+            lambda: learners.Warp(convert(plane(), genomes.load("fast")), [], keras.optimizers.SGD(0.1)),
+            "`model` must be a Keras model that an optimizer trains.*learn by a genome",
+        ),
         (lambda: learners.Warp(plane(), [x.name for x in plane().layers], keras.optimizers.SGD(0.1)), "`warp` must"),
         (lambda: warp().draw(0, 1, 7, OUTPUTS), "must map 7 features to"),
         (lambda: warp().parameters(plane()), "must have the layers of this learner's"),

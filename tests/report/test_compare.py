@@ -285,6 +285,8 @@ def test_a_network_of_a_file_keeps_its_activations(tmp_path):
     assert set(found["envelopes"]) == {"plain", "normalized"}
     with pytest.raises(ValueError, match=r"`network` must take examples of \(2,\) and have 3 outputs"):
         compare(genomes.backprop(0.3), tasks.functions("blobs3"), model, steps=1, seeds=2, batch_size=8)
+    with pytest.raises(ValueError, match="`network` must be a Keras model that an optimizer trains"):
+        compare(genomes.backprop(0.3), few(), convert(model, genomes.backprop(0.3)), steps=1, seeds=2, batch_size=8)
 
 
 @pytest.mark.parametrize("last", ["activation", "layer"])

@@ -1,5 +1,5 @@
-"""What Keras's trainer does around its steps, both trainers do: hooks, validation, callbacks, limits.
-Its own `fit` is the oracle wherever it has one."""
+"""What Keras's trainer does around its steps, both trainers do: hooks, validation, callbacks,
+limits. Its own `fit` is the oracle wherever it has one."""
 
 import keras
 import numpy as np

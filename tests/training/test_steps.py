@@ -1,5 +1,5 @@
-"""A step of both trainers does what a step of Keras's own `fit` does, wherever it has one: optimizers,
-policies, loss scaling."""
+"""A step of both trainers does what a step of Keras's own `fit` does, wherever it has one:
+optimizers, policies, loss scaling."""
 
 import keras
 import numpy as np
