@@ -81,6 +81,7 @@ def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None
     flags.string("genome", None, "Name or file of a genome; required.")
     flags.words("hidden", ["64", "64"], "Units of the hidden layers.", hidden_when)
     flags.integer("steps", 100, "Learning steps.", least=1)
+    flags.words("score_at", [], "Steps that are scored, besides 0 and --steps; by default 1, 2, 5, 10, ..., 1000.")
     flags.integer("seeds", 5, "Number of initial networks and data orders, or of episodes.", least=2)
     flags.integer("batch_size", 64, "Examples per batch.", least=1)
     flags.integer("seed", 0, "First random seed.", least=0)
@@ -138,6 +139,7 @@ def score_all(
     genome, name = genomes.load(flag["genome"]), name_of(flag["genome"])
     sources = sources_of(flag)
     options |= {option: flag[option] for option in ("steps", "seeds", "batch_size", "seed", "split")}
+    options["score_at"] = whole_numbers("score_at", flag["score_at"]) if flag["score_at"] else None
     results: list[dict[str, Any]] = []
     partial: list[dict[str, Any]] = []  # of the current source
     stopped = False

@@ -41,7 +41,6 @@ def define_flags(flags: Flags) -> None:
     flags.words("optimizers", list(OPTIMIZERS), "Keras optimizers to compare with.")
     flags.words("schedules", list(SCHEDULES), "Schedules of their rates: 'constant', 'linear' (decay).")
     flags.switch("normalize", True, "Whether to compare with batch normalisation, too.")
-    flags.words("score_at", [], "Steps that are scored, besides 0 and --steps; by default 1, 2, 5, 10, ..., 1000.")
     flags.integer("tuning_seeds", 1, "Number of seeds, from the first, on which all learning rates are run.", least=1)
     flags.string("baselines", None, "Earlier --json file whose optimizer runs are reused.", [_ONE])
     define_scoring_outputs(flags)
@@ -57,7 +56,6 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     results, stopped = score_all(
         flag, compare, format_compare, network,
         grids={name: GRIDS[name] for name in flag["optimizers"]}, schedules=flag["schedules"], normalize=flag["normalize"],
-        score_at=whole_numbers("score_at", flag["score_at"]) if flag["score_at"] else None,
         tuning_seeds=flag["tuning_seeds"], baselines=_baselines(flag["baselines"]),
     )  # fmt: skip
     whole = [result for result in results if "envelopes" in result]

@@ -46,6 +46,7 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     split: str = "test",
+    score_at: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Scores a genome while it learns.
@@ -59,11 +60,13 @@ def evaluate(
             split has few examples, all steps use one batch and the rest is scored.
         network: units of the hidden layers, or a function from the shape of an example and the
             number of outputs to Keras layers, as in `learners.Blur`.
-        steps: number of learning steps. Scores are taken at 0, 1, 2, 5, 10, ...
+        steps: number of learning steps.
         seeds: number of initial networks and data orders, or of episodes.
         batch_size: batch size.
         seed: random seed of networks and batches.
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection.
+        score_at: steps at which the genome is scored, besides 0 and `steps`; `None` takes 1, 2, 5,
+            10, ..., 1000.
         watch: called with a `Progress` at the start and after each score. An exception ends the
             evaluation.
 
@@ -85,7 +88,7 @@ def evaluate(
     [0, 1, 2, 5]
     """
     check_genome(genome, None if callable(network) else network, axes=1)
-    source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split)
+    source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split, score_at=score_at)
     learner = Blur(network, genome.rule)
     if isinstance(data, Tasks):
         learner.check(data.kind, data.outputs)
