@@ -285,7 +285,9 @@ def test_errors_of_values_need_a_loss_of_values():
 
 def test_options_of_a_rule_are_read_by_their_type():
     texts = ["whitening=True", "whitening_rows=128", "whitening_positions=16", "oja_factor=0.5", "momentum=after"]
+    texts += ["normalize_term=frobenius", "term_rank=8"]
     wanted = {"whitening": True, "whitening_rows": 128, "whitening_positions": 16, "oja_factor": 0.5, "momentum": "after"}
+    wanted |= {"normalize_term": "frobenius", "term_rank": 8}
     assert parse_rule(texts, states=3) == Rule(states=3, **wanted)
 
 
