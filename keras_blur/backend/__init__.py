@@ -20,6 +20,7 @@ implementations have the same functions:
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
   alone. `core` uses none of them;
 - `matmul`: a product that no accelerator computes with less precision than its type has;
+- `mixed`: linear combinations of states, in the form that compiles best;
 - `solve_positive`: a system of equations by Cholesky's factorisation, with no check of its numbers;
 - `register`: makes a class a tree of arrays for the backend's transformations;
 - `Runner`: runs programs that read and assign variables, on all devices; `on_devices`: a number of
@@ -72,6 +73,7 @@ bits = _numbers.bits
 bits_of_rows = _numbers.bits_of_rows
 matmul = _numbers.matmul
 mean = _numbers.mean
+mixed = _numbers.mixed
 solve_positive = _numbers.solve_positive
 tanh = _numbers.tanh
 upper_product = _numbers.upper_product

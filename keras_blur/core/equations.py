@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_blur.backend import mixed
 from keras_blur.core.derivatives import mean, tanh, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
@@ -146,11 +147,7 @@ def mix(
     if isinstance(transform, np.ndarray) and transform.ndim == 2 and np.count_nonzero(transform) <= max(transform.shape):
         return _mix_sparse(states, transform)
     states = joined(states)
-    transform = ops.convert_to_tensor(transform, dtype=states.dtype)
-    shape = ops.shape(states)
-    flat = ops.reshape(states, (*shape[:-2], shape[-2] * shape[-1]))
-    mixed = ops.matmul(ops.swapaxes(transform, -1, -2), flat)
-    return ops.reshape(mixed, (*ops.shape(mixed)[:-1], shape[-2], shape[-1]))
+    return mixed(states, ops.convert_to_tensor(transform, dtype=states.dtype))
 
 
 def mix_one(

@@ -19,6 +19,31 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
+@jax.custom_jvp
+def mixed(states: Array, transform: Array) -> Array:
+    """The states `[..., s, batch, units]` mixed by a transform `[..., source, target]`.
+
+    The values are sums of states. With a matrix product of flattened states, XLA would compute what
+    is before it in a loop over the flattened axis, which it cannot vectorise on a CPU. The
+    derivative is a matrix product: that of a slice would be an array of zeros for each state.
+    """
+    count = states.shape[-3]
+    terms = [states[..., s : s + 1, :, :] * transform[..., s, :, None, None] for s in range(count)]
+    return sum(terms[1:], terms[0])
+
+
+@mixed.defjvp
+def _change_of_mixed(arrays: tuple[Array, Array], changes: tuple[Array, Array]) -> tuple[Array, Array]:
+    (states, transform), (of_states, of_transform) = arrays, changes
+    return mixed(states, transform), _mixed_flat(of_states, transform) + _mixed_flat(states, of_transform)
+
+
+def _mixed_flat(states: Array, transform: Array) -> Array:
+    *lead, rows, units = states.shape
+    product = jnp.matmul(jnp.swapaxes(transform, -1, -2), jnp.reshape(states, (*lead, rows * units)))
+    return jnp.reshape(product, (*product.shape[:-1], rows, units))
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""

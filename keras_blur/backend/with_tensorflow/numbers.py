@@ -16,6 +16,14 @@ def matmul(a: Array, b: Array) -> Array:
     return tf.matmul(a, b)
 
 
+def mixed(states: Array, transform: Array) -> Array:
+    """The states `[..., s, batch, units]` mixed by a transform `[..., source, target]`, as a matrix
+    product."""
+    *lead, rows, units = ops.shape(states)
+    product = ops.matmul(ops.swapaxes(transform, -1, -2), ops.reshape(states, (*lead, rows * units)))
+    return ops.reshape(product, (*ops.shape(product)[:-1], rows, units))
+
+
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent in the type of x; that of `keras.ops` rounds float64 to float32 on
     JAX."""

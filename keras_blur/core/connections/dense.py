@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Array = Any
 
+_NARROW = 8  # a layer has this many times fewer units than inputs
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseConnection(Connection):
@@ -65,6 +67,8 @@ class DenseConnection(Connection):
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         left, right = self.rounded(self.rows(pre)), self.rounded(self.rows(post))
+        if _NARROW * self.units <= left.shape[-1]:  # XLA copies what it transposes: better the small one
+            return ops.swapaxes(ops.matmul(ops.swapaxes(right, -1, -2), left), -1, -2)
         return ops.matmul(ops.swapaxes(left, -1, -2), right)
 
     @property
