@@ -181,6 +181,38 @@ def systems(folder):
     np.testing.assert_allclose(*symmetric, rtol=1e-3, atol=1e-4)
 
 
+def mixing(folder):
+    """Mixed states have the derivatives of the product that they are, to second order, forward and
+    reverse; states of one member may meet the transforms of several."""
+    import jax
+    import jax.numpy as jnp
+
+    del folder
+    rng = np.random.default_rng(0)
+    transform, change = rng.normal(size=(2, 4, 1, 3, 2)).astype("float32")
+    states, moved = rng.normal(size=(2, 1, 1, 3, 5, 7)).astype("float32")
+
+    def product(states, transform):
+        return jnp.einsum("...sbu,...st->...tbu", states, transform, precision="highest")
+
+    def curvature(mix):  # the gradient of the size of a gradient
+        def size(*arrays):
+            slopes = jax.grad(lambda *arrays: jnp.sum(jnp.tanh(mix(*arrays)) ** 2), (0, 1))(*arrays)
+            return sum(jnp.sum(slope**2) for slope in slopes)
+
+        return jax.grad(size, (0, 1))(states, transform)
+
+    for question in (
+        lambda mix: mix(states, transform),
+        lambda mix: jax.jvp(mix, (states, transform), (moved, change)),
+        lambda mix: jax.vjp(mix, states, transform)[1](jnp.ones((4, 1, 2, 5, 7))),
+        curvature,
+    ):
+        found, wanted = (jax.tree.leaves(jax.jit(question, static_argnums=0)(mix)) for mix in (backend.mixed, product))
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def core(folder):
     """A genome is a tree of arrays that jit, grad and vmap take as it is."""
     import jax
