@@ -154,11 +154,11 @@ class Map(abc.ABC):
         """States that enter, mixed by a transform `[..., source, target]`."""
         if self.axes == 1:
             return equations.mix(states, transform)
-        states = joined(states)
+        states = joined(states)  # positions join the batch, not the units: a number of a unit stays one of a column
         shape = ops.shape(states)
-        flat = ops.reshape(states, (*shape[: len(shape) - self.axes], math.prod(self.source(states))))
-        mixed = equations.mix(flat, transform)
-        return ops.reshape(mixed, (*ops.shape(mixed)[:-1], *self.source(states)))
+        rows = ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, shape[-1]))
+        mixed = equations.mix(rows, transform)
+        return ops.reshape(mixed, (*ops.shape(mixed)[:-2], -1, *self.source(states)))
 
     def linear(self, kernel: Array, x: Array) -> Array:
         """The map, with factors of the compute type."""
