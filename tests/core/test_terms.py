@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_blur as kb
+from keras_blur import backend
 from keras_blur.backend import solve_positive
 from keras_blur.core import network, terms
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection
@@ -122,6 +123,41 @@ def test_a_member_without_sound_numbers_harms_no_other():
     found = np.asarray(solve_positive(matrix, np.ones((3, 3, 2))))
     np.testing.assert_array_equal(found[0], np.ones((3, 2)))
     assert np.isnan(found[1:]).all()
+
+
+@pytest.mark.parametrize("size", [9, 37])  # XLA factorises large matrices in blocks
+def test_a_program_solves_systems_and_differentiates_them_twice(size):
+    roots, turn = normal(3, 1, size, 2 * size), normal(size, size)
+    systems, right = roots @ roots.swapaxes(-1, -2) / size + 0.1 * np.eye(size), normal(2, size, 4, seed=1)
+    systems[2] = np.nan
+
+    def loss(arrays):
+        system = arrays["system"] + ops.swapaxes(arrays["system"], -1, -2)
+        return ops.sum(solve_positive(system / 2, ops.convert_to_tensor(right))[:2] ** 3), ()
+
+    def slopes(arrays):
+        return backend.gradient(loss, arrays)[1]
+
+    def squares(arrays):
+        return ops.sum(ops.square(slopes(arrays)["system"][:2])), ()
+
+    @backend.compiled
+    def program(arrays):
+        solution = solve_positive(arrays["system"], ops.convert_to_tensor(right))
+        return solution, slopes(arrays)["system"], squares(arrays)[0], backend.gradient(squares, arrays)[1]["system"]
+
+    def at(system):
+        return [ops.convert_to_numpy(one) for one in program({"system": ops.convert_to_tensor(system)})]
+
+    solution, slope, _, curved = at(systems)
+    wanted = np.linalg.solve(systems[:2], right)
+    np.testing.assert_allclose(solution[:2], wanted, rtol=1e-9)
+    assert np.isnan(solution[2]).all()
+    product = -np.linalg.solve(systems[:2], 3 * wanted**2) @ wanted.swapaxes(-1, -2)
+    product = product.sum(1, keepdims=True)  # two right sides for each system
+    np.testing.assert_allclose(slope[:2], (product + product.swapaxes(-1, -2)) / 2, rtol=1e-8, atol=1e-8)
+    (up, down), far = (at(systems + sign * 1e-5 * turn)[2] for sign in (1, -1)), 2e-5
+    np.testing.assert_allclose((up - down) / far, np.sum(curved[:2] * turn), rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_term": "orthogonal"}, {"normalize_term": "frobenius"}])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 from keras import ops
 
+from keras_blur.backend.with_tensorflow.devices import on_platform
+from keras_blur.backend.with_tensorflow.programs import by_xla
+
 Array = Any
+
+_LEAF = 16  # rows that XLA may factorise column by column
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -39,11 +45,56 @@ def solve_positive(matrix: Array, right: Array) -> Array:
     """`matrix^-1 right` for symmetric positive definite matrices; NaN for others, which do not
     affect the matrices beside them.
 
+    XLA factorises column by column. On a CPU its programs do so for small blocks only, and the rest
+    is matrix products: ten times as fast for 128 rows, and more with a gradient.
+
     Args:
         matrix: `[..., n, n]`.
         right: `[..., n, m]`, with leading axes that broadcast.
     """
+    if not by_xla() or not (matrix.shape.is_fully_defined() and right.shape.is_fully_defined()):
+        return _solve_whole(matrix, right)
+    return on_platform((matrix, right), cpu=lambda pair: _solve_by_xla(*pair), other=lambda pair: _solve_whole(*pair))
+
+
+def _solve_whole(matrix: Array, right: Array) -> Array:
     return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
+
+
+def _solve_by_xla(matrix: Array, right: Array) -> Array:
+    lead = tf.broadcast_static_shape(matrix.shape[:-2], right.shape[:-2])
+    return _solve_in_blocks(*(tf.broadcast_to(one, lead + one.shape[-2:]) for one in (matrix, right)))
+
+
+@tf.custom_gradient
+def _solve_in_blocks(matrix: Array, right: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    inverse = _inverse_factor(matrix)
+
+    def solve(right: Array) -> Array:
+        return tf.matmul(inverse, tf.matmul(inverse, right), transpose_a=True)
+
+    solution = solve(right)
+
+    def gradients(gradient: Array) -> tuple[Array, Array]:
+        of_right = solve(gradient)
+        return -tf.matmul(of_right, solution, transpose_b=True), of_right
+
+    return solution, gradients
+
+
+def _inverse_factor(matrix: Array) -> Array:
+    """The inverse of Cholesky's factor, of matrices of any size."""
+    size = matrix.shape[-1]
+    if size <= _LEAF:
+        return tf.linalg.triangular_solve(
+            tf.linalg.cholesky(matrix), tf.eye(size, batch_shape=tf.shape(matrix)[:-2], dtype=matrix.dtype)
+        )
+    half = size // 2
+    first = _inverse_factor(matrix[..., :half, :half])
+    below = tf.matmul(matrix[..., half:, :half], first, transpose_b=True)
+    second = _inverse_factor(matrix[..., half:, half:] - tf.matmul(below, below, transpose_b=True))
+    upper = tf.concat([first, tf.zeros_like(matrix[..., :half, half:])], -1)
+    return tf.concat([upper, tf.concat([-tf.matmul(second, tf.matmul(below, first)), second], -1)], -2)
 
 
 _KEY = 0x02461E293EC8F720  # with which TensorFlow mixes a seed into Philox's key and counter

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 Array = Any
+
+_BY_XLA = contextvars.ContextVar("_BY_XLA", default=False)
+
+
+def by_xla() -> bool:
+    """Whether what is traced now is part of a program of `compiled` that XLA compiles."""
+    return _BY_XLA.get()
+
+
+@contextlib.contextmanager
+def _tracing(jit_compile: bool) -> Iterator[None]:
+    before = _BY_XLA.set(by_xla() or jit_compile)
+    try:
+        yield
+    finally:
+        _BY_XLA.reset(before)
 
 
 def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
@@ -66,7 +84,8 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
             return function(*arguments)
         key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in tf.nest.flatten(arguments))
         if key not in traced:
-            traced[key] = wrapped.get_concrete_function(*arguments)
+            with _tracing(jit_compile):
+                traced[key] = wrapped.get_concrete_function(*arguments)
         return traced[key](*arguments)
 
     return call
