@@ -116,7 +116,8 @@ def score_all(
 ) -> tuple[list[dict[str, Any]], bool]:
     """Scores a genome on all selected data, and prints and writes the results.
 
-    The curves so far are written to `--json` at the start of each arm.
+    The curves so far are written to `--json` after each score of the genome, and at the start of
+    each arm.
 
     Args:
         flag: the scoring flags.
@@ -158,7 +159,7 @@ def score_all(
             label = name if progress.arm == "genome" else progress.arm
             at = f"{progress.unit} {progress.done} of {progress.count}"
             line.show(f"{task}{label} ({progress.number} of {progress.arms})", at)
-            if flag["json"] and partial and progress.number != arm:
+            if flag["json"] and partial and (progress.number != arm or progress.arm == "genome"):
                 save_json(flag["json"], document([*results, *partial], whole=False))
             arm = progress.number
 

@@ -529,6 +529,25 @@ def test_fit_keeps_what_was_learned(tmp_path, capsys):
     assert paths["plot"].exists()
 
 
+def test_evaluate_saves_each_score(tmp_path, monkeypatch):
+    """As a process that is killed leaves it."""
+    path, kept = tmp_path / "e.json", []
+    whole = ProgressLine.show
+
+    def show(self, stage, detail):
+        if path.exists():
+            kept.append(json.loads(path.read_text()))
+        whole(self, stage, detail)
+
+    monkeypatch.setattr(ProgressLine, "show", show)
+    asked = ["--genome=mnist-4state", "--hidden=8", "--seeds=2", "--steps=4", "--score_at=2,3", f"--json={path}"]
+    assert cli.run(["evaluate", *asked]) == 0
+    assert [(one["steps"], one["partial"]) for one in kept] == [([0], True), ([0, 2], True), ([0, 2, 3], True)]
+    result = json.loads(path.read_text())
+    assert result["steps"] == [0, 2, 3, 4]
+    assert "partial" not in result
+
+
 @pytest.mark.usefixtures("ctrl_c_after_an_epoch")
 def test_reweight_keeps_what_was_learned(tmp_path, capsys):
     paths = {name: tmp_path / f"r.{name}" for name in ("json", "keras")}
