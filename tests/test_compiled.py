@@ -35,6 +35,20 @@ def test_where_tensorflow_is_told_so_functions_run_eagerly():
     assert backend.compiled(lambda x: x * float(x))(tf.constant(3.0)) == 9.0
 
 
+@pytest.mark.parametrize("by_xla", [True, False])
+def test_xla_factorises_small_blocks_alone(monkeypatch, by_xla):
+    sizes, whole = [], tf.linalg.cholesky
+
+    def cholesky(matrix):
+        sizes.append(matrix.shape[-1])
+        return whole(matrix)
+
+    monkeypatch.setattr(tf.linalg, "cholesky", cholesky)
+    backend.compiled(backend.solve_positive, jit_compile=by_xla)(tf.eye(37), tf.ones((37, 1)))
+    assert sum(sizes) == 37
+    assert (max(sizes) <= 16) == by_xla
+
+
 X = [(tf.constant([1.0, -2.0, 3.0]),), (tf.constant([-1.0, 2.0, 5.0]),)]
 
 

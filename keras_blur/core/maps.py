@@ -154,7 +154,7 @@ class Map(abc.ABC):
         """States that enter, mixed by a transform `[..., source, target]`."""
         if self.axes == 1:
             return equations.mix(states, transform)
-        states = joined(states)  # positions join the batch, not the units: a number of a unit stays one of a column
+        states = joined(states)  # positions join the batch, so each unit keeps a column of its own
         shape = ops.shape(states)
         rows = ops.reshape(states, (*shape[: len(shape) - self.axes - 1], -1, shape[-1]))
         mixed = equations.mix(rows, transform)
