@@ -1,12 +1,14 @@
-"""What several benchmarks measure with: an unroll's arithmetic, the machine's matmul peak, peak
+"""What several benchmarks measure with: a program's arithmetic, the machine's matmul peak, peak
 memory."""
 
 from __future__ import annotations
 
+import math
 import resource
 import threading
 import time
-from itertools import pairwise
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -25,15 +27,42 @@ def peak_flops() -> float:
     return 2 * side**3 / float(np.median(times))
 
 
-def operations(sizes: list[int], batch: int, steps: int, states: int) -> int:
-    """Multiplications and additions of the matrix products of the unroll, the query and their
-    derivatives."""
-    products = [2 * batch * a * b * states for a, b in pairwise(sizes)]
-    first, rest = products[0], sum(products[1:])
-    # First layer: forward and Hebbian product, one derivative each, since the input is data.
-    # Others: forward, backward and the Hebbian products of both directions, two derivatives each.
-    step = 4 * first + 12 * rest
-    return steps * step + 2 * first + 3 * rest
+def operations(program: Any) -> int:
+    """Multiplications and additions of the matrix products, factorisations and triangular solves of
+    a JAX program (`jax.make_jaxpr`), those of a loop's body once for each round.
+
+    Raises:
+        ValueError: for a loop whose rounds are not known.
+    """
+    total = 0
+    for equation in program.eqns:
+        name, given = equation.primitive.name, equation.params
+        shapes = [one.aval.shape for one in equation.invars]
+        size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if name == "dot_general":
+            summed = given["dimension_numbers"][0][0]
+            total += 2 * size * math.prod(shapes[0][axis] for axis in summed)
+        elif name == "conv_general_dilated":
+            summed = given["dimension_numbers"].rhs_spec[1:]
+            total += 2 * size * math.prod(shapes[1][axis] for axis in summed)
+        elif name == "cholesky":
+            total += math.prod(shapes[0]) * shapes[0][-1] // 3
+        elif name == "triangular_solve":
+            total += size * shapes[0][-1]
+        else:
+            inner = sum(operations(getattr(one, "jaxpr", one)) for one in _programs(given))
+            if name == "while" and inner:
+                raise ValueError("program: a loop of matrix products was expected to have a known number of rounds")
+            total += inner * (given["length"] if name == "scan" else 1)
+    return total
+
+
+def _programs(given: dict[str, Any]) -> Iterator[Any]:
+    """The programs among the parameters of a JAX equation."""
+    for value in given.values():
+        for one in value if isinstance(value, tuple) else (value,):
+            if hasattr(getattr(one, "jaxpr", one), "eqns"):
+                yield one
 
 
 class PeakMemory:

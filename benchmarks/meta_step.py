@@ -8,10 +8,10 @@ One episode of 28x28 images and ten classes: the gradient of the query's cross-e
 unroll, data in memory. On TensorFlow as a graph that runs operation by operation
 (`jit_compile=False`) and as one program of XLA (`jit_compile=True`), on JAX as a program. Each
 backend has a process of its own, in which the candidates and a Keras SGD step of the same network
-take turns. The fraction of the matmul peak is that of dense networks under a random rule: it counts
-the multiplications and additions of the matrix products that the equations and their derivatives
-need and nothing else (a product has two derivatives, one where an operand is data). Memory is the
-peak above the process before the first call, compilation included, each in a process of its own.
+take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix
+products, factorisations and triangular solves in the program that JAX traces (another process), and
+nothing else. Memory is the peak above the process before the first call, compilation included, each
+in a process of its own.
 With `--devices` above 1, JAX splits the population over so many devices, virtual ones on a CPU; one
 genome has a single device and all cores.
 """
@@ -52,6 +52,7 @@ _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in so
 _BACKENDS = flags.DEFINE_list("backends", ["tensorflow", "jax"], "Backends to measure.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _COLUMNS = flags.DEFINE_boolean("columns", False, "Internal: measure this process's backend and print its columns.")
+_OPERATIONS = flags.DEFINE_boolean("operations", False, "Internal: print the operations of a meta-gradient on JAX.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: steps,recompute,jit of a candidate whose memory to print.")
 
 IMAGE, CLASSES = (28, 28, 1), 10
@@ -110,13 +111,19 @@ class Case:
         def of_part(episodes: Any, outer: Any) -> Any:
             return estimator(learner, outer, episodes, seed)[0]
 
-        self._gradient = backend.compiled(lambda outer, episodes: runner.each(of_part, episodes, outer), jit_compile=jit)
-        start = time.perf_counter()
-        self()
-        self.compile_seconds = time.perf_counter() - start
+        def gradient(outer: Any, episodes: Any) -> Any:
+            return runner.each(of_part, episodes, outer)
+
+        self._traced, self._gradient = gradient, backend.compiled(gradient, jit_compile=jit)
+
+    def operations(self) -> int:
+        """Operations of its matrix products (`measure.operations`); only on JAX."""
+        import jax
+
+        return operations(jax.make_jaxpr(self._traced)(*self._arguments))
 
     def __call__(self) -> float:
-        """Seconds of a run."""
+        """Seconds of a run; the first one compiles."""
         start = time.perf_counter()
         found = self._gradient(*self._arguments)
         for array in (found.loss, *found.gradients.values()):
@@ -175,7 +182,9 @@ def columns() -> dict[str, Any]:
     compiling = {}
     for name, jit in programs.items():
         timed[name], timed["population, " + name] = Case(steps, jit=jit), Case(steps, population, runner=runner, jit=jit)
-        compiling[name] = Case(50, jit=jit).compile_seconds / Case(5, jit=jit).compile_seconds
+        for case in (timed[name], timed["population, " + name]):
+            case()
+        compiling[name] = Case(50, jit=jit)() / Case(5, jit=jit)()
     times: dict[str, list[float]] = {name: [] for name in timed}
     flops = []
     for _ in range(_REPEATS.value):
@@ -183,10 +192,7 @@ def columns() -> dict[str, Any]:
             times[name].append(run())
         flops.append(peak_flops())
     seconds = {name: float(np.median(values)) for name, values in times.items()}
-    work = None
-    if _NETWORK.value == "mlp" and not _GENOME.value:
-        work = operations([FEATURES, *hidden(), CLASSES], _BATCH.value, steps, _STATES.value)
-    peak = float(np.median(flops))
+    work, peak = int(again("--operations", on="jax").split()[-1]), float(np.median(flops))
     found: dict[str, Any] = {}
     for name, jit in programs.items():
         ratios = np.array(times[name]) / np.array(times["sgd"])
@@ -194,13 +200,11 @@ def columns() -> dict[str, Any]:
             "meta-gradient over a Keras SGD step": seconds[name] / seconds["sgd"],
             "  the same, lowest tenth of the runs": float(np.quantile(ratios, 0.1)),
             "  the same, highest tenth": float(np.quantile(ratios, 0.9)),
+            "fraction of the matmul peak": work / seconds[name] / peak,
+            f"population of {population} over one genome": seconds["population, " + name] / seconds[name],
+            "  its fraction of the matmul peak": population * work / seconds["population, " + name] / peak,
+            "trace and compile, 50 steps over 5": compiling[name],
         }
-        if work:
-            column["fraction of the matmul peak"] = work / seconds[name] / peak
-        column[f"population of {population} over one genome"] = seconds["population, " + name] / seconds[name]
-        if work:
-            column["  its fraction of the matmul peak"] = population * work / seconds["population, " + name] / peak
-        column["trace and compile, 50 steps over 5"] = compiling[name]
         for count in (steps, 25, 100, 400) if _MEMORY.value else ():
             column[f"peak memory, {count} steps, GB"] = memory_of(count, jit=jit, recompute=False) / 1e3
             if count != steps:
@@ -215,7 +219,11 @@ def main(argv: list[str]) -> None:
         with PeakMemory() as memory:
             case = Case(count, jit=bool(jit), recompute=bool(recompute))
             case()
+            case()
         print(memory.megabytes)
+        return
+    if _OPERATIONS.value:
+        print(Case(_STEPS.value, jit=True).operations())
         return
     if _COLUMNS.value:
         print(json.dumps(columns()))

@@ -33,7 +33,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from measure import operations
 
 import keras_blur as kb
 from keras_blur import learners, meta, tasks
@@ -64,6 +63,17 @@ class Point:
         """Units of each layer."""
         return [64, self.width, self.width, 10]
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the matrix products of a network's unroll, the query and
+        their derivatives, with two states."""
+        first, *rest = (2 * self.batch * a * b * 2 for a, b in pairwise(self.sizes))
+        # First layer: forward and Hebbian product, one derivative each, since the input is data.
+        # Others: forward, backward and the Hebbian products of both directions, two derivatives
+        # each.
+        step = 4 * first + 12 * sum(rest)
+        return self.steps * step + 2 * first + 3 * sum(rest)
+
     def terms(self) -> list[float]:
         """What the model's coefficients multiply."""
         networks = self.tasks * self.members
@@ -71,7 +81,7 @@ class Point:
         states = 2 * 2 * self.batch * sum(self.sizes)
         others = self.replicas - 1
         return [
-            1.0, self.steps, networks * operations(self.sizes, self.batch, self.steps, 2) / 1e9,
+            1.0, self.steps, networks * self.operations / 1e9,
             networks * 4 * (self.steps + 1) * (synapses + states) / 1e9, others, others * self.steps,
         ]  # fmt: skip
 

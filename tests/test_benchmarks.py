@@ -1,9 +1,12 @@
-"""benchmarks/over_versions.py: ratios of each version in their order."""
+"""Benchmarks: ratios of each version in their order (over_versions.py), operations of a program
+(measure.py)."""
 
 import json
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "over_versions.py"
 
@@ -35,3 +38,29 @@ def test_the_picture_is_drawn(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "drawn.png").stat().st_size > 5000
+
+
+def test_operations_of_a_program_are_those_of_its_products():
+    import jax
+    import measure
+
+    def program(x, kernel, images):
+        rounds, _ = jax.lax.scan(lambda carry, _: (jax.numpy.tanh(carry @ kernel), None), x, length=3)
+        features = jax.lax.conv(images, jax.numpy.ones((7, 3, 5, 5)), (1, 1), "VALID")
+        half = jax.numpy.linalg.cholesky(kernel)
+        return rounds, features, jax.lax.linalg.triangular_solve(half, kernel)
+
+    arrays = (jax.numpy.ones(shape) for shape in ((4, 6), (6, 6), (2, 3, 8, 8)))
+    products = 3 * 2 * (4 * 6 * 6) + 2 * (2 * 7 * 4 * 4) * (3 * 5 * 5) + 6**3 // 3 + 6**3
+    assert measure.operations(jax.make_jaxpr(program)(*arrays)) == products
+
+
+def test_loops_of_unknown_length_are_refused():
+    import jax
+    import measure
+
+    def program(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ x, x)
+
+    with pytest.raises(ValueError, match="known number of rounds"):
+        measure.operations(jax.make_jaxpr(program)(jax.numpy.ones((2, 2))))
