@@ -17,6 +17,7 @@ backward array is given anyway, as in a replay of published numbers, it is updat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -519,7 +520,7 @@ class Connection(Map):
         for name in new:
             limit = self.limits.get(name.removeprefix("backward_"))
             if limit is not None:
-                changed[name] = _by_channel(limit, changed[name])
+                changed[name] = _by_channel(limit, changed[name], self._leading(name, changed[name]))
         return {**stored, **changed}
 
     def _penalised(self, synapses: Synapses, sums: Mapping[str, Array], gate: Array | float) -> dict[str, Array]:
@@ -531,11 +532,16 @@ class Connection(Map):
                 continue
             penalty = self.penalties.get(name.removeprefix("backward_"))
             if penalty is not None:
-                _, pull = vjp(lambda value, one=penalty: sum(one(channel) for channel in _channels(value)), synapses[name])
+                leading = self._leading(name, synapses[name])
+                _, pull = vjp(lambda value, of=penalty, axes=leading: ops.sum(_by_channel(of, value, axes)), synapses[name])
                 slope = pull(ops.ones((), dtype=sums[name].dtype))[0]
                 slope = self.matrix(slope) if "kernel" in name else slope
                 sums[name] = sums[name] + equations.scalar(gate, slope) * slope
         return sums
+
+    def _leading(self, name: str, synapse: Array) -> int:
+        """The number of axes of a population before the channels of stored synapses."""
+        return ops.ndim(self.matrix(synapse) if "kernel" in name else synapse) - 3
 
     @staticmethod
     def _gate(genome: Genome, prefix: str, step: Array) -> Array:
@@ -598,13 +604,13 @@ def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -
         sums[own] = beta * traces[name] + sums[own]
 
 
-def _channels(synapse: Array) -> list[Array]:
-    """The channels of synapses `[c, ...]`."""
-    return [synapse[channel] for channel in range(synapse.shape[0])]
-
-
-def _by_channel(function: Callable[[Array], Array], synapse: Array) -> Array:
-    return ops.stack([function(channel) for channel in _channels(synapse)])
+def _by_channel(function: Callable[[Array], Array], synapse: Array, leading: int) -> Array:
+    """A function of each channel of synapses `[..., c, *shape]`, which have `leading` axes before
+    the channels."""
+    if leading:
+        one = functools.partial(_by_channel, function, leading=leading - 1)
+        return ops.vectorized_map(one, synapse)
+    return ops.stack([function(synapse[channel]) for channel in range(synapse.shape[0])])
 
 
 def _inserted(weight: Array, features: int) -> Shape:

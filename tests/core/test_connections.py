@@ -1,6 +1,8 @@
 """Connections by each other: convolutions as dense layers on patches, permuted channels,
 populations as loops."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -170,29 +172,47 @@ POPULATIONS = {
     ],
 )
 def test_a_population_is_a_loop_over_members(name, states):
-    """Members have genomes, synapses and data of their own; two connections, so that feedback
-    passes the second."""
+    check_members(*POPULATIONS[name], states)
+
+
+@pytest.mark.parametrize(("name", "population"), [("dense", (2, 2)), ("conv", (2,)), ("scale", (2,))])
+def test_penalties_and_limits_see_a_channel_of_one_member(name, population):
     connection, shape = POPULATIONS[name]
+    heeding = dataclasses.replace(
+        connection,
+        penalties={"kernel": lambda channel: 0.1 * ops.sum(ops.square(ops.sum(channel, axis=0)))},
+        limits={"kernel": keras.constraints.UnitNorm(axis=0)},
+    )
+    kernels = check_members(heeding, shape, 2, population)
+    np.testing.assert_allclose(np.sum(kernels**2, axis=1 + len(population)), 1.0, rtol=1e-6)
+
+
+def check_members(connection, shape, states, population=(2,)):
+    """Asserts that members learn as they do alone, and returns their kernels. Members have genomes,
+    synapses and data of their own; two connections, so that feedback passes the second."""
+    embedding = isinstance(connection, EmbeddingConnection)
     builder = Builder([connection.axes])
     value, shapes = 0, [shape]
-    if name != "embedding":
+    if not embedding:
         first = scale_connection(shape, (len(shape) - 1,), scales=True, offsets=False)
         value = builder.connect(first, value)
         shapes.append(shape)
     value = builder.connect(connection, value)
     graph = builder.graph([value])
-    genomes = genome_of(states, population=(2,))
-    synapses = synapses_of(graph, genomes.rule, shapes, leading=(2,))
-    x = np.random.default_rng(2).integers(0, 6, (2, 3, 4)) if name == "embedding" else normal(2, 3, *shape)
-    y = normal(2, 3, *connection.target(shape), seed=5)
+    genomes = genome_of(states, population=population)
+    synapses = synapses_of(graph, genomes.rule, shapes, leading=population)
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 6, (*population, 3, 4)) if embedding else normal(*population, 3, *shape)
+    y = normal(*population, 3, *connection.target(shape), seed=5)
     found, output = learned(genomes, graph, synapses, x, y)
-    for member in range(2):
-        genome = genomes.member(member)
+    for member in np.ndindex(population):
+        genome = kb.Genome(genomes.rule, {name: value[member] for name, value in genomes.arrays.items()})
         own = tuple({name: value[member] for name, value in one.items()} for one in synapses)
         wanted, expected = learned(genome, graph, own, x[member], y[member])
         assert_equal(tuple({name: value[member] for name, value in one.items()} for one in found), wanted)
         np.testing.assert_allclose(output[member], expected, rtol=1e-9, atol=1e-12)
         assert np.abs(wanted[-1]["kernel"] - own[-1]["kernel"]).max() > 1e-4
+    return ops.convert_to_numpy(found[-1]["kernel"])
 
 
 def test_unfolded_patches_by_hand():
