@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compiled import FLAT, ROWS, Program, check, compile_seconds
+from marks import slow_but
 
 from keras_blur import backend
 from keras_blur.tasks import episodes, functions, images
@@ -16,7 +17,7 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ROWS])
+@pytest.mark.parametrize("name", slow_but(QUICK, ROWS))
 def test_a_program_compiles_to_the_uncompiled_numbers(name):
     row = check(ROWS[name]())
     assert row["failures"] == []

@@ -33,6 +33,7 @@ def made_by_jax(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_files_and_ten_steps_of_jax_are_the_same_on_tensorflow(made_by_jax):
     run("tensorflow", "check", made_by_jax)
 
@@ -48,6 +49,7 @@ def test_hypergradients_and_what_they_teach_are_the_same_on_both_backends(tmp_pa
     run("jax", "check_hypergradients", tmp_path)
 
 
+@pytest.mark.slow
 def test_four_devices_are_one(made_by_jax):
     run("jax", "parallel", made_by_jax, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4")
 

@@ -17,9 +17,9 @@ from keras_blur import Genome, backend
 pytest.importorskip("jax")
 
 META, BILEVEL = (pathlib.Path(__file__).with_name(name) for name in ("jax_meta.py", "jax_bilevel.py"))
+# Those of a group share a process.
 FAST, SLOW = ("unroll", "cma"), ("recomputed", "truncated", "es", "pes", "warpgrad", "offline")
-CASES = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]  # those of a group share a process
-OF_BILEVEL = ["difference", "evograd", "cut", "sampler", "scaled"]
+OF_BILEVEL = ["one step", "difference", "evograd", "cut", "sampler", "scaled"]
 HIDE = "import sys; sys.modules['tensorflow'] = None; "
 
 
@@ -69,7 +69,7 @@ def assert_close(found, wanted, tolerance):
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize("cases", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_jax_learns_what_tensorflow_learns(alone, cases):
     wanted = result(start("tensorflow", cases=cases))
     for case in cases:
@@ -77,7 +77,8 @@ def test_jax_learns_what_tensorflow_learns(alone, cases):
         assert_close(alone(*cases)[case], wanted[case], 1e-4 if case == "cma" else 1e-5)
 
 
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [FAST, SLOW])
 def test_four_devices_split_tasks_and_are_one(alone, cases):
     four = result(start(cases=cases, devices=4))
     for case, one in alone(*cases).items():
@@ -134,6 +135,7 @@ def test_two_processes_are_one(alone):
             assert_close(found[case], one, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_an_unbroken_one(tmp_path):
     path = str(tmp_path / "run.weights.h5")
     result(start(cases=["truncated"], epochs=1, checkpoint=path))
@@ -151,11 +153,11 @@ def assert_same(found, wanted, case, tolerance):
         np.testing.assert_allclose(found["history"][name], column, rtol=1e-5, err_msg=f"{case}, {name}")
 
 
-@pytest.mark.parametrize("cases", [["one step"], pytest.param(OF_BILEVEL, marks=pytest.mark.slow)])
-def test_bilevel_training_on_four_devices_is_that_on_one(cases):
-    options = {"script": BILEVEL, "cases": cases, "float64": True}
+@pytest.mark.slow
+def test_bilevel_training_on_four_devices_is_that_on_one():
+    options = {"script": BILEVEL, "cases": OF_BILEVEL, "float64": True}
     wanted, found = map(result, [start(**options), start(**options, devices=4)])
-    for case in cases:
+    for case in OF_BILEVEL:
         assert (wanted[case]["examples"], found[case]["examples"]) == ([32], [8] * 4)
         assert_same(found[case], wanted[case], case, 1e-12)
 

@@ -8,6 +8,7 @@ import re
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from marks import slow_but
 from test_prose import WIDTH, in_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def test_all_are_here():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(REACHED)
 
 
-@pytest.mark.parametrize("name", REACHED)
+@pytest.mark.parametrize("name", slow_but(["learn_by_a_genome"], REACHED))
 def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")

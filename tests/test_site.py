@@ -10,6 +10,7 @@ import sys
 
 import matplotlib
 import pytest
+from marks import slow_but
 
 import keras_blur
 from keras_blur import cli
@@ -35,11 +36,13 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
-WITH_CODE = [path for path in PAGES if python_blocks(path.read_text())]
+WITH_CODE = {name_of(path): path for path in PAGES if python_blocks(path.read_text())}
+QUICK = ["docs/getting_started.md", "docs/guides/use_a_genome.md"]
 
 
-@pytest.mark.parametrize("path", WITH_CODE, ids=name_of)
-def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", slow_but(QUICK, WITH_CODE))
+def test_python_blocks_run_in_order(name, tmp_path, monkeypatch):
+    path = WITH_CODE[name]
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     names: dict = {"__name__": f"page_{path.stem}"}
@@ -49,7 +52,7 @@ def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
 
 def test_pages_with_code_are_found():
     assert {"getting_started", "use_a_genome", "convert", "train_a_genome", "compare", "extend"} <= {
-        path.stem for path in WITH_CODE
+        path.stem for path in WITH_CODE.values()
     }
 
 

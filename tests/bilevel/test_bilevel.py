@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bilevel_table import ESTIMATORS
 from keras import ops
+from marks import slow_but
 from on_backend import JAX, dataset, slopes
 
 from keras_blur import bilevel, convert, genomes, meta, random, tasks
@@ -73,7 +74,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", slow_but(["one step", "cut", "sampler"], ESTIMATORS))
 def test_wrong_labels_come_to_weigh_less(name):
     x, truth, y = blobs(600, 0, noise=0.6)
     clean = blobs(100, 1)[:2]
@@ -110,7 +111,7 @@ def test_virtual_passes_leave_no_trace():
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("first", ["meta", "model"])
+@pytest.mark.parametrize("first", slow_but(["model"], ["meta", "model"]))
 def test_resume_is_bit_for_bit(tmp_path, first):
     x, _, y = blobs(100, 0, noise=0.3)
     path = str(tmp_path / "run.weights.h5")
@@ -286,6 +287,7 @@ class Shuffled(keras.utils.PyDataset):
         self.order = np.random.default_rng(self.ended).permutation(len(self.x))
 
 
+@pytest.mark.slow
 def test_a_pydataset_is_repeated_and_resumes_bit_for_bit(tmp_path):
     x, _, y = blobs(100, 0, noise=0.3)
     path, runs = str(tmp_path / "run.weights.h5"), [trainer() for _ in range(3)]
@@ -437,6 +439,7 @@ class SmallLoss(bilevel.TrainingLoss):
         return ops.sum(small * each) / ops.sum(small) + 0.0 * self.unused
 
 
+@pytest.mark.slow
 def test_weights_follow_the_meta_data_where_wrong_labels_have_the_small_losses():
     """A network that was taught the mistakes: a rule that trusts small losses keeps them, a learned
     one turns around."""

@@ -62,6 +62,7 @@ def test_fit_writes_numbers_picture_and_model(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.keras", "f.png"]  # no temporary left
 
 
+@pytest.mark.slow
 def test_fit_tunes_each_optimizer_from_the_same_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("keras_blur.cli.fit.GRIDS", {"SGD": (0.1, 1e-6), "Adam": (1e-7, 0.01, 3.0)})
     path = tmp_path / "f.json"
@@ -90,6 +91,7 @@ def test_fit_by_a_genome_file_alone(tmp_path, capsys):
     assert "Keras" not in out
 
 
+@pytest.mark.slow
 def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
     paths = {
         "json": str(tmp_path / "r.json"),

@@ -11,6 +11,7 @@ import numpy_twin
 import pytest
 import rule_table
 from keras import ops
+from marks import slow_but
 
 from keras_blur import Genome, Rule, genomes
 from keras_blur.core import equations, feedback, graph, network, weightless
@@ -259,7 +260,7 @@ def test_every_option(net, name):
 RANDOM = rule_table.combinations(32, seed=2)
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", slow_but(list(RANDOM)[:8], RANDOM))
 def test_mixtures_of_options(name):
     compare(convolutional(), Rule(**RANDOM[name]))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gradient_harness import assert_difference_quotient, draw_episodes
 from keras import ops
+from marks import slow_but
 from on_backend import compiled
 
 from keras_blur import Genome, Rule, backend, learners, meta, random, tasks
@@ -110,7 +111,7 @@ def trainer(name, **options):
     return made
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", slow_but(["maml", "prototypes"], LEARNERS))
 def test_meta_training_improves_and_resumes_bit_for_bit(name, tmp_path):
     path, half = tmp_path / "run.weights.h5", tmp_path / "half.weights.h5"
 

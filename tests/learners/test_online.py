@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gradient_harness import assert_difference_quotient
 from keras import ops
+from marks import slow_but
 from on_backend import compiled, served
 from task_harness import arrays, take
 
@@ -256,10 +257,9 @@ def learned(**options):
     return learner.learned({name: ops.convert_to_numpy(own)[0] for name, own in drawn(learner, 1, "float32").items()})
 
 
-_SLOW = [pytest.param(policy, marks=pytest.mark.slow) for policy in ("float64", "mixed_bfloat16", "mixed_float16")]
-
-
-@pytest.mark.parametrize("policy", ["float32", *_SLOW], indirect=True)
+@pytest.mark.parametrize(
+    "policy", slow_but(["float32"], ["float32", "float64", "mixed_bfloat16", "mixed_float16"]), indirect=True
+)
 def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
     model, (x, y) = learned(), sequences(5)
     model.compile(keras.optimizers.SGD(0.1), keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=False)

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_but
 from on_backend import in_a_graph, slopes
 
 from keras_blur import Genome, Rule, learners, meta, random, tasks
@@ -64,7 +65,7 @@ def test_the_cross_entropy_of_one_logit_is_the_logistic_one():
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.parametrize("loss", ["auto", "cross_entropy"])
+@pytest.mark.parametrize("loss", slow_but(["auto"], ["auto", "cross_entropy"]))
 def test_one_output_is_learned(name, loss):
     made = meta.MetaTrainer(
         Sides(1), LEARNERS[name](1), meta.Unroll(3, loss=loss), meta_batch_size=4, batch_size=12, query_size=32
@@ -130,7 +131,7 @@ def test_a_loss_of_several_outputs_is_refused(loss):
         evaluate(genome, Sides(1), (4,), steps=1, seeds=2, batch_size=4)
 
 
-@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("outputs", slow_but([1], [1, 2]))
 def test_a_comparison_scores_one_output_by_its_sign(outputs):
     genome = Genome.random(Rule(batch_reduction="mean", last_activation="linear"), 0)
     found = compare(genome, Sides(outputs), (8,), steps=50, seeds=2, batch_size=32, grids={"Adam": (0.03,)})

@@ -26,6 +26,7 @@ def run_on_jax(path, bits):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_estimates_of_jax_are_those_of_tensorflow(tmp_path):
     run_on_jax(tmp_path / "jax.npz", 64)
     ours = measured()

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_but
 from on_backend import compiled
 from test_unroll import BATCH, Double, episodes, estimated, outer_of
 
@@ -172,6 +173,7 @@ def cut(data, window, steps):
     return {name: value[:, window * steps : (window + 1) * steps] if name in "xy" else value for name, value in data.items()}
 
 
+@pytest.mark.slow
 def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_difference_quotient():
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean", update_decay="power")
     learner, outer, seed = Double((5,), rule), outer_of(rule), random.seed_of(3)
@@ -197,18 +199,18 @@ def test_truncated_pieces_are_the_full_unroll_cut_and_each_gradient_its_differen
     assert slope == pytest.approx((loss(1) - loss(-1)) / 2e-6, rel=2e-5)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: TruncatedUnroll(3, episode_steps=6),
-        lambda: ES(3, antithetic_pairs=2),
-        lambda: PES(3, antithetic_pairs=2, episode_steps=6),
-    ],
-)
-def test_compiled_equals_uncompiled(make):
+CUT = {
+    "truncated": lambda: TruncatedUnroll(3, episode_steps=6),
+    "es": lambda: ES(3, antithetic_pairs=2),
+    "pes": lambda: PES(3, antithetic_pairs=2, episode_steps=6),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["pes"], CUT))
+def test_compiled_equals_uncompiled(name):
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
     learner, outer, data = Blur((5,), rule), outer_of(rule, members=2, dtype="float32"), episodes("float32")
-    estimator = make()
+    estimator = CUT[name]()
     empty = estimator.nothing_carried(learner, outer, data)
 
     def estimate(outer, data, carried):
@@ -303,6 +305,7 @@ def test_errors(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_round_what_a_learner_learns_and_little_else():
     rule, found = Rule(states=2, batch_reduction="mean"), {}
     outer, data = outer_of(rule, dtype="float32"), episodes("float32", steps=2)

@@ -54,9 +54,8 @@ made.fit(4, 5, checkpoint={path!r}, callbacks=[Kill()], verbose=0)
 """
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "evolution" else pytest.param(name, marks=pytest.mark.slow) for name in ESTIMATORS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_resume_after_kill_is_bit_for_bit(name, tmp_path):
     path = str(tmp_path / "run.weights.h5")
     done = subprocess.run(
@@ -113,6 +112,7 @@ def test_a_mixture_is_taken_by_weight():
     np.testing.assert_array_equal(made.drawn.value, np.bincount([made.family_of(step) for step in range(4)], minlength=2))
 
 
+@pytest.mark.slow
 def test_values_are_learned():
     made = trainer(
         meta.Unroll(5, trajectory_loss_weight=1.0),

@@ -90,6 +90,7 @@ def test_devices_divide_tasks_or_members(monkeypatch):
         trainer(members=2, meta_batch_size=3)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs():
     runs = [trainer(seed=seed) for seed in (1, 1, 2)]
     for made in runs:
@@ -172,6 +173,7 @@ def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp
     assert [line.split(",")[0] for line in rows.read_text().splitlines()] == ["epoch", "0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_counts_the_epochs_of_its_own_fit(tmp_path):
     path, made = tmp_path / "run.weights.h5", trainer()
     made.fit(1, 5, verbose=0)
@@ -181,6 +183,7 @@ def test_a_checkpoint_counts_the_epochs_of_its_own_fit(tmp_path):
     assert int(resumed.meta_step.value) == 11
 
 
+@pytest.mark.slow
 def test_a_curriculum_synchronizes_where_an_epoch_begins_whatever_was_trained_before(monkeypatch):
     made, copied = trainer(members=2), []
     made.fit(1, 5, verbose=0)
@@ -189,6 +192,7 @@ def test_a_curriculum_synchronizes_where_an_epoch_begins_whatever_was_trained_be
     assert copied == [8]
 
 
+@pytest.mark.slow
 def test_sigterm_without_a_checkpoint_ends_the_process_as_ever():
     command = "import os, signal; from test_meta_trainer import *; trainer().fit(1, 9, callbacks=[Terminate(2)], verbose=0)"
     done = subprocess.run(
@@ -291,6 +295,7 @@ def test_options_of_a_rule_are_read_by_their_type():
     assert parse_rule(texts, states=3) == Rule(states=3, **wanted)
 
 
+@pytest.mark.slow
 def test_a_rule_that_learns_from_errors_is_meta_trained(tmp_path):
     """From the backprop genome, its rule made richer on the way in: on test images the new numbers
     learn faster."""

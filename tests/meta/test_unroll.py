@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_but
 from on_backend import bytes_of_loops, compiled, in_a_graph, operations
 from rule_table import COVER, SINGLE
 
@@ -64,11 +65,23 @@ def estimated(estimator, learner, outer, data, seed, carried=NOTHING, first=True
 
 
 RULES = {name: options for name, options in {**COVER, **SINGLE}.items() if not Rule(**options).keep_neurons}
-FEW = {*COVER, "normalize_both_batch", "whitening_orthogonal_tied"}
+COVERING = [*COVER, "normalize_both_batch", "whitening_orthogonal_tied"]  # each option, beside others
+RECOMPUTED = [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)]  # steps, loss on the way, compiled
+QUICK = {"plain", "pair", "units", "layers", "normalize_both_batch"}
 
 
-@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in RULES])
+@pytest.mark.parametrize("name", slow_but(QUICK, COVERING))
 def test_gradient_is_the_difference_quotient(name):
+    check_gradient(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RULES if name not in COVERING])
+def test_gradient_under_an_option_alone(name):
+    check_gradient(name)
+
+
+def check_gradient(name):
     rule = Rule(**RULES[name])
     learner = Double((7, 6), rule)
     estimator = Unroll(STEPS, trajectory_loss_weight=0.5)
@@ -84,6 +97,7 @@ def test_gradient_is_the_difference_quotient(name):
     assert abs(quotient) > 1e-7
 
 
+@pytest.mark.slow
 def test_members_do_not_touch_each_other():
     rule = Rule(states=3, normalize_activations="both", batch_reduction="mean")
     learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
@@ -108,10 +122,9 @@ def test_a_diverged_member_does_not_spread():
         np.testing.assert_allclose(torn.gradients[key][0], whole.gradients[key][0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("steps", "trajectory_loss_weight", "jit"), [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)]
-)
-def test_recomputation_changes_nothing(steps, trajectory_loss_weight, jit):
+@pytest.mark.parametrize("options", slow_but([(1, 0.3, None), (7, 0.3, None)], RECOMPUTED))
+def test_recomputation_changes_nothing(options):
+    steps, trajectory_loss_weight, jit = options
     rule = Rule(normalize_activations="both", batch_reduction="mean")
     data, outer = episodes(steps=steps), outer_of(rule)
     learner, seed = Double((7,), rule), random.seed_of(1)
@@ -135,12 +148,14 @@ def gradient_of(steps, **options):
     return lambda outer, data: estimator(learner, outer, data, random.seed_of(0))[0], *arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_program_does_not_grow_with_the_unroll(recompute):
     few, many = (operations(*gradient_of(steps, recompute=recompute)) for steps in (9, 64))
     assert many == pytest.approx(few, rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputation_stores_a_state_a_segment_instead_of_a_step():
     plain, again = (bytes_of_loops(*gradient_of(64, recompute=recompute)) for recompute in (False, True))
     assert again < 0.5 * plain

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gradient_harness import draw_episodes
 from keras import ops
+from marks import slow_but
 from on_backend import bytes_of_loops, in_a_graph, operations
 
 from keras_blur import backend, convert, genomes, learners, meta, random, tasks
@@ -102,6 +103,7 @@ def test_the_online_gradient_is_the_mean_of_the_terms():
     np.testing.assert_allclose(found.loss, np.mean(wanted, axis=(1, 2)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_buffer_in_any_order_gives_the_online_gradient():
     """Thetas are constants, so the whole buffer at once is the sum over the run; each part of it is
     used once."""
@@ -155,7 +157,7 @@ def test_starts_by_hand():
         np.testing.assert_allclose(maml[name], unrolled[name] if name in path else plain[name], atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["none", "reptile", "leap", "maml"])
+@pytest.mark.parametrize("kind", slow_but(["none", "reptile"], ["none", "reptile", "leap", "maml"]))
 def test_offline_starts_are_those_of_online_and_come_once(kind):
     learner, data = warp(), episodes()
     outer = drawn(learner)
@@ -234,7 +236,7 @@ def nodes(steps, order):
     return operations(lambda outer, data: estimator(learner, outer, data, SEED)[0], outer, data)
 
 
-@pytest.mark.parametrize("order", ["exact", "first"])
+@pytest.mark.parametrize("order", slow_but(["first"], ["exact", "first"]))
 def test_operations_do_not_depend_on_the_number_of_steps(order):
     assert nodes(10, order) == nodes(100, order)
 
@@ -300,12 +302,15 @@ def plane():
     return keras.Sequential([*layers, keras.layers.Dense(2, kernel_initializer=last)])
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [meta.WarpGrad(4, start="leap"), meta.OfflineWarpGrad(4, start="reptile", thetas=2)],
-    ids=["online", "offline"],
-)
-def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_path):
+RESUMED = {
+    "online": meta.WarpGrad(4, start="leap"),
+    "offline": meta.OfflineWarpGrad(4, start="reptile", thetas=2),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["offline"], RESUMED))
+def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(name, tmp_path):
+    estimator = RESUMED[name]
     path = tmp_path / "run.weights.h5"
     whole, first, second = (trainer(estimator, seed=1) for _ in range(3))
     whole.fit(2, 5, verbose=0)

@@ -80,6 +80,7 @@ def test_all_learners_of_a_network_start_alike(result):
         np.testing.assert_allclose([c["loss"][0][0] for c in own], own[0]["loss"][0][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_comparisons(result):
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     again = compare(
@@ -98,6 +99,7 @@ def test_equal_seeds_give_equal_comparisons(result):
     np.testing.assert_allclose(again["curves"][name]["loss"][0], result["curves"][name]["loss"][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_may_be_few_and_are_the_same(result):
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     options = {"seeds": 2, "batch_size": 32, "grids": {"Adam": (0.01,)}, "schedules": ["linear"], "normalize": False}
@@ -147,6 +149,7 @@ def test_batch_normalisation_is_scored_with_the_statistics_of_the_test_examples(
     assert abs(wanted - moving) > 0.02  # it makes a difference
 
 
+@pytest.mark.slow
 def test_baselines_are_not_run_again(result):
     genome = Genome.random(RULE, seed=1, std=0.5, synapse_update=-0.01)
     told = []
@@ -180,6 +183,7 @@ def test_networks():
     assert normalized(resnet((8, 8, 1), 10, (4,), 1)) is None  # it has some
 
 
+@pytest.mark.slow
 def test_a_network_of_a_file_keeps_its_activations(tmp_path):
     model = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(6, "gelu"), keras.layers.Dense(10)]
@@ -198,6 +202,7 @@ def test_a_network_of_a_file_keeps_its_activations(tmp_path):
         compare(genomes.backprop(0.3), few(), convert(model, genomes.backprop(0.3)), steps=1, seeds=2, batch_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", ["activation", "layer"])
 def test_probabilities_are_scored_as_their_logits(last):
     """Both learn by the cross-entropy of what they give, so they learn the same."""
@@ -221,6 +226,7 @@ def test_probabilities_are_scored_as_their_logits(last):
         np.testing.assert_allclose(one[name]["loss"], other[name]["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_convolutional_and_a_residual_network_are_compared():
     options = {"steps": 2, "seeds": 2, "batch_size": 32, "grids": {"SGD": (0.3,)}, "schedules": ["constant"]}
     genome = genomes.backprop(0.3, "tanh")
@@ -365,6 +371,7 @@ def test_backprop_is_sgd():
     np.testing.assert_allclose(genome, sgd, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_population_learns_side_by_side():
     members = [Genome.random(RULE, seed=number, std=0.5, synapse_update=-0.01) for number in (1, 2, 3)]
     options = {"steps": 3, "seeds": 2, "batch_size": 16}
@@ -376,6 +383,7 @@ def test_a_population_learns_side_by_side():
     assert "genome 2" in format_compare(found)
 
 
+@pytest.mark.slow
 def test_toy_tasks_are_compared_on_an_episode_a_seed():
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
     options = {"steps": 20, "seeds": 3, "batch_size": 32, "grids": {"Adam": (0.03, 0.1)}, "schedules": ["constant"]}
@@ -396,6 +404,7 @@ def test_values_cannot_be_compared():
         evaluate(genome, tasks.functions("sine"), (4,), steps=2, seeds=2, batch_size=8)
 
 
+@pytest.mark.slow
 def test_shell_on_toy_tasks(tmp_path, capsys):
     path, numbers = tmp_path / "g.json", tmp_path / "n.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
@@ -422,6 +431,7 @@ def test_shell_on_toy_tasks(tmp_path, capsys):
     assert "--genome must be given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shell_draws_one_genome(tmp_path, capsys):
     path = tmp_path / "g.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)
@@ -443,6 +453,7 @@ def test_shell_draws_one_genome(tmp_path, capsys):
     assert "--decisions must be a file in a folder that exists; there is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_tells_how_far_it_is(result, tmp_path):
     told = []
 
@@ -468,6 +479,7 @@ def test_a_comparison_tells_how_far_it_is(result, tmp_path):
     assert "(interrupted)" in plot_compare(partial, tmp_path / "c.png").get_suptitle()
 
 
+@pytest.mark.slow
 def test_an_evaluation_tells_how_far_it_is():
     told = []
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)
@@ -484,6 +496,7 @@ def test_an_evaluation_tells_how_far_it_is():
     np.testing.assert_allclose(few_scores["curves"]["genome"]["loss"], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "evaluate"])
 def test_ctrl_c_keeps_the_curves_so_far(tmp_path, capsys, monkeypatch, command):
     score = globals()[command]

@@ -9,6 +9,7 @@ import resource
 import keras
 import numpy as np
 import pytest
+from marks import slow_but
 from on_backend import JAX
 
 from keras_blur import Genome, Rule, bilevel, cli, files, learners, meta, tasks
@@ -272,7 +273,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("name", RATES)
-@pytest.mark.parametrize("kind", [pytest.param(trainer, marks=pytest.mark.slow), bilevel_trainer])
+@pytest.mark.parametrize("kind", slow_but([bilevel_trainer], [trainer, bilevel_trainer]))
 def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
     before, now, used, said = RATES[name]
     path, make = (
@@ -328,6 +329,7 @@ class Reduce(keras.callbacks.Callback):
             self.model.optimizer.learning_rate = 1e-3
 
 
+@pytest.mark.slow
 def test_the_rate_that_a_callback_set_goes_on(tmp_path):
     path = tmp_path / "run.weights.h5"
     unbroken, first, second = (trainer() for _ in range(3))

@@ -21,6 +21,7 @@ from duties import (
     single,
     started,
 )
+from marks import slow_but
 
 from keras_blur import Rule, bilevel, learners, meta, tasks
 
@@ -67,12 +68,12 @@ def assert_as_keras(optimizer, *, dtype=None, tolerance=2e-5, **options):
     assert int(made.optimizer.iterations) == int(plain.optimizer.iterations)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(["adam", "ema", "accumulation", "several", "loss scaling"], OPTIMIZERS))
 def test_a_training_loss_that_changes_nothing_is_keras_fit(name):
     assert_as_keras(OPTIMIZERS[name])
 
 
-@pytest.mark.parametrize("name", ["ema overwrites", "accumulation", "loss scaling", "clipnorm"])
+@pytest.mark.parametrize("name", slow_but(["clipnorm"], ["ema overwrites", "accumulation", "loss scaling", "clipnorm"]))
 def test_compiled_steps_are_keras_fit(name):
     assert_as_keras(OPTIMIZERS[name], jit_compile=True)
 
