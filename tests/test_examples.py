@@ -164,6 +164,7 @@ def test_direct_paths_bring_the_output_s_error_or_labels_through_frozen_kernels(
         np.testing.assert_array_equal(kernel.numpy(), old)
 
 
+@pytest.mark.slow
 def test_arms_of_feedback_paths_start_equal_and_backpropagation_agrees_with_itself():
     example, exact, x, y, images = path_setting("backpropagation")
     outputs = []

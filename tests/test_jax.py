@@ -38,6 +38,7 @@ def test_files_and_ten_steps_of_jax_are_the_same_on_tensorflow(made_by_jax):
     run("tensorflow", "check", made_by_jax)
 
 
+@pytest.mark.slow
 def test_files_and_ten_steps_of_tensorflow_are_the_same_on_jax(tmp_path):
     run("tensorflow", "make", tmp_path)
     run("jax", "check", tmp_path)

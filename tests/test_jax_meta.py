@@ -69,7 +69,8 @@ def assert_close(found, wanted, tolerance):
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("cases", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [FAST, SLOW])
 def test_jax_learns_what_tensorflow_learns(alone, cases):
     wanted = result(start("tensorflow", cases=cases))
     for case in cases:

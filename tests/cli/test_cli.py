@@ -550,6 +550,7 @@ def test_evaluate_saves_each_score(tmp_path, monkeypatch):
     assert "partial" not in result
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c_after_an_epoch")
 def test_reweight_keeps_what_was_learned(tmp_path, capsys):
     paths = {name: tmp_path / f"r.{name}" for name in ("json", "keras")}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rule_table
 from keras import ops
+from marks import slow_but
 from on_backend import compiled
 from rule_table import COVER, SIZES, dense_chain, draw_batch, draw_genome, draw_synapses
 
@@ -22,6 +23,7 @@ from keras_blur.core.states import joined
 STEPS = 2
 # Rules whose batch is a plain sum over examples, so that a weight is a count.
 COUNTED = {name: options for name, options in COVER.items() if name not in ("batch", "three", "whitened_rows")}
+QUICK = ("plain", "three", "layers", "pair", "whitened")
 PLENTY = hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
@@ -61,7 +63,7 @@ def permuted(synapses, layer, order):
     return new
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", slow_but(QUICK, COVER))
 @hypothesis.given(layer=st.integers(1, len(SIZES) - 2), seed=st.integers(0, 9), data=st.data())
 @hypothesis.settings(PLENTY, max_examples=3)
 def test_permuted_hidden_units_learn_permuted_synapses(name, layer, seed, data):
@@ -94,7 +96,7 @@ def test_order_of_examples_does_not_matter(name):
     same(shuffled, (new, prediction[order], [states[..., order, :] for states in neurons]))
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", slow_but(QUICK, COVER))
 def test_population_is_a_loop_over_genomes_and_replicas(name):
     """Leading axes: 3 genomes, each with 2 networks on data of their own."""
     rule, genomes, replicas = Rule(**COVER[name]), 3, 2
@@ -234,7 +236,7 @@ def compiled_step(rule, chain):
     return compiled(run), traces
 
 
-@pytest.mark.parametrize("name", COVER)
+@pytest.mark.parametrize("name", slow_but(QUICK, COVER))
 def test_compiler_changes_nothing_and_traces_once(name):
     """XLA gives the eager numbers, and no argument that changes from step to step makes a new
     trace."""

@@ -71,7 +71,7 @@ def test_members_and_tasks_do_not_touch_each_other(name):
             )
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", slow_but(["maml", "prototypes"], LEARNERS))
 def test_compiled_equals_uncompiled(name):
     make, steps = LEARNERS[name]
     learner, estimator, data = make(), meta.Unroll(steps, trajectory_loss_weight=0.5), episodes(steps, "float32")
@@ -301,7 +301,7 @@ def warp_learner_of(features, classes):
     return learners.Warp(model, names, keras.optimizers.SGD(0.1))
 
 
-@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", slow_but(["float32"], ["float32", "float64", "mixed_bfloat16"]))
 @pytest.mark.parametrize("name", ["maml", "prototypes", "neural process", "warp"])
 def test_a_learned_model_is_any_keras_model(name, policy, tmp_path):
     before = keras.config.dtype_policy()
@@ -325,7 +325,7 @@ def test_a_learned_model_is_any_keras_model(name, policy, tmp_path):
         keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", slow_but(["mixed_bfloat16"], ["float64", "mixed_bfloat16", "mixed_float16"]))
 def test_a_warped_model_of_another_precision_is_meta_trained(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)

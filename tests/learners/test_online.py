@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from gradient_harness import assert_difference_quotient
 from keras import ops
-from marks import slow_but
 from on_backend import compiled, served
 from task_harness import arrays, take
 
@@ -136,6 +135,7 @@ def test_memory_is_in_the_synapses_alone():
     assert np.abs(found - fresh).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_compiled_equals_uncompiled():
     learner, data = rule(), episodes(dtype="float32")
     outer, estimator = drawn(learner, dtype="float32"), meta.Unroll(ITEMS, kind="bits")
@@ -257,9 +257,8 @@ def learned(**options):
     return learner.learned({name: ops.convert_to_numpy(own)[0] for name, own in drawn(learner, 1, "float32").items()})
 
 
-@pytest.mark.parametrize(
-    "policy", slow_but(["float32"], ["float32", "float64", "mixed_bfloat16", "mixed_float16"]), indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_bfloat16", "mixed_float16"], indirect=True)
 def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
     model, (x, y) = learned(), sequences(5)
     model.compile(keras.optimizers.SGD(0.1), keras.losses.BinaryCrossentropy(from_logits=True), jit_compile=False)
@@ -279,6 +278,7 @@ def test_a_learned_model_takes_batches_of_any_size(policy, tmp_path):
     assert model.evaluate(x, y, batch_size=2, verbose=0) < before
 
 
+@pytest.mark.slow
 def test_a_cell_has_no_size_of_its_own_compiled_and_in_a_functional_model():
     model, (x, _) = learned(types=1), sequences(5)
     given = keras.Input((3, 2 * UNITS + 1))

@@ -11,6 +11,7 @@ from keras_blur.learners import BaselineLearner, Learner
 pytest.importorskip("jax")
 
 
+@pytest.mark.slow
 def test_starts_are_equal_and_steps_to_rounding(tmp_path):
     ours, theirs = learner_table.made(), table_of_jax(learner_table, tmp_path / "learners.npz")
     assert set(ours) == set(theirs)

@@ -131,7 +131,8 @@ def test_a_loss_of_several_outputs_is_refused(loss):
         evaluate(genome, Sides(1), (4,), steps=1, seeds=2, batch_size=4)
 
 
-@pytest.mark.parametrize("outputs", slow_but([1], [1, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", [1, 2])
 def test_a_comparison_scores_one_output_by_its_sign(outputs):
     genome = Genome.random(Rule(batch_reduction="mean", last_activation="linear"), 0)
     found = compare(genome, Sides(outputs), (8,), steps=50, seeds=2, batch_size=32, grids={"Adam": (0.03,)})

@@ -229,6 +229,7 @@ def evaluations_to_arrive(place, start, seed):
     return state.generation * SEARCH.population, best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_evaluations_to_the_optimum_beside_the_library(name):
     """Medians of seven seeds, at most the factor in the table apart; a run that does not arrive

@@ -44,5 +44,6 @@ def test_estimates_of_jax_are_those_of_tensorflow(tmp_path):
             np.testing.assert_allclose(again, ours[name], rtol=1e-9, atol=1e-12 * np.abs(again).max())
 
 
+@pytest.mark.slow
 def test_cma_es_has_float32_where_jax_has_no_64_bits(tmp_path):
     run_on_jax(tmp_path, 32)

@@ -71,6 +71,7 @@ def test_resume_after_kill_is_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_evolution_learns_from_random_numbers():
     estimator, of = meta.Evolution(8, population=16, fitness="loss"), tasks.functions("blobs2", relabel=True)
     made = trainer(estimator, of, jit_compile=True, meta_batch_size=4, hidden=(8,), seed=1)

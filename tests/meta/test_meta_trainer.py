@@ -41,6 +41,7 @@ def assert_equal(first, second):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_it_learns_from_random_numbers():
     made = trainer(members=2, jit_compile=True, rate=3e-2)
     history = made.fit(4, 60, verbose=0).history
@@ -148,7 +149,8 @@ class Terminate(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("folder", "step"), [("disk", 3), pytest.param("bucket", 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "step"), [("disk", 3), ("bucket", 4)])
 def test_sigterm_saves_inside_an_epoch_and_resumes_bit_for_bit(step, folder, tmp_path):
     # TensorFlow's file system in memory stands for a bucket: nothing but its own functions can read
     # it.

@@ -111,6 +111,7 @@ def test_members_do_not_touch_each_other():
             np.testing.assert_allclose(alone.gradients[key][0], together.gradients[key][member], rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_diverged_member_does_not_spread():
     rule = Rule(last_activation="linear", forward_activation="linear", batch_reduction="mean")
     learner, estimator, data, seed = Blur((7,), rule), Unroll(STEPS), episodes("float32"), random.seed_of(1)
@@ -161,6 +162,7 @@ def test_recomputation_stores_a_state_a_segment_instead_of_a_step():
     assert again < 0.5 * plain
 
 
+@pytest.mark.slow
 def test_compiled_equals_uncompiled():
     rule = Rule(states=3, normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
     outer, data = outer_of(rule, members=2, dtype="float32"), episodes("float32")

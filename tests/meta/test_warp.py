@@ -273,6 +273,7 @@ def test_compiled_equals_uncompiled(estimator):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shares_of_the_tasks_have_the_mean_of_all():
     learner, data = warp(), episodes(count=4)
     outer = drawn(learner)
@@ -308,7 +309,8 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["offline"], RESUMED))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
 def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(name, tmp_path):
     estimator = RESUMED[name]
     path = tmp_path / "run.weights.h5"

@@ -182,6 +182,7 @@ def test_compile_starts_learning_afresh():
     np.testing.assert_array_equal(kernel(used), kernel(fresh))
 
 
+@pytest.mark.slow
 def test_a_second_fit_learns_other_labels_after_compile():
     x, y = flat_digits()
     model = kb.Sequential([keras.Input((64,)), Dense(32), Dense(10)], genome=kb.genomes.load("mnist-4state"))

@@ -299,6 +299,7 @@ def test_no_accuracy_in_common_is_no_speedup(made):
     assert envelopes.summary(made)["speedup"] == {"plain": {"steps": None, "seconds": None}}
 
 
+@pytest.mark.slow
 def test_shell(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("keras_blur.cli.compare.GRIDS", {"SGD": (0.3,)})
     genome = Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rule_table
 from keras import ops
+from marks import slow_but
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rule_table import COVER, SINGLE
 
@@ -73,7 +74,7 @@ def words(made):
 # Genomes.
 
 
-@pytest.mark.parametrize("name", KINDS.values())
+@pytest.mark.parametrize("name", slow_but(list(KINDS.values())[:8], KINDS.values()))
 def test_every_kind_of_genome_is_drawn(name, tmp_path):
     rule = Rule(**DRAWN[name])
     genome = rule_table.draw_genome(rule)

@@ -292,6 +292,7 @@ def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
     assert int(third.optimizer.iterations) == 6
 
 
+@pytest.mark.slow
 def test_the_state_goes_on_under_another_rate(tmp_path):
     """After a resume, steps are those of the old moments at the new rate, be it a number or a
     schedule."""
