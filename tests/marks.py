@@ -7,5 +7,5 @@ import pytest
 
 
 def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
-    """Values for `pytest.mark.parametrize`, of which those in `quick` alone are in the default run."""
+    """Values for `pytest.mark.parametrize`, of which those that are not in `quick` are slow."""
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
