@@ -245,8 +245,8 @@ def compare(net, rule, *, seed=0, weights=None, population=False):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("states", [2, 3, 4])
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("states", slow_but([2, 4], [2, 3, 4]))
+@pytest.mark.parametrize("net", slow_but(["convolutional", "twice"], NETS))
 def test_step_agrees(net, states, rule):
     compare(NETS[net](), Rule(**{**RULES[rule], "states": states}), seed=states)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy_twin
 import pytest
 import rule_table
+from marks import slow_but
 
 from keras_blur import Genome, Rule, genomes
 from keras_blur.core import feedback, graph, network
@@ -82,7 +83,7 @@ def test_the_tables_have_every_option():
         assert rule_table.never_chosen(table) == []
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", slow_but(rule_table.SINGLE, TABLE))
 def test_step_agrees(name):
     compare(Rule(**TABLE[name]))
 

@@ -139,6 +139,7 @@ def test_kinds_cannot_be_mixed():
         tasks.mixture([(part, 1.0) for part in parts])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eagerly")
 def test_validation_is_logged_for_later_callbacks_and_the_best_genome_is_kept(tmp_path):
     made = trainer(meta.Unroll(3))

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from marks import slow_but
 
 from keras_blur import Genome, Rule, cli, genomes, learners, meta, tasks
 from keras_blur.cli import meta_train
@@ -360,7 +361,7 @@ METHODS = {
 
 
 @pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["maml", "warp"], METHODS))
 def test_shell_with_other_learners(name, tmp_path, capsys):
     model = tmp_path / "m.keras"
     size = ["--epochs=1", "--steps_per_epoch=2", "--query_size=10", f"--model={model}"]

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
+from marks import slow_but
 from on_backend import TAPES, dataset
 
 import keras_blur as kb
@@ -206,7 +207,7 @@ def test_running_statistics_are_weighted_means_of_the_batches():
     np.testing.assert_allclose(np.array(first.moving_mean.value)[:, 0], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", slow_but(["default", "three states"], RULES))
 def test_compiled_equals_uncompiled(name):
     x, y = data()
     models = [make(RULES[name], compile_options={"jit_compile": jit}) for jit in (False, True)]

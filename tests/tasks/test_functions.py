@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_but
 from on_backend import JAX, compiled, in_a_graph
 from task_harness import arrays, rows, same, specs, take
 
@@ -48,7 +49,9 @@ def test_function_names():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in [f"blobs{n}" for n in range(3, 9)]])
+@pytest.mark.parametrize(
+    "name", slow_but(["sine", "xor", "blobs2"], [name for name in ALL if name not in [f"blobs{n}" for n in range(3, 9)]])
+)
 def test_function_episodes_are_equal_under_every_compiler(name):
     some = tasks.functions(name)
     features, outputs = (1, 1) if name == "sine" else (2, int(name[5:]) if name.startswith("blobs") else 2)
@@ -260,6 +263,7 @@ def test_a_list_draws_one_name_an_episode():
     assert np.bincount(chosen).min() > 15
 
 
+@pytest.mark.slow
 def test_a_list_is_equal_under_every_compiler():
     mixed = tasks.functions([name for name in ALL if name != "sine" and not name.startswith("blobs")] + ["blobs2"])
     fast = compiled(lambda seed: mixed.examples(seed, 50, "train"))

@@ -191,7 +191,7 @@ def test_loss_scaling_can_be_left_out(policy):
     assert type(made.optimizer) is type(made.meta_optimizer) is SGD
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", slow_but(["one step", "cut"], ESTIMATORS))
 def test_outer_gradients_of_all_policies_agree(name):
     x, y = data(8)
     found = {}
@@ -225,7 +225,7 @@ def learner_of(name):
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["blur", "maml", "prototypes", "neural process"])
+@pytest.mark.parametrize("name", slow_but(["blur", "maml"], ["blur", "maml", "prototypes", "neural process"]))
 def test_meta_training_does_not_depend_on_the_policy(name):
     of = tasks.sines() if name in ("maml", "neural process") else tasks.images("digits")
     found = {}
