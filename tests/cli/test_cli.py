@@ -531,6 +531,7 @@ def test_fit_keeps_what_was_learned(tmp_path, capsys):
     assert paths["plot"].exists()
 
 
+@pytest.mark.slow
 def test_evaluate_saves_each_score(tmp_path, monkeypatch):
     """As a process that is killed leaves it."""
     path, kept = tmp_path / "e.json", []

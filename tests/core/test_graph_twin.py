@@ -252,7 +252,7 @@ def test_step_agrees(net, states, rule):
 
 
 @pytest.mark.parametrize("name", rule_table.COVER)
-@pytest.mark.parametrize("net", [convolutional, residual])
+@pytest.mark.parametrize("net", slow_but([residual], [convolutional, residual]))
 def test_every_option(net, name):
     compare(net(), Rule(**rule_table.COVER[name]))
 
@@ -337,7 +337,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-@pytest.mark.parametrize("net", [convolutional, residual])
+@pytest.mark.parametrize("net", slow_but([residual], [convolutional, residual]))
 def test_two_halves_of_a_batch_are_one(net, name):
     """Statistics of sums and of a normalisation, and Hebbian sums, are those of the whole batch."""
     net, rule = net(), Rule(**SHARED[name])

@@ -111,7 +111,7 @@ def trainer(name, **options):
     return made
 
 
-@pytest.mark.parametrize("name", slow_but(["maml", "prototypes"], LEARNERS))
+@pytest.mark.parametrize("name", slow_but(["prototypes"], LEARNERS))
 def test_meta_training_improves_and_resumes_bit_for_bit(name, tmp_path):
     path, half = tmp_path / "run.weights.h5", tmp_path / "half.weights.h5"
 

@@ -290,6 +290,7 @@ def test_a_cell_has_no_size_of_its_own_compiled_and_in_a_functional_model():
     assert found.keys() == rule(types=1).draw(0, 1, 2 * UNITS, UNITS).keys()
 
 
+@pytest.mark.slow
 def test_a_control_that_stores_nothing_stores_nothing_as_a_keras_model():
     x, _ = sequences(3)
     other = x.copy()

@@ -64,7 +64,7 @@ def test_the_cross_entropy_of_one_logit_is_the_logistic_one():
     assert float(cross_entropy(logits, y)) == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", slow_but(["maml", "prototypes"], LEARNERS))
 @pytest.mark.parametrize("loss", slow_but(["auto"], ["auto", "cross_entropy"]))
 def test_one_output_is_learned(name, loss):
     made = meta.MetaTrainer(

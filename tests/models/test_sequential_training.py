@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
+from marks import slow_but
 from on_backend import dataset, digits, served
 
 import keras_blur as kb
@@ -61,7 +62,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("pinned", [None, "huber"])
+@pytest.mark.parametrize("pinned", slow_but([None], [None, "huber"]))
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_of_compile_is_learned_from_and_shown(name, pinned):
     """The genome that is backpropagation ends where Keras's `fit` with SGD does, whatever loss its
@@ -89,7 +90,7 @@ def test_the_loss_of_the_rule_is_the_default():
     np.testing.assert_array_equal(kernel(given), kernel(default))
 
 
-@pytest.mark.parametrize("name", kb.genomes.names())
+@pytest.mark.parametrize("name", slow_but(["fast", "functions"], kb.genomes.names()))
 def test_shipped_genomes_take_integer_labels(name):
     """With integers and a sparse loss the same is learned as with indicators and the categorical
     one."""

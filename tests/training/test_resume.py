@@ -272,7 +272,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", slow_but(["number"], RATES))
 @pytest.mark.parametrize("kind", slow_but([bilevel_trainer], [trainer, bilevel_trainer]))
 def test_another_learning_rate_is_used_and_said(name, kind, tmp_path):
     before, now, used, said = RATES[name]

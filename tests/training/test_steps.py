@@ -149,7 +149,7 @@ def test_weights_of_a_lookup(optimizer):
 
 
 @pytest.mark.parametrize("policy", POLICIES, indirect=True)
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", slow_but([True], [False, True]))
 def test_the_first_step_of_a_policy(policy, jit_compile):
     model = single()
     made = bilevel_trainer(model, SGD(0.1), jit_compile=jit_compile)
