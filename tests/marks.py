@@ -1,11 +1,18 @@
 """The marks of tests that the default run leaves out."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 
 
-def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
-    """Values for `pytest.mark.parametrize`, of which those that are not in `quick` are slow."""
+def slow_but(quick: Collection[Any], values: Collection[Any]) -> list[Any]:
+    """Values for `pytest.mark.parametrize`, of which those that are not in `quick` are slow.
+
+    Raises:
+        ValueError: if `quick` has something else, which would leave out what it meant to keep.
+    """
+    unknown = [value for value in quick if value not in values]
+    if unknown:
+        raise ValueError(f"`quick` must be some of {list(values)}. Received: {unknown}")
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
