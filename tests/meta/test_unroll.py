@@ -65,7 +65,8 @@ def estimated(estimator, learner, outer, data, seed, carried=NOTHING, first=True
 
 
 RULES = {name: options for name, options in {**COVER, **SINGLE}.items() if not Rule(**options).keep_neurons}
-COVERING = [*COVER, "normalize_both_batch", "whitening_orthogonal_tied"]  # each option, beside others
+# Each option, beside others.
+COVERING = [name for name in RULES if name in {*COVER, "normalize_both_batch", "whitening_orthogonal_tied"}]
 RECOMPUTED = [(1, 0.3, None), (4, 0.0, False), (7, 0.3, None), (7, 0.0, True)]  # steps, loss on the way, compiled
 QUICK = {"plain", "pair"}
 
