@@ -101,9 +101,15 @@ def test_equal_seeds_give_equal_runs():
     assert np.abs(runs[0].genome.nu - runs[2].genome.nu).max() > 0.1
 
 
+def status_of(program):
+    """The exit status of a program that imports this file."""
+    folders = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(folders)}
+    return subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode
+
+
 RUN = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 import keras
 from keras_blur import meta
 from test_meta_trainer import several
@@ -123,11 +129,7 @@ def several():
 
 def test_resume_after_kill_is_bit_for_bit(tmp_path):
     path = str(tmp_path / "run.weights.h5")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), path=path)],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL
+    assert status_of(RUN.format(path=path)) == -signal.SIGKILL
     curriculum = [(0, 2), (1, 3)]
     resumed, unbroken = several(), several()
     history = resumed.fit(3, 2, checkpoint=path, callbacks=[meta.UnrollCurriculum(curriculum)], verbose=0)
@@ -197,12 +199,8 @@ def test_a_curriculum_synchronizes_where_an_epoch_begins_whatever_was_trained_be
 
 @pytest.mark.slow
 def test_sigterm_without_a_checkpoint_ends_the_process_as_ever():
-    command = "import os, signal; from test_meta_trainer import *; trainer().fit(1, 9, callbacks=[Terminate(2)], verbose=0)"
-    done = subprocess.run(
-        [sys.executable, "-c", command], check=False, cwd=os.path.dirname(__file__),
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGTERM
+    program = "import os, signal; from test_meta_trainer import *; trainer().fit(1, 9, callbacks=[Terminate(2)], verbose=0)"
+    assert status_of(program) == -signal.SIGTERM
 
 
 def test_a_diverged_member_is_skipped_counted_and_does_not_spread():
