@@ -218,6 +218,7 @@ def test_small_perturbations_move_as_theory_says():
     assert np.abs(np.mean(moved, axis=0) - theory).max() < 5 * np.std(moved) / len(moved) ** 0.5
 
 
+@pytest.mark.slow
 def test_evograd_of_a_rate_points_away_from_the_derivative_through_the_step():
     """Of a step of size a on theta' H theta / 2 it is 2 a_eff theta' H (I - a H) H^2 theta,
     positive where a is small; the loss after the step falls with a. examples/learn_a_gate.py shows

@@ -304,6 +304,7 @@ def test_episode_errors(digits):
         some.examples(seed, 9, "train")
 
 
+@pytest.mark.slow
 def test_omniglot(tmp_path):
     """Where it is prepared, its classes; elsewhere, the error that says how to get it."""
     if not os.path.isdir(os.path.join(os.environ.get("TFDS_DATA_DIR", ""), "omniglot")):

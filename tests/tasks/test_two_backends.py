@@ -11,6 +11,7 @@ from keras_blur.tasks.base import Tasks
 pytest.importorskip("jax")
 
 
+@pytest.mark.slow
 def test_episodes_are_equal_on_both_backends(tmp_path):
     ours, theirs = task_table.drawn(), table_of_jax(task_table, tmp_path / "episodes.npz")
     assert set(ours) == set(theirs)
