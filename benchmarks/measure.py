@@ -29,10 +29,11 @@ def peak_flops() -> float:
 
 def operations(program: Any) -> int:
     """Multiplications and additions of the matrix products, factorisations and triangular solves of
-    a JAX program (`jax.make_jaxpr`), those of a loop's body once for each round.
+    a JAX program (`jax.make_jaxpr`), those of a loop's body once for each round, those of all
+    branches of a condition.
 
     Raises:
-        ValueError: for a loop whose rounds are not known.
+        ValueError: if the number of rounds of a loop with products is not known.
     """
     total = 0
     for equation in program.eqns:
@@ -52,7 +53,9 @@ def operations(program: Any) -> int:
         else:
             inner = sum(operations(getattr(one, "jaxpr", one)) for one in _programs(given))
             if name == "while" and inner:
-                raise ValueError("program: a loop of matrix products was expected to have a known number of rounds")
+                raise ValueError(
+                    "`program` must have a known number of rounds in each loop of matrix products. Received: a while loop."
+                )
             total += inner * (given["length"] if name == "scan" else 1)
     return total
 

@@ -9,11 +9,10 @@ unroll, data in memory. On TensorFlow as a graph that runs operation by operatio
 (`jit_compile=False`) and as one program of XLA (`jit_compile=True`), on JAX as a program. Each
 backend has a process of its own, in which the candidates and a Keras SGD step of the same network
 take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix
-products, factorisations and triangular solves in the program that JAX traces (another process), and
-nothing else. Memory is the peak above the process before the first call, compilation included, each
-in a process of its own.
-With `--devices` above 1, JAX splits the population over so many devices, virtual ones on a CPU; one
-genome has a single device and all cores.
+products, factorisations and triangular solves in the program that JAX traces, in a process of its
+own, and nothing else. Memory is the peak above the process before the first call, compilation
+included, each in a process of its own. With `--devices` above 1, JAX splits the population over so
+many devices, virtual ones on a CPU; one genome has a single device and all cores.
 """
 
 from __future__ import annotations
@@ -218,7 +217,7 @@ def main(argv: list[str]) -> None:
         count, recompute, jit = map(int, _MEMORY_OF.value.split(","))
         with PeakMemory() as memory:
             case = Case(count, jit=bool(jit), recompute=bool(recompute))
-            case()
+            case()  # compiles it
             case()
         print(memory.megabytes)
         return

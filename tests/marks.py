@@ -10,7 +10,7 @@ def slow_but(quick: Collection[Any], values: Collection[Any]) -> list[Any]:
     """Values for `pytest.mark.parametrize`, of which those that are not in `quick` are slow.
 
     Raises:
-        ValueError: if `quick` has something else, which would leave out what it meant to keep.
+        ValueError: if a value of `quick` is not in `values`.
     """
     unknown = [value for value in quick if value not in values]
     if unknown:

@@ -304,16 +304,13 @@ def plane():
     return keras.Sequential([*layers, keras.layers.Dense(2, kernel_initializer=last)])
 
 
-RESUMED = {
-    "online": meta.WarpGrad(4, start="leap"),
-    "offline": meta.OfflineWarpGrad(4, start="reptile", thetas=2),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RESUMED)
-def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(name, tmp_path):
-    estimator = RESUMED[name]
+@pytest.mark.parametrize(
+    "estimator",
+    [meta.WarpGrad(4, start="leap"), meta.OfflineWarpGrad(4, start="reptile", thetas=2)],
+    ids=["online", "offline"],
+)
+def test_meta_training_resumes_bit_for_bit_also_inside_a_buffer(estimator, tmp_path):
     path = tmp_path / "run.weights.h5"
     whole, first, second = (trainer(estimator, seed=1) for _ in range(3))
     whole.fit(2, 5, verbose=0)
