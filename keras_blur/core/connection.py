@@ -607,10 +607,14 @@ def _follow(momentum: Array, traces: dict[str, Array], sums: dict[str, Array]) -
 def _by_channel(function: Callable[[Array], Array], synapse: Array, leading: int) -> Array:
     """A function of each channel of synapses `[..., c, *shape]`, which have `leading` axes before
     the channels."""
+    return over_leading(lambda own: ops.stack([function(own[channel]) for channel in range(own.shape[0])]), synapse, leading)
+
+
+def over_leading(function: Callable[[Array], Array], array: Array, leading: int) -> Array:
+    """A function of each part of an array that is left without its `leading` first axes."""
     if leading:
-        one = functools.partial(_by_channel, function, leading=leading - 1)
-        return ops.vectorized_map(one, synapse)
-    return ops.stack([function(synapse[channel]) for channel in range(synapse.shape[0])])
+        return ops.vectorized_map(functools.partial(over_leading, function, leading=leading - 1), array)
+    return function(array)
 
 
 def _inserted(weight: Array, features: int) -> Shape:

@@ -40,7 +40,8 @@ class BaselineLearner(Learner):
         network: units of the hidden layers of a dense network; or a function from the shape of an
             example and the number of outputs to a list of Keras layers, or to a Keras model, as in
             `learners.Blur`. It starts with the weights of `Blur`. Batch normalisation uses the
-            statistics of the batch at hand, in predictions too.
+            statistics of the batch at hand, in predictions too. Regularizers and constraints of
+            its layers act as in `fit`.
         activation: hidden activation of a dense network, one known to `Rule`, and of layers of
             `keras_blur` that have none.
         loss: training loss: `"cross_entropy"` (softmax, or logistic for a single output) or
@@ -94,7 +95,8 @@ class BaselineLearner(Learner):
         def loss(weights: tuple[Array, ...]) -> tuple[Array, Array]:
             prediction = self._net(weights, x)
             # The mean over a batch; the sum over leading axes leaves each network its own gradient.
-            return ops.sum(backend.mean(updates.losses(self.loss, prediction, y), -1)), prediction
+            loss = ops.sum(backend.mean(updates.losses(self.loss, prediction, y), -1))
+            return loss + self._net.penalty(weights), prediction
 
         prediction, gradients = backend.gradient(loss, weights)
         return gradients, prediction
@@ -104,8 +106,8 @@ class BaselineLearner(Learner):
         rate = ops.cast(ops.convert_to_tensor(outer.get("learning_rate", self.rate)), prediction.dtype)
         moments = (state.weights, state.first, state.second, gradients)
         leading = len(prediction.shape) - 2
-        arrays = updates.updated(self.optimizer, rate, state.step, *moments, leading=leading)
-        return BaselineState(*arrays, state.step + 1), prediction
+        weights, first, second = updates.updated(self.optimizer, rate, state.step, *moments, leading=leading)
+        return BaselineState(self._net.limited(weights), first, second, state.step + 1), prediction
 
     def predict(self, outer: Outer, state: BaselineState, x: Array) -> Array:
         return self._net(state.weights, x)

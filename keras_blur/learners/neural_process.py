@@ -57,7 +57,7 @@ class NeuralProcess(MetaLearner):
 
     def __init__(self, network: Sequence[int] | Network = (64,), representation: int = 64, activation: str = "relu"):
         arguments.count("representation", representation)
-        self._embedding = PlainNetwork("embedding", network, activation, head=True) if callable(network) else None
+        self._embedding = PlainNetwork("embedding", network, activation, embeds=True) if callable(network) else None
         self.network = network if callable(network) else arguments.counts("network", network)
         self.representation, self.activation = representation, activation
         hidden = (representation,) if callable(self.network) else self.network

@@ -20,6 +20,7 @@ from keras import ops
 
 from keras_blur import arguments, genomes
 from keras_blur.core import network as core
+from keras_blur.core.connection import over_leading
 from keras_blur.distribution import ALL, Shard
 from keras_blur.layers.base import Shape, numbers_of
 from keras_blur.learners import dense
@@ -40,7 +41,9 @@ class PlainNetwork:
         activation: nonlinearity of the hidden layers of a dense network, and of layers of
             `keras_blur` that have none.
         known: names that `activation` may have.
-        head: whether the network of a function may end with layers without weights.
+        embeds: whether the network is an embedding, learned by the outer loss alone. The network of
+            a function may then end with layers without weights. It must have no regularizers or
+            constraints.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -59,20 +62,33 @@ class PlainNetwork:
         activation: str,
         known: Sequence[str] = dense.KERAS_ACTIVATIONS,
         *,
-        head: bool = False,
+        embeds: bool = False,
     ):
         arguments.choice("activation", activation, known)
-        self.name, self.activation, self.head = name, activation, head
+        self.name, self.activation, self.embeds = name, activation, embeds
         self.network: tuple[int, ...] | Network = network if callable(network) else arguments.counts("network", network)
         self.genome = genomes.backprop(1.0, activation)
         self._plan: Plan | None = None  # of a function's network, once the shape is known
 
     def on(self, shape: Shape, outputs: int) -> Self:
-        """The network for examples of a shape."""
+        """The network for examples of a shape.
+
+        Raises:
+            ValueError: if the function gives a network that cannot be used.
+        """
         if not callable(self.network):
             return self
         made = copy.copy(self)
-        made._plan = network_plan(self.network, self.genome, tuple(shape), outputs, head=self.head)
+        plan = network_plan(self.network, self.genome, tuple(shape), outputs, head=self.embeds)
+        assert plan.model is not None  # of a function
+        layers = zip(plan.model.reading.layers, plan.graph.holders, strict=True)
+        limited = [layer.name for layer, connection in layers if connection.penalties or connection.limits]
+        if self.embeds and limited:
+            raise ValueError(
+                "`network` must have no regularizers and no constraints: it is an embedding, which is learned by the outer "
+                f"loss alone. Received: some in {', '.join(limited)}"
+            )
+        made._plan = plan
         return made
 
     @property
@@ -171,6 +187,32 @@ class PlainNetwork:
             axis = -2 - len(one.sources[0])
             states = (ops.expand_dims(found, axis),)
             found = ops.squeeze(one.forward(states, one.context(states, True)), -2 - len(one.target))
+        return found
+
+    def penalty(self, arrays: Sequence[Array]) -> Array | float:
+        """The sum over all networks of what their regularizers add to the loss."""
+        penalties = self._applied("penalties", arrays)
+        return sum((ops.sum(value) for value in penalties if value is not None), 0.0)
+
+    def limited(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """The arrays as their constraints leave them."""
+        limits = self._applied("limits", arrays)
+        return tuple(one if value is None else value for one, value in zip(arrays, limits, strict=True))
+
+    def _applied(self, kind: str, arrays: Sequence[Array]) -> list[Array | None]:
+        """The functions of a kind, `"penalties"` or `"limits"`, of the arrays that are learned.
+
+        `None` for arrays without a function.
+        """
+        if not callable(self.network):
+            return [None] * len(arrays)
+        given, found = iter(arrays), []
+        for connection, shapes, uses in zip(self.plan.graph.holders, self.plan.shapes, self.plan.graph.uses, strict=True):
+            functions = getattr(connection, kind) if uses else {}
+            for name, shape in shapes.items():
+                own, function = next(given), functions.get(name)
+                leading = ops.ndim(own) - len(shape) + 1  # a single network has one channel
+                found.append(None if function is None else over_leading(function, own, leading))
         return found
 
     def model(self, outer: Mapping[str, np.ndarray]) -> keras.Model:

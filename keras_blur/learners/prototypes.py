@@ -63,7 +63,7 @@ class Prototypes(MetaLearner):
     """
 
     def __init__(self, network: Sequence[int] | Network = (64,), dimensions: int = 64, activation: str = "relu"):
-        self._net = PlainNetwork("embedding", network, activation, head=True)
+        self._net = PlainNetwork("embedding", network, activation, embeds=True)
         arguments.count("dimensions", dimensions)
         self.network, self.dimensions, self.activation = self._net.network, dimensions, activation
 

@@ -54,8 +54,9 @@ class Warp(MetaLearner):
 
     Args:
         model: a built Keras model from examples `[batch, *shape]`, such as images, to logits or
-            values `[batch, outputs]`. The first member starts with its weights. Other members have
-            the same warps but random task layers with the same mean and standard deviation.
+            values `[batch, outputs]`. Its regularizers and constraints act on the task layers as in
+            `fit`. The first member starts with its weights. Other members have the same warps but
+            random task layers with the same mean and standard deviation.
         warp: warp layers, by path (such as `"block/bend"` in a nested model) or by unambiguous
             name. Without warps only the initial weights are learned.
         optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training.
@@ -100,6 +101,7 @@ class Warp(MetaLearner):
         # What a task starts with.
         self._buffers = [backend.numbers_of(variable) for variable in model.non_trainable_variables]
         self._adapted = [name for name in self._trainable if name.startswith(_START)]
+        self._limits = [own.constraint for own in model.trainable_variables if names[id(own)].startswith(_START)]
         if not self._adapted:
             raise ValueError(f"`warp` must leave a layer to adapt. Received: warp={list(warp)!r}")
 
@@ -223,13 +225,18 @@ class Warp(MetaLearner):
     def step(self, outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[WarpState, Array]:
         def one(outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[Any, Array]:
             def loss(weights: tuple[Array, ...]) -> tuple[Array, Any]:
-                prediction, buffers = self._call(outer, state._replace(weights=weights), x, training=True)
-                return backend.mean(updates.losses(self.loss, prediction, y), 0), (prediction, buffers)
+                prediction, buffers, added = self._call(outer, state._replace(weights=weights), x, training=True)
+                loss = backend.mean(updates.losses(self.loss, prediction, y), 0)
+                return loss + sum(ops.cast(one, loss.dtype) for one in added), (prediction, buffers)
 
             (prediction, buffers), gradients = backend.gradient(loss, state.weights)
             rate = ops.convert_to_tensor(self.rate, dtype=prediction.dtype)
             moments = (state.weights, state.first, state.second, gradients)
-            return (*updates.updated(self.optimizer, rate, state.step, *moments), buffers), prediction
+            learned, first, second = updates.updated(self.optimizer, rate, state.step, *moments)
+            learned = tuple(
+                value if limit is None else limit(value) for value, limit in zip(learned, self._limits, strict=True)
+            )
+            return (learned, first, second, buffers), prediction
 
         arrays, prediction = self._each(one, True, outer, state, x, y)
         return WarpState._make((*arrays, state.step + 1)), prediction
@@ -240,13 +247,17 @@ class Warp(MetaLearner):
 
         return self._each(one, False, outer, state, x)
 
-    def _call(self, outer: Outer, state: WarpState, x: Array, training: bool) -> tuple[Array, tuple[Array, ...]]:
-        """Outputs and new buffers of the model for a single network."""
+    def _call(
+        self, outer: Outer, state: WarpState, x: Array, training: bool
+    ) -> tuple[Array, tuple[Array, ...], Sequence[Array]]:
+        """Outputs, new buffers and added losses of the model for a single network."""
         every = {**outer, **self.adapted(state)}
         x = ops.reshape(x, (-1, *self.model.input_shape[1:]))
         trainable = [every[name] for name in self._trainable]
-        prediction, buffers = self.model.stateless_call(trainable, list(state.buffers), x, training=training)
-        return ops.cast(prediction, trainable[0].dtype), tuple(buffers)  # the model may compute in another type
+        prediction, buffers, losses = self.model.stateless_call(
+            trainable, list(state.buffers), x, training=training, return_losses=True
+        )
+        return ops.cast(prediction, trainable[0].dtype), tuple(buffers), losses  # the model may compute in another type
 
     def _each(self, one: Callable[..., Any], learns: bool, outer: Outer, state: WarpState, *data: Array) -> Any:
         """Maps a function of a single network over several networks.

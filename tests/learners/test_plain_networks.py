@@ -29,6 +29,18 @@ def smooth(shape, outputs):
     return keras.Model(x, kl.Dense(outputs)(kl.Flatten()(h)))
 
 
+def limited(shape, outputs):
+    """Regularizers and constraints, which a frozen layer has in vain."""
+    l2, norm = keras.regularizers.L2(0.3), keras.constraints.UnitNorm(axis=[0, 1, 2])
+    return [
+        kl.Conv2D(3, 3, kernel_constraint=norm, bias_regularizer=keras.regularizers.L1(0.2), activation="tanh"),
+        kl.Conv2D(2, 3, kernel_regularizer=l2, bias_constraint="non_neg", activation="tanh"),
+        kl.Conv2D(2, 1, kernel_regularizer=l2, kernel_constraint=norm, trainable=False),
+        kl.Flatten(),
+        kl.Dense(outputs, kernel_regularizer="orthogonal_regularizer", kernel_constraint="max_norm"),
+    ]
+
+
 def sgd(rate=0.1):
     return keras.optimizers.SGD(rate)
 
@@ -47,9 +59,10 @@ def as_keras(learner, arrays):
     return learner._net.model(learner._net.named(arrays))
 
 
+@pytest.mark.parametrize("network", [residual, limited])
 @pytest.mark.parametrize("kind", ["baseline", "maml"])
-def test_steps_are_those_of_keras(kind):
-    learner = (learners.BaselineLearner if kind == "baseline" else learners.MAML)(sgd(), residual).on(SHAPE, OUTPUTS)
+def test_steps_are_those_of_keras(kind, network):
+    learner = (learners.BaselineLearner if kind == "baseline" else learners.MAML)(sgd(), network).on(SHAPE, OUTPUTS)
     outer = {} if kind == "baseline" else learner.draw(0, 1, 64, OUTPUTS)
     outer = over_tasks({name: ops.array(own) for name, own in outer.items()})
     state = learner.init(outer, random.seed_of(3), 64, OUTPUTS, (1, 2))
@@ -125,6 +138,28 @@ def test_meta_training_lowers_the_loss_and_gives_a_keras_model(name, tmp_path):
     )
     for key, own in trainer.parameters().items():
         np.testing.assert_array_equal(again.parameters()[key], own)
+
+
+def test_embeddings_have_no_regularizers():
+    for name in ("prototypes", "neural process"):
+        with pytest.raises(ValueError, match="`network` must have no regularizers and no constraints"):
+            MAKERS[name](limited).on(SHAPE, OUTPUTS)
+
+
+def test_warps_descend_the_loss_of_keras_under_the_constraints():
+    model = keras.Sequential([keras.Input(SHAPE), *limited(SHAPE, OUTPUTS)])
+    warp = [model.layers[1].name]
+    learner = learners.Warp(model, warp, sgd())
+    drawn = {name: own[0] for name, own in learner.draw(0, 1, 64, OUTPUTS).items()}
+    theirs, outer = learner.learned(drawn), {name: ops.array(own[None, None]) for name, own in drawn.items()}
+    theirs.compile(sgd(), keras.losses.CategoricalCrossentropy(from_logits=True))
+    state = learner.init(outer, random.seed_of(0), 64, OUTPUTS, (1, 2))
+    for step in range(2):
+        x, y = batch(seed=step)
+        state, _ = learner.step(outer, state, ops.stack([x, x])[None], ops.stack([y, y])[None])
+        theirs.train_on_batch(images(x), 0.5 * (ops.convert_to_numpy(y) + 1.0))
+    for found, variable in zip(state.weights, theirs.trainable_variables, strict=True):
+        np.testing.assert_allclose(found[0, 1], variable, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MAKERS)
