@@ -469,8 +469,11 @@ def ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, An
             y = _cast(y, "float32")
     if weight is not None and expected.outputs is not None:
         weight = _cast(weight, "float32")
-        if len(expected.outputs) < 2 and len(weight.shape) == 2:
-            weight = weight[:, 0]
+        rank = max(1, len(expected.outputs))
+        if len(weight.shape) > rank:
+            weight = weight[..., 0]
+        elif len(weight.shape) < rank:  # a weight of an example is that of all its positions
+            weight = weight[(..., *(None,) * (rank - len(weight.shape)))]
     return x, y, weight
 
 

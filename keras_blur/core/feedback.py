@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -222,10 +223,11 @@ def _axes(axis: Any) -> set[int]:
 def error(
     loss: keras.losses.Loss,
     y: Array,
-    prediction: Float[Array, "*population batch units"],
-    sample_weight: Shaped[Array, " batch"] | Shaped[Array, "batch 1"] | None = None,
+    prediction: Float[Array, "*population batch *positions units"],
+    sample_weight: Shaped[Array, "batch ..."] | None = None,
     total: Callable[[Array], Array] | None = None,
-) -> Float[Array, "*population batch units"]:
+    population: int = 0,
+) -> Float[Array, "*population batch *positions units"]:
     """The derivative of a Keras loss with respect to the prediction, with weights, masks and
     reduction.
 
@@ -235,11 +237,14 @@ def error(
     Args:
         loss: one of the losses of `differentiable()`, from `resolve_loss`.
         y: labels as that loss takes them.
-        prediction: `[batch, units]`, with Keras's mask `[batch]` if it has one. Without weights, it
-            may have leading axes: networks with a batch each.
-        sample_weight: `[batch]` or `[batch, 1]`, or `None`.
+        prediction: `[batch, *positions, units]`, with Keras's mask `[batch, *positions]` if it has
+            one. Positions are those of a sequence or an image, each with a loss of its own.
+        sample_weight: `[batch, *positions]`, where sizes may be 1 and a last axis of size 1 may be
+            added, or `None`.
         total: a function that returns the sum of a number over the devices that share the batch, or
             `None`.
+        population: number of axes before the batch: networks with a batch each. There must then be
+            no weights.
 
     Returns:
         An array like the prediction.
@@ -254,13 +259,24 @@ def error(
     [[1.0, 0.0]]
     """
     function, options = _slope_of(loss)
+    rank = len(prediction.shape) - population - 1  # of the losses
+    if rank > 1 and options.get("axis", -1) not in (None, -1, rank, [-1], (-1,)):
+        raise ValueError(
+            "`loss` must run over the last axis, axis=-1, or over all of them, axis=None, where the outputs have positions. "
+            f"Received: loss={type(loss).__name__}(axis={options['axis']!r}) for outputs of shape {tuple(prediction.shape)}"
+        )
     whole = function in (_dice, _tversky) and _axes(options["axis"]) == {0, 1}
     if whole and total is not None:
         raise ValueError(
             "`loss` must be computed for each example on several replicas, for instance with axis=-1. Received: "
             f"loss={type(loss).__name__}(axis={options['axis']!r})"
         )
+    if "axis" in options:
+        options["axis"] = tuple(range(-rank - 1, 0)) if whole else -1
     given, mask = keras.backend.standardize_dtype(prediction.dtype), mask_of(prediction)
+    squeezed = rank > 1 and prediction.shape[-1] == 1 and len(ops.shape(y)) == len(prediction.shape) - 1 and mask is None
+    if squeezed and target_kind(loss) != "classes":  # Keras takes the last axis of positions for the units
+        return error(loss, y, prediction[..., 0], sample_weight, total, population)[..., None]
     # Keras's `result_type` of float64 is float32 on JAX.
     prediction = ops.cast(prediction, given if given == "float64" else keras.backend.result_type(given, loss.dtype))
     if target_kind(loss) == "classes":
@@ -268,14 +284,14 @@ def error(
     else:
         y = _columns_of(y, prediction)
     slope = function(options, y, prediction)
-    weight = None if mask is None else ops.reshape(ops.cast(mask, prediction.dtype), (*prediction.shape[:-2], -1, 1))
+    weight = None if mask is None else ops.cast(mask, prediction.dtype)[..., None]
     ignored = options.get("ignore_class")
     if ignored is not None:
         valid = ops.cast(ops.not_equal(y, ops.cast(ignored, y.dtype)), prediction.dtype)[..., None]
         weight = valid if weight is None else weight * valid
     counted = weight
     if sample_weight is not None:
-        sample_weight = ops.reshape(ops.cast(sample_weight, prediction.dtype), (-1, 1))
+        sample_weight = _weights(ops.cast(sample_weight, prediction.dtype), prediction)
         weight = sample_weight if weight is None else weight * sample_weight
     if whole and weight is None:
         return ops.cast(slope, given)
@@ -285,8 +301,11 @@ def error(
         return ops.cast(slope, given)
     if loss.reduction == "mean_with_sample_weight":
         counted = weight
-    examples = ops.cast(ops.shape(prediction)[-2], prediction.dtype)
-    divisor = examples if counted is None else ops.sum(counted, axis=(-2, -1), keepdims=True)
+    if counted is None:
+        sizes = ops.shape(prediction if not whole else weight)[population:-1]
+        divisor = ops.cast(math.prod(sizes[1:], start=sizes[0]), prediction.dtype)
+    else:
+        divisor = ops.sum(counted, axis=tuple(range(-rank - 1, 0)), keepdims=True)
     return ops.cast(ops.divide_no_nan(slope, divisor if total is None else total(divisor)), given)
 
 
@@ -296,9 +315,24 @@ def _integers(y: Array, prediction: Array, column: bool) -> Array:
     if column and len(y.shape) == len(prediction.shape) and y.shape[-1] == 1:
         y = y[..., 0]
     if len(y.shape) != len(prediction.shape) - 1:
-        shapes = "(batch,) or (batch, 1)" if column else "(batch,)"
+        places = ", ".join(["batch", *map(str, prediction.shape[1:-1])])
+        flat = f"({places})" if "," in places else f"({places},)"
+        shapes = f"{flat} or ({places}, 1)" if column else flat
         raise ValueError(f"Integer labels must have shape {shapes}. Received shape {tuple(y.shape)}.")
     return y
+
+
+def _weights(weight: Array, prediction: Array) -> Array:
+    """Sample weights with an axis for the units."""
+    rank = len(prediction.shape) - 1
+    if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
+        return weight
+    if len(weight.shape) != rank:
+        raise ValueError(
+            f"Sample weights must have {rank} axes, those of the outputs without the last; sizes after the first may be 1. "
+            f"Received shape {tuple(weight.shape)} for outputs of shape {tuple(prediction.shape)}."
+        )
+    return weight[..., None]
 
 
 def _columns_of(y: Array, prediction: Array) -> Array:
@@ -481,15 +515,14 @@ def _binary_focal(options: dict[str, Any], y: Array, p: Array) -> Array:
 
 
 def _dice(options: dict[str, Any], y: Array, p: Array) -> Array:
-    axis = (-2, -1) if _axes(options["axis"]) == {0, 1} else -1
+    axis = options["axis"]
     both = ops.sum(y * p, axis=axis, keepdims=True)
     whole = ops.sum(y, axis=axis, keepdims=True) + ops.sum(p, axis=axis, keepdims=True) + keras.config.epsilon()
     return 2.0 * (both / whole - y) / whole
 
 
 def _tversky(options: dict[str, Any], y: Array, p: Array) -> Array:
-    axis = (-2, -1) if _axes(options["axis"]) == {0, 1} else -1
-    alpha, beta = options["alpha"], options["beta"]
+    axis, alpha, beta = (options[name] for name in ("axis", "alpha", "beta"))
     both, missed, extra = (ops.sum(one, axis=axis, keepdims=True) for one in (y * p, (1.0 - p) * y, p * (1.0 - y)))
     whole = both + alpha * missed + beta * extra + keras.config.epsilon()
     return (both / whole * (y - alpha * y + beta * (1.0 - y)) - y) / whole

@@ -289,7 +289,9 @@ def backward(
     values = list(sweep.values)
     received: dict[int, list[Array]] = {}
     senders: dict[int, int] = {}
-    fed = dict(zip(graph.outputs, signals, strict=True))
+    fed: dict[int, Array] = {}
+    for number, signal in zip(graph.outputs, signals, strict=True):  # several outputs may be functions of one value
+        fed[number] = fed[number] + signal if number in fed else signal
 
     def send(number: int, arrays: Array, holder: int) -> None:
         if number in reached:

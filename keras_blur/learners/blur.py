@@ -213,7 +213,7 @@ class Blur(MetaLearner):
         y = ops.broadcast_to(y, ops.shape(prediction))
         kind = feedback.target_kind(loss)
         targets = {"classes": lambda: ops.argmax(y, axis=-1), "indicators": lambda: 0.5 * (y + 1.0)}
-        return feedback.error(loss, targets.get(kind, lambda: y)(), prediction)
+        return feedback.error(loss, targets.get(kind, lambda: y)(), prediction, population=len(prediction.shape) - 2)
 
     def predict(self, outer: Outer, state: network.NetworkState, x: Array) -> Array:
         genome = self.genome(outer)

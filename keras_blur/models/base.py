@@ -417,9 +417,16 @@ class BlurModel(WholeFiles, CheckedModel):
     def _build_for(self, x: Any) -> None:
         """Builds the model for a batch if it is not built."""
 
+    def _output_keys(self) -> list[str]:
+        """What losses, labels and weights call the outputs: their keys in a dict, else their
+        names."""
+        struct = self._network._outputs_struct
+        keyed = isinstance(struct, Mapping) and len(struct) == len(self._network.outputs)
+        return sorted(struct) if keyed else self._network.output_names
+
     def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
         """The feedback into the outputs, as a function of the outputs."""
-        names = self._network.output_names
+        names = self._output_keys()
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
         parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
         wanted = [response.Wanted(*loss, head, labels, weight) for loss, head, labels, weight in parts]
@@ -446,7 +453,7 @@ class BlurModel(WholeFiles, CheckedModel):
             self._build_for(x)
         rule, layers, graph = self.rule, self._synaptic(), self._graph
         shared = self._shared(keras.tree.flatten(x)[0])
-        weights = response.weights_of(sample_weight, self._network.output_names, self.variable_dtype)
+        weights = response.weights_of(sample_weight, self._output_keys(), self.variable_dtype)
         hebbian_weight = None
         if rule.feedback == "labels":
             if isinstance(sample_weight, (Mapping, list, tuple)) and len(weights) > 1:
@@ -454,7 +461,7 @@ class BlurModel(WholeFiles, CheckedModel):
                     "`sample_weight` must be one array where a rule with feedback='labels' learns from several outputs. "
                     f"Received: {len(sample_weight)} of them"
                 )
-            hebbian_weight = weights[0]
+            hebbian_weight = None if weights[0] is None else ops.reshape(weights[0], (-1,))
             ignored = ignored_class(self._learned_loss)
             if ignored is not None:
                 valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)

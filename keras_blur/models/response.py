@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
         share: weight of the loss among the outputs.
         head: the maps after it.
         labels: labels as the loss takes them.
-        weights: a weight for each example, or `None`.
+        weights: a weight for each example or position, or `None`.
     """
 
     loss: keras.losses.Loss | None
@@ -96,12 +96,12 @@ def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
 
 
 def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Array | None]:
-    """Flattens sample weights of any structure to the order of the outputs, each `[batch]`."""
+    """Flattens sample weights of any structure to the order of the outputs."""
     if isinstance(sample_weight, Mapping):
-        found = [sample_weight.get(name) for name in names]
+        found = _by_output("sample_weight", sample_weight, names, None)
     else:
         found = list(sample_weight) if isinstance(sample_weight, (list, tuple)) else [sample_weight] * len(names)
-    return [None if one is None else ops.reshape(ops.cast(one, dtype), (-1,)) for one in found]
+    return [None if one is None else ops.cast(one, dtype) for one in found]
 
 
 def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:

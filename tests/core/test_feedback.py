@@ -88,6 +88,30 @@ def test_derivative_is_the_tape_s(name, reduction, weights):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(2,), (2, 1), (2, 3), (2, 3, 1)])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("name", ["squared", "sparse", "sparse_column", "binary_logits_smooth", "dice"])
+def test_positions_of_a_sequence_are_weighed_as_in_keras(name, reduction, weights):
+    kind, options, labels, predictions = CASES.get(name, (losses.Dice, {}, "indicators", "probabilities"))
+    loss = kind(**options, reduction=reduction)
+    y, p = (np.asarray(one).reshape(2, 3, -1) for one in draw(labels, predictions, "float32"))
+    y, p = (y[..., 0] if name == "sparse" else y), ops.array(p)
+    weight = np.random.default_rng(1).uniform(0, 2, weights).astype("float32")
+    if weights == (2,):
+        weight = None
+    np.testing.assert_allclose(feedback.error(loss, y, p, weight), taped(loss, y, p, weight), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_of_a_population_has_a_batch_of_its_own():
+    for name, reduction in (("sparse", "sum_over_batch_size"), ("squared", "sum")):
+        kind, options, labels, predictions = CASES[name]
+        y, p = (np.stack([one, one[::-1]]) for one in draw(labels, predictions, "float32"))
+        loss = kind(**options, reduction=reduction)
+        both = feedback.error(loss, y, ops.array(p), population=1)
+        for found, own_y, own_p in zip(both, y, p, strict=True):
+            np.testing.assert_allclose(found, feedback.error(loss, own_y, ops.array(own_p)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_derivative_keeps_float64(name):
     kind, options, labels, predictions = CASES[name]
@@ -141,6 +165,24 @@ def test_binary_crossentropy_is_flat_where_keras_clips():
 def test_error_names_what_it_cannot_do(loss, y, named):
     with pytest.raises(ValueError, match=named):
         feedback.error(loss, y, ops.zeros((BATCH, UNITS), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "weight", "named"),
+    [
+        (losses.MeanSquaredError(), np.zeros((2, 3, 4)), np.ones(2), r"must have 2 axes.*Received shape \(2,\)"),
+        (
+            losses.SparseCategoricalCrossentropy(from_logits=True),
+            np.zeros(2),
+            None,
+            r"shape \(batch, 3\) or \(batch, 3, 1\)",
+        ),
+        (losses.CosineSimilarity(axis=1), np.zeros((2, 3, 4)), None, r"Received: loss=CosineSimilarity\(axis=1\) for"),
+    ],
+)
+def test_error_names_what_it_cannot_do_with_positions(loss, y, weight, named):
+    with pytest.raises(ValueError, match=named):
+        feedback.error(loss, y, ops.zeros((2, 3, 4), "float32"), weight)
 
 
 def test_sparse_loss_refuses_indicators_of_one_example():

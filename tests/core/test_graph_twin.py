@@ -192,7 +192,8 @@ def respond(rule, y):
     """The feedback of the library for a rule."""
     if rule.feedback == "labels":
         return lambda prediction: y
-    return lambda prediction: feedback.error(keras.losses.MeanSquaredError(), y, prediction)
+    loss = keras.losses.MeanSquaredError()
+    return lambda prediction: feedback.error(loss, y, prediction, population=len(prediction.shape) - len(y.shape))
 
 
 def close(actual, expected, name):
