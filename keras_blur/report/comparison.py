@@ -99,7 +99,8 @@ def compare(
     Returns:
         JSON values: `steps`; `examples`, a summary of the data; `curves` of the genome and of each
         optimizer's settings, with accuracy and cross-entropy by seed and step, and seconds by step;
-        and what `envelopes.summary` makes of them. A non-finite score counts as the worst: accuracy 0, cross-entropy `None`.
+        and what `envelopes.summary` makes of them. A non-finite score counts as the worst: accuracy
+        0, cross-entropy `None`.
 
     Raises:
         ValueError: if the genome does not fit the network, an optimizer is unknown, a number does
@@ -121,9 +122,7 @@ def compare(
     arguments.flag("normalize", normalize)
     chosen = _checked_grids(GRIDS if grids is None else grids)
     if not schedules or set(schedules) - set(SCHEDULES) or len(set(schedules)) != len(schedules):
-        raise ValueError(
-            f"`schedules` must be some of {', '.join(SCHEDULES)}, each once. Received: schedules={schedules!r}"
-        )
+        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}, each once. Received: schedules={schedules!r}")
     source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split, score_at=score_at)
     if not 1 <= tuning_seeds <= seeds:
         raise ValueError(
