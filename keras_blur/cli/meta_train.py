@@ -293,7 +293,8 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
     stages = [(index * length, steps) for index, steps in enumerate(unrolls)]
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]
     if flag["validate"]:
-        callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
+        last = unrolls[-1] if len(unrolls) > 1 else None
+        callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=last))
     callbacks.append(meta.SaveLearned(output))
     if flag["csv"]:
         going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
