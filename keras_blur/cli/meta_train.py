@@ -85,8 +85,8 @@ _DENSE = When(
     ("network",),
 )
 _LOSS_COUNTS = When(
-    "with --fitness=loss under --estimator=cma",
-    lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss",
+    "with --fitness=loss under --estimator=cma, unless it is 0",
+    lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss" or not flag["trajectory_loss_weight"],
     ("estimator", "fitness"),
 )
 _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")]
