@@ -30,7 +30,7 @@ BELOW = {
     "training": {"backend", "tasks", "checks", "distribution"},
     "meta": {"backend", "training", "learners", "tasks", "core", "checks", "compiling", "distribution"},
     "bilevel": {"backend", "training", "learners", "layers", "tasks", "core", "checks", "distribution"},
-    "report": {"backend", "learners", "meta", "models", "layers", "core", "tasks", "compiling", "checks"},
+    "report": {"backend", "training", "learners", "meta", "models", "layers", "core", "tasks", "compiling", "checks"},
 }
 TOP = {"__init__", "__main__", "cli"}  # may import all
 

@@ -5,7 +5,7 @@ from keras_blur.bilevel.famus import GradientSampler, LayerwiseMetaGradient
 from keras_blur.bilevel.hypergradient import FiniteDifference, OneStep
 from keras_blur.bilevel.pseudo_clean import PseudoCleanSplit
 from keras_blur.bilevel.trainer import BilevelTrainer
-from keras_blur.bilevel.training_losses import Hyperparameters, LearnedRotation, SampleWeightNet, TrainingLoss
+from keras_blur.bilevel.training_losses import Hyperparameters, LearnedRotation, SampleWeightNet, TrainingLoss, held
 
 __all__ = [
     "BilevelTrainer",
@@ -19,4 +19,5 @@ __all__ = [
     "PseudoCleanSplit",
     "SampleWeightNet",
     "TrainingLoss",
+    "held",
 ]

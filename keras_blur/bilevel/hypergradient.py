@@ -33,6 +33,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, backend
+from keras_blur.bilevel.training_losses import recording, replaying
 
 Array = Any
 Outer = Mapping[str, Array]
@@ -229,7 +230,8 @@ class OneStep(VirtualStep):
 class FiniteDifference(VirtualStep):
     """The gradient through one virtual SGD step, with a central difference as mixed derivative.
 
-    No second derivatives are computed.
+    No second derivatives are computed. Both points see what the training loss takes as constants
+    (`held`) at the weights in between.
 
     Args:
         rate: as in `VirtualStep`.
@@ -259,10 +261,18 @@ class FiniteDifference(VirtualStep):
         length = ops.sqrt(sum(ops.cast(ops.sum(ops.square(v)), dtype) for v in slope.values()))
         number = sum(math.prod(v.shape) for v in slope.values())
         scale = 0.5 * self.width * math.sqrt(number) / ops.maximum(length, 1e-12)
+        constants: list[Array] = []
+        with recording(constants):
+            problem.train(outer, weights)
 
         def outer_gradient(sign: float) -> dict[str, Array]:
             moved = {n: value + ops.cast(sign * scale, value.dtype) * slope[n] for n, value in weights.items()}
-            return gradient(lambda values: problem.train(values, moved), outer, problem.scale)[1]
+
+            def train(values: Outer) -> Array:
+                with replaying(constants):
+                    return problem.train(values, moved)
+
+            return gradient(train, outer, problem.scale)[1]
 
         above, below = outer_gradient(1.0), outer_gradient(-1.0)
         factor = -ahead.alpha / (2.0 * scale)

@@ -11,7 +11,10 @@ the values chosen by the estimator. To add a training loss, write a subclass wit
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -25,6 +28,56 @@ from keras_blur.distribution import shard
 
 Array = Any
 
+# What `held` does with a value; `None` outside of the scopes below.
+_HOLD: contextvars.ContextVar[Callable[[Array], Array] | None] = contextvars.ContextVar("_HOLD", default=None)
+
+
+def held(value: Array) -> Array:
+    """A value that a training loss takes as a constant, whatever it depends on.
+
+    In a training loss, use it in place of `keras.ops.stop_gradient`. `FiniteDifference` computes
+    the loss at moved weights, where the value has to stay that of the weights themselves.
+
+    Args:
+        value: an array.
+
+    Example:
+
+    >>> float(held(ops.convert_to_tensor(2.0)))
+    2.0
+    """
+    hold, value = _HOLD.get(), ops.stop_gradient(value)
+    return value if hold is None else hold(value)
+
+
+@contextlib.contextmanager
+def recording(found: list[Array]) -> Iterator[None]:
+    """A scope that appends to `found` what is `held`."""
+
+    def record(value: Array) -> Array:
+        found.append(value)
+        return value
+
+    with _holding(record):
+        yield
+
+
+@contextlib.contextmanager
+def replaying(found: list[Array]) -> Iterator[None]:
+    """A scope in which `held` gives the values of `found` in turn."""
+    values = iter(found)
+    with _holding(lambda value: next(values)):
+        yield
+
+
+@contextlib.contextmanager
+def _holding(hold: Callable[[Array], Array]) -> Iterator[None]:
+    before = _HOLD.set(hold)
+    try:
+        yield
+    finally:
+        _HOLD.reset(before)
+
 
 class TrainingLoss(keras.Model):
     """A training loss whose outer parameters are the trainable weights of this model."""
@@ -37,7 +90,8 @@ class TrainingLoss(keras.Model):
         """Computes the loss of a batch.
 
         Args:
-            model: the model to train. Call it with `training=True`.
+            model: the model to train. Call it with `training=True`. What depends on it and is to
+                be a constant goes through `held`.
             x, y: the batch.
             losses: maps labels and predictions to the loss of each example, `[batch]`. Their mean
                 is the loss of Keras's `fit`.
@@ -93,7 +147,7 @@ class SampleWeightNet(TrainingLoss):
     def training_loss(self, model: keras.Model, x: Array, y: Array, losses: ExampleLosses) -> Array:
         each = losses(y, model(x, training=True))
         check_weighable(each)
-        weights = ops.cast(self(ops.stop_gradient(each)), each.dtype)
+        weights = ops.cast(self(held(each)), each.dtype)
         # Over replicas the sum is that of the whole batch, and has a derivative; each has its part
         # of a mean.
         replicas = shard().count

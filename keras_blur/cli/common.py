@@ -40,10 +40,12 @@ def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def check_optimizers(names: Sequence[str]) -> None:
-    """Raises a `ValueError` if --optimizers has an unknown name."""
+    """Raises a `ValueError` if --optimizers has an unknown name, or one twice."""
     unknown = [name for name in names if name not in OPTIMIZERS]
     if unknown:
         raise ValueError(f"--optimizers must be some of {', '.join(OPTIMIZERS)}. Received: {', '.join(unknown)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"--optimizers must name each optimizer once. Received: {', '.join(names)}")
 
 
 def name_of(genome: str) -> str:

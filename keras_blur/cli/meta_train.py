@@ -18,7 +18,7 @@ import keras
 from keras_blur import backend, genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
-from keras_blur.cli.outputs import interrupted, write_json, wrote
+from keras_blur.cli.outputs import history_of, interrupted, left_alone, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
@@ -72,9 +72,22 @@ _FEW_SHOT = [
     When("with --ways or --synthetic=classes", lambda flag: flag["ways"] or flag["synthetic"] == "classes", ("synthetic",))
 ]
 _FIRST_ORDER = When(
-    "with --method=maml or --estimator=warpgrad or warpgrad_offline",
-    lambda flag: flag["method"] == "maml" or flag["estimator"].startswith("warpgrad"),
+    "with --method=maml under --estimator=unroll or truncated, or with --estimator=warpgrad or warpgrad_offline",
+    lambda flag: (
+        flag["estimator"].startswith("warpgrad")
+        or (flag["method"] == "maml" and flag["estimator"] in ("unroll", "truncated"))
+    ),
     ("method", "estimator"),
+)
+_DENSE = When(
+    "with mlp in --network or with --method=warp",
+    lambda flag: flag["method"] == "warp" or "mlp" in flag["network"],
+    ("network",),
+)
+_LOSS_COUNTS = When(
+    "with --fitness=loss under --estimator=cma, unless it is 0",
+    lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss" or not flag["trajectory_loss_weight"],
+    ("estimator", "fitness"),
 )
 _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")]
 
@@ -116,7 +129,7 @@ def define_flags(flags: Flags) -> None:
         "hidden",
         ["64,64"],
         "Units of the hidden layers; with --method=blur, repeat for several networks.",
-        [unless_value("method", "online")],
+        [unless_value("method", "online"), _DENSE],
     )
     flags.integer("states", None, "States of a neuron; by default those of --start, else 2.", least=2, when=_BLUR)
     flags.words("rule", [], "Further options of the rule, such as oja=weights,update_decay=power.", _BLUR)
@@ -183,6 +196,7 @@ def define_flags(flags: Flags) -> None:
         None,
         "Weight of the trajectory loss, added to the query loss; by default 1 for blur, else 0.",
         least=0.0,
+        when=[_LOSS_COUNTS],
     )
     gradient = [unless_value("estimator", "cma")]
     flags.integer(
@@ -231,7 +245,6 @@ def parse_rule(texts: Sequence[str], **options: Any) -> Rule:
 
 def complete(flag: dict[str, Any], given: set[str]) -> None:
     """Fills in defaults that depend on the method, and refuses flags that exclude each other."""
-    del given
     method = flag["method"]
     flag["unroll"] = flag["unroll"] or _UNROLL[method]
     flag["estimator"] = flag["estimator"] or ("warpgrad" if method == "warp" else "unroll")
@@ -240,6 +253,10 @@ def complete(flag: dict[str, Any], given: set[str]) -> None:
         flag["trajectory_loss_weight"] = _TRAJECTORY_LOSS_WEIGHT.get(method, 0.0)
     if sum([bool(flag["functions"]), flag["synthetic"] is not None, flag["ways"] is not None]) > 1:
         raise ValueError("--functions, --synthetic and --ways exclude each other")
+    if "relabel" in given and flag["relabel"]:
+        values = [name for name in flag["functions"] if tasks.functions(name).kind != "classes"]
+        if values:
+            raise ValueError(f"--relabel applies only to --functions of classes. Received: {', '.join(values)}")
 
 
 def run(flag: dict[str, Any], positional: Sequence[str], scope: Any = None) -> int:
@@ -293,10 +310,11 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
     stages = [(index * length, steps) for index, steps in enumerate(unrolls)]
     callbacks: list[keras.callbacks.Callback] = [meta.UnrollCurriculum(stages)]
     if flag["validate"]:
-        callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=unrolls[-1]))
+        last = unrolls[-1] if len(unrolls) > 1 else None
+        callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=last))
     callbacks.append(meta.SaveLearned(output))
+    going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
     if flag["csv"]:
-        going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
         callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=going_on))
     if flag["tensorboard"]:
         callbacks.append(tensorboard(flag["tensorboard"]))
@@ -322,13 +340,9 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         wrote(output)
     else:
         print(f"left {output} unchanged: no member was finite in the last step")
-    if flag["json"]:
-        document: dict[str, Any] = {
-            "flags": flag,
-            "seconds": seconds,
-            "scores": scores,
-            "history": {key: [float(value) for value in column] for key, column in log.history.items()},
-        }
+    found = history_of(log)
+    if flag["json"] and (found["epochs"] or not left_alone(flag["json"], going_on)):
+        document: dict[str, Any] = {"flags": flag, "seconds": seconds, "scores": scores, **found}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
     if log.history:
         for name in ("checkpoint", "csv", "tensorboard"):

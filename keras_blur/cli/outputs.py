@@ -10,7 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from keras_blur.files import write_text
+import keras
+
+from keras_blur.files import exists, write_text
 
 
 class Table:
@@ -64,6 +66,26 @@ def write_json(path: str, document: Any) -> None:
     """Writes JSON, with `null` for non-finite numbers, and prints the file name."""
     save_json(path, document)
     wrote(path)
+
+
+def history_of(log: keras.callbacks.History) -> dict[str, Any]:
+    """The numbers of the epochs of a run, from 1 on, and what Keras logged in them.
+
+    A run that goes on from a checkpoint has the epochs after it.
+    """
+    history = {name: [float(value) for value in column] for name, column in log.history.items()}
+    return {"epochs": [epoch + 1 for epoch in getattr(log, "epoch", ())], "history": history}
+
+
+def left_alone(path: str, going_on: bool) -> bool:
+    """Whether a run that did no epoch leaves a file as it is, and says so.
+
+    It does if it would go on from a checkpoint and the file exists.
+    """
+    if going_on and exists(path):
+        print(f"left {path} unchanged: no epoch was done")
+        return True
+    return False
 
 
 def _finite(value: Any) -> Any:

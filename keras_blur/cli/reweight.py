@@ -12,8 +12,8 @@ from keras_blur import bilevel
 from keras_blur.bilevel.hypergradient import HypergradientEstimator
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When
-from keras_blur.cli.outputs import interrupted, write_json, wrote
-from keras_blur.files import save
+from keras_blur.cli.outputs import history_of, interrupted, left_alone, write_json, wrote
+from keras_blur.files import exists, save
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels
 
@@ -97,11 +97,10 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
             )  # fmt: skip
         except KeyboardInterrupt:
             stopped = True
-        result: dict[str, Any] = {
-            "history": {name: [float(value) for value in column] for name, column in log.history.items()}
-        }
+        result = history_of(log)
         return trainer, {**result, "partial": True} if stopped else result
 
+    going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
     results: dict[str, dict[str, Any]] = {}
     trainer: bilevel.BilevelTrainer | None = None
     stopped = False
@@ -124,7 +123,8 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         said = ", ".join(f"{value:.3f} if its label is {name}" for name, value in means.items())
         print(f"mean weight of an example: {said}")
     kept = []
-    if flag["json"]:
+    done = results.get(flag["method"], {}).get("epochs")
+    if flag["json"] and (done or not left_alone(flag["json"], going_on)):
         document: dict[str, Any] = {"flags": flag, "results": results}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
         kept.append(flag["json"])

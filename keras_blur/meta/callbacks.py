@@ -16,7 +16,7 @@ from keras_blur.backend import compiled, numbers_of
 from keras_blur.core import random
 from keras_blur.files import check_output
 from keras_blur.learners.base import MetaLearner
-from keras_blur.meta.estimator import InnerLoop, start
+from keras_blur.meta.estimator import InnerLoop, Truncated, start
 from keras_blur.tasks.base import Tasks, check_split
 
 
@@ -87,7 +87,7 @@ class MetaValidate(keras.callbacks.Callback):
         learner: a learner with the same outer parameters as the trainer's; `None` uses the first
             learner of the trainer.
         steps: learning steps of an episode; `None` uses the initial value of the trainer's
-            estimator.
+            estimator, under truncation windows all steps of an episode.
         episodes: episodes per task distribution.
         split: `"validation"` for model selection, `"test"` for reporting only.
         path: file for the best parameters so far, or `None`. An existing file is replaced. A
@@ -139,10 +139,11 @@ class MetaValidate(keras.callbacks.Callback):
             raise ValueError(
                 f"`learner` of MetaValidate must share the outer parameters of the trainer's learner. Received: {learner!r}"
             )
-        steps = self.steps or trainer.estimator.steps
+        of = trainer.estimator
+        steps = self.steps or (of.episode_steps if isinstance(of, Truncated) else of.steps)
         self._data, self._scores = [], []
         for tasks in self.tasks:
-            inner = InnerLoop(steps, loss=trainer.estimator.loss, kind=tasks.kind)
+            inner = InnerLoop(steps, loss=of.loss, kind=tasks.kind)
             stream = tasks.dataset(
                 self.seed, steps=steps, batch=trainer.batch_size, query=trainer.query_size, split=self.split
             )

@@ -382,11 +382,12 @@ class MetaTrainer(OuterLoop):
 
     def settings(self) -> dict[str, Any]:
         tasks = list({id(of): of for of, _ in self.families}.values())
+        made = [one.network(of.shape, of.outputs) for of, one in self.families if callable(getattr(one, "network", None))]
         return {
             "tasks": tasks, "weights": self.weights_of_families, "learner": self._given_learners,
             "estimator": self._given_estimator, "members": self.members, "meta_batch_size": self.meta_batch_size,
             "batch_size": self.batch_size, "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed,
-            "start": json.loads(self._start),
+            "start": json.loads(self._start), **({"networks": made} if made else {}),
         }  # fmt: skip
 
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:

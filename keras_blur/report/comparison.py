@@ -16,6 +16,8 @@ scored with the statistics of the test examples, since Keras's moving averages s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +38,7 @@ from keras_blur.report.scoring import score
 from keras_blur.report.sources import Source, source_of
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
+from keras_blur.training.settings import described, differences
 
 Array = Any
 
@@ -88,19 +91,21 @@ def compare(
         score_at: steps at which learners are scored, besides 0 and `steps`; `None` takes 1, 2, 5,
             10, ..., 1000. Fewer scores are cheaper, as a decayed rate has a run for each of them.
         tuning_seeds: number of seeds, from the first, on which the whole grid runs.
-        baselines: an earlier result, even a partial one, in the same setting, whose optimizer runs
-            are reused. Seconds are always measured anew.
+        baselines: an earlier result, even a partial one, in the same setting and on the same
+            examples, whose optimizer runs are reused. Seconds are always measured anew.
         watch: called with a `Progress` before each run, for display or for keeping partial results.
             An exception ends the comparison.
 
     Returns:
-        JSON values: `steps`; `curves` of the genome and of each optimizer's settings, with accuracy
-        and cross-entropy by seed and step, and seconds by step; and what `envelopes.summary` makes
-        of them. A non-finite score counts as the worst: accuracy 0, cross-entropy `None`.
+        JSON values: `steps`; `examples`, a summary of the data; `curves` of the genome and of each
+        optimizer's settings, with accuracy and cross-entropy by seed and step, and seconds by step;
+        and what `envelopes.summary` makes of them. A non-finite score counts as the worst: accuracy
+        0, cross-entropy `None`.
 
     Raises:
         ValueError: if the genome does not fit the network, an optimizer is unknown, a number does
-            not fit the data, or `baselines` has another setting.
+            not fit the data, a schedule is repeated, or `baselines` has another setting or other
+            examples.
 
     Example:
 
@@ -116,18 +121,19 @@ def compare(
         raise ValueError(f"`genome` must be a single one. Received: a population of shape {genome.population}")
     arguments.flag("normalize", normalize)
     chosen = _checked_grids(GRIDS if grids is None else grids)
-    if not schedules or set(schedules) - set(SCHEDULES):
-        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}. Received: schedules={schedules!r}")
+    if not schedules or set(schedules) - set(SCHEDULES) or len(set(schedules)) != len(schedules):
+        raise ValueError(f"`schedules` must be some of {', '.join(SCHEDULES)}, each once. Received: schedules={schedules!r}")
     source, at = source_of(data, steps=steps, seeds=seeds, batch_size=batch_size, seed=seed, split=split, score_at=score_at)
     if not 1 <= tuning_seeds <= seeds:
         raise ValueError(
             f"`tuning_seeds` must be from 1 to {seeds}, the number of seeds. Received: tuning_seeds={tuning_seeds}"
         )
-    described, build = builder(network)
+    title, build = builder(network)
     start = _Start(source, build, activation_of(genome.rule.forward_activation))
     header = {
-        "data": data.name, "network": described, "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
+        "data": data.name, "network": title, "batch_size": batch_size, "seeds": seeds, "seed": seed, "split": split,
         "activation": genome.rule.forward_activation, "parameters": start.network(0).count_params(), "steps": list(at),
+        "examples": source.described(), "layers": _layers(network, start),
     }  # fmt: skip
     known = _known(baselines, header)
     variants = [PLAIN, *([NORMALIZED] if normalize and normalized(start.network(0)) is not None else [])]
@@ -179,12 +185,30 @@ def _known(baselines: Mapping[str, Any] | None, header: Mapping[str, Any]) -> di
     """The optimizers' curves of an earlier result."""
     if baselines is None:
         return {}
+    examples = baselines.get("examples", [])
+    if not examples:
+        raise ValueError("`baselines` must be a comparison that describes its `examples`. Received: one without")
+    left_out = ("seeds", "examples", *(["network"] if header["layers"] else []))  # a file may have another name
     for name, wanted in header.items():
-        if name != "seeds" and baselines.get(name) != wanted:
+        if name not in left_out and baselines.get(name) != wanted:
             raise ValueError(
                 f"`baselines` must be a comparison with {name}={wanted!r}. Received: one with {name}={baselines.get(name)!r}"
             )
+    for before, now in zip(examples, header["examples"], strict=False):  # of the seeds that both have
+        if other := next(differences(before, now), None):
+            raise ValueError(
+                f"`baselines` must be a comparison on the same examples of {header['data']}. Received: one on others "
+                f"({other[0]} {other[1]}, now {other[2]})"
+            )
     return {name: curve for name, curve in baselines["curves"].items() if "optimizer" in curve}
+
+
+def _layers(network: Any, start: _Start) -> str | None:
+    """A digest of the layers of a user's own network; `None` for one that its name describes."""
+    if not isinstance(network, keras.Model) and not (isinstance(network, str) and network.endswith(".keras")):
+        return None
+    text = json.dumps(described(start.network(0)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Start:
@@ -388,14 +412,14 @@ class _Runs:
             row = self._row(self._learners[key], number, setting.rate)
         else:
             row = self._decayed(self._learners[key], number, setting.rate)
-        described = {
+        about = {
             "optimizer": setting.optimizer, "rate": setting.rate, "schedule": setting.schedule, "network": setting.variant,
         }  # fmt: skip
-        self._add(setting.name, described, key, row)
+        self._add(setting.name, about, key, row)
 
-    def _add(self, name: str, described: Mapping[str, Any], key: tuple[str, str], row: tuple[Any, Any]) -> None:
+    def _add(self, name: str, about: Mapping[str, Any], key: tuple[str, str], row: tuple[Any, Any]) -> None:
         seconds = [self._seconds[key] * step for step in self._at]
-        curve = self._curves.setdefault(name, {**described, "accuracy": [], "loss": [], "seconds": seconds})
+        curve = self._curves.setdefault(name, {**about, "accuracy": [], "loss": [], "seconds": seconds})
         curve["accuracy"].append(list(row[0]))
         curve["loss"].append(list(row[1]))
 

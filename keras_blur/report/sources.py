@@ -14,6 +14,7 @@ from keras_blur.checks import Expected, checked_arrays
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
+from keras_blur.training.settings import projected
 
 Array = Any
 
@@ -43,6 +44,10 @@ class Source(abc.ABC):
     def test(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The test examples of a seed: x `[examples, *shape]` float32, labels `[examples]`
         int32."""
+
+    @abc.abstractmethod
+    def described(self) -> list[dict[str, Any]]:
+        """Summaries of all examples: of each seed, or one if all seeds have the same examples."""
 
     @property
     def features(self) -> int:
@@ -76,6 +81,9 @@ class Passes(Source):
         del number
         return self._test
 
+    def described(self) -> list[dict[str, Any]]:
+        return [_described((self._x, self._test[0]), (self._y, self._test[1]))]
+
 
 class Episodes(Source):
     """Tasks, with one episode per seed."""
@@ -94,6 +102,14 @@ class Episodes(Source):
 
     def test(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         return self._test_x[number], self._test_y[number]
+
+    def described(self) -> list[dict[str, Any]]:
+        columns = zip(self._x, self._test_x, self._y, self._test_y, strict=True)
+        return [_described((x, test_x), (y, test_y)) for x, test_x, y, test_y in columns]
+
+
+def _described(inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Any]:
+    return {"inputs": projected(list(inputs)), "labels": projected(list(labels))}
 
 
 def _labels(signs: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def described(value: Any) -> Any:
     Returns:
         Equal nests for equal settings. Arrays become projections, variables become shapes and
         dtypes, Keras objects become configs without names, and other objects become their public
-        attributes.
+        attributes; a user's tasks have private numbers and texts, too.
 
     Example:
 
@@ -94,9 +94,19 @@ def _described(value: Any, above: tuple[int, ...]) -> Any:
         return own["class"]
     own |= {name: _described(one, above) for name, one in vars(value).items() if not name.startswith("_")}
     if isinstance(value, Tasks):
-        hidden = list(_arrays([one for name, one in vars(value).items() if name.startswith("_")]))
+        private = {name: one for name, one in vars(value).items() if name.startswith("_")}
+        hidden = list(_arrays(list(private.values())))
         own |= {"data": projected(hidden)} if hidden else {}
+        if _package(value) != "keras_blur":  # a user's; those here have all their options as public attributes
+            own |= {name: _described(one, above) for name, one in private.items() if _plain(one)}
     return own
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a number, a text or a tuple of such."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return isinstance(value, (bool, int, float, str, np.generic))
 
 
 def _package(value: Any) -> str:

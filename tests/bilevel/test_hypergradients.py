@@ -9,6 +9,7 @@ from keras import ops
 from on_backend import JAX, compiled, in_a_graph, once, products_of_branches, slopes, soon
 
 from keras_blur import backend, bilevel, random
+from keras_blur.bilevel import training_losses
 from keras_blur.bilevel.evograd import named
 from keras_blur.bilevel.hypergradient import Bilevel, LookAhead, gradient
 
@@ -105,6 +106,29 @@ def test_the_difference_quotient_comes_close_to_the_exact_gradient():
     error_wide, error_narrow = (np.linalg.norm(one - exact) / np.linalg.norm(exact) for one in (wide, narrow))
     assert error_narrow < 1e-4
     assert error_wide / error_narrow == pytest.approx(100, rel=0.2)  # of second order in the width
+
+
+def test_the_difference_quotient_holds_what_the_loss_takes_as_constants():
+    """Weights of examples as a function of their losses, which are constants there."""
+    nested, outer, weights = problem()
+
+    def train(outer, w):
+        each = backend.mean(ops.square(backend.tanh(ops.ones((6, 3), "float64") @ w["a"] + w["b"]) @ w["d"]), -1) * size
+        return average(ops.sigmoid(outer["scale"] * bilevel.held(each)) * each)
+
+    size = ops.convert_to_tensor(np.arange(1.0, 7.0))
+    found = nested._replace(train=train), {"scale": outer["scale"]}, weights
+    exact = flat(estimate(bilevel.OneStep(), found).gradients)
+    close = flat(estimate(bilevel.FiniteDifference(width=1e-3), found).gradients)
+    np.testing.assert_allclose(close, exact, rtol=1e-4)
+
+
+def test_example_weights_hold_the_losses():
+    net, found = bilevel.SampleWeightNet(4), []
+    each = ops.convert_to_tensor(np.array([0.5, 2.0], "float32"))
+    with training_losses.recording(found):
+        net.training_loss(lambda x, training: x, each, None, lambda y, prediction: prediction)
+    assert [ops.convert_to_numpy(one).tolist() for one in found] == [[0.5, 2.0]]
 
 
 def test_all_layers_are_the_exact_gradient_and_parts_sum_to_it():

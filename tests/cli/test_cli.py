@@ -283,6 +283,19 @@ IGNORED = [
     ("meta-train", "--start=backprop --states=3", "--states must be 2, as in the genome of --start"),
     ("meta-train", "--learn=nu", "--learn applies only with --start"),
     ("meta-train", "--start=fast --learn=gate", "--learn must be some of nu, mu,"),
+    (
+        "meta-train",
+        "--method=maml --estimator=es --first_order",
+        "--first_order applies only with --method=maml under --estimator=unroll or truncated",
+    ),
+    ("meta-train", "--functions=sine --relabel", "--relabel applies only to --functions of classes. Received: sine"),
+    ("meta-train", "--network=lenet --hidden=3", "--hidden applies only with mlp in --network"),
+    ("meta-train", "--method=prototypes --network=lenet --hidden=3", "--hidden applies only with mlp in --network"),
+    (
+        "meta-train",
+        "--estimator=cma --trajectory_loss_weight=2",
+        "--trajectory_loss_weight applies only with --fitness=loss under --estimator=cma",
+    ),
     ("meta-train", "--method=online --synthetic=remember --hidden=8", "--hidden applies only without --method=online"),
     ("meta-train", "--functions=xor --sizes=8", "--sizes applies only without --functions or --synthetic"),
     ("meta-train", "--synthetic=pose --data=mnist", "--data applies only without --functions or --synthetic"),
@@ -575,6 +588,36 @@ def test_meta_train_keeps_what_was_learned(tmp_path, capsys):
     document = json.loads(paths["json"].read_text())
     assert document["partial"]
     assert len(document["history"]["loss"]) == 1
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_finished_run_leaves_its_numbers(tmp_path, capsys):
+    path = tmp_path / "n.json"
+    size = ["--functions=xor", "--hidden=4", "--unroll=2", "--steps_per_epoch=1", "--members=1"]
+    outputs = [f"--genome={tmp_path / 'g.json'}", f"--checkpoint={tmp_path / 'c.weights.h5'}", f"--json={path}"]
+
+    def run(epochs):
+        assert cli.run(["meta-train", *size, *outputs, f"--epochs={epochs}"]) == 0
+        return path.read_text(), capsys.readouterr().out
+
+    whole, _ = run(1)
+    again, said = run(1)
+    assert again == whole
+    assert f"left {path} unchanged: no epoch was done" in said
+    document = json.loads(run(2)[0])
+    assert document["epochs"] == [2]
+    assert len(document["history"]["loss"]) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_reweighting_leaves_its_numbers(tmp_path):
+    path = tmp_path / "r.json"
+    asked = ["reweight", "--hidden=4", "--epochs=1", "--noplain", f"--checkpoint={tmp_path / 'r.weights.h5'}"]
+    assert cli.run([*asked, f"--json={path}"]) == 0
+    whole = path.read_text()
+    assert json.loads(whole)["results"]["meta_weight_net"]["epochs"] == [1]
+    assert cli.run([*asked, f"--json={path}"]) == 0
+    assert path.read_text() == whole
 
 
 def test_ctrl_c_before_any_result(monkeypatch, capsys):

@@ -164,6 +164,17 @@ def test_validation_is_logged_for_later_callbacks_and_the_best_genome_is_kept(tm
     assert again.best >= max(kept)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "steps"),
+    [(meta.Unroll(3), 3), (meta.TruncatedUnroll(2, episode_steps=6), 6), (meta.PES(2, episode_steps=8), 8)],
+)
+def test_validation_goes_to_the_end_of_an_episode(estimator, steps):
+    check = meta.MetaValidate(tasks.functions("xor"), episodes=4)
+    check.set_model(trainer(estimator, tasks.functions("xor")))
+    check.on_train_begin()
+    assert check._data[0]["x"].shape[:2] == (4, steps)
+
+
 def test_validation_errors():
     with pytest.raises(ValueError, match="`episodes` must be a positive integer"):
         meta.MetaValidate(tasks.functions("xor"), episodes=0)

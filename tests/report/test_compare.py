@@ -1,6 +1,9 @@
 """A comparison is fair, tuned and finite; an evaluation."""
 
+import dataclasses
 import json
+import pathlib
+import shutil
 
 import keras
 import matplotlib.image
@@ -169,6 +172,46 @@ def test_baselines_are_not_run_again(result):
         compare(genome, few(), (12,), steps=10, seeds=2, batch_size=16, grids=GRIDS, baselines=result)
 
 
+def test_baselines_are_of_the_same_examples_and_layers(tmp_path):
+    """Data of one name and shape; networks of one name and number of parameters."""
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    own, other = (tasks.arrays(x, labels) for labels in (x[:, 0] > 0, x[:, 1] > 0))
+    options = {"steps": 1, "batch_size": 8, "grids": {"SGD": (0.3,)}, "schedules": ["constant"], "normalize": False}
+
+    def run(data, network=(3,), seeds=2, **others):
+        return compare(genomes.backprop(0.3, "tanh"), data, network, seeds=seeds, **options, **others)
+
+    def saved(activation):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation), keras.layers.Dense(2)])
+        model.save(tmp_path / "own.keras")
+        return str(tmp_path / "own.keras")
+
+    before = json.loads(json.dumps(run(own)))
+    more = run(own, seeds=3, baselines=before)
+    assert more["curves"]["SGD 0.3"]["loss"][:2] == before["curves"]["SGD 0.3"]["loss"]
+    with pytest.raises(ValueError, match="`baselines` must be a comparison on the same examples of arrays"):
+        run(other, baselines=before)
+    with pytest.raises(ValueError, match="`baselines` must be a comparison that describes its `examples`"):
+        run(own, baselines={name: one for name, one in before.items() if name != "examples"})
+    images = few()
+    turned = dataclasses.replace(images, y_train=9 - images.y_train)
+    with pytest.raises(ValueError, match="on the same examples of few"):
+        run(turned, baselines=run(images))
+
+    before = run(own, saved("tanh"))
+    shutil.copy(tmp_path / "own.keras", tmp_path / "copy.keras")
+    assert run(own, str(tmp_path / "copy.keras"), baselines=before)["network"] == "copy.keras"
+    with pytest.raises(ValueError, match="`baselines` must be a comparison with layers="):
+        run(own, saved("relu"), baselines=before)
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
+def test_the_stored_baselines_describe_their_examples(name):
+    found = json.loads((pathlib.Path(__file__).parents[2] / f"benchmarks/results/compare_{name}.json").read_text())
+    assert [one["inputs"]["elements"] for one in found["examples"]] == [70_000 * 784]
+    assert found["layers"] is None
+
+
 def test_networks():
     for model in (mlp((8, 8, 1), 10, (6, 5)), lenet((8, 8, 1), 10)):
         twin = normalized(model)
@@ -330,6 +373,7 @@ def test_shell(tmp_path, capsys, monkeypatch):
         (["--genome=backprop", "--network=vgg"], "--network must be mlp, lenet, resnet20 or a .keras file"),
         (["--genome=backprop", "--network=lenet", "--hidden=8"], "--hidden applies only to --network mlp"),
         (["--genome=backprop", "--optimizers=Adagard"], "--optimizers must be some of SGD"),
+        (["--genome=backprop", "--optimizers=SGD,SGD"], "--optimizers must name each optimizer once. Received: SGD, SGD"),
         (["--genome=backprop", "--baselines=nowhere.json"], "--baselines must be a file that `compare --json` wrote"),
     ],
 )
@@ -356,6 +400,8 @@ def test_numbers_out_of_range():
             compare(genome, few(), (8,), steps=10, seeds=2, score_at=score_at)
     with pytest.raises(ValueError, match="`schedules` must be some of constant, linear"):
         compare(genome, few(), (8,), steps=1, seeds=2, schedules=["cosine"])
+    with pytest.raises(ValueError, match="`schedules` must be some of constant, linear, each once"):
+        compare(genome, few(), (8,), steps=1, seeds=2, schedules=["constant", "constant"])
     with pytest.raises(ValueError, match="`genome` must be a single one or on one population axis, for 2 layers"):
         evaluate(Genome.random(RULE.replace(layers=3), 0), few(), (8,), steps=1, seeds=2)
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from keras import ops
 from task_harness import rows, same, take
 
 from keras_blur import tasks
+from keras_blur.core import random
 from keras_blur.tasks.base import SPLITS
 
 RNG = np.random.default_rng(0)
@@ -40,6 +42,27 @@ def test_the_split_follows_from_the_seed():
     first, again, other = (splits_of(tasks.arrays(X, Y, seed=seed)) for seed in (0, 0, 1))
     assert np.array_equal(first["test"][0], again["test"][0])
     assert not np.array_equal(first["test"][0], other["test"][0])
+
+
+def test_the_split_keeps_the_shuffle_of_the_same_seed():
+    """Data sorted by class and shuffled by numpy's generator of the seed of the split."""
+    order = np.random.default_rng(0).permutation(600)
+    own = tasks.arrays(np.arange(600)[order, None], np.sort(np.arange(600) % 10)[order], standardize=False, seed=0)
+    assert {len(np.unique(labels)) for _, labels in splits_of(own).values()} == {10}
+
+
+def test_each_example_is_drawn():
+    """Splits of 24 and 12 examples, whose largest primes are 23 and 11, sorted by class."""
+    own = tasks.arrays(np.arange(48)[:, None], np.sort(np.arange(48) % 6), shares=(2, 1, 1), standardize=False)
+    for split, (x, _) in splits_of(own).items():
+        drawn = [take_rows(own, seed, own.available(split), split) for seed in range(80)]
+        assert all(len(set(one)) == own.available(split) for one in drawn)
+        assert set().union(*drawn) == set(x[:, 0])
+        assert not np.all(np.diff(x[:, 0]) > 0)
+
+
+def take_rows(own, seed, count, split):
+    return ops.convert_to_numpy(own.examples(random.seed_of(seed), count, split)[0])[:, 0].tolist()
 
 
 def test_episodes_are_of_their_split_and_query_and_support_differ():
@@ -108,10 +131,18 @@ def test_labels_of_any_form(y):
         ((X[:, 0], Y), "`x` must have a batch axis and features"),
         (([X], Y), "`y` must have as many examples"),
         ((1e300 * X, Y, {"standardize": False}), "`x` must be in the range of float32"),
+        ((1e20 * X, Y), "`x` must have a standard deviation in the range of float32"),
+        ((X, Y * 2**33), "`y` must hold integers from 0 to 2147483646. Received: 17179869184"),
+        ((X, 1e300 * Y, {"kind": "values"}), "`y` must be in the range of float32"),
+        ((X, Y, {"seed": -1}), "`seed` must be an integer of at least 0. Received: seed=-1"),
+        ((X, Y, {"seed": 1.5}), "`seed` must be an integer"),
+        ((X, Y, {"relabel": "no"}), "`relabel` must be True or False. Received: relabel='no'"),
+        ((X, Y, {"permute": 1}), "`permute` must be True or False"),
+        ((X, Y, {"standardize": None}), "`standardize` must be True or False"),
         ((X, X[:, None], {"kind": "values"}), r"`y` must have shape \(batch,\) or \(batch, outputs\)"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message):
     *data, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
-    with np.errstate(over="ignore"), pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
         tasks.arrays(*data, **options)

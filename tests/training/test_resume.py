@@ -171,6 +171,39 @@ def test_another_argument_of_fit_is_named(options, old, new, made_with):
     assert new in second
 
 
+class Turned(tasks.Tasks):
+    """Tasks of a user, with an option that is not public."""
+
+    name, shape, outputs = "turned", (2,), 2
+
+    def __init__(self, angle):
+        self._angle = angle
+
+    def available(self, split):
+        return 100
+
+    def examples(self, seed, count, split):
+        return keras.ops.ones((count, 2)) * self._angle, keras.ops.ones((count, 1)) * np.array([1.0, -1.0], "float32")
+
+
+def made_by(units):
+    return lambda shape, outputs: [keras.layers.Flatten(), keras.layers.Dense(units), keras.layers.Dense(outputs)]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda option: {"of": Turned(option / 2)}, ("tasks._angle", "2.0", "2.5")),
+        (lambda option: {"learner": learners.Blur(made_by(option))}, ("networks[1].units", "4", "5")),
+        (lambda option: {"learner": learners.Prototypes(made_by(option))}, ("networks[1].units", "4", "5")),
+    ],
+)
+def test_what_is_not_public_is_compared_too(make, said):
+    before, same, other = (settings.described(trainer(**make(option)).settings()) for option in (4, 4, 5))
+    assert list(settings.differences(before, same)) == []
+    assert list(settings.differences(before, other)) == [said]
+
+
 def test_all_that_differs_is_in_one_sentence(made_with):
     path = made_with[trainer]
     with pytest.raises(ValueError, match="was made with") as raised:
