@@ -229,10 +229,13 @@ class SynapticLayer(BlurLayer):
         if not self.built:
             return
         plain = {name: numbers_of(variable)[0] for name, variable in self.synapses.items()}
-        for name in plain:
-            self._untrack_variable(getattr(self, name))
+        others = list(self._non_trainable_variables)
+        for variable in (*(getattr(self, name) for name in plain), *others):
+            self._untrack_variable(variable)
         self._tracker.unlock()
         self._add_synapses(self.source)
+        for variable in others:  # after the synapses, as in a layer that is built later
+            self._track_variable(variable)
         self._tracker.lock()
         for name, value in plain.items():
             variable = self.synapses[name]
