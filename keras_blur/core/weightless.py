@@ -272,6 +272,33 @@ class MaxPooling(Jacobian):
         return (transpose(chosen, shape, back),)
 
 
+class Phases(WeightlessMap):
+    """A map that is another one in training, such as a layer that takes `training`.
+
+    Args:
+        training: the map in training.
+        prediction: the map in prediction, of the same shapes.
+    """
+
+    def __init__(self, training: WeightlessMap, prediction: WeightlessMap):
+        super().__init__(training.sources, training.target)
+        self.training, self.prediction = training, prediction
+
+    def context(self, states: Sequence[Array], training: bool) -> Any:
+        return () if training else None  # no arrays, so it passes through any program
+
+    def _now(self, context: Any) -> WeightlessMap:
+        return self.prediction if context is None else self.training
+
+    def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:
+        return self._now(context).forward(states, None, batch)
+
+    def backward(
+        self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
+    ) -> tuple[Array, ...]:
+        return self._now(context).backward(states, cotangent, None, batch)
+
+
 class Dropout(WeightlessMap):
     """Dropout: one mask for all states and both passes.
 

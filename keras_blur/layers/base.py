@@ -229,10 +229,13 @@ class SynapticLayer(BlurLayer):
         if not self.built:
             return
         plain = {name: numbers_of(variable)[0] for name, variable in self.synapses.items()}
-        for name in plain:
-            self._untrack_variable(getattr(self, name))
+        others = list(self._non_trainable_variables)
+        for variable in (*(getattr(self, name) for name in plain), *others):
+            self._untrack_variable(variable)
         self._tracker.unlock()
         self._add_synapses(self.source)
+        for variable in others:  # after the synapses, as in a layer that is built later
+            self._track_variable(variable)
         self._tracker.lock()
         for name, value in plain.items():
             variable = self.synapses[name]
@@ -453,6 +456,7 @@ def relu_tanh(x: Array) -> Array:
 
 
 _SAMPLES = np.array([-1e3, -7.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 7.0, 1e3], np.float32)
+_SHUFFLED = np.array([6, 2, 9, 0, 4, 10, 1, 7, 3, 8, 5])
 
 
 def checked_activation(activation: Any) -> Any:
@@ -487,13 +491,15 @@ def serialized_activation(activation: Any) -> Any:
 @functools.lru_cache(maxsize=256)
 def is_elementwise(activation: Callable[[Any], Any]) -> bool:
     """Whether a function of arrays is elementwise, by a test on sample values."""
-    whole = np.stack([_SAMPLES, _SAMPLES[::-1]])
+    places = np.stack([np.arange(len(_SAMPLES)), np.arange(len(_SAMPLES))[::-1], _SHUFFLED])
+    whole = _SAMPLES[places]
     try:
         together = np.asarray(activation(ops.array(whole)))
         single = [np.asarray(activation(ops.full((1, 2), number)))[0, 0] for number in _SAMPLES]
     except Exception:
         return False
-    return together.shape == whole.shape and np.allclose(together[0], single, rtol=1e-4, atol=1e-5, equal_nan=True)
+    wanted = np.array(single)[places]
+    return together.shape == whole.shape and np.allclose(together, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def activation_map(activation: Callable[[Any], Any], shape: Shape) -> WeightlessMap:

@@ -199,9 +199,7 @@ class BlurModel(WholeFiles, CheckedModel):
         )
 
     def _inputs(self, x: Any) -> list[Array]:
-        """Flattens inputs of any structure to the order of the network's inputs."""
-        if len(self._network.inputs) == 1 and not isinstance(x, (Mapping, list, tuple)):
-            return [x]
+        """Flattens inputs of any structure to the order of the network's inputs, in their dtypes."""
         return list(self._network._standardize_inputs(x))
 
     def _prepared(self, inputs: list[Array], training: bool) -> list[Array]:

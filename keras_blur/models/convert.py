@@ -17,7 +17,7 @@ from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_ta
 from keras_blur.layers.normalization import BatchNormalization
 from keras_blur.models.base import BlurModel
 from keras_blur.models.model import Model
-from keras_blur.models.reading import check_weightless
+from keras_blur.models.reading import calls_as_keras, check_weightless
 from keras_blur.models.sequential import Sequential
 
 # For each kind of Keras layer with weights and each part of its twin: the attribute path to the
@@ -50,6 +50,13 @@ _NEUTRAL = (
 )  # fmt: skip
 
 _USUAL = (("renorm_momentum", 0.99), ("attention_axes", (1,)), ("attention_axes", [1]))
+
+# Layers that a config and weights do not give back: it lacks their function or their vocabulary, or
+# Keras refuses it once boundaries are adapted.
+_SHARED = (
+    keras.layers.Lambda, keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.IntegerLookup,
+    keras.layers.Discretization,
+)  # fmt: skip
 
 
 def convert(model: keras.Model, genome: Genome) -> BlurModel:
@@ -122,10 +129,10 @@ def copy_weights(source: keras.Model, target: BlurModel) -> None:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a Sequential or Functional model of Keras."""
+    """Whether a layer is a Sequential or Functional model of Keras, without a `call` of its own."""
     if isinstance(layer, (keras.Sequential, BlurModel)):
         return type(layer) is keras.Sequential
-    return isinstance(layer, keras.Model) and hasattr(layer, "_nodes_by_depth")
+    return isinstance(layer, keras.Model) and hasattr(layer, "_nodes_by_depth") and calls_as_keras(layer)
 
 
 def _unfolded(model: keras.Model) -> Iterator[Any]:
@@ -177,12 +184,7 @@ def _twin(layer: Any) -> Any:
                 f"instead ({', '.join(_PARTS)}; a layer of scales is EinsumDense('...c,c->...c', units))."
             )
         check_weightless(layer)
-        copy = _copied(layer)
-        if isinstance(layer, keras.layers.Normalization) and layer.built:
-            copy.build(layer._build_input_shape) if hasattr(layer, "_build_input_shape") else None
-            copy.set_weights(layer.get_weights())
-            copy.finalize_state()
-        return copy
+        return _copied(layer)
     own = getattr(kb_layers, kind)
     known = inspect.signature(own.__init__).parameters
     plain = _defaults(type(layer))
@@ -213,13 +215,18 @@ def _twin(layer: Any) -> Any:
 
 
 def _copied(layer: Any) -> Any:
-    """A copy of a layer without weights that keeps its function, of which a config may have only
-    the name. A Lambda is returned itself."""
-    if isinstance(layer, keras.layers.Lambda):
+    """A copy of a layer without synapses that keeps its function, of which a config may have only
+    the name, and its statistics. A layer of `_SHARED` is returned itself."""
+    if isinstance(layer, _SHARED):
         return layer
-    copy = type(layer).from_config(layer.get_config())
+    config = layer.get_config()
     if isinstance(layer, keras.layers.Activation):
-        copy.activation = layer.activation
+        config["activation"] = layer.activation
+    copy = type(layer).from_config(config)
+    if isinstance(layer, keras.layers.Normalization) and layer.built:
+        copy.build(layer._build_input_shape)
+        copy.set_weights(layer.get_weights())
+        copy.finalize_state()
     return copy
 
 
@@ -246,7 +253,8 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
             # Copied through numpy: JAX's trainer donates arrays, so a second model that shared them
             # would lose them.
             value = numbers_of(bias if name == "bias" else kernel)
-            value = value.reshape(variable.shape[2:]) if name == "bias" else value
+            # Scales of several axes are in the order of the axes, which Keras's argument need not be.
+            value = value.reshape(variable.shape[2 if name == "bias" else 1 :])
             variable.assign(np.broadcast_to(value, variable.shape))
     if isinstance(twin, BatchNormalization):
         mean, variance = (numbers_of(value) for value in (layer.moving_mean, layer.moving_variance))

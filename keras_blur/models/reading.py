@@ -12,15 +12,27 @@ of synapses. Nested models are unfolded.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_blur.core.equations import Activation
 from keras_blur.core.graph import Builder, Connect, Graph
 from keras_blur.core.rule import Rule
-from keras_blur.core.weightless import Dropout, Elementwise, Jacobian, Linear, MaxPooling, Normalize, Softmax, WeightlessMap
+from keras_blur.core.weightless import (
+    Dropout,
+    Elementwise,
+    Jacobian,
+    Linear,
+    MaxPooling,
+    Normalize,
+    Phases,
+    Softmax,
+    WeightlessMap,
+)
 from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map
 
 Array = Any
@@ -114,7 +126,7 @@ class Reading:
             args, kwargs = keras.tree.map_structure(
                 lambda value: known[value.number] if isinstance(value, Tensor) else value, one.arguments
             )
-            if getattr(one.operation, "_call_has_training_arg", False):
+            if isinstance(one.operation, keras.Layer):  # layers inside it may take `training`
                 kwargs = {**kwargs, "training": training}
             results = keras.tree.flatten(one.operation(*args, **kwargs))
             known.update(zip(one.results, results, strict=True))
@@ -284,19 +296,23 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
             outputs = keras.tree.flatten(node.outputs)
             inner = _functional(operation)
             if inner is not None:
-                for outside, inside in zip(tensors, keras.tree.flatten(inner.inputs), strict=True):
+                _check_masks(operation, tensors)
+                for outside, inside in zip(_entering(inner, node), inner.inputs, strict=True):
                     place = values if id(outside) in values else prepared
                     place[id(inside)] = place[id(outside)]
                     (prepared if place is values else values).pop(id(inside), None)
                 walk(inner)
+                _check_masks(operation, inner.outputs)
                 for outside, inside in zip(outputs, keras.tree.flatten(inner.outputs), strict=True):
                     place = values if id(inside) in values else prepared
                     place[id(outside)] = place[id(inside)]
                 continue
             if isinstance(operation, BlurLayer):
-                _check_call(operation, node)
-                keywords = {name: value for name, value in node.arguments.kwargs.items() if not _is_tensor(value)}
-                result = operation.trace(plan, *(value_of(tensor) for tensor in tensors), **keywords)
+                given = _arguments_of(operation, node)
+                _check_call(operation, given)
+                _check_masks(operation, tensors)
+                keywords = {name: value for name, value in given.items() if not _is_tensor(value)}
+                result = operation.trace(plan, *(value_of(one) for one in given.values() if _is_tensor(one)), **keywords)
                 values[id(outputs[0])] = result
                 continue
             check_weightless(operation)
@@ -317,11 +333,17 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
                     f"Layer {operation.name!r} must have one output, since it comes after a layer with synapses. "
                     f"Received: {len(outputs)}"
                 )
+            if _uses_masks(operation):
+                _check_masks(operation, tensors)
             sources = [value_of(tensor) for tensor in tensors]
             shapes = [plan.shape(source) for source in sources]
             values[id(outputs[0])] = plan.map(_map_of(operation, node, shapes, tuple(outputs[0].shape[1:])), *sources)
 
     walk(network)
+    _check_masks(network, network.outputs)
+    for tensor in network.outputs:
+        if len(tensor.shape) < 2:
+            raise ValueError(f"`outputs` must have axes of features after the batch. Received shape {tuple(tensor.shape)}")
     outputs = [values[id(tensor)] for tensor in network.outputs if id(tensor) in values]
     if len(outputs) < len(network.outputs):
         raise ValueError(
@@ -338,25 +360,66 @@ def _nodes(model: Any) -> list[Any]:
 
 
 def _functional(operation: Any) -> Any:
-    """The Functional model that a nested model is, or `None` for a layer."""
+    """The Functional model that a nested model is, or `None` for a layer or a model with a `call` of
+    its own."""
+    if not calls_as_keras(operation):
+        return None
     if isinstance(operation, keras.Sequential):
         return operation._functional
     return operation if isinstance(operation, keras.Model) and hasattr(operation, "_nodes_by_depth") else None
+
+
+def calls_as_keras(layer: Any) -> bool:
+    """Whether a layer's `call` is one that Keras defines."""
+    return getattr(type(layer).call, "__module__", "").startswith("keras.")
+
+
+def _entering(inner: Any, node: Any) -> list[Any]:
+    """The tensors with which a nested model is called, in the order of its inputs."""
+    given = next(iter(_arguments_of(inner, node).values()))
+    if isinstance(given, Mapping) and not isinstance(inner._inputs_struct, Mapping):
+        return [given[tensor.name] for tensor in inner.inputs]
+    return list(keras.tree.flatten(given))
+
+
+def _arguments_of(operation: Any, node: Any) -> dict[str, Any]:
+    """The arguments of a layer's call by name, in the order of its signature. Keras's own list of
+    tensors has keywords in alphabetical order."""
+    signature, keywords = inspect.signature(operation.call), dict(node.arguments.kwargs)
+    if "training" not in signature.parameters:  # every layer of Keras may be called with it
+        keywords.pop("training", None)
+    return dict(signature.bind(*node.arguments.args, **keywords).arguments)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, keras.KerasTensor)
 
 
-def _check_call(layer: BlurLayer, node: Any) -> None:
+def _check_call(layer: BlurLayer, given: Mapping[str, Any]) -> None:
     """Raises a `ValueError` if a layer is called with arguments that a plan does not support."""
-    for name, value in node.arguments.kwargs.items():
-        known = ("key", "value", "query", "training", "use_causal_mask")
+    first = next(iter(given))
+    for name, value in given.items():
+        known = (first, "key", "value", "query", "training", "use_causal_mask")
         if value is not None and value is not False and name not in known:
             raise ValueError(
                 f"`{name}` in the call of layer {layer.name!r} must be left out, since the layer does not take it. "
                 f"Received: {name}={value!r}"
             )
+
+
+def _uses_masks(operation: Any) -> bool:
+    """Whether Keras fills an argument of a call with the mask of another."""
+    names = inspect.signature(operation.call).parameters if isinstance(operation, keras.Layer) else ()
+    return any(name.rpartition("_")[2] == "mask" for name in names)
+
+
+def _check_masks(operation: Any, tensors: Sequence[Any]) -> None:
+    """Raises a `ValueError` if a tensor carries a mask, which Keras would use or pass on."""
+    if any(getattr(tensor, "_keras_mask", None) is not None for tensor in tensors):
+        raise ValueError(
+            f"Layer {operation.name!r} must not read a mask that another layer makes, since layers with synapses pass none "
+            "on: give the examples to leave out a sample weight of 0. Received: a tensor with a mask"
+        )
 
 
 def check_weightless(layer: Any) -> None:
@@ -373,6 +436,11 @@ def check_weightless(layer: Any) -> None:
         raise ValueError(
             f"Layer {layer.name!r} (Masking) makes a mask, which layers with synapses do not pass on: give the examples "
             "to leave out a sample weight of 0."
+        )
+    if isinstance(layer, keras.Model) and not calls_as_keras(layer):
+        raise ValueError(
+            f"Layer {layer.name!r} must be a keras.Sequential or a Functional keras.Model, since a `call` of its own has no "
+            f"graph to read. Received: {type(layer).__name__}"
         )
     kind = type(layer).__name__
     twin = kind if kind in _TWINS and type(layer) is getattr(kl, kind) else None
@@ -394,38 +462,76 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         return Linear(lambda x: x, shapes, target)
     if kind in _DROPOUTS:
         return Dropout(shapes[0], layer.rate, _noise_shape(layer, shapes[0]), lambda: layer.seed_generator.next())
-    if isinstance(layer, keras.Layer) and any(
-        isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()
-    ):
+    function = _function_of(layer, node)
+    in_training = _function_of(layer, node, training=True) if _acts_in_training(layer) else function
+    if isinstance(layer, keras.Layer) and (_has_seeds(layer) or _draws(layer, in_training, shapes)):
         raise ValueError(
             f"Layer {layer.name!r} ({kind.__name__}) must not draw random numbers after a layer with synapses, where its "
             "Jacobian is needed. Use keras.layers.Dropout, or put it before the first layer with synapses."
         )
-    function = _function_of(layer, node)
+    if in_training is not function:
+        function = _function_of(layer, node, training=False)
+        return Phases(Jacobian(in_training, shapes, target), Jacobian(function, shapes, target))
+    masked = isinstance(layer, keras.Layer) and _arguments_of(layer, node).get("mask") is not None
     if kind in _MAX_POOLING:
         size = tuple(layer.pool_size)
         strides = size if layer.strides is None else tuple(layer.strides)
         first = layer.data_format == "channels_first"
         return MaxPooling(function, shapes[0], target, size, strides, layer.padding, first)
-    if kind in _LINEAR or kind.__name__ == "Resize":  # the operation behind keras.ops.image.resize
+    if (kind in _LINEAR and not masked) or kind.__name__ == "Resize":  # the operation behind keras.ops.image.resize
         return Linear(function, shapes, target)
     if kind is kl.Activation:
         return activation_map(layer.activation, shapes[0])
-    if kind is kl.Softmax and layer.axis == -1:
+    if kind is kl.Softmax and layer.axis == -1 and not masked:
         return Softmax(shapes[0])
     return Elementwise(function, shapes, target) if kind in _ELEMENTWISE else Jacobian(function, shapes, target)
 
 
 def _noise_shape(layer: Any, source: Shape) -> tuple[int | None, ...]:
     if type(layer) is not kl.Dropout:
-        return (None, *(1 for _ in source[:-1]), None)
+        whole = (1,) * (len(source) - 1)
+        return (None, None, *whole) if getattr(layer, "data_format", "") == "channels_first" else (None, *whole, None)
     return tuple(layer.noise_shape or (None,) * (len(source) + 1))
 
 
-def _function_of(operation: Any, node: Any) -> Callable[..., Array]:
-    """An operation as a function of its arrays, with its other arguments fixed."""
-    template = (list(node.arguments.args), dict(node.arguments.kwargs))
-    template[1].pop("training", None)
+def _acts_in_training(layer: Any) -> bool:
+    """Whether a layer may compute something else in training. Layers of Keras without random
+    numbers do not."""
+    if not isinstance(layer, keras.Layer):
+        return False
+    functions = [
+        one.function if isinstance(one, kl.Lambda) else one.call
+        for one in layer._flatten_layers()
+        if isinstance(one, kl.Lambda) or not calls_as_keras(one)
+    ]
+    return any("training" in inspect.signature(function).parameters for function in functions)
+
+
+def _has_seeds(layer: keras.Layer) -> bool:
+    """Whether a layer, or one inside it, has a `keras.random.SeedGenerator`."""
+    return any(
+        isinstance(value, keras.random.SeedGenerator) for one in layer._flatten_layers() for value in vars(one).values()
+    )
+
+
+def _draws(layer: keras.Layer, function: Callable[..., Array], shapes: Sequence[Shape]) -> bool:
+    """Whether a layer that is not Keras's own gives two results for the same arrays."""
+    if all(calls_as_keras(one) and not isinstance(one, kl.Lambda) for one in layer._flatten_layers()):
+        return False
+    rng = np.random.default_rng(0)
+    arrays = [keras.ops.convert_to_tensor(rng.standard_normal((2, *shape)), layer.compute_dtype) for shape in shapes]
+    try:
+        first, second = (np.asarray(keras.ops.cast(function(*arrays), "float32")) for _ in range(2))
+    except Exception:  # a layer of one batch size, for instance
+        return False
+    return not np.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _function_of(operation: Any, node: Any, **phase: bool) -> Callable[..., Array]:
+    """An operation as a function of its arrays, with its other arguments and `training` fixed."""
+    template = (list(node.arguments.args), {**node.arguments.kwargs, **phase})
+    if not phase:
+        template[1].pop("training", None)
     order = {id(tensor): place for place, tensor in enumerate(node.arguments.keras_tensors)}
 
     def function(*arrays: Array) -> Array:

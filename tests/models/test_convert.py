@@ -117,7 +117,12 @@ def test_other_models_are_refused():
         def call(self, inputs):
             return inputs
 
-    for model in (Subclass(), kb.convert(chain(kl.Dense(2)), GENOME), kl.Dense(2)):
+    class Half(keras.Model):
+        def call(self, inputs):
+            return 0.5 * super().call(inputs)
+
+    entry = keras.Input((5,))
+    for model in (Subclass(), Half(entry, kl.Dense(2)(entry)), kb.convert(chain(kl.Dense(2)), GENOME), kl.Dense(2)):
         with pytest.raises(ValueError, match=r"`model` must be a keras\.Sequential or a Functional keras\.Model"):
             kb.convert(model, GENOME)
     inner = chain(Own([keras.Input((5,)), kl.Dense(2)], name="own"))
@@ -150,3 +155,38 @@ def test_types_of_the_model_and_of_layers_are_kept():
 def test_frozen_layers_stay_frozen():
     twin = chain(kl.Dense(4, trainable=False), kl.Dense(2))
     assert [layer.trainable for layer in kb.convert(twin, GENOME).layers] == [False, True]
+
+
+@pytest.mark.parametrize("axis", [[1, -1], [-1, 1], [2, 3]])
+def test_scales_of_several_axes(axis, float64):
+    twin = randomized(keras.Sequential([keras.Input((4, 3, 2)), kl.LayerNormalization(axis), kl.Flatten(), kl.Dense(2)]))
+    assert_descends(twin, np.random.default_rng(0).standard_normal((6, 4, 3, 2)), Y)
+
+
+ADAPTED = {
+    "Normalization": (lambda: kl.Normalization(), 3.0 * X + 5.0),
+    "Normalization over axes": (lambda: kl.Normalization(axis=None, invert=True), 3.0 * X + 5.0),
+    "IntegerLookup": (lambda: kl.IntegerLookup(output_mode="multi_hot"), np.arange(30).reshape(6, 5) % 7),
+    "Discretization": (lambda: kl.Discretization(num_bins=3), X),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_a_layer_adapted_to_goes_over_and_back(name):
+    make, x = ADAPTED[name]
+    layer = make()
+    layer.adapt(x)
+    twin = keras.Sequential([keras.Input((5,), dtype=x.dtype.name), layer, kl.Dense(2)])
+    model = kb.convert(twin, GENOME)
+    for other in (model, model.to_keras()):
+        np.testing.assert_allclose(other(x), twin(x), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_a_copy_have_the_same_order():
+    layers = [kl.Dense(4), kl.BatchNormalization(), kl.Dense(2)]
+    model = kb.convert(chain(*layers), kb.genomes.load("fast"))
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    for found, wanted in zip(copy.weights, model.weights, strict=True):
+        assert found.name == wanted.name
+        np.testing.assert_array_equal(found, wanted)
