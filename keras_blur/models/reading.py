@@ -360,8 +360,8 @@ def _nodes(model: Any) -> list[Any]:
 
 
 def _functional(operation: Any) -> Any:
-    """The Functional model that a nested model is, or `None` for a layer or a model with a `call` of
-    its own."""
+    """The Functional model that a nested model is, or `None` for a layer and for a model with a
+    `call` of its own."""
     if not calls_as_keras(operation):
         return None
     if isinstance(operation, keras.Sequential):
