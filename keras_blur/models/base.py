@@ -199,7 +199,7 @@ class BlurModel(WholeFiles, CheckedModel):
         )
 
     def _inputs(self, x: Any) -> list[Array]:
-        """Flattens inputs of any structure to the order of the network's inputs, in their dtypes."""
+        """Inputs of any structure as a list, in the order and dtypes of the network's inputs."""
         return list(self._network._standardize_inputs(x))
 
     def _prepared(self, inputs: list[Array], training: bool) -> list[Array]:

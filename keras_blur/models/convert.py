@@ -253,7 +253,7 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
             # Copied through numpy: JAX's trainer donates arrays, so a second model that shared them
             # would lose them.
             value = numbers_of(bias if name == "bias" else kernel)
-            # Scales of several axes are in the order of the axes, which Keras's argument need not be.
+            # Scales of several axes are in the order of these axes, which Keras's need not be.
             value = value.reshape(variable.shape[2 if name == "bias" else 1 :])
             variable.assign(np.broadcast_to(value, variable.shape))
     if isinstance(twin, BatchNormalization):

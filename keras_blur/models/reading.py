@@ -360,8 +360,8 @@ def _nodes(model: Any) -> list[Any]:
 
 
 def _functional(operation: Any) -> Any:
-    """The Functional model that a nested model is, or `None` for a layer or a model with a `call` of
-    its own."""
+    """The Functional model that a nested model is, or `None` for a layer and for a model with a
+    `call` of its own."""
     if not calls_as_keras(operation):
         return None
     if isinstance(operation, keras.Sequential):
@@ -396,7 +396,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_call(layer: BlurLayer, given: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` if a layer is called with arguments that a plan does not support."""
+    """Raises a `ValueError` if a layer has a call of its own, or is called with arguments that a plan
+    does not support."""
+    own = {name: getattr(type(layer), name).__module__.startswith("keras_blur.") for name in ("call", "trace")}
+    if own["trace"] and not own["call"]:
+        raise ValueError(
+            f"Layer {layer.name!r} must not have a `call` of its own, since a model reads what the layer does from its "
+            f"`trace`. Received: {type(layer).__name__}"
+        )
     first = next(iter(given))
     for name, value in given.items():
         known = (first, "key", "value", "query", "training", "use_causal_mask")

@@ -625,6 +625,17 @@ def test_layers_that_cannot_learn_by_a_genome_are_refused_by_name(name):
             kb.convert(keras.Model(entry, value), GENOME) if way == "convert" else kb.Model(entry, value, genome=GENOME)
 
 
+class Doubled(kb.layers.Dense):
+    def call(self, inputs):
+        return 2.0 * super().call(inputs)
+
+
+def test_a_layer_of_neurons_with_a_call_of_its_own_is_refused():
+    entry = keras.Input((4,))
+    with pytest.raises(ValueError, match=r"Layer 'odd' must not have a `call` of its own.*Received: Doubled"):
+        kb.Model(entry, kb.layers.Dense(2)(Doubled(3, name="odd")(entry)), genome=GENOME)
+
+
 def test_keras_layers_with_a_twin_name_it():
     entry = keras.Input((4, 3))
     for layer in (kl.Dense(2, name="odd"), kl.LayerNormalization(name="odd"), kl.Conv1D(2, 1, name="odd")):
