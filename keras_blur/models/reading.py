@@ -396,8 +396,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_call(layer: BlurLayer, given: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` if a layer has a call of its own, or is called with arguments that a plan
-    does not support."""
+    """Raises a `ValueError` if a layer has a call of its own, or arguments that a plan does not
+    support."""
     own = {name: getattr(type(layer), name).__module__.startswith("keras_blur.") for name in ("call", "trace")}
     if own["trace"] and not own["call"]:
         raise ValueError(
