@@ -418,9 +418,11 @@ class BlurModel(WholeFiles, CheckedModel):
     def _output_keys(self) -> list[str]:
         """What losses, labels and weights call the outputs: their keys in a dict, else their
         names."""
-        struct = self._network._outputs_struct
-        keyed = isinstance(struct, Mapping) and len(struct) == len(self._network.outputs)
-        return sorted(struct) if keyed else self._network.output_names
+        struct, names = self._network._outputs_struct, self._network.output_names
+        if not isinstance(struct, Mapping) or len(struct) != len(names):
+            return names
+        places = keras.tree.pack_sequence_as(struct, list(range(len(names))))
+        return sorted(places, key=places.get)
 
     def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
         """The feedback into the outputs, as a function of the outputs."""
