@@ -223,11 +223,11 @@ def _axes(axis: Any) -> set[int]:
 def error(
     loss: keras.losses.Loss,
     y: Array,
-    prediction: Float[Array, "*population batch *positions units"],
+    prediction: Float[Array, "batch *others units"],
     sample_weight: Shaped[Array, "batch ..."] | None = None,
     total: Callable[[Array], Array] | None = None,
     population: int = 0,
-) -> Float[Array, "*population batch *positions units"]:
+) -> Float[Array, "batch *others units"]:
     """The derivative of a Keras loss with respect to the prediction, with weights, masks and
     reduction.
 
