@@ -206,6 +206,11 @@ def check_class_weight(class_weight: Any, sample_weight: Any, expected: Expected
         return
     if sample_weight is not None:
         raise ValueError("`class_weight` must be None where `sample_weight` is given. Received: both")
+    if expected.outputs is not None and len(expected.outputs) > 1:
+        raise ValueError(
+            "`class_weight` must be None where outputs have positions: give a `sample_weight` for each position. Received: "
+            f"class_weight={class_weight!r} for outputs of shape {text_of(expected.outputs)}"
+        )
     wanted = "`class_weight` must map class numbers to finite weights of 0 or more."
     if not isinstance(class_weight, Mapping) or not class_weight:
         raise ValueError(f"{wanted} Received: class_weight={class_weight!r}")

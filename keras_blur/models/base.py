@@ -334,7 +334,8 @@ class BlurModel(WholeFiles, CheckedModel):
         if targets not in ("auto", *feedbacks.TARGETS):
             known = ", ".join(map(repr, ("auto", *feedbacks.TARGETS)))
             raise ValueError(f"`targets` must be one of {known}. Received: targets={targets!r}")
-        if isinstance(loss, (list, tuple, dict)) and len(loss) == 1 and loss_weights is None:
+        one_output = self._network is None or len(self._network.outputs) == 1
+        if isinstance(loss, (list, tuple, dict)) and len(loss) == 1 and loss_weights is None and one_output:
             (loss,) = loss.values() if isinstance(loss, dict) else loss
         several = isinstance(loss, (list, tuple, dict))
         if loss_weights is not None and not several:
@@ -430,6 +431,9 @@ class BlurModel(WholeFiles, CheckedModel):
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
         parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
         wanted = [response.Wanted(*loss, head, labels, weight) for loss, head, labels, weight in parts]
+        missing = [name for name, one in zip(names, wanted, strict=True) if one.loss is not None and one.labels is None]
+        if missing:
+            raise ValueError(f"`y` must have labels for each output with a loss. Received: none for {', '.join(missing)}")
         total = None if shared is None else lambda number: shared.total([number])[0]
 
         def respond(outputs: Any) -> Any:
@@ -627,9 +631,13 @@ class BlurModel(WholeFiles, CheckedModel):
             return super().fit(**given)
 
     def _several(self) -> bool:
-        """Whether there are several inputs or outputs, whose structure Keras checks."""
+        """Whether there are several inputs or outputs or dicts of them, whose structure Keras
+        checks."""
         made = self._network
-        return made is not None and (len(made.inputs) > 1 or len(made.outputs) > 1)
+        if made is None:
+            return False
+        keyed = any(isinstance(one, Mapping) for one in (made._inputs_struct, made._outputs_struct))
+        return keyed or len(made.inputs) > 1 or len(made.outputs) > 1
 
     @staticmethod
     def _check_callbacks(callbacks: Any) -> None:

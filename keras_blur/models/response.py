@@ -81,7 +81,7 @@ def _by_output(name: str, value: Any, names: Sequence[str], missing: Any) -> lis
 
 
 def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
-    """Flattens labels of any structure to the order of the outputs.
+    """Flattens labels of any structure to the order of the outputs. An output may have none.
 
     Example:
 
@@ -91,7 +91,7 @@ def labels_of(y: Any, names: Sequence[str]) -> list[Any]:
     if len(names) == 1 and not isinstance(y, (Mapping, list, tuple)):
         return [y]
     if isinstance(y, Mapping):
-        return [y[name] for name in names] if set(y) == set(names) else keras.tree.flatten(y)
+        return keras.tree.flatten(y) if len(names) == 1 else _by_output("y", y, names, None)
     return list(y)
 
 

@@ -393,6 +393,36 @@ def test_outputs_in_a_dict_go_by_their_keys(form, kind, float64):
     assert_descends(randomized(keyed(kind)), ROWS, y, loss=loss, sample_weight=weight)
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of Keras
+def test_an_output_without_a_loss_needs_no_labels(float64):
+    loss = {"b": "mean_squared_error"}
+    model = assert_descends(randomized(keyed()), ROWS, {"b": TWO}, loss=loss, still={"p/kernel", "p/bias"})
+    model.compile(loss={**loss, "z": CROSS(from_logits=True)}, run_eagerly=not JAX)
+    with pytest.raises(ValueError, match=r"Received: none for z|have different structures"):  # JAX asks Keras first
+        model.train_on_batch(ROWS, {"b": TWO})
+    with pytest.raises(ValueError, match=r"`y` must have keys among the outputs \['b', 'z'\]. Received: \['c'\]"):
+        response.labels_of({"c": TWO}, ["b", "z"])
+
+
+def test_one_input_and_one_output_may_be_in_a_dict():
+    entry = keras.Input((5,), name="u")
+    twin = randomized(keras.Model({"u": entry}, {"out": kl.Dense(2)(entry)}))
+    model = kb.convert(twin, kb.genomes.backprop(RATE))
+    model.compile(loss={"out": "mean_squared_error"})
+    twin.compile(keras.optimizers.SGD(RATE), {"out": "mean_squared_error"})
+    for one in (model, twin):
+        one.fit({"u": ROWS}, {"out": TWO}, batch_size=6, epochs=2, verbose=0)
+    for found, wanted in zip(model.to_keras().get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_class_weights_of_positions_are_refused():
+    model = kb.convert(sequence(), GENOME)
+    model.compile(loss=CROSS(from_logits=True))
+    with pytest.raises(ValueError, match=r"`class_weight` must be None where outputs have positions.*\(batch, 5, 3\)"):
+        model.fit(SEQUENCES, LABELS, class_weight={0: 2.0}, verbose=0)
+
+
 def test_weights_of_an_output_that_is_not_there_are_refused():
     with pytest.raises(ValueError, match=r"`sample_weight` must have keys among .*Received: \['q'\]"):
         response.weights_of({"q": np.ones(6)}, ["b", "z"], "float32")
