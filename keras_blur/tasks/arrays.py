@@ -129,7 +129,7 @@ def arrays(
         y = _float32("y", y.reshape(len(y), -1))
         outputs = y.shape[1]
     splits = {split: (x[place].reshape(-1, *shape), y[place]) for split, place in places.items()}
-    return ArrayTasks(splits, outputs, name, kind=kind, relabel=relabel, permute=permute, project=project, turned=True)
+    return ArrayTasks(splits, outputs, name, kind=kind, relabel=relabel, permute=permute, project=project, rotated=True)
 
 
 def _float32(name: str, values: np.ndarray) -> np.ndarray:

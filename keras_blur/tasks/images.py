@@ -32,13 +32,13 @@ class ArrayTasks(Tasks):
 
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], outputs: int, name: str, *, kind: str = "classes",
                  relabel: bool = False, permute: bool = False, project: int | None = None,
-                 turned: bool = False):  # fmt: skip
+                 rotated: bool = False):  # fmt: skip
         self.name, self.outputs, self.kind = name, outputs, kind
         shape = splits["train"][0].shape[1:]
         self.pixels = math.prod(shape)
         self.shape = (project,) if project else (self.pixels,) if permute else tuple(shape)
         self.relabel, self.permute, self.project = relabel, permute, project
-        self._turned = turned  # whether an episode begins anywhere in its split and so may have any example
+        self._rotated = rotated  # whether an episode begins anywhere in its split and so may have any example
         self._arrays = {split: (x.reshape(len(x), -1), y) for split, (x, y) in splits.items()}
         self._primes = {split: _prime_up_to(len(y)) for split, (_, y) in splits.items()}
 
@@ -53,7 +53,7 @@ class ArrayTasks(Tasks):
         factor = random.integers(random.fold_in(seed, 0), (), prime - 1) + 1
         offset = random.integers(random.fold_in(seed, 1), (), prime)
         chosen = _multiplied_and_added(factor, count, offset, prime)
-        if self._turned:
+        if self._rotated:
             start = random.integers(random.fold_in(seed, 5), (), len(labels))
             chosen = (chosen + start) % len(labels)
         x, label = (ops.take(constant(values), chosen, axis=0) for values in (inputs, labels))

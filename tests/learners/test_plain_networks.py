@@ -30,7 +30,7 @@ def smooth(shape, outputs):
 
 
 def limited(shape, outputs):
-    """Regularizers and constraints, which a frozen layer has in vain."""
+    """Regularizers and constraints, which have no effect in a frozen layer."""
     l2, norm = keras.regularizers.L2(0.3), keras.constraints.UnitNorm(axis=[0, 1, 2])
     return [
         kl.Conv2D(3, 3, kernel_constraint=norm, bias_regularizer=keras.regularizers.L1(0.2), activation="tanh"),
