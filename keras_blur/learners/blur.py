@@ -21,7 +21,7 @@ from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Array, Learner, MetaLearner, Outer
-from keras_blur.learners.networks import Network, Plan, dense_plan, known_plan, network_plan
+from keras_blur.learners.networks import Network, NetworkPlan, dense_plan, known_plan, network_plan
 
 
 class Blur(MetaLearner):
@@ -97,7 +97,7 @@ class Blur(MetaLearner):
         if self.rule.keep_neurons:
             raise ValueError("`rule` of a learner must have keep_neurons=False: batches of a task are not related.")
         self.fixed = _part_of_genome(self.rule, fixed or {})
-        self._plan: Plan | None = None  # of a function's network, once the shape is known
+        self._plan: NetworkPlan | None = None  # of a function's network, once the shape is known
 
     def on(self, shape: tuple[int, ...], outputs: int) -> Self:
         if not callable(self.network):
@@ -119,7 +119,7 @@ class Blur(MetaLearner):
             raise ValueError("`units` is known for a dense network only; this learner's network is a function.")
         return (*self.network, outputs)
 
-    def plan(self, features: int, outputs: int) -> Plan:
+    def plan(self, features: int, outputs: int) -> NetworkPlan:
         """The network for examples of a number of features.
 
         Args:

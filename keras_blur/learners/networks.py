@@ -40,7 +40,7 @@ _PLACES = {"kernel": 0, "bias": 1, "backward_kernel": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class NetworkPlan:
     """A network as a learner uses it.
 
     Attributes:
@@ -115,14 +115,14 @@ def fan_in(connection: Connection, shape: Shape) -> int:
     return connection.units if isinstance(connection, EmbeddingConnection) else math.prod(shape) // connection.units
 
 
-def dense_plan(features: int, units: Sequence[int], compute_dtype: str | None = None) -> Plan:
+def dense_plan(features: int, units: Sequence[int], compute_dtype: str | None = None) -> NetworkPlan:
     """A chain of dense layers on rows."""
     graph = chain([DenseConnection(one, compute_dtype=compute_dtype) for one in units])
     sources = tuple((size,) for size in (features, *units[:-1]))
-    return Plan(graph, sources, tuple({"bias": keras.initializers.Zeros()} for _ in units), units[-1])
+    return NetworkPlan(graph, sources, tuple({"bias": keras.initializers.Zeros()} for _ in units), units[-1])
 
 
-def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *, head: bool = False) -> Plan:
+def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *, head: bool = False) -> NetworkPlan:
     """The plan of the network that a function makes for tasks.
 
     Args:
@@ -174,7 +174,7 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
             "`network` must end with a layer of synapses that gives logits or values, with nothing after it that is not "
             f"learned, such as a softmax. Received: {given.layers[-1].name}"
         )
-    return Plan(
+    return NetworkPlan(
         graph,
         tuple(layer.source for layer in reading.layers),
         tuple(_fixed(layer) for layer in reading.layers),
@@ -186,7 +186,7 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
     )
 
 
-def known_plan(plan: Plan | None, features: int | None = None, outputs: int | None = None) -> Plan:
+def known_plan(plan: NetworkPlan | None, features: int | None = None, outputs: int | None = None) -> NetworkPlan:
     """The plan of a function's network.
 
     Args:

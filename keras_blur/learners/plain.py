@@ -25,7 +25,7 @@ from keras_blur.distribution import ALL, Shard
 from keras_blur.layers.base import Shape, numbers_of
 from keras_blur.learners import dense
 from keras_blur.learners.base import draw_kernel, keras_model
-from keras_blur.learners.networks import Network, Plan, fan_in, known_plan, network_plan
+from keras_blur.learners.networks import Network, NetworkPlan, fan_in, known_plan, network_plan
 from keras_blur.models.convert import convert, to_keras
 
 Array = Any
@@ -68,7 +68,7 @@ class PlainNetwork:
         self.name, self.activation, self.embeds = name, activation, embeds
         self.network: tuple[int, ...] | Network = network if callable(network) else arguments.counts("network", network)
         self.genome = genomes.backprop(1.0, activation)
-        self._plan: Plan | None = None  # of a function's network, once the shape is known
+        self._plan: NetworkPlan | None = None  # of a function's network, once the shape is known
 
     def on(self, shape: Shape, outputs: int) -> Self:
         """The network for examples of a shape.
@@ -92,7 +92,7 @@ class PlainNetwork:
         return made
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> NetworkPlan:
         """The plan of a function's network.
 
         Raises:

@@ -70,7 +70,7 @@ class Strategy(abc.ABC):
     def __init__(self, families: Sequence[Family], members: int, runner: Runner):
         self.families, self.members, self.runner = list(families), members, runner
         self.outer: dict[str, keras.Variable] = {}
-        self.jit, self.eager = False, False
+        self._jit, self._eager = False, False
 
     @abc.abstractmethod
     def init(self, owner: MetaTrainer, start: Mapping[str, np.ndarray]) -> None:
@@ -81,9 +81,22 @@ class Strategy(abc.ABC):
             start: the initial outer parameters, `[members, ...]`.
         """
 
+    def compile(self, optimizer: Any, start_optimizer: Any, *, jit: bool, eager: bool) -> tuple[Any, Any]:
+        """Checks the optimizers of `MetaTrainer.compile` and returns them as objects.
+
+        Args:
+            optimizer: Keras optimizer of the outer parameters, or `None` for the default.
+            start_optimizer: Keras optimizer of the initial weights, or `None`.
+            jit: whether steps are compiled with XLA.
+            eager: whether steps run uncompiled.
+        """
+        found = self._checked_optimizers(optimizer, start_optimizer)
+        self._jit, self._eager = jit, eager
+        return found
+
     @abc.abstractmethod
-    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """Checks the optimizers of `MetaTrainer.compile` and returns them as objects."""
+    def _checked_optimizers(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """The optimizers as objects. Raises a `ValueError` if one does not suit the strategy."""
 
     @abc.abstractmethod
     def step(self, family: int, estimator: Any, episodes: Episodes, seed: Array, window: Array) -> Outcome:
@@ -157,8 +170,8 @@ class Descent(Strategy):
         ]
         return pack(empty, slots)
 
-    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """As in `Strategy`. The default optimizer is Adam with a learning rate of 5e-4.
+    def _checked_optimizers(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """The optimizers as objects; by default Adam with a learning rate of 5e-4.
 
         Raises:
             ValueError: if an optimizer clips gradients or mixes members, both arguments are the
@@ -246,7 +259,7 @@ class Descent(Strategy):
                 mine, carried = Shard(task, tasks[1], in_blocks, own), Carried(learners, directions)
                 return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
 
-            return (local if self.eager else compiled(local, jit_compile=self.jit))(tasks[0], members[0], *trees)
+            return (local if self._eager else compiled(local, jit_compile=self._jit))(tasks[0], members[0], *trees)
 
         return of_part
 
@@ -294,12 +307,8 @@ class Search(Strategy):
         for name, value in self.search.init(to_vector(centre))._asdict().items():
             self.state[name] = owner.counter(f"evolution_{name}", ops.convert_to_numpy(value))
 
-    def compile(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
-        """As in `Strategy`. CMA-ES uses no optimizer.
-
-        Raises:
-            ValueError: if an optimizer is given.
-        """
+    def _checked_optimizers(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
+        """None, since CMA-ES uses no optimizer. Raises a `ValueError` if one is given."""
         if optimizer is not None or start_optimizer is not None:
             raise ValueError(f"`optimizer` must be None under Evolution. {arguments.received('optimizer', optimizer)}")
         return None, None
@@ -327,8 +336,8 @@ class Search(Strategy):
             return estimator.score(learner, from_vectors(self.shapes, candidates), *common)
 
         ask, tell = self.search.ask, self.search.tell
-        if not self.eager:
-            score, ask, tell = (compiled(one, jit_compile=self.jit) for one in (score, ask, tell))
+        if not self._eager:
+            score, ask, tell = (compiled(one, jit_compile=self._jit) for one in (score, ask, tell))
         state = CMAState(**{name: value_of(variable) for name, variable in self.state.items()})
         candidates = ask(state, random.fold_in(seed, _CANDIDATES))
         mine, population = shard(), estimator.population

@@ -241,9 +241,9 @@ class MetaTrainer(OuterLoop):
                 `Evolution`, or `start_optimizer` has no initial weights to update.
         """
         arguments.count("steps_per_execution", steps_per_execution)
-        optimizer, self.start_optimizer = self.strategy.compile(optimizer, start_optimizer)
-        self.jit_step = bool(jit_compile) and not run_eagerly and not self.runner.compiles
-        self.strategy.jit, self.strategy.eager = self.jit_step, bool(run_eagerly)
+        jit = bool(jit_compile) and not run_eagerly and not self.runner.compiles
+        optimizer, self.start_optimizer = self.strategy.compile(optimizer, start_optimizer, jit=jit, eager=bool(run_eagerly))
+        self.jit_step = jit
         self._programs = {}
         super().compile(
             optimizer=optimizer, run_eagerly=run_eagerly, steps_per_execution=steps_per_execution, jit_compile=False

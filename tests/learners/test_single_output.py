@@ -61,7 +61,7 @@ def test_the_cross_entropy_of_one_logit_is_the_logistic_one():
     np.testing.assert_allclose(updates.losses("cross_entropy", logits, y), wanted, rtol=1e-5)
     (slope,) = slopes(lambda logits: updates.losses("cross_entropy", logits, y), [logits])
     np.testing.assert_allclose(slope, ops.sigmoid(logits) - 0.5 * (y + 1.0), rtol=1e-5)
-    assert float(cross_entropy(logits, y)) == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert float(cross_entropy(logits, y)) == pytest.approx(float(np.mean(wanted)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", slow_but(["maml", "prototypes"], LEARNERS))

@@ -66,7 +66,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", slow_but(["SGD", "Adam"], OPTIMIZERS))
 def test_a_term_is_the_difference_quotient_at_a_constant_theta_and_the_first_order_one_is_not(name):
-    learner, data = warp(optimizer=OPTIMIZERS[name]()), episodes()
+    learner, data = warp(optimizer=OPTIMIZERS[name](), activation="silu"), episodes()  # Keras rounds tanh on JAX
     outer = drawn(learner, members=1)
     theta, place = trajectory(learner, outer, data)[2], ops.array(2)
     estimator = meta.WarpGrad(STEPS)
@@ -84,7 +84,7 @@ def test_a_term_is_the_difference_quotient_at_a_constant_theta_and_the_first_ord
     quotient = (loss(1e-5) - loss(-1e-5)) / 2e-5
     slopes = [sum(float(np.sum(found[n] * d)) for n, d in direction.items()) for found in (exact, first)]
     assert slopes[0] == pytest.approx(quotient, rel=1e-6)
-    assert abs(slopes[1] - quotient) > 1e-2 * abs(quotient)
+    assert abs(slopes[1] - quotient) > 1e-3 * abs(quotient)
     for n, value in exact.items():
         assert n.startswith("warp_") or not np.any(value)  # theta is a constant
 
