@@ -29,6 +29,13 @@ def integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {least}. {received(name, value)}")
 
 
+def seed(value: Any) -> None:
+    """Checks that the argument `seed` is an integer from 0 to 2**31 - 1."""
+    integer("seed", value, 0)
+    if value >= 2**31:
+        raise ValueError(f"`seed` must be at most 2**31 - 1. {received('seed', value)}")
+
+
 def count(name: str, value: Any) -> None:
     """Checks that an argument is a positive integer."""
     if not _is_integer(value) or value < 1:

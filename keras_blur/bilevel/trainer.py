@@ -97,7 +97,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         check_trained_by_gradients("model", model)
         arguments.choice("first", first, ORDERS)
         arguments.flag("judge_training", judge_training)
-        arguments.integer("seed", seed, 0)
+        arguments.seed(seed)
         estimator = OneStep() if estimator is None else estimator
         kinds = "one of OneStep, FiniteDifference, EvoGrad, LayerwiseMetaGradient"
         arguments.instance("estimator", estimator, HypergradientEstimator, kinds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import statistics
 from typing import Any
 
@@ -31,19 +32,19 @@ def seed_of(number: int | Array) -> Array:
     """Makes a seed, a pair of int32, from a 32-bit integer.
 
     Raises:
-        ValueError: if a Python integer does not fit in 32 bits.
+        ValueError: if a number is no integer, or does not fit in 32 bits.
 
     Example:
 
     >>> ops.convert_to_numpy(seed_of(7)).tolist()
     [0, 7]
     """
-    if isinstance(number, int) and not -(2**31) <= number < 2**31:
-        raise ValueError(f"A seed must fit in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
+    if isinstance(number, numbers.Real) and not (isinstance(number, numbers.Integral) and -(2**31) <= number < 2**31):
+        raise ValueError(f"A seed must be an integer that fits in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
     return ops.stack([ops.zeros((), "int32"), ops.cast(number, "int32")])
 
 
-def fold_in(seed: Array, *numbers: int | Array) -> Array:
+def fold_in(seed: Array, *path: int | Array) -> Array:
     """Derives a seed from a seed and numbers such as a step, a member or a purpose.
 
     Example:
@@ -51,7 +52,7 @@ def fold_in(seed: Array, *numbers: int | Array) -> Array:
     >>> tuple(fold_in(seed_of(0), 3, 1).shape)
     (2,)
     """
-    for number in numbers:
+    for number in path:
         seed = ops.stack([backend.bits(seed, (), "int32"), ops.cast(number, "int32")])
     return seed
 
@@ -92,7 +93,10 @@ def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float =
     Args:
         seed: a seed.
         shape: shape of the array.
-        low, high: bounds, as Python numbers.
+        low, high: bounds, as Python numbers, of which the larger in size is at least 2**-90.
+
+    Raises:
+        ValueError: if the bounds are out of order, not finite or too small.
 
     Example:
 
@@ -100,11 +104,18 @@ def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float =
     >>> bool(ops.all(drawn >= -1.0)), bool(ops.all(drawn <= 1.0))
     (True, True)
     """
+    given = low, high
     low, high = float(np.float32(low)), float(np.float32(high))
+    size = max(abs(low), abs(high))
+    if not (low <= high and 2.0**-90 <= size and math.isfinite(high - low)):
+        raise ValueError(
+            "`low` and `high` must be finite, in order, and the larger in size at least 2**-90. Received: low={}, "
+            "high={}".format(*given)
+        )
     upper = ops.bitwise_and(bits(seed, shape), _word(_UPPER))
     if math.frexp(high - low)[0] == 0.5:  # a power of two, whose products are exact
         return low + ops.cast(upper, "float32") * ((high - low) * 2.0**-_BITS)
-    point = _BITS - 1 - math.frexp(max(abs(low), abs(high)))[1]
+    point = _BITS - 1 - math.frexp(size)[1]
     first, last = math.ceil(math.ldexp(low, point)), math.floor(math.ldexp(high, point))
     place = backend.upper_product(upper, last - first) + _word(first % 2**_BITS)
     return ops.cast(ops.cast(place, "int32"), "float32") * 2.0**-point
@@ -120,7 +131,7 @@ def normal(seed: Array, shape: tuple[int, ...], rows: Array | None = None) -> Ar
     Each number is the sum of two quantiles of the normal distribution, which the two halves of an
     integer choose from a table of 2**16. The table holds integers, so the sum is exact and is
     rounded once. The numbers have mean 0, variance 1 and an excess kurtosis of -0.0004, and reach
-    to 6.1.
+    to 6.1. Beyond 4 there are 98 % as many as there should be, beyond 5 83 %.
 
     Args:
         seed: a seed.
@@ -157,11 +168,24 @@ def _quantiles() -> np.ndarray:
 def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
     """Uniform int32 numbers from 0 to `limit - 1`.
 
+    They are the remainders of 32-bit integers, so the probabilities of two numbers differ by a
+    factor of at most `1 + limit / 2**32`.
+
+    Args:
+        seed: a seed.
+        shape: shape of the array.
+        limit: a number from 1 to 2**24.
+
+    Raises:
+        ValueError: if `limit` is out of range.
+
     Example:
 
     >>> bool(ops.all(integers(seed_of(0), (100,), 6) < 6))
     True
     """
+    if not 1 <= limit <= 2**24:
+        raise ValueError(f"`limit` must be from 1 to 2**24. Received: limit={limit}")
     return ops.cast(ops.mod(bits(seed, shape), _word(limit)), "int32")
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from keras import ops
@@ -391,6 +392,12 @@ class Normalize(WeightlessMap):
     def _grouped(self, value: Array, features: Shape) -> Array:
         return value if self.groups == self.target else _features(value, len(self.target), features)
 
+    @property
+    def _turns(self) -> int:
+        """How often axes of statistics and others take turns in `[batch, *groups]`."""
+        inside = [axis in self.axes for axis in range(1 + len(self.groups))]
+        return sum(one != other for one, other in pairwise(inside))
+
     def _mean(self, value: Array, batch: SharedBatch | None) -> Array:
         axes = [axis - len(self.groups) - 1 for axis in self.axes]
         if not self.over_batch or batch is None:
@@ -416,6 +423,10 @@ class Normalize(WeightlessMap):
         if context is not None:
             return value * inverse
         straight = value - self._mean(value, batch) if self.center else value
+        states = value.shape[-2 - len(self.groups)]
+        if states > 1 and self._turns > 2:  # TensorFlow broadcasts no more alternations of axes than that
+            repeated = ops.ones((states, *[1] * (1 + len(self.groups))), value.dtype)
+            y, inverse = y * repeated, inverse * repeated
         return inverse * (straight - y * self._mean(y * value, batch))
 
     def forward(self, states: Sequence[Array], context: Any, batch: SharedBatch | None = None) -> Array:

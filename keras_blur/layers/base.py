@@ -107,6 +107,12 @@ def numbers_of(variable: Any) -> np.ndarray:
     return np.asarray(ops.convert_to_tensor(variable)).copy()
 
 
+def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
+    """The generators of random numbers of a layer or model, and of the layers inside it."""
+    every = (value for one in layer._flatten_layers() for value in vars(one).values())
+    return [value for value in every if isinstance(value, keras.random.SeedGenerator)]
+
+
 class BlurLayer(keras.layers.Layer):
     """A layer that a genome can train: one connection, or several connections with maps between
     them."""

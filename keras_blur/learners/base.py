@@ -9,6 +9,7 @@ and their saved form.
 from __future__ import annotations
 
 import abc
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -240,14 +241,29 @@ def draw_kernel(
         shard: the shard of tasks to draw for.
         fan_in: number of inputs of a unit; `None` is the first axis of `shape`.
     """
-    tasks, rows = leading[1:], None
-    if shard.count > 1:
-        rows = shard.places(leading[1])
-        tasks = (leading[1] * shard.count, *leading[2:])
+    tasks, rows = _of_all(leading, shard)
     # A product, which every compiler rounds alike; XLA makes one of a division by a constant.
     deviation = float(np.float32(1.0) / np.float32(float(fan_in or shape[0]) ** 0.5))
     kernel = deviation * random.normal(random.fold_in(seed, *place), (*tasks, *shape), rows)
     return ops.broadcast_to(kernel, (*leading, *shape))
+
+
+def draw_generator(seed: Array, place: int, leading: tuple[int, ...], shard: Shard = ALL) -> Array:
+    """The initial state of a Keras `SeedGenerator`, `[*leading, 2]` uint32: equal for members and
+    different for tasks, as in `draw_kernel`."""
+    tasks, rows = _of_all(leading, shard)
+    seed = random.fold_in(seed, place)
+    drawn = random.bits(seed, tasks) if rows is None else random.bits_of_rows(seed, rows, math.prod(tasks[1:]))
+    drawn = ops.right_shift(ops.reshape(drawn, leading[1:]), ops.cast(2, "uint32"))  # fits in Keras's int32
+    return ops.broadcast_to(ops.stack([drawn, ops.zeros_like(drawn)], axis=-1), (*leading, 2))
+
+
+def _of_all(leading: tuple[int, ...], shard: Shard) -> tuple[tuple[int, ...], Array | None]:
+    """The axes after that of members for the tasks of all shards, and the tasks of this one;
+    `None` if these are all."""
+    if shard.count == 1:
+        return leading[1:], None
+    return (leading[1] * shard.count, *leading[2:]), shard.places(leading[1])
 
 
 class Place(NamedTuple):

@@ -28,7 +28,7 @@ from keras_blur.core.network import NetworkState
 from keras_blur.core.rule import Rule
 from keras_blur.core.weightless import WeightlessMap
 from keras_blur.distribution import ALL, Shard
-from keras_blur.layers.base import BlurLayer, Shape, SynapticLayer
+from keras_blur.layers.base import BlurLayer, Shape, SynapticLayer, seed_generators
 from keras_blur.learners.base import draw_kernel
 from keras_blur.models import Model, Sequential, convert
 from keras_blur.models.base import BlurModel
@@ -151,11 +151,7 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
             f"`network` must take one input of shape {shape} and have one output of shape {(outputs,)}. "
             f"Received: inputs {given.input_shape} and outputs {given.output_shape}"
         )
-    drawing = [
-        layer.name
-        for layer in given._flatten_layers(include_self=False)
-        if any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
-    ]
+    drawing = [layer.name for layer in given._flatten_layers(include_self=False) if seed_generators(layer)]
     if not any(isinstance(layer, BlurLayer) for layer in given._flatten_layers(include_self=False)):
         model = convert(given, genome)
     elif isinstance(given, keras.Sequential):

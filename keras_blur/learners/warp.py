@@ -23,9 +23,11 @@ from keras import ops
 from keras_blur import arguments, backend
 from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.distribution import ALL, Shard
-from keras_blur.layers.base import check_trained_by_gradients
+from keras_blur.layers.base import check_trained_by_gradients, seed_generators
 from keras_blur.learners import dense, updates
-from keras_blur.learners.base import Array, MetaLearner, Outer, check_unshared, keras_model, places, resolve
+from keras_blur.learners.base import (
+    Array, MetaLearner, Outer, check_unshared, draw_generator, keras_model, places, resolve,
+)  # fmt: skip
 
 _START, _WARP = "start_", "warp_"
 
@@ -56,16 +58,23 @@ class Warp(MetaLearner):
         model: a built Keras model from examples `[batch, *shape]`, such as images, to logits or
             values `[batch, outputs]`. Its regularizers and constraints act on the task layers as in
             `fit`. The first member starts with its weights. Other members have the same warps but
-            random task layers with the same mean and standard deviation.
+            random task layers with the same mean and standard deviation. Layers that draw random
+            numbers, such as dropout, draw from the seed of a meta-step, alike for members but not
+            for tasks.
         warp: warp layers, by path (such as `"block/bend"` in a nested model) or by unambiguous
-            name. Without warps only the initial weights are learned.
+            name. Without warps only the initial weights are learned. Batch normalisation belongs
+            among the task layers: Keras uses moving statistics in a frozen one.
         optimizer: a Keras SGD, Adam or RMSprop for the task layers in meta-training.
             `global_clipnorm` is supported.
         loss: loss of the task layers, `"cross_entropy"` of logits or `"squared"`.
 
     Raises:
-        ValueError: if a name matches no layer with weights, no task layer is left, or an argument
-            is out of range.
+        ValueError: if a name matches no layer with weights or one with batch normalisation, no task
+            layer is left, or an argument is out of range.
+
+    Attributes:
+        buffers: the values that the model's other variables, such as moving averages, have at the
+            start of a task; zeros for generators of random numbers.
 
     Example:
 
@@ -94,12 +103,22 @@ class Warp(MetaLearner):
         trainable = {id(variable) for variable in model.trainable_variables}
         known = [path for path, place in places(model).items() if any(id(own) in trainable for own in place.weights)]
         self.warp = resolve(warp, known, "warp") if warp else ()
+        for path in self.warp:
+            if any(isinstance(one, keras.layers.BatchNormalization) for one in places(model)[path].layer._flatten_layers()):
+                raise ValueError(
+                    "`warp` must name no batch normalisation: warps are frozen, and Keras uses moving statistics in a frozen "
+                    f"one. Received: {path}"
+                )
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.rate = updates.rate_of(optimizer)
         names = _names(model, self.warp)
         self._trainable = [names[id(variable)] for variable in model.trainable_variables]
-        # What a task starts with.
-        self._buffers = [backend.numbers_of(variable) for variable in model.non_trainable_variables]
+        drawn = {id(one.state) for one in seed_generators(model)}
+        self._generators = [id(variable) in drawn for variable in model.non_trainable_variables]
+        self.buffers = [
+            backend.numbers_of(variable) * (not draws)
+            for variable, draws in zip(model.non_trainable_variables, self._generators, strict=True)
+        ]
         self._adapted = [name for name in self._trainable if name.startswith(_START)]
         self._limits = [own.constraint for own in model.trainable_variables if names[id(own)].startswith(_START)]
         if not self._adapted:
@@ -219,8 +238,13 @@ class Warp(MetaLearner):
             if name.startswith(_START)
         ]
         zeros = tuple(ops.zeros_like(weight) for weight in weights)
-        buffers = tuple(_spread(ops.convert_to_tensor(value), leading, value.ndim) for value in self._buffers)
-        return WarpState(tuple(weights), zeros, zeros, buffers, ops.zeros((), "int32"))
+        buffers = [
+            ops.cast(draw_generator(seed, place, leading, shard), str(value.dtype))
+            if draws
+            else _spread(ops.convert_to_tensor(value), leading, value.ndim)
+            for place, (value, draws) in enumerate(zip(self.buffers, self._generators, strict=True))
+        ]
+        return WarpState(tuple(weights), zeros, zeros, tuple(buffers), ops.zeros((), "int32"))
 
     def step(self, outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[WarpState, Array]:
         def one(outer: Outer, state: WarpState, x: Array, y: Array) -> tuple[Any, Array]:

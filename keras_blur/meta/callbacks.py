@@ -125,7 +125,7 @@ class MetaValidate(keras.callbacks.Callback):
         if not isinstance(self.tasks, (tuple, list)) or not all(isinstance(one, Tasks) for one in self.tasks):
             raise ValueError(f"`tasks` must be a task distribution or a list of them. {arguments.received('tasks', tasks)}")
         check_split(split)
-        arguments.integer("seed", seed, 0)
+        arguments.seed(seed)
         self.learner, self.steps, self.episodes = learner, steps, episodes
         self.split, self.path, self.seed = split, path, seed
         self.best: float | None = None
@@ -139,7 +139,7 @@ class MetaValidate(keras.callbacks.Callback):
             raise ValueError(
                 f"`learner` of MetaValidate must share the outer parameters of the trainer's learner. Received: {learner!r}"
             )
-        of = trainer.estimator
+        of = trainer.given_estimator
         steps = self.steps or (of.episode_steps if isinstance(of, Truncated) else of.steps)
         self._data, self._scores = [], []
         for tasks in self.tasks:

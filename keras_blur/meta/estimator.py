@@ -377,6 +377,11 @@ class Estimator(InnerLoop, abc.ABC):
             return function(outer)
         return in_groups(lambda outer: function(outer)[0], like, learner, outer, episodes, seed), ()
 
+    @property
+    def carries(self) -> bool:
+        """Whether an estimate passes anything to the next one."""
+        return type(self).nothing_carried is not Estimator.nothing_carried
+
     def part(self, episodes: Episodes, window: Array) -> Episodes:
         """Selects the support batches of a truncation window.
 

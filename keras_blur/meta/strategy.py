@@ -157,7 +157,7 @@ class Descent(Strategy):
     def _carried_variables(self, owner: MetaTrainer, number: int) -> Any:
         """The tree of variables for the carried state of a family, empty for most estimators."""
         estimator = owner.estimator
-        if not isinstance(estimator, Estimator) or estimator.windows == 1:
+        if not isinstance(estimator, Estimator) or not estimator.carries:
             return NOTHING
         of, learner = self.families[number]
         shape = (owner.meta_batch_size, estimator.steps, owner.batch_size)

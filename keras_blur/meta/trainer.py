@@ -133,7 +133,7 @@ class MetaTrainer(OuterLoop):
             ("batch_size", batch_size), ("query_size", query_size),
         ):  # fmt: skip
             arguments.count(name, value)
-        arguments.integer("seed", seed, 0)
+        arguments.seed(seed)
         if not several or not all(isinstance(one, Tasks) for one in several):
             raise ValueError(f"`tasks` must be one or more task distributions, or a mixture. Received: tasks={tasks!r}")
         if any(one.kind != several[0].kind for one in several):
@@ -170,7 +170,7 @@ class MetaTrainer(OuterLoop):
                 f"{' or '.join(f'`{name}`' for name in split)} must be a multiple of the {shares} {whose}. "
                 f"Received: {', '.join(f'{name}={count}' for name, count in split.items())}"
             )
-        self._given_estimator = estimator
+        self.given_estimator = estimator
         self._start = json.dumps(None if start is None else settings.projected(list(begin.values())))
         self.weights_of_families = None if weights is None else [w / len(learners) for w in weights for _ in learners]
         self.estimator = estimator
@@ -385,7 +385,7 @@ class MetaTrainer(OuterLoop):
         made = [one.network(of.shape, of.outputs) for of, one in self.families if callable(getattr(one, "network", None))]
         return {
             "tasks": tasks, "weights": self.weights_of_families, "learner": self._given_learners,
-            "estimator": self._given_estimator, "members": self.members, "meta_batch_size": self.meta_batch_size,
+            "estimator": self.given_estimator, "members": self.members, "meta_batch_size": self.meta_batch_size,
             "batch_size": self.batch_size, "query_size": self.query_size, "clipnorm": self.clipnorm, "seed": self.seed,
             "start": json.loads(self._start), **({"networks": made} if made else {}),
         }  # fmt: skip
@@ -435,7 +435,7 @@ class MetaTrainer(OuterLoop):
             index, count = 0, 1
         done = int(numbers_of(self.drawn)[family]) // self.estimator.windows * self.meta_batch_size
         stream = self.families[family][0].dataset(
-            self.seed + 7919 * family, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
+            (self.seed + 7919 * family) % 2**31, steps=self.estimator.horizon, batch=self.batch_size, query=self.query_size,
             start=done + index, stride=count,
         )  # fmt: skip
         return stream.batch(self.meta_batch_size // count, drop_remainder=True)
@@ -447,12 +447,12 @@ class MetaTrainer(OuterLoop):
             steps: number of learning steps of an episode from now on.
 
         Raises:
-            ValueError: if the estimator uses truncation windows.
+            ValueError: if the estimator carries learners from one meta-step to the next.
         """
-        if self.estimator.windows > 1:
+        if isinstance(self.estimator, Estimator) and self.estimator.carries:
             raise ValueError(
-                f"The unroll of {type(self.estimator).__name__} cannot change during meta-training: its learners are in "
-                "the middle of an episode."
+                f"The unroll of {type(self.estimator).__name__} cannot change during meta-training: it carries learners "
+                "from one meta-step to the next."
             )
         self.estimator = dataclasses.replace(self.estimator, steps=steps)
         self._streams = {}

@@ -33,7 +33,7 @@ from keras_blur.core.weightless import (
     Softmax,
     WeightlessMap,
 )
-from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map
+from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map, seed_generators
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -471,7 +471,7 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         return Dropout(shapes[0], layer.rate, _noise_shape(layer, shapes[0]), lambda: layer.seed_generator.next())
     function = _function_of(layer, node)
     in_training = _function_of(layer, node, training=True) if _acts_in_training(layer) else function
-    if isinstance(layer, keras.Layer) and (_has_seeds(layer) or _draws(layer, in_training, shapes)):
+    if isinstance(layer, keras.Layer) and (seed_generators(layer) or _draws(layer, in_training, shapes)):
         raise ValueError(
             f"Layer {layer.name!r} ({kind.__name__}) must not draw random numbers after a layer with synapses, where its "
             "Jacobian is needed. Use keras.layers.Dropout, or put it before the first layer with synapses."
@@ -512,13 +512,6 @@ def _acts_in_training(layer: Any) -> bool:
         if isinstance(one, kl.Lambda) or not calls_as_keras(one)
     ]
     return any("training" in inspect.signature(function).parameters for function in functions)
-
-
-def _has_seeds(layer: keras.Layer) -> bool:
-    """Whether a layer, or one inside it, has a `keras.random.SeedGenerator`."""
-    return any(
-        isinstance(value, keras.random.SeedGenerator) for one in layer._flatten_layers() for value in vars(one).values()
-    )
 
 
 def _draws(layer: keras.Layer, function: Callable[..., Array], shapes: Sequence[Shape]) -> bool:
