@@ -75,8 +75,24 @@ def test_types_shapes_and_ranges():
     wide = array(random.uniform(SEED, (10_000,), -2.0, 6.0))
     assert -2.0 <= wide.min() < -1.9
     assert 5.9 < wide.max() < 6.0
-    with pytest.raises(ValueError, match=r"A seed must fit in 32 bits, .* Received: 2147483648"):
-        random.seed_of(2**31)
+
+
+@pytest.mark.parametrize("number", [2**31, np.int64(2**40), 1.5])
+def test_seeds_are_integers_of_32_bits(number):
+    with pytest.raises(ValueError, match=rf"A seed must be an integer that fits in 32 bits, .* Received: {number}"):
+        random.seed_of(number)
+
+
+@pytest.mark.parametrize("limit", [0, -3, 2**24 + 1])
+def test_limits_are_those_that_hardly_bias(limit):
+    with pytest.raises(ValueError, match=rf"`limit` must be from 1 to 2\*\*24. Received: limit={limit}"):
+        random.integers(SEED, (2,), limit)
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (0.0, math.inf), (math.nan, 1.0), (0.0, 1e-30), (0.0, 0.0)])
+def test_bounds_are_finite_and_in_order(bounds):
+    with pytest.raises(ValueError, match="`low` and `high` must be finite, in order"):
+        random.uniform(SEED, (2,), *bounds)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.1, 5.0), (-0.15, 0.15), (1e-6, 1.0 - 1e-6), (-9.0, -2.0), (0.0, 2 * math.pi)])

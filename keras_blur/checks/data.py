@@ -471,9 +471,9 @@ def ready(expected: Expected, x: Any, y: Any, weight: Any) -> tuple[Any, Any, An
         if expected.labels == "classes" and "float" not in dtype and dtype not in ("int32", "int64"):
             y = _cast(y, "int32")
         elif dtype == "bool" and expected.labels is not None:
-            y = _cast(y, "float32")
+            y = _cast(y, keras.config.floatx())
     if weight is not None and expected.outputs is not None:
-        weight = _cast(weight, "float32")
+        weight = _cast(weight, keras.config.floatx())
         rank = max(1, len(expected.outputs))
         if len(weight.shape) > rank:
             weight = weight[..., 0]

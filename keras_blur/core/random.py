@@ -107,7 +107,7 @@ def uniform(seed: Array, shape: tuple[Any, ...], low: float = 0.0, high: float =
     given = low, high
     low, high = float(np.float32(low)), float(np.float32(high))
     size = max(abs(low), abs(high))
-    if not (low <= high and 2.0**-90 <= size and math.isfinite(high - low)):
+    if not (low <= high and size >= 2.0**-90 and math.isfinite(high - low)):
         raise ValueError(
             "`low` and `high` must be finite, in order, and the larger in size at least 2**-90. Received: low={}, "
             "high={}".format(*given)

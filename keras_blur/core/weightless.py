@@ -189,6 +189,14 @@ class Elementwise(Jacobian):
         return (pull(ops.ones_like(through))[0] * cotangent,)
 
 
+class Sigmoid(Elementwise):
+    """A sigmoid after an output. For a cross-entropy of probabilities it is skipped, as a softmax
+    is."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(ops.sigmoid, [shape], shape)
+
+
 class MaxPooling(Jacobian):
     """Max pooling. Its Jacobian takes from each window the entry where state 1 is largest; in a
     tie, the first.

@@ -19,7 +19,7 @@ from keras_blur.core import equations
 from keras_blur.core.companions import AVERAGE, TRACE, companions
 from keras_blur.core.connection import Connection
 from keras_blur.core.rule import ACTIVATIONS, Rule
-from keras_blur.core.weightless import Elementwise, Jacobian, Softmax, WeightlessMap
+from keras_blur.core.weightless import Elementwise, Jacobian, Sigmoid, Softmax, WeightlessMap
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -508,6 +508,9 @@ def is_elementwise(activation: Callable[[Any], Any]) -> bool:
     return together.shape == whole.shape and np.allclose(together, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+_SQUASHING = {keras.activations.softmax: Softmax, keras.activations.sigmoid: Sigmoid}
+
+
 def activation_map(activation: Callable[[Any], Any], shape: Shape) -> WeightlessMap:
     """An activation as a map without synapses.
 
@@ -515,7 +518,7 @@ def activation_map(activation: Callable[[Any], Any], shape: Shape) -> Weightless
         activation: a function of arrays `[batch, *shape]`.
         shape: shape of the features.
     """
-    if activation is keras.activations.softmax:
-        return Softmax(shape)
+    if activation in _SQUASHING:
+        return _SQUASHING[activation](shape)
     kind = Elementwise if is_elementwise(activation) else Jacobian
     return kind(activation, [shape], shape)

@@ -26,7 +26,14 @@ from keras_blur.distribution import ALL, Shard
 from keras_blur.layers.base import check_trained_by_gradients, seed_generators
 from keras_blur.learners import dense, updates
 from keras_blur.learners.base import (
-    Array, MetaLearner, Outer, check_unshared, draw_generator, keras_model, places, resolve,
+    Array,
+    MetaLearner,
+    Outer,
+    check_unshared,
+    draw_generator,
+    keras_model,
+    places,
+    resolve,
 )  # fmt: skip
 
 _START, _WARP = "start_", "warp_"
@@ -106,8 +113,8 @@ class Warp(MetaLearner):
         for path in self.warp:
             if any(isinstance(one, keras.layers.BatchNormalization) for one in places(model)[path].layer._flatten_layers()):
                 raise ValueError(
-                    "`warp` must name no batch normalisation: warps are frozen, and Keras uses moving statistics in a frozen "
-                    f"one. Received: {path}"
+                    "`warp` must name no batch normalisation: warps are frozen, and a frozen one uses moving "
+                    f"statistics in Keras. Received: {path}"
                 )
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.rate = updates.rate_of(optimizer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import json
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,10 +72,12 @@ class BlurModel(WholeFiles, CheckedModel):
             )
         self._genome = genome
         self._network = None
-        self.reading: Any = None  # a Reading, once it is built
+        self._reading: Any = None  # a Reading, once it is built
+        self.reading: Any = None  # the same, or one at logits that suits the loss
         self._graphs: dict[tuple[bool, ...], Graph] = {}
         self._neurons: list[keras.Variable] = []
         self._targets = "auto"
+        self._learned_loss: Any = None  # of `compile`
 
     @property
     def genome(self) -> Genome:
@@ -110,7 +113,7 @@ class BlurModel(WholeFiles, CheckedModel):
                             f"`dtype` of layer {layer.name!r} must keep synapses in {self.variable_dtype}, as the model "
                             f"does. Received: dtype={layer.dtype_policy.name!r}"
                         )
-        self.reading = read(functional, self.rule, self._groups)
+        self._reading = self.reading = read(functional, self.rule, self._groups)
         self._network = functional
         if self.rule.keep_neurons:
             self._keep_neurons()
@@ -122,6 +125,8 @@ class BlurModel(WholeFiles, CheckedModel):
                 name="statistics_step", shape=(), dtype="int32", initializer="zeros", trainable=False
             )
         self.built = True
+        if self._learned_loss is not None:
+            self._read_losses()
 
     def _groups(self, layers: Sequence[SynapticLayer]) -> list[int]:
         """For each layer with synapses, the index of its layer of the genome (`Rule.layers`)."""
@@ -262,7 +267,7 @@ class BlurModel(WholeFiles, CheckedModel):
     def _predicted(self, outputs: Any) -> Any:
         """Applies the heads to the outputs and packs them in the structure of the network's
         outputs."""
-        found = [response.through(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
+        found = [response.predicted(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
         return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -278,6 +283,52 @@ class BlurModel(WholeFiles, CheckedModel):
         if self._network is None:
             return []
         return [layer for layer in self._network.layers if not isinstance(layer, keras.layers.InputLayer)]
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The inputs."""
+        return self._read_network("inputs")
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The outputs."""
+        return self._read_network("outputs")
+
+    @property
+    def input(self) -> Any:
+        """The input, or the inputs in their structure."""
+        return self._read_network("input")
+
+    @property
+    def output(self) -> Any:
+        """The output, or the outputs in their structure."""
+        return self._read_network("output")
+
+    @property
+    def input_shape(self) -> Any:
+        """Shape of the input, or of each."""
+        return self._read_network("input_shape")
+
+    @property
+    def output_shape(self) -> Any:
+        """Shape of the output, or of each."""
+        return self._read_network("output_shape")
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs."""
+        return [one.name for one in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs."""
+        return self._read_network("output_names")
+
+    def _read_network(self, name: str) -> Any:
+        """An attribute of the network. Raises an `AttributeError` if the model is not built."""
+        if self._network is None:
+            raise AttributeError(f"A model that is not built has no `{name}`: give it an Input, or call it on a batch.")
+        return getattr(self._network, name)
 
     # Learning.
 
@@ -346,7 +397,7 @@ class BlurModel(WholeFiles, CheckedModel):
         self._targets = targets
         self._learned_loss = resolved
         self._loss_weights = loss_weights
-        self._check_losses()
+        self._read_losses()
         super().compile(
             optimizer=None,
             loss=resolved,
@@ -358,46 +409,66 @@ class BlurModel(WholeFiles, CheckedModel):
             jit_compile=jit_compile,
             auto_scale_loss=auto_scale_loss,
         )
-        self._asked = {
-            "loss": resolved,
-            "loss_weights": loss_weights,
-            "metrics": metrics,
-            "weighted_metrics": weighted_metrics,
-            "targets": targets,
-            "run_eagerly": run_eagerly,
-            "steps_per_execution": steps_per_execution,
-            "jit_compile": jit_compile,
-            "auto_scale_loss": auto_scale_loss,
-        }
+        self._asked = types.SimpleNamespace(  # Keras would track metrics in a dict as parts of the model
+            loss=resolved,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            targets=targets,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
         if self.built:
-            self.learning_step.assign(0)
-            for layer in self._synaptic():
-                for name, variable in layer.synapses.items():
-                    if name.endswith(TRACE):
-                        variable.assign(ops.zeros(variable.shape, variable.dtype))
+            self._restart()
 
-    def _check_losses(self) -> None:
-        """Raises a `ValueError` if a loss cannot be learned from."""
-        error = self.rule.feedback == "error"
-        if not isinstance(self._learned_loss, keras.losses.Loss):
-            for loss in keras.tree.flatten(self._learned_loss):
-                if error:
-                    feedbacks.check_loss(response.of_logits(loss) or loss)
-                elif ignored_class(loss) is not None:
-                    raise ValueError(
-                        "`loss` must not ignore a class where a rule with feedback='labels' learns from several outputs, "
-                        f"since a weight is that of an example in all of them. Received: {loss.get_config()}"
-                    )
-            return
+    def _restart(self) -> None:
+        """Resets learning to its first step. The synapses stay, and slow ones become those that
+        learn, so predictions stay too."""
+        learned = int(numbers_of(self.learning_step)) > 0
+        for layer in self._synaptic():
+            for name, variable in layer.synapses.items():
+                if name.endswith(TRACE):
+                    variable.assign(ops.zeros(variable.shape, variable.dtype))
+                elif name.endswith(AVERAGE) and learned:
+                    own = layer.synapses[name.removesuffix(AVERAGE)]
+                    own.assign(np.broadcast_to(numbers_of(variable), own.shape))
+        self.learning_step.assign(0)
+
+    def _read_losses(self) -> None:
+        """Reads the network at the logits that losses are computed from. Raises a `ValueError` if a
+        loss cannot be learned from.
+
+        A sigmoid loses the gradient of its cross-entropy where it rounds to 0 or 1.
+        """
+        error, several = self.rule.feedback == "error", not isinstance(self._learned_loss, keras.losses.Loss)
+        if several and not error and any(ignored_class(one) is not None for one in keras.tree.flatten(self._learned_loss)):
+            raise ValueError(
+                "`loss` must not ignore a class where a rule with feedback='labels' learns from several outputs, "
+                f"since a weight is that of an example in all of them. Received: {self._learned_loss!r}"
+            )
         if not error:
             return
-        head = self.reading.heads[0] if self.reading is not None else ()
-        feedbacks.check_loss(response.at_logits(self._learned_loss, head)[0])
+        if self._reading is None:
+            for loss in keras.tree.flatten(self._learned_loss):
+                feedbacks.check_loss(response.of_logits(loss) or loss)
+            return
+        losses = [loss for loss, _ in response.losses_of(self._learned_loss, self._loss_weights, self._output_keys())]
+        divided = np.any(np.asarray(self._genome.arrays["temperature"]) != 1.0)  # after the sigmoid
+        moved = [
+            not divided and response.takes_probabilities(loss) and self._reading.is_sigmoid(index, self.rule)
+            for index, loss in enumerate(losses)
+        ]
+        self.reading, self._graphs = self._reading.at_logits(moved), {}
+        for loss, head in zip(losses, self.reading.heads, strict=True):
+            if loss is not None:
+                feedbacks.check_loss(response.at_logits(loss, head)[0])
 
     def get_compile_config(self) -> dict[str, Any]:
         if not self.compiled:
             return {}
-        config = {name: keras.saving.serialize_keras_object(value) for name, value in self._asked.items()}
+        config = {name: keras.saving.serialize_keras_object(value) for name, value in vars(self._asked).items()}
         if isinstance(self._learned_loss, keras.losses.Loss):
             config["loss"] = json.loads(feedbacks.loss_text(self._learned_loss))
         return config
@@ -475,7 +546,7 @@ class BlurModel(WholeFiles, CheckedModel):
         if added:
             raise ValueError(
                 "`layers` must add no losses of their own, since a genome learns from the loss of `compile` alone. "
-                f"Received: {added} added by layers before the first one with synapses"
+                f"Received: {added} added, by `add_loss` or by layers before the first one with synapses"
             )
         step = ops.convert_to_tensor(self.learning_step)
         result = network.step(
@@ -712,6 +783,10 @@ class BlurModel(WholeFiles, CheckedModel):
         tensors = [keras.KerasTensor(one.shape, one.dtype) for one in self._network.inputs]
         self(tensors[0] if len(tensors) == 1 else tensors)  # Keras takes the input's shape from a call
         super().export(filepath, *args, **kwargs)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a `ValueError`: the layers of a genome learn, and quantized ones cannot."""
+        raise ValueError("A model that learns by a genome cannot be quantized: quantize the one of `to_keras()`.")
 
     def to_keras(self) -> keras.Model:
         """Converts this network to a plain Keras model with the same predictions.

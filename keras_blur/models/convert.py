@@ -248,13 +248,14 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
     for part, kernel, bias in _pairs(layer, twin):
         equal = part.rule is not None and part.rule.directions == "tied_updates"
         for name, variable in part.synapses.items():
-            if name.endswith((TRACE, AVERAGE)) or (name == "backward_kernel" and not equal):
+            if name.endswith(TRACE) or (name == "backward_kernel" and not equal):
                 continue
             # Copied through numpy: JAX's trainer donates arrays, so a second model that shared them
             # would lose them.
-            value = numbers_of(bias if name == "bias" else kernel)
+            of_bias = name.removesuffix(AVERAGE) == "bias"
+            value = numbers_of(bias if of_bias else kernel)
             # Scales of several axes are in the order of these axes, which Keras's need not be.
-            value = value.reshape(variable.shape[2 if name == "bias" else 1 :])
+            value = value.reshape(variable.shape[2 if of_bias else 1 :])
             variable.assign(np.broadcast_to(value, variable.shape))
     if isinstance(twin, BatchNormalization):
         mean, variance = (numbers_of(value) for value in (layer.moving_mean, layer.moving_variance))

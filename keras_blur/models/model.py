@@ -52,36 +52,6 @@ class Model(BlurModel):
         super().__init__(genome, name=name, **kwargs)
         self._plan(keras.Model(inputs, outputs, name=f"{self.name}_network"))
 
-    @property
-    def inputs(self) -> list[Any]:
-        """The inputs."""
-        return self._network.inputs
-
-    @property
-    def outputs(self) -> list[Any]:
-        """The outputs."""
-        return self._network.outputs
-
-    @property
-    def input_shape(self) -> Any:
-        """Shape of the input, or of each."""
-        return self._network.input_shape
-
-    @property
-    def output_shape(self) -> Any:
-        """Shape of the output, or of each."""
-        return self._network.output_shape
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the outputs."""
-        return self._network.output_names
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the inputs."""
-        return self._network.input_names
-
     def get_config(self) -> dict[str, Any]:
         return {**self._base_config(), "network": keras.saving.serialize_keras_object(self._network)}
 

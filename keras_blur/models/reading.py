@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from keras_blur.core.equations import Activation
-from keras_blur.core.graph import Builder, Connect, Graph
+from keras_blur.core.graph import Builder, Connect, Graph, Pass
 from keras_blur.core.rule import Rule
 from keras_blur.core.weightless import (
     Dropout,
@@ -30,6 +30,7 @@ from keras_blur.core.weightless import (
     MaxPooling,
     Normalize,
     Phases,
+    Sigmoid,
     Softmax,
     WeightlessMap,
 )
@@ -139,6 +140,31 @@ class Reading:
             for one in self.graph.operations
         )
         return dataclasses.replace(self.graph, operations=operations)
+
+    def is_sigmoid(self, index: int, rule: Rule) -> bool:
+        """Whether an output ends in the sigmoid of neurons that nothing else reads."""
+        number = self.graph.outputs[index]
+        one = self.graph.operations[number - len(self.graph.features)]
+        if self.heads[index] or not isinstance(one, Connect) or self.graph.outputs.count(number) > 1:
+            return False
+        sources = (other.sources if isinstance(other, Pass) else (other.source,) for other in self.graph.operations)
+        read = any(number in own for own in sources)
+        return not read and (one.connection.activation or rule.last_activation) == "sigmoid"
+
+    def at_logits(self, moved: Sequence[bool]) -> Reading:
+        """The same network, in which the sigmoid of some outputs is a map after their neurons."""
+        operations, heads, first = list(self.graph.operations), list(self.heads), len(self.graph.features)
+        for index, chosen in enumerate(moved):
+            if chosen:
+                place = self.graph.outputs[index] - first
+                one = operations[place]
+                operations[place] = dataclasses.replace(
+                    one, connection=dataclasses.replace(one.connection, activation="linear")
+                )
+                shape = self.shapes[self.graph.connects.index(one)]
+                heads[index] = (Sigmoid(shape),)
+        graph = dataclasses.replace(self.graph, operations=tuple(operations))
+        return dataclasses.replace(self, graph=graph, heads=tuple(heads))
 
 
 class Plan:

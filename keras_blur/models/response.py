@@ -3,9 +3,9 @@ passage through its head.
 
 Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule
 for errors. A head is a chain of maps after an output, which turns the output into the prediction.
-The derivative of a loss goes back through it. If a head ends in a softmax and the loss is a
-cross-entropy of probabilities, both are replaced by the cross-entropy of the logits, which has the
-same gradient.
+The derivative of a loss goes back through it. If a head ends in a softmax or a sigmoid and the loss
+is a cross-entropy of probabilities, both are replaced by the cross-entropy of the logits. It has the
+same gradient, also where probabilities round to 0 or 1 and Keras on JAX has none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_blur import backend
 from keras_blur.core import feedback
 from keras_blur.core.derivatives import vjp
-from keras_blur.core.weightless import Softmax, WeightlessMap
+from keras_blur.core.weightless import Sigmoid, Softmax, WeightlessMap
 
 Array = Any
 Head = Sequence[WeightlessMap]
@@ -104,14 +105,30 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
     return [None if one is None else ops.cast(one, dtype) for one in found]
 
 
+# For each map that gives probabilities, the losses of which Keras takes the logits.
+_OF_PROBABILITIES: dict[Any, tuple[type[keras.losses.Loss], ...]] = {
+    Softmax: (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy),
+    Sigmoid: (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy),
+}
+
+
 def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, Head]:
     """A loss and the head for its derivative. A cross-entropy of probabilities after a softmax
-    becomes one of logits, and the softmax is removed from the head."""
-    if head and isinstance(head[-1], Softmax):
-        logits = of_logits(loss)
-        if logits is not None:
-            return logits, head[:-1]
-    return loss, head
+    becomes one of logits, and the softmax or sigmoid is removed from the head.
+
+    Raises:
+        ValueError: if the loss takes logits and the head gives probabilities.
+    """
+    kind = type(head[-1]) if head else None
+    if kind not in _OF_PROBABILITIES or type(loss) not in _OF_PROBABILITIES[kind]:
+        return loss, head
+    logits = of_logits(loss)
+    if logits is None:
+        raise ValueError(
+            f"`loss` must take probabilities, from_logits=False, since the outputs are those of a {kind.__name__.lower()}. "
+            f"Received: loss={type(loss).__name__}(from_logits=True)"
+        )
+    return logits, head[:-1]
 
 
 def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
@@ -122,8 +139,8 @@ def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
     >>> of_logits(keras.losses.CategoricalCrossentropy()).get_config()["from_logits"]
     True
     """
-    kinds = (keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy)
-    if type(loss) not in kinds or loss.get_config().get("from_logits"):
+    known = any(type(loss) in kinds for kinds in _OF_PROBABILITIES.values())
+    if not known or loss.get_config().get("from_logits"):
         return None
     return type(loss).from_config({**loss.get_config(), "from_logits": True})
 
@@ -133,6 +150,19 @@ def through(head: Head, value: Array) -> Array:
     for one in head:
         value = one.forward((value[None],), None)[0]
     return value
+
+
+def takes_probabilities(loss: keras.losses.Loss | None) -> bool:
+    """Whether a loss is a cross-entropy of the probabilities, or logits, of a sigmoid."""
+    return type(loss) in _OF_PROBABILITIES[Sigmoid]
+
+
+def predicted(head: Head, value: Array) -> Array:
+    """The prediction, which knows its logits if the head ends in a softmax or a sigmoid."""
+    if not head or type(head[-1]) not in _OF_PROBABILITIES:
+        return through(head, value)
+    logits = through(head[:-1], value)
+    return backend.of_logits(through(head[-1:], logits), logits)
 
 
 def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[Array], Array] | None) -> list[Array]:

@@ -175,6 +175,22 @@ def test_the_outer_gradient_of_a_convolutional_net_is_that_of_difference_quotien
         assert (ahead - behind) / 2e-3 == pytest.approx(slope, rel=0.02, abs=0.01)
 
 
+def test_groups_of_channels_are_normalised_after_a_convolution_without_xla():
+    def grouped(shape, outputs):
+        return [kl.Conv2D(4, 3), kl.GroupNormalization(2), kl.GlobalAveragePooling2D(), kl.Dense(outputs)]
+
+    learner = learners.Blur(grouped, Rule(states=3, batch_reduction="mean", last_activation="linear"))
+
+    def gradient_norm(jit_compile):
+        trainer = meta.MetaTrainer(
+            tasks.images("digits", size=5), learner, meta.Unroll(1), meta_batch_size=2, batch_size=8, query_size=8
+        )
+        trainer.compile(keras.optimizers.Adam(1e-3), jit_compile=jit_compile)
+        return trainer.fit(1, 1, verbose=0).history["gradient_norm"][0]
+
+    assert gradient_norm(False) == pytest.approx(gradient_norm(True), rel=1e-4)
+
+
 def test_several_networks_and_shapes_share_a_genome():
     images = [tasks.images("digits"), tasks.images("digits", size=6)]
     trainer = meta.MetaTrainer(

@@ -98,6 +98,38 @@ def test_an_unroll_in_pieces_cannot_grow():
         made.unroll_for(4)
 
 
+@pytest.mark.parametrize(
+    ("windowed", "whole"),
+    [
+        (lambda: meta.TruncatedUnroll(2, episode_steps=2), lambda: meta.Unroll(2)),
+        (lambda: meta.PES(2, antithetic_pairs=2, episode_steps=2), lambda: meta.ES(2, antithetic_pairs=2)),
+        (lambda: meta.OfflineWarpGrad(2, thetas=2), None),
+    ],
+)
+def test_one_window_is_the_whole_episode(windowed, whole):
+    windowed = trainer(windowed())
+    history = windowed.fit(1, 3, verbose=0).history
+    assert np.isfinite(history["loss"][0])
+    assert history["gradient_norm"][0] > 0.0
+    with pytest.raises(ValueError, match="carries learners"):
+        windowed.unroll_for(1)
+    if whole is not None:
+        other = trainer(whole())
+        other.fit(1, 3, verbose=0)
+        for name, value in other.parameters().items():
+            np.testing.assert_allclose(windowed.parameters()[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_validation_scores_the_steps_of_the_given_estimator_after_a_curriculum():
+    made = trainer(meta.Unroll(1), rate=0.0)
+
+    def scores(epochs, begin):
+        callbacks = [meta.UnrollCurriculum([(0, 1), (1, 4)]), meta.MetaValidate(tasks.functions("xor"), episodes=4)]
+        return made.fit(epochs, 1, initial_epoch=begin, callbacks=callbacks, verbose=0).history["val_loss"]
+
+    assert len({*scores(2, 0), *scores(3, 2)}) == 1
+
+
 def test_a_curriculum_keeps_the_other_options():
     made = trainer(meta.ES(2, antithetic_pairs=3, sigma=0.2, trajectory_loss_weight=0.5))
     made.unroll_for(5)

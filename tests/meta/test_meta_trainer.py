@@ -268,6 +268,7 @@ def test_curriculum_errors(stages):
         ({"members": 0}, "`members` must be a positive integer"),
         ({"batch_size": 2.5}, "`batch_size` must be a positive integer"),
         ({"clipnorm": 0.0}, "`clipnorm` must be a positive number"),
+        ({"seed": 2**31}, r"`seed` must be at most 2\*\*31 - 1"),
         ({"start": genomes.backprop()}, "`start` must be a genome of the learner's rule"),
         ({"learner": [learners.Blur((4,), RULE), learners.Blur((4,))]}, "learners that share outer parameters"),
         ({"learner": learners.Blur((4,), Rule(layers=3))}, "must have 3 layers"),

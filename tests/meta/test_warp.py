@@ -397,3 +397,87 @@ def test_warps_learn_sines_better_than_their_start_alone():
         found[warps] = min(curves, key=lambda pair: pair[0]["mean_loss"][-1])[1]
     assert found[True]["mean_loss"][-1] <= found[False]["mean_loss"][-1] / 2
     assert found[True]["area"] <= 0.8 * found[False]["area"]
+
+
+# Variables beside the weights.
+
+
+def with_dropout(seed=None):
+    layers = [keras.layers.Dense(5, name="task"), keras.layers.Dense(5, kernel_initializer="identity", name="bend")]
+    layers += [keras.layers.Dropout(0.5, seed=seed), keras.layers.Dense(OUTPUTS, name="last")]
+    return learners.Warp(keras.Sequential([keras.Input((FEATURES,)), *layers]), ["bend"], keras.optimizers.SGD(0.1))
+
+
+def test_masks_follow_from_the_seed_and_differ_between_tasks_and_steps():
+    keras.utils.set_random_seed(0)
+    learner = with_dropout()
+    outer = drawn(learner, 2, "float32")
+    outer = {name: ops.repeat(value[:1], 2, axis=0) for name, value in outer.items()}
+    x, y = ops.ones((1, 2, BATCH, FEATURES)), ops.ones((1, 2, BATCH, OUTPUTS))
+
+    def predictions(number, of=learner):
+        state = of.init(over_tasks(outer), random.seed_of(number), FEATURES, OUTPUTS, (2, 2))
+        state, first = of.step(over_tasks(outer), state, x, y)
+        return [np.array(one) for one in (first, of.step(over_tasks(outer), state, x, y)[1])]
+
+    first, second = predictions(1)
+    np.testing.assert_array_equal(first[0], first[1])  # members
+    assert np.abs(first[:, 0] - first[:, 1]).max() > 1e-3  # tasks
+    assert np.abs(first - second).max() > 1e-3  # steps
+    assert np.abs(first - predictions(2)[0]).max() > 1e-3
+    keras.utils.set_random_seed(7)
+    model = with_dropout()
+    np.testing.assert_array_equal(predictions(1, model)[0], first)
+    # A shard of the tasks draws as the whole does.
+    whole = learner.init(outer, random.seed_of(1), FEATURES, OUTPUTS, (2, 4)).buffers
+    part = learner.init(outer, random.seed_of(1), FEATURES, OUTPUTS, (2, 2), Shard(1, 2)).buffers
+    for all_of_them, own in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(np.array(all_of_them)[:, 1::2], np.array(own))
+
+
+def test_a_resumed_run_has_the_same_masks_and_refuses_other_statistics(tmp_path):
+    def trainer(learner):
+        made = meta.MetaTrainer(
+            tasks.functions("xor"), learner, meta.WarpGrad(2, start="leap"), batch_size=8, query_size=8, seed=4
+        )
+        made.compile(keras.optimizers.Adam(1e-2), jit_compile=False)
+        return made
+
+    def dropping():
+        start = keras.initializers.GlorotUniform(1)
+        task, bend = (keras.layers.Dense(5, kernel_initializer=start, name=name) for name in ("task", "bend"))
+        last = keras.layers.Dense(2, kernel_initializer=start, name="last")
+        layers = [keras.Input((2,)), task, bend, keras.layers.Dropout(0.5), last]
+        return learners.Warp(keras.Sequential(layers), ["bend"], keras.optimizers.SGD(0.1))
+
+    whole = trainer(dropping())
+    whole.fit(2, 2, verbose=0)
+    trainer(dropping()).fit(1, 2, checkpoint=tmp_path / "run.weights.h5", verbose=0)
+    keras.utils.set_random_seed(99)  # another process
+    resumed = trainer(dropping())
+    resumed.fit(2, 2, checkpoint=tmp_path / "run.weights.h5", verbose=0)
+    for name, value in whole.parameters().items():
+        np.testing.assert_array_equal(resumed.parameters()[name], value)
+
+    def normalising(mean):
+        start = keras.initializers.GlorotUniform(1)
+        layers = [keras.layers.Dense(5, kernel_initializer=start, name="bend"), keras.layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input((2,)), *layers, keras.layers.Dense(2, kernel_initializer=start)])
+        model.layers[1].moving_mean.assign(np.full(5, mean))
+        return learners.Warp(model, ["bend"], keras.optimizers.SGD(0.1))
+
+    trainer(normalising(0.0)).fit(1, 1, checkpoint=tmp_path / "other.weights.h5", verbose=0)
+    with pytest.raises(ValueError, match="buffers"):
+        trainer(normalising(5.0)).fit(2, 1, checkpoint=tmp_path / "other.weights.h5", verbose=0)
+
+
+def test_batch_normalisation_is_no_warp():
+    layers = [keras.layers.Dense(5), keras.layers.BatchNormalization(name="norm"), keras.layers.Dense(OUTPUTS)]
+    inner = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5), keras.layers.BatchNormalization()], name="inner")
+    for model, name in (
+        (keras.Sequential([keras.Input((FEATURES,)), *layers]), "norm"),
+        (keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(5), inner, keras.layers.Dense(2)]), "inner"),
+    ):
+        names = [path for path in learners.base.places(model) if path.startswith(name)]
+        with pytest.raises(ValueError, match="`warp` must name no batch normalisation"):
+            learners.Warp(model, names, keras.optimizers.SGD(0.1))

@@ -9,6 +9,7 @@ from on_backend import dataset, digits, served
 
 import keras_blur as kb
 from keras_blur.layers import Dense
+from keras_blur.models.convert import copy_weights
 
 LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 RNG = np.random.default_rng(0)
@@ -335,3 +336,59 @@ def test_traces_are_saved_and_learning_goes_on_from_them(tmp_path):
     for one in (model, loaded):
         one.fit(X, Y, batch_size=8, epochs=1, shuffle=False, verbose=0)
     assert_same(loaded, model)
+
+
+# What `compile` keeps, and what users read of a model.
+
+
+@pytest.mark.parametrize("where", ["metrics", "weighted_metrics"])
+def test_metrics_may_be_objects(where, tmp_path):
+    model = make()
+    for _ in range(2):
+        model.compile(loss=LOGITS, **{where: [keras.metrics.SparseCategoricalAccuracy(name="right"), "accuracy"]})
+    history = model.fit(X, Y, verbose=0).history
+    assert set(history) == {"loss", "right", "accuracy"}
+    assert history["right"] == history["accuracy"]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
+
+
+def test_compile_and_copied_weights_hold_for_slow_synapses(tmp_path):
+    def slow():
+        return make(kb.genomes.load("fast"), [Dense(6, "relu"), Dense(3)])
+
+    model = slow()
+    model.fit(X, Y, batch_size=8, verbose=0)
+    predicted = model.predict(X, verbose=0)
+    assert np.abs(kernel(model) - np.array(model.layers[0].synapses["kernel_average"].value)).max() > 1e-3
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = slow()
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    for one in (model, loaded):
+        one.compile(loss=LOGITS)
+        np.testing.assert_array_equal(one.predict(X, verbose=0), predicted)
+        assert int(one.learning_step.value) == 0
+    source = keras.Sequential([keras.Input((5,)), kl.Dense(6, "relu"), kl.Dense(3)])
+    model.fit(X, Y, batch_size=8, verbose=0)
+    copy_weights(source, model)
+    np.testing.assert_allclose(model.predict(X, verbose=0), source.predict(X, verbose=0), atol=1e-6)
+
+
+def test_inputs_and_outputs_are_read_as_in_keras():
+    model, twin = make(), keras.Sequential([keras.Input((5,)), kl.Dense(6), kl.Dense(3)])
+    for name in ("input_shape", "output_shape"):
+        assert getattr(model, name) == getattr(twin, name)
+    assert [tuple(one.shape) for one in (*model.inputs, *model.outputs)] == [(None, 5), (None, 3)]
+    assert (model.input, model.output) == (model.inputs[0], model.outputs[0])
+    assert (len(model.input_names), len(model.output_names)) == (1, 1)
+    inner = keras.Model(model.inputs, model.layers[0].output)
+    assert inner.predict(X, verbose=0).shape == (24, 6)
+    with pytest.raises(AttributeError, match="not built"):
+        _ = kb.Sequential([Dense(3)], genome=GENOME).inputs
+
+
+def test_quantization_and_added_losses_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"quantize the one of `to_keras\(\)`"):
+        model.quantize("int8")

@@ -51,6 +51,12 @@ def symbolic_build(model: Any, iterator: Any, data_batch: Any) -> Iterator[tuple
             yield iterator, data_batch
 
 
+def of_logits(probabilities: Array, logits: Array) -> Array:
+    """Probabilities that Keras's losses replace with their logits."""
+    probabilities._keras_logits = logits
+    return probabilities
+
+
 def outside_of_programs() -> Any:
     """A scope in which variables are made outside of the program that is being traced."""
     return tf.init_scope()
