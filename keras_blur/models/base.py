@@ -348,7 +348,8 @@ class BlurModel(WholeFiles, CheckedModel):
     ) -> None:
         """Configures learning and resets the learning step and the momentum traces to 0.
 
-        There is no optimizer. The genome updates the synapses.
+        There is no optimizer. The genome updates the synapses. Predictions do not change: slow
+        synapses become those that learn, too.
 
         Args:
             optimizer: must be `None`. It exists for compatibility with Keras.
@@ -373,7 +374,8 @@ class BlurModel(WholeFiles, CheckedModel):
 
         Raises:
             ValueError: if an optimizer is given, there is no loss, the losses do not fit the
-                outputs, or the rule needs the derivative of a loss that is not known.
+                outputs, the rule needs the derivative of a loss that is not known, or a loss of
+                logits follows a softmax or a sigmoid.
         """
         if optimizer is not None:
             raise ValueError(
