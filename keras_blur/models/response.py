@@ -4,8 +4,8 @@ passage through its head.
 Source: "Meta-Learning Bidirectional Update Rules" (2021), section 3.3, for labels; the chain rule
 for errors. A head is a chain of maps after an output, which turns the output into the prediction.
 The derivative of a loss goes back through it. If a head ends in a softmax or a sigmoid and the loss
-is a cross-entropy of probabilities, both are replaced by the cross-entropy of the logits. It has the
-same gradient, also where probabilities round to 0 or 1 and Keras on JAX has none.
+is a cross-entropy of probabilities, both are replaced by the cross-entropy of the logits. It has
+the same gradient, also where probabilities round to 0 or 1 and Keras on JAX has none.
 """
 
 from __future__ import annotations
