@@ -193,7 +193,7 @@ class LayerwiseMetaGradient(VirtualStep):
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
             distance[name] = factor * ops.broadcast_to(apart, slope[name].shape)
         found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
-        signs = ops.where(gates > 0.5, -1.0, 1.0)
+        signs = ops.cast(ops.where(gates > 0.5, -1.0, 1.0), "float32")
         count = ops.sum(gates)
         alpha = ops.cast(ahead.alpha, "float32")
         by_gates = alpha * signs * products + 2.0 * sampler.count_weight * (count - sampler.target)

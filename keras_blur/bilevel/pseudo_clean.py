@@ -22,6 +22,8 @@ from keras_blur.checks import checked_arrays, model_expects
 from keras_blur.core.losses import as_keras, check_weighable, mask_of, per_example
 from keras_blur.tasks.datasets import needs
 
+_ROUNDING = 1e-6  # losses that differ by no more than this, of their size, are the same in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class PseudoCleanSplit:
@@ -65,7 +67,8 @@ class PseudoCleanSplit:
             ImportError: if scikit-learn is not installed; the message has the install command.
         """
         losses = np.asarray(losses, "float64")
-        if losses.ndim != 1 or not np.all(np.isfinite(losses)) or not np.ptp(losses) > 0:
+        sound = losses.ndim == 1 and losses.size > 0 and np.all(np.isfinite(losses))
+        if not sound or np.ptp(losses) <= _ROUNDING * np.max(np.abs(losses)):
             raise ValueError(f"`losses` must be finite numbers [n], not all the same. Received: {losses!r}")
         scaled = ((losses - losses.min()) / np.ptp(losses))[:, None]
         mixture = needs("sklearn.mixture", "scikit-learn").GaussianMixture(

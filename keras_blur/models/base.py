@@ -94,6 +94,8 @@ class BlurModel(WholeFiles, CheckedModel):
                 "Make a new model for another rule."
             )
         self._genome = genome
+        if self._learned_loss is not None:
+            self._read_losses()
         self.train_function = self.test_function = self.predict_function = None
 
     @property
@@ -457,9 +459,10 @@ class BlurModel(WholeFiles, CheckedModel):
                 feedbacks.check_loss(response.of_logits(loss) or loss)
             return
         losses = [loss for loss, _ in response.losses_of(self._learned_loss, self._loss_weights, self._output_keys())]
-        divided = np.any(np.asarray(self._genome.arrays["temperature"]) != 1.0)  # after the sigmoid
+        # A temperature divides what the sigmoid gives, and kept neurons keep it.
+        stays = self.rule.keep_neurons or np.any(np.asarray(self._genome.arrays["temperature"]) != 1.0)
         moved = [
-            not divided and response.takes_probabilities(loss) and self._reading.is_sigmoid(index, self.rule)
+            not stays and response.takes_probabilities(loss) and self._reading.is_sigmoid(index, self.rule)
             for index, loss in enumerate(losses)
         ]
         self.reading, self._graphs = self._reading.at_logits(moved), {}

@@ -475,9 +475,25 @@ def test_a_pseudo_clean_split_finds_most_correct_labels():
     np.testing.assert_array_equal(bilevel.PseudoCleanSplit().split(model, x[order], y[order], LOSS), chosen[order])
 
 
+def test_a_sampler_of_layers_trains_in_float64(float64):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)])
+    estimator = bilevel.LayerwiseMetaGradient("last:2", bilevel.GradientSampler(hidden=3))
+    trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(4), estimator)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer.compile(keras.optimizers.SGD(0.1), None, loss, jit_compile=False)
+    x, y = np.random.default_rng(0).standard_normal((8, 5)), np.arange(8) % 3
+    assert np.isfinite(trainer.fit(x, y, meta_data=(x, y), batch_size=4, verbose=0).history["loss"][0])
+
+
 @pytest.mark.parametrize(
     ("losses", "message"),
-    [([1.0, np.nan], "`losses` must be finite"), ([1.0, 1.0], "not all the same"), ([[1.0]], r"\[n\]")],
+    [
+        ([1.0, np.nan], "`losses` must be finite"),
+        ([1.0, 1.0], "not all the same"),
+        ([1.0, 1.0 + 1e-7], "not all the same"),
+        ([[1.0]], r"\[n\]"),
+        ([], "`losses` must be finite"),
+    ],
 )
 def test_losses_that_cannot_be_split_are_refused(losses, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 """Cross-entropies of probabilities: learned from the logits of a softmax or a sigmoid, where
 probabilities round to 0 or 1 as well."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -110,3 +112,28 @@ def test_a_sigmoid_that_something_else_reads_stays_with_its_neurons(float64):
         one.train_on_batch(small, y)
     for mine, wanted in zip(weights(ours.to_keras()), weights(model), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-6 if JAX else 1e-9, atol=1e-7 if JAX else 1e-9)
+
+
+def test_a_temperature_stays_after_the_sigmoid():
+    genome = kb.genomes.backprop(RATE)
+    hot = genome.replace(temperature=np.full_like(genome.arrays["temperature"], 2.0))
+    models = [kb.convert(network(1, "sigmoid"), one) for one in (hot, genome)]
+    for model in models:
+        model.compile(loss="binary_crossentropy")
+    models[1].genome = hot  # after `compile`
+    for model in models:
+        model.train_on_batch(X / 60.0, ONE)
+    predicted = [model.predict(X, verbose=0) for model in models]
+    np.testing.assert_array_equal(*predicted)
+    assert predicted[0].max() <= 0.5
+
+
+def test_kept_neurons_keep_the_sigmoid():
+    genome = kb.genomes.backprop(RATE)
+    genome = kb.Genome(dataclasses.replace(genome.rule, keep_neurons=True), genome.arrays)
+    layer = kb.layers.Dense(1, "sigmoid")
+    model = kb.Sequential([keras.Input((4,), batch_size=8), layer], genome=genome)
+    model.compile(loss="binary_crossentropy")
+    model.train_on_batch(X / 60.0, ONE)
+    kept = np.array(model._neurons[-1].value)[0]
+    assert 0.0 < kept.min() < kept.max() < 1.0
