@@ -39,7 +39,8 @@ def seed_of(number: int | Array) -> Array:
     >>> ops.convert_to_numpy(seed_of(7)).tolist()
     [0, 7]
     """
-    if isinstance(number, numbers.Real) and not (isinstance(number, numbers.Integral) and -(2**31) <= number < 2**31):
+    whole = isinstance(number, numbers.Integral)
+    if isinstance(number, numbers.Real) and not (whole and -(2**31) <= int(number) < 2**31):
         raise ValueError(f"A seed must be an integer that fits in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
     return ops.stack([ops.zeros((), "int32"), ops.cast(number, "int32")])
 

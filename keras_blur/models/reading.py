@@ -155,14 +155,12 @@ class Reading:
         """The same network, in which the sigmoid of some outputs is a map after their neurons."""
         operations, heads, first = list(self.graph.operations), list(self.heads), len(self.graph.features)
         for index, chosen in enumerate(moved):
-            if chosen:
-                place = self.graph.outputs[index] - first
-                one = operations[place]
-                operations[place] = dataclasses.replace(
-                    one, connection=dataclasses.replace(one.connection, activation="linear")
-                )
-                shape = self.shapes[self.graph.connects.index(one)]
-                heads[index] = (Sigmoid(shape),)
+            place = self.graph.outputs[index] - first
+            one = operations[place]
+            if chosen and isinstance(one, Connect):
+                linear = dataclasses.replace(one.connection, activation="linear")
+                operations[place] = dataclasses.replace(one, connection=linear)
+                heads[index] = (Sigmoid(self.shapes[self.graph.connects.index(one)]),)
         graph = dataclasses.replace(self.graph, operations=tuple(operations))
         return dataclasses.replace(self, graph=graph, heads=tuple(heads))
 

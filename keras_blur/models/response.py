@@ -119,14 +119,13 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
     Raises:
         ValueError: if the loss takes logits and the head gives probabilities.
     """
-    kind = type(head[-1]) if head else None
-    if kind not in _OF_PROBABILITIES or type(loss) not in _OF_PROBABILITIES[kind]:
+    if not head or type(loss) not in _OF_PROBABILITIES.get(type(head[-1]), ()):
         return loss, head
     logits = of_logits(loss)
     if logits is None:
         raise ValueError(
-            f"`loss` must take probabilities, from_logits=False, since the outputs are those of a {kind.__name__.lower()}. "
-            f"Received: loss={type(loss).__name__}(from_logits=True)"
+            f"`loss` must take probabilities, from_logits=False, since the outputs are those of a "
+            f"{type(head[-1]).__name__.lower()}. Received: loss={type(loss).__name__}(from_logits=True)"
         )
     return logits, head[:-1]
 
