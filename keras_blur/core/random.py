@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 import statistics
 from typing import Any
 
@@ -39,8 +38,8 @@ def seed_of(number: int | Array) -> Array:
     >>> ops.convert_to_numpy(seed_of(7)).tolist()
     [0, 7]
     """
-    whole = isinstance(number, numbers.Integral)
-    if isinstance(number, numbers.Real) and not (whole and -(2**31) <= int(number) < 2**31):
+    fractional = isinstance(number, (float, np.floating))
+    if fractional or (isinstance(number, (int, np.integer)) and not -(2**31) <= number < 2**31):
         raise ValueError(f"A seed must be an integer that fits in 32 bits, from -2**31 to 2**31 - 1. Received: {number}")
     return ops.stack([ops.zeros((), "int32"), ops.cast(number, "int32")])
 

@@ -124,7 +124,7 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
     logits = of_logits(loss)
     if logits is None:
         raise ValueError(
-            f"`loss` must take probabilities, from_logits=False, since the outputs are those of a "
+            "`loss` must take probabilities, from_logits=False, since the outputs are those of a "
             f"{type(head[-1]).__name__.lower()}. Received: loss={type(loss).__name__}(from_logits=True)"
         )
     return logits, head[:-1]
