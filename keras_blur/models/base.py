@@ -350,8 +350,8 @@ class BlurModel(WholeFiles, CheckedModel):
     ) -> None:
         """Configures learning and resets the learning step and the momentum traces to 0.
 
-        There is no optimizer. The genome updates the synapses. Predictions do not change: slow
-        synapses become those that learn, too.
+        There is no optimizer. The genome updates the synapses. The synapses that learn are set to
+        their slow averages, if the rule has them, so predictions do not change.
 
         Args:
             optimizer: must be `None`. It exists for compatibility with Keras.
@@ -366,7 +366,7 @@ class BlurModel(WholeFiles, CheckedModel):
             run_eagerly: as in Keras.
             steps_per_execution: as in Keras.
             jit_compile: as in Keras. `"auto"` is `False` on TensorFlow without an accelerator.
-                XLA's factorisation is slow there, so keep it for a rule with `whitening`.
+                Keep `"auto"` there for a rule with `whitening`: XLA factorises slowly on a CPU.
             auto_scale_loss: has no effect, since it concerns the optimizer in Keras. Layers with
                 float16 products scale each factor to the range of float16.
             targets: how labels are written, for `Rule.feedback="labels"`: `"classes"` (integers),
