@@ -163,7 +163,10 @@ def execute(name: str, size: Size, cores: int) -> dict[str, Any]:
             continue
         largest = float(np.max(np.abs(one), initial=0.0))
         difference = float(np.max(np.abs(one.astype("float64") - several), initial=0.0))
-        far.append((difference / largest if difference else 0.0, label))
+        if not np.isfinite(difference):
+            far.append((float("inf"), label))  # the largest of all, which NaN is not
+        else:
+            far.append((difference / largest if difference else 0.0, label))
     return {"from_one_device": max(far), "devices": cores}
 
 

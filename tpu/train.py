@@ -56,7 +56,8 @@ EXAMPLES = (
 
 # What a run writes, by flag.
 FILES = {
-    "checkpoint": "run.weights.h5", "genome": "genome.json", "csv": "history.csv", "json": "result.json",
+    "checkpoint": "run.weights.h5", "genome": "genome.json", "model": "model.keras", "csv": "history.csv",
+    "json": "result.json",
     **({"tensorboard": "logs"} if importlib.util.find_spec("tensorboard") else {}),
 }  # fmt: skip
 

@@ -187,6 +187,8 @@ def _difference(got: np.ndarray, wanted: np.ndarray, largest: float) -> float:
     if got.shape != wanted.shape or not np.isfinite(wanted.astype("float64")).all():
         return float("inf")
     difference = float(np.max(np.abs(got.astype("float64") - wanted.astype("float64")), initial=0.0))
+    if not np.isfinite(difference):
+        return float("inf")
     return difference and difference / max(largest, 1e-30)
 
 

@@ -62,7 +62,9 @@ def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
     if flag["decisions"]:
         several = [functions(one) for one in flag["functions"]]
         shown = [at[place] for place in np.unique(np.linspace(0, len(at) - 1, 7).astype(int))]
-        trace = trace_decisions({name: genome}, several, hidden, shown, flag["seed"], batch_size=flag["batch_size"])
+        trace = trace_decisions(
+            {name: genome}, several, hidden, shown, flag["seed"], split=flag["split"], batch_size=flag["batch_size"]
+        )
         draw_decisions(trace, flag["decisions"])
         wrote(flag["decisions"])
     if flag["synapses"]:
@@ -71,7 +73,9 @@ def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:
             task = functions(flag["functions"][0])
         else:
             task = images(flag["data"], size=flag["size"], data_dir=flag["data_dir"])
-        found = trace_synapses(genome, task, hidden, flag["steps"], flag["seed"], batch_size=flag["batch_size"])
+        # Of a whole image set, networks learn the training images.
+        split = flag["split"] if flag["functions"] or flag["size"] else "train"
+        found = trace_synapses(genome, task, hidden, flag["steps"], flag["seed"], split=split, batch_size=flag["batch_size"])
         draw_synapses(found, flag["synapses"], title=f"{name} on {task.name}")
         wrote(flag["synapses"])
 

@@ -314,9 +314,10 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         callbacks.append(meta.MetaValidate(families, episodes=flag["validate"], steps=last))
     callbacks.append(meta.SaveLearned(output))
     going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
-    if flag["csv"]:
+    writes_files = trainer.runner.writes_files  # of several processes, one does
+    if flag["csv"] and writes_files:
         callbacks.append(keras.callbacks.CSVLogger(flag["csv"], append=going_on))
-    if flag["tensorboard"]:
+    if flag["tensorboard"] and writes_files:
         callbacks.append(tensorboard(flag["tensorboard"]))
     log = keras.callbacks.History()
     stopped = False
@@ -329,6 +330,8 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
     seconds = time.perf_counter() - begin
     if stopped and int(backend.numbers_of(trainer.meta_step)) == before:
         return interrupted("no meta-step was done, so nothing was kept")
+    if not writes_files:
+        return interrupted("another process keeps what was learned") if stopped else 0
     writes = trainer.sound or not exists(output)
     if writes:  # even if the checkpoint was complete
         save(trainer.learned, output)

@@ -115,7 +115,9 @@ class Graph:
         """The holder of the layer of neurons that a value is, or of the first such layer that it
         comes from."""
         one = self.operations[number - len(self.features)]
-        return one.holder if isinstance(one, Connect) else self.holder_of(one.sources[0])
+        if isinstance(one, Connect):
+            return one.holder
+        return self.holder_of(next(source for source in one.sources if source in self.after_synapses))
 
     @functools.cached_property
     def last(self) -> frozenset[int]:

@@ -481,7 +481,7 @@ def drop_mask(
     whole = (rows * replicas(), *shape)
     drawn = tuple(size if wanted is None else wanted for size, wanted in zip(whole, noise_shape, strict=True))
     stays = random.uniform(ops.cast(seed, "int32"), drawn) >= rate
-    mask = ops.broadcast_to(ops.cast(stays, dtype) / (1.0 - rate), whole)
+    mask = ops.broadcast_to(ops.cast(stays, dtype) / ((1.0 - rate) or 1.0), whole)  # at rate 1 nothing stays
     if replicas() > 1:
         mask = ops.take(mask, replica() * rows + ops.arange(rows), axis=0)
     return mask

@@ -43,8 +43,9 @@ class _DotProducts(Jacobian):
     def context(self, states: Sequence[Array], training: bool) -> Any:
         if not training or not self.rate:
             return None
-        first = first_states(states[0], 1, len(self.target))
-        rows = ops.shape(ops.reshape(first, (-1, *self.target)))[0]
+        queries = self.sources[0]
+        first = first_states(states[0], 1, len(queries))
+        rows = ops.shape(ops.reshape(first, (-1, *queries)))[0]
         return drop_mask(self.draw(), self.rate, rows, self.scores, (None,) * 4, states[0].dtype)
 
     def _attend(self, mask: Array | None, *three: Array) -> Array:
@@ -141,7 +142,11 @@ class MultiHeadAttention(BlurLayer):
         self.num_heads, self.key_dim = int(num_heads), int(key_dim)
         self.value_dim = self.key_dim if value_dim is None else int(value_dim)
         self.dropout, self.use_bias, self.seed = float(dropout), bool(use_bias), seed
-        self.size = output_shape[-1] if isinstance(output_shape, (tuple, list)) else output_shape
+        if isinstance(output_shape, (tuple, list)):
+            if len(output_shape) != 1:
+                raise ValueError(f"`output_shape` must be one size. {arguments.received('output_shape', output_shape)}")
+            output_shape = output_shape[0]
+        self.size = output_shape
         self._shared = {
             "kernel_initializer": kernel_initializer,
             "bias_initializer": bias_initializer,
@@ -169,7 +174,7 @@ class MultiHeadAttention(BlurLayer):
     def _projection(self, name: str, size: int) -> EinsumDense:
         return EinsumDense(
             "abc,cde->abde", (None, self.num_heads, size), "linear", "de" if self.use_bias else None,
-            name=name, dtype=self.dtype_policy, **self._options(),
+            name=name, dtype=self.dtype_policy, trainable=self.trainable, **self._options(),
         )  # fmt: skip
 
     def build(self, query_shape: Shape, value_shape: Shape, key_shape: Shape | None = None) -> None:
@@ -182,7 +187,7 @@ class MultiHeadAttention(BlurLayer):
         size = self.size or query_shape[-1]
         self.output_dense = EinsumDense(
             "abcd,cde->abe", (None, size), "linear", "e" if self.use_bias else None, name="attention_output",
-            dtype=self.dtype_policy, **self._options(),
+            dtype=self.dtype_policy, trainable=self.trainable, **self._options(),
         )  # fmt: skip
         self.query_dense.build(query_shape)
         self.key_dense.build(key_shape)

@@ -438,11 +438,10 @@ class _Channels(initializers.Initializer):
         seed = config.get("seed")
         if "seed" not in config or not (seed is None or isinstance(seed, int)):
             return self.initializer
-        if seed is not None and (self.place, channel) != (
-            0,
-            0,
-        ):  # the first channel of the first kernel equals that of the Keras twin
-            config["seed"] = int(np.random.SeedSequence([seed, self.place, channel]).generate_state(1)[0] >> 1)
+        # The first channel of the first kernel equals that of the Keras twin.
+        if seed is not None and (self.place, channel) != (0, 0):
+            entropy = [seed % 2**64, self.place, channel]
+            config["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
 
 

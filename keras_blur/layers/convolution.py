@@ -491,6 +491,7 @@ class SeparableConv2D(BlurLayer):
             depthwise_constraint=depthwise_constraint,
             name="depthwise",
             dtype=self.dtype_policy,
+            trainable=self.trainable,
         )
         self.pointwise = Conv2D(
             filters,
@@ -506,6 +507,7 @@ class SeparableConv2D(BlurLayer):
             bias_constraint=bias_constraint,
             name="pointwise",
             dtype=self.dtype_policy,
+            trainable=self.trainable,
         )
 
     def build(self, input_shape: Shape) -> None:

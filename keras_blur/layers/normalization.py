@@ -63,7 +63,7 @@ class _Normalization(SynapticLayer):
         axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
         rank = len(source) + 1
         own = sorted(axis % rank - 1 for axis in axes)
-        if min(own) < 0 or len(set(own)) != len(own):
+        if min(own) < 0 or len(set(own)) != len(own) or not all(-rank <= axis < rank for axis in axes):
             raise ValueError(f"`axis` of layer {self.name!r} must be axes of features. Received: axis={self.axis!r}")
         return tuple(own)
 
@@ -88,8 +88,8 @@ class _Normalization(SynapticLayer):
 
     def _normalized(self, inputs: Array, training: bool) -> Array:
         weightless = self.make_map(tuple(inputs.shape[1:]))
-        states = (inputs[None],)
-        return weightless.forward(states, weightless.context(states, training))[0]
+        states = (ops.cast(inputs, self.variable_dtype)[None],)  # as in Keras, statistics of float16 would overflow
+        return ops.cast(weightless.forward(states, weightless.context(states, training))[0], inputs.dtype)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -127,7 +127,8 @@ class BatchNormalization(_Normalization):
         gamma_regularizer: as `kernel_regularizer` of `Dense`.
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
-        synchronized: has no effect, since statistics are always over the batch of all replicas.
+        synchronized: has no effect: in a model that learns by a genome, statistics are always over
+            the batch of all replicas.
         **kwargs: as in `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
 
     Input shape:
@@ -243,7 +244,8 @@ class BatchNormalization(_Normalization):
             refuse_outer_training(self)
         normalized = self._normalized(inputs, bool(training))
         if training and self.trainable:
-            self.follow(*self.make_map(tuple(inputs.shape[1:])).moments((inputs[None],)))
+            states = (ops.cast(inputs, self.variable_dtype)[None],)
+            self.follow(*self.make_map(tuple(inputs.shape[1:])).moments(states))
         return self.summed(normalized)
 
     def get_config(self) -> dict[str, Any]:

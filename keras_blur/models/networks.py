@@ -12,6 +12,7 @@ from keras import layers as kl
 
 from keras_blur import arguments
 from keras_blur.layers.base import check_trained_by_gradients, relu_tanh
+from keras_blur.models.reading import entering, functional_of, nodes_of
 
 NETWORKS = ("mlp", "lenet", "resnet20")
 
@@ -160,9 +161,59 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
                 f"`network` must take examples of {tuple(shape)} and have {classes} outputs. "
                 f"Received: {name}, which takes {own[0]} and has {own[1]}"
             )
-        return keras.models.clone_model(model)
+        return flattened(keras.models.clone_model(model))
 
     return name, again
+
+
+def flattened(model: keras.Model) -> keras.Model:
+    """The same layers in a model without other models inside it.
+
+    Args:
+        model: a built Sequential or Functional model.
+
+    Raises:
+        ValueError: if two layers have the same name, or a model inside is called with `training`.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.Input((4,)), kl.Dense(3, name="hidden")])
+    >>> [layer.name for layer in flattened(keras.Sequential([inner, kl.Dense(2, name="last")])).layers[1:]]
+    ['hidden', 'last']
+    """
+    if not any(isinstance(layer, keras.Model) for layer in model.layers):
+        return model
+    names = [
+        layer.name
+        for layer in model._flatten_layers(include_self=False)
+        if not isinstance(layer, (keras.layers.InputLayer, keras.Model))
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`network` must have layers with different names, in models inside it too. Received: {names}")
+
+    def run(functional: Any, tensors: Sequence[Any]) -> list[Any]:
+        values = dict(zip(map(id, functional.inputs), tensors, strict=True))
+
+        def now(one: Any) -> Any:
+            return values.get(id(one), one)
+
+        for node in nodes_of(functional):
+            inner, given = functional_of(node.operation), node.arguments
+            if inner is None:
+                args, kwargs = keras.tree.map_structure(now, (given.args, given.kwargs))
+                found = keras.tree.flatten(node.operation(*args, **kwargs))
+            elif given.kwargs.get("training") is not None:
+                raise ValueError(
+                    f"`network` must call the model {inner.name!r} inside it without `training`. Received: {given.kwargs}"
+                )
+            else:
+                found = run(inner, [now(one) for one in entering(inner, node)])
+            values.update(zip(map(id, keras.tree.flatten(node.outputs)), found, strict=True))
+        return [now(one) for one in functional.outputs]
+
+    (entry,) = model.inputs
+    fresh = keras.Input(batch_shape=entry.shape, dtype=entry.dtype)
+    return keras.Model(fresh, run(functional_of(model), [fresh])[0])
 
 
 def normalized(model: keras.Model) -> keras.Model | None:

@@ -315,13 +315,13 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
 
     def walk(model: Any) -> None:
         nonlocal count
-        for node in _nodes(model):
+        for node in nodes_of(model):
             operation, tensors = node.operation, node.arguments.keras_tensors
             outputs = keras.tree.flatten(node.outputs)
-            inner = _functional(operation)
+            inner = functional_of(operation)
             if inner is not None:
                 _check_masks(operation, tensors)
-                for outside, inside in zip(_entering(inner, node), inner.inputs, strict=True):
+                for outside, inside in zip(entering(inner, node), inner.inputs, strict=True):
                     place = values if id(outside) in values else prepared
                     place[id(inside)] = place[id(outside)]
                     (prepared if place is values else values).pop(id(inside), None)
@@ -377,13 +377,13 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
     return Reading(graph, layers, tuple(preparations), tuple(entries), heads, follows, shapes)
 
 
-def _nodes(model: Any) -> list[Any]:
+def nodes_of(model: Any) -> list[Any]:
     """The calls of a Functional model in topological order."""
     by_depth = model._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
 
 
-def _functional(operation: Any) -> Any:
+def functional_of(operation: Any) -> Any:
     """The Functional model that a nested model is, or `None` for a layer and for a model with a
     `call` of its own."""
     if not calls_as_keras(operation):
@@ -398,7 +398,7 @@ def calls_as_keras(layer: Any) -> bool:
     return getattr(type(layer).call, "__module__", "").startswith("keras.")
 
 
-def _entering(inner: Any, node: Any) -> list[Any]:
+def entering(inner: Any, node: Any) -> list[Any]:
     """The tensors with which a nested model is called, in the order of its inputs."""
     given = next(iter(_arguments_of(inner, node).values()))
     if isinstance(given, Mapping) and not isinstance(inner._inputs_struct, Mapping):
@@ -509,7 +509,8 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         strides = size if layer.strides is None else tuple(layer.strides)
         first = layer.data_format == "channels_first"
         return MaxPooling(function, shapes[0], target, size, strides, layer.padding, first)
-    if (kind in _LINEAR and not masked) or kind.__name__ == "Resize":  # the operation behind keras.ops.image.resize
+    linear = (kind in _LINEAR and not masked) or kind.__name__ == "Resize"  # the operation behind keras.ops.image.resize
+    if linear and not (getattr(layer, "pad_to_aspect_ratio", False) and layer.fill_value):
         return Linear(function, shapes, target)
     if kind is kl.Activation:
         return activation_map(layer.activation, shapes[0])

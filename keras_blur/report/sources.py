@@ -14,6 +14,7 @@ from keras_blur.checks import Expected, checked_arrays
 from keras_blur.checks.tasks import check_tasks
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
+from keras_blur.tasks.episodes import EpisodeTasks
 from keras_blur.training.settings import projected
 
 Array = Any
@@ -90,7 +91,8 @@ class Episodes(Source):
 
     def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int, split: str):
         super().__init__(batch_size, seeds, seed)
-        query = min(_QUERY, tasks.available(split) - batch_size)
+        taken = max(batch_size, tasks.outputs * tasks.shots) if isinstance(tasks, EpisodeTasks) else batch_size
+        query = min(_QUERY, tasks.available(split) - taken)
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: ops.convert_to_numpy(value) for name, value in next(iter(stream.batch(seeds))).items()}
         self.shape, self.classes = tasks.shape, tasks.outputs
@@ -144,6 +146,7 @@ def source_of(
         raise ValueError(f"`data` must be tasks of classes. Received: {data.name}, tasks of {data.kind}")
     if split not in ("validation", "test") or (split != "test" and not isinstance(data, Tasks)):
         raise ValueError(f"`split` must be 'test' or, of tasks, 'validation'. Received: split={split!r} of {data.name}")
+    arguments.seed(seed)
     limit = data.available(split) - 1 if isinstance(data, Tasks) else len(data.x_train)
     if steps < 1 or seeds < 2 or not 1 <= batch_size <= limit:
         raise ValueError(

@@ -174,6 +174,8 @@ def projected(arrays: list[Any]) -> dict[str, Any]:
         if given.dtype.kind not in "biuf":
             digest = hashlib.sha256(repr(given.tolist()).encode()).digest()
             given = np.frombuffer(digest, "uint8")
+        if not given.size:
+            continue
         rows = given.reshape(len(given), -1) if given.ndim else given.reshape(1, 1)
         columns = np.cos(1.0 + place + 0.7 * np.arange(rows.shape[1]))
         for start in range(0, len(rows), _ROWS):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from on_backend import JAX
 
-from keras_blur import Genome, Rule, __version__, cli, genomes
+from keras_blur import Genome, Rule, __version__, backend, cli, genomes
 from keras_blur.cli.flags import Flags
 from keras_blur.cli.outputs import Table, write_json
 from keras_blur.cli.progress import ProgressLine
@@ -692,3 +692,12 @@ def test_command_line_fits_a_shipped_genome_to_integer_labels(capsys):
     assert cli.run(["fit", "--genome=mnist-orthogonal", "--hidden=16", "--epochs=1", "--optimizers="]) == 0
     accuracy = capsys.readouterr().out.split("test accuracy")[1].split()[0]
     assert float(accuracy) > 0.8
+
+
+def test_of_several_processes_one_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend.Runner, "writes_files", False)
+    small = ["--functions=xor", "--hidden=4", "--unroll=1", "--epochs=1", "--steps_per_epoch=1", "--nojit_compile"]
+    files = ["--genome=g.json", "--csv=g.csv", "--json=r.json", "--checkpoint=c.weights.h5"]
+    assert cli.run(["meta-train", *small, *files]) == 0
+    assert not list(tmp_path.iterdir())

@@ -268,3 +268,40 @@ def test_mistakes_about_normalisation():
     for name in ("gamma_initializer", "beta_constraint"):
         with pytest.raises(ValueError, match=f"`{name}` is not an argument of keras_blur's RMSNormalization"):
             kb.layers.RMSNormalization(**{name: None})
+
+
+@pytest.mark.parametrize("axis", [2, -3])
+def test_an_axis_that_is_not_there_is_refused(axis):
+    with pytest.raises(ValueError, match=r"`axis` of layer .* must be axes of features"):
+        kb.layers.BatchNormalization(axis=axis)(np.ones((2, 3), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_shape": (7, 4)}, "must have size 7 for|must have size 5 for the axis 'b'"),
+        ({"equation": "abc,cd->abd", "output_shape": (None, None)}, "must have a size for the axis 'd'"),
+    ],
+)
+def test_sizes_of_an_einsum_are_compared(options, message):
+    layer = kb.layers.EinsumDense(**{"equation": "abc,cd->abd", **options})
+    with pytest.raises(ValueError, match=message):
+        layer(np.ones((2, 5, 3), "float32"))
+
+
+def test_attention_has_one_output_size():
+    assert kb.layers.MultiHeadAttention(2, 3, output_shape=(4,)).size == 4
+    with pytest.raises(ValueError, match="`output_shape` must be one size"):
+        kb.layers.MultiHeadAttention(2, 3, output_shape=(4, 8))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+@pytest.mark.parametrize("kind", ["BatchNormalization", "LayerNormalization", "RMSNormalization"])
+def test_statistics_are_in_float32_in_a_keras_model(kind, policy):
+    x = 600.0 * np.random.default_rng(0).standard_normal((8, 4))
+    entry = keras.Input((4,))
+    ours = keras.Model(entry, getattr(kb.layers, kind)()(entry))
+    theirs = keras.Model(entry, getattr(keras.layers, kind)()(entry))
+    for training in (False, True):
+        mine, wanted = (np.array(keras.ops.cast(one(x, training=training), "float32")) for one in (ours, theirs))
+        np.testing.assert_allclose(mine, wanted, rtol=0.02, atol=0.02)

@@ -339,6 +339,44 @@ def test_a_frozen_layer_predicts_with_its_synapses_beside_slow_ones(frozen):
     np.testing.assert_allclose(model.predict(ROWS, verbose=0), back.predict(ROWS, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+def attention():
+    entry = keras.Input((5, 2))
+    return entry, kl.MultiHeadAttention(2, 2, trainable=False, name="frozen")(entry, entry)
+
+
+def separable():
+    entry = keras.Input((6, 6, 2))
+    return entry, kl.SeparableConv2D(3, 3, trainable=False, name="frozen")(entry)
+
+
+@pytest.mark.parametrize("make", [attention, separable])
+def test_a_frozen_layer_of_several_parts_stays_as_it_is(make, tmp_path):
+    entry, value = make()
+    twin = randomized(keras.Model(entry, head(value)))
+    x = RNG.standard_normal((6, *entry.shape[1:]))
+    model = kb.convert(twin, kb.genomes.backprop(0.1))
+    model.compile(loss="mean_squared_error", jit_compile=False)
+    model.save(tmp_path / "m.keras")
+    for one in (model, keras.models.load_model(tmp_path / "m.keras")):
+        before = named(one)
+        one.fit(x, TWO, verbose=0)
+        moved = {name for name, value in named(one).items() if np.any(value != before[name])}
+        assert {name.split("/")[0] for name in moved} - {"learning_step"} == {"head"}
+        one.get_layer("frozen").trainable = True
+        one.compile(loss="mean_squared_error", jit_compile=False)
+        one.fit(x, TWO, verbose=0)
+        assert any("frozen" in name and np.any(value != before[name]) for name, value in named(one).items())
+
+
+@pytest.mark.parametrize("merge", [kl.Add, kl.Subtract, kl.Concatenate])
+def test_a_merge_may_begin_with_an_input(merge, float64):
+    entry = keras.Input((5,))
+    value = kl.Dense(5, "tanh", name="first")(entry)
+    inner = kl.Dense(5, name="second")(merge()([entry, value]))
+    twin = randomized(keras.Model(entry, merge()([entry, inner])))
+    assert_descends(twin, ROWS, RNG.standard_normal((6, twin.output_shape[-1])))
+
+
 def test_frozen_layers_of_a_file_and_a_clone(tmp_path):
     entry = keras.Input((5,))
     value = kl.Dense(3, name="second")(kl.Dense(4, "tanh", trainable=False, name="first")(entry))
@@ -401,6 +439,7 @@ WEIGHTLESS = {
     "padding": (lambda: kl.ZeroPadding1D(2), (3, 2)),
     "upsampling": (lambda: kl.UpSampling1D(2), (3, 2)),
     "cropping": (lambda: kl.Cropping1D(1), (4, 2)),
+    "resizing": (lambda: kl.Resizing(3, 5, pad_to_aspect_ratio=True, fill_value=2.0), (4, 4, 2)),
     "permutation": (lambda: kl.Permute((2, 1)), (3, 2)),
     "repetition": (lambda: kl.RepeatVector(3), (4,)),
     "unit norm": (lambda: kl.UnitNormalization(), (5,)),
@@ -416,6 +455,29 @@ def test_any_layer_without_weights(name, float64):
     make, shape = WEIGHTLESS[name]
     inner = [kl.Dense(int(np.prod(shape)), "linear"), kl.Reshape(shape), make(), kl.Flatten(), kl.Dense(2)]
     assert_descends(randomized(keras.Sequential([keras.Input((5,)), *inner])), ROWS, TWO, steps=3)
+
+
+def test_a_dropout_of_everything_gives_zeros():
+    model = kb.Sequential(
+        [keras.Input((5,)), kb.layers.Dense(4), kl.Dropout(1.0), kb.layers.Dense(2)], genome=kb.genomes.backprop(0.1)
+    )
+    model.compile(loss="mean_squared_error")
+    loss = model.train_on_batch(ROWS, TWO)
+    np.testing.assert_allclose(loss, np.mean(TWO**2), rtol=1e-5)
+    assert all(np.all(np.isfinite(value)) for value in named(model).values())
+
+
+@pytest.mark.parametrize("value_dim", [2, 6])
+def test_dropout_of_attention_has_a_mask_for_each_example(value_dim):
+    entry = keras.Input((3, 4))
+    layer = kb.layers.MultiHeadAttention(2, 4, value_dim=value_dim, dropout=0.5, seed=1)
+    model = kb.Model(entry, kb.layers.Dense(2)(kl.Flatten()(layer(entry, entry))), genome=kb.genomes.backprop(0.1))
+    model.compile(loss="mean_squared_error")
+    model.fit(RNG.standard_normal((6, 3, 4)), TWO, verbose=0)
+    alike = np.repeat(RNG.standard_normal((1, 3, 4)), 6, axis=0).astype("float32")
+    outputs = np.array(layer(alike, alike, training=True))
+    assert min(np.abs(outputs[place] - outputs[0]).max() for place in range(1, 6)) > 1e-4
+    np.testing.assert_array_equal(*np.array(layer(alike, alike))[:2])
 
 
 def test_dropout_has_one_mask_for_both_passes(float64):

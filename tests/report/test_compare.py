@@ -9,11 +9,13 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
+from keras import layers as kl
 
 from keras_blur import Genome, Rule, cli, genomes, tasks
+from keras_blur.models import networks
 from keras_blur.models.convert import convert
 from keras_blur.models.networks import lenet, mlp, normalized, resnet
-from keras_blur.report import comparison, envelopes
+from keras_blur.report import comparison, decisions, envelopes, synapses
 from keras_blur.report.comparison import compare
 from keras_blur.report.curves import format_compare, format_several, plot_compare
 from keras_blur.report.evaluation import evaluate
@@ -227,6 +229,39 @@ def test_networks():
 
 
 @pytest.mark.slow
+def test_models_inside_a_network_are_flattened():
+    backbone = keras.Sequential(
+        [keras.Input((8, 8, 1)), kl.Conv2D(3, 3, activation="relu"), kl.BatchNormalization(), kl.Flatten()], name="backbone"
+    )
+    head = keras.Sequential([keras.Input((108,)), kl.Dense(5, "tanh"), kl.Dense(10, "softmax")], name="head")
+    model = keras.Sequential([keras.Input((8, 8, 1)), backbone, head])
+    made = networks.flattened(model)
+    kinds = [type(layer).__name__ for layer in made.layers]
+    assert kinds == ["InputLayer", "Conv2D", "BatchNormalization", "Flatten", "Dense", "Dense"]
+    x = np.random.default_rng(0).random((4, 8, 8, 1), "float32")
+    np.testing.assert_allclose(made.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+    options = {"steps": 1, "seeds": 2, "batch_size": 32, "grids": {"SGD": (0.1,)}, "schedules": ("constant",)}
+    for curve in compare(genomes.backprop(0.1, "relu"), tasks.images("digits"), model, **options)["curves"].values():
+        assert 2.0 < curve["loss"][0][0] < 3.0  # of probabilities, as the last layer gives them
+    plain = keras.Sequential([keras.Input((4,)), keras.Sequential([keras.Input((4,)), kl.Dense(5, "tanh")]), kl.Dense(3)])
+    assert networks.normalized(networks.flattened(plain)).count_params() == 25 + 20 + 18
+
+
+def test_models_inside_a_network_must_have_names_and_no_mode():
+    twice = [keras.Sequential([keras.Input((4,)), kl.Dense(4, name="one")], name=name) for name in "ab"]
+    with pytest.raises(ValueError, match="layers with different names"):
+        networks.flattened(keras.Sequential([keras.Input((4,)), *twice]))
+    entry = keras.Input((4,))
+    with pytest.raises(ValueError, match="without `training`"):
+        networks.flattened(keras.Model(entry, kl.Dense(2)(twice[0](entry, training=False))))
+
+
+def test_few_shot_tasks_are_scored_with_batches_below_a_support():
+    few = tasks.episodes("digits", ways=2, shots=5)
+    found = evaluate(genomes.backprop(0.1), few, (8,), steps=2, seeds=2, batch_size=5)
+    assert np.shape(found["curves"]["genome"]["accuracy"]) == (2, 3)
+
+
 def test_a_network_of_a_file_keeps_its_activations(tmp_path):
     model = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(6, "gelu"), keras.layers.Dense(10)]
@@ -479,6 +514,23 @@ def test_shell_on_toy_tasks(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_shell_draws_the_split_that_it_scores(tmp_path, monkeypatch):
+    seen = []
+    for module, name in ((decisions, "trace_decisions"), (synapses, "trace_synapses")):
+        whole = getattr(module, name)
+
+        def trace(*args, _whole=whole, **options):
+            seen.append(options["split"])
+            return _whole(*args, **options)
+
+        monkeypatch.setattr(module, name, trace)
+    asked = ["evaluate", "--genome=functions", "--hidden=8", "--steps=2", "--seeds=2", "--batch_size=16"]
+    toy = [*asked, "--functions=xor", "--split=validation", f"--decisions={tmp_path / 'd.png'}"]
+    assert cli.run([*toy, f"--synapses={tmp_path / 's.png'}"]) == 0
+    assert cli.run([*asked, "--data=digits", f"--synapses={tmp_path / 't.png'}"]) == 0
+    assert seen == ["validation", "validation", "train"]
+
+
 def test_shell_draws_one_genome(tmp_path, capsys):
     path = tmp_path / "g.json"
     Genome.random(RULE, seed=0, std=0.5, synapse_update=-0.01).save(path)

@@ -236,7 +236,16 @@ def einsum_connection(
             f"batch. Received: output_shape={output_shape} with equation={equation!r}"
         )
     for letter, size in zip(told, output_shape, strict=True):
-        known.setdefault(letter, size)
+        if size is None and letter not in known:
+            raise ValueError(
+                f"`output_shape` must have a size for the axis {letter!r}, which the input does not have. "
+                f"Received: output_shape={output_shape} with equation={equation!r}"
+            )
+        if known.setdefault(letter, size) not in (size, None) and size is not None:
+            raise ValueError(
+                f"`output_shape` must have size {known[letter]} for the axis {letter!r}, as the input does. "
+                f"Received: output_shape={output_shape} with equation={equation!r}"
+            )
     new = [letter for letter in outputs if letter not in inputs]
     made = EinsumConnection(
         1, bias_axes is not None, activation, inputs=inputs, weights=weights, outputs=outputs,
