@@ -31,8 +31,8 @@ implementations have the same functions:
 - `stream`, `constant`: draws of numbers in order as data, and an array that they read; `on_cpu`:
   where they are drawn; `passes`, `repeated`: endless batches of arrays and of datasets;
 - `training_elsewhere`: whether a gradient tape of another model is recording;
-- `reducible`, `symbolic_build`, `of_logits`, `outside_of_programs`, `after`, `is_dataset`: what
-  Keras's trainers of the two backends ask of a model in different ways.
+- `reducible`, `symbolic_build`, `remember_logits`, `with_logits`, `outside_of_programs`, `after`,
+  `is_dataset`: what Keras's trainers of the two backends ask of a model in different ways.
 """
 
 import importlib
@@ -98,8 +98,9 @@ stream = _streams.stream
 _trainers = _part("trainers")
 after = _trainers.after
 apply_gradients = _trainers.apply_gradients
-of_logits = _trainers.of_logits
 outside_of_programs = _trainers.outside_of_programs
 reducible = _trainers.reducible
+remember_logits = _trainers.remember_logits
 symbolic_build = _trainers.symbolic_build
 training_elsewhere = _trainers.training_elsewhere
+with_logits = _trainers.with_logits

@@ -277,6 +277,8 @@ class Hyperparameters(TrainingLoss):
                 "`class_weights` must go with labels of shape (batch,), (batch, 1) or (batch, classes). Received: labels of "
                 f"shape {tuple(y.shape)}"
             )
+        if columns == 1 and "float" in keras.backend.standardize_dtype(y.dtype):  # may lie between the two classes
+            return weights[0] + ops.clip(ops.cast(y, weights.dtype), 0.0, 1.0) * (weights[1] - weights[0])
         return ops.take(weights, ops.clip(ops.cast(y, "int32"), 0, count - 1))  # an ignored label may lie outside
 
     def _weights_of_classes(self) -> Array:
@@ -300,12 +302,15 @@ def rotated(images: Array, angle: Array) -> Array:
     """Rotates images counterclockwise by bilinear interpolation, differentiable in the angle.
 
     Args:
-        images: floating-point images `[batch, height, width, channels]`.
+        images: images `[batch, height, width, channels]`, of any numeric dtype.
         angle: angle in radians, a scalar.
 
     Returns:
-        Images of the same shape, with zeros where a pixel comes from outside.
+        Floating-point images of the same shape, with zeros where a pixel comes from outside.
     """
+    given = keras.backend.standardize_dtype(images.dtype)
+    exact = given if given == "float64" else "float32"  # half precision has too few digits for places of pixels
+    images = ops.cast(images, exact)
     height, width = images.shape[1:3]
     rows, columns = np.meshgrid(np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij")
     angle = ops.cast(angle, images.dtype)
@@ -325,4 +330,4 @@ def rotated(images: Array, angle: Array) -> Array:
             part = (1.0 - ops.abs(row - r)) * (1.0 - ops.abs(column - c)) * ops.cast(inside, images.dtype)
             place = ops.clip(r, 0, height - 1) * width + ops.clip(c, 0, width - 1)
             result = result + part[None, :, None] * ops.take(flat, ops.cast(place, "int32"), axis=1)
-    return ops.reshape(result, (-1, height, width, images.shape[3]))
+    return ops.cast(ops.reshape(result, (-1, height, width, images.shape[3])), given if "float" in given else exact)

@@ -93,9 +93,13 @@ class BlurModel(WholeFiles, CheckedModel):
                 "A built model takes only a genome of its own rule, since the rule decides which synapses there are. "
                 "Make a new model for another rule."
             )
-        self._genome = genome
-        if self._learned_loss is not None:
-            self._read_losses()
+        before, self._genome = self._genome, genome
+        try:
+            if self._learned_loss is not None:
+                self._read_losses()
+        except ValueError:
+            self._genome = before
+            raise
         self.train_function = self.test_function = self.predict_function = None
 
     @property
@@ -376,8 +380,8 @@ class BlurModel(WholeFiles, CheckedModel):
 
         Raises:
             ValueError: if an optimizer is given, there is no loss, the losses do not fit the
-                outputs, the rule needs the derivative of a loss that is not known, or a loss of
-                logits follows a softmax or a sigmoid.
+                outputs, the rule needs the derivative of a loss that is not known, or such a rule
+                has a loss of logits after a softmax or a sigmoid.
         """
         if optimizer is not None:
             raise ValueError(
@@ -437,7 +441,11 @@ class BlurModel(WholeFiles, CheckedModel):
                     variable.assign(ops.zeros(variable.shape, variable.dtype))
                 elif name.endswith(AVERAGE) and learned:
                     own = layer.synapses[name.removesuffix(AVERAGE)]
-                    own.assign(np.broadcast_to(numbers_of(variable), own.shape))
+                    shift = numbers_of(variable) - numbers_of(own)
+                    own.assign(own + shift)
+                    back = layer.synapses.get("backward_" + name.removesuffix(AVERAGE))
+                    if back is not None and self.rule.directions == "tied_updates":
+                        back.assign(back + shift)
         self.learning_step.assign(0)
 
     def _read_losses(self) -> None:
@@ -459,16 +467,39 @@ class BlurModel(WholeFiles, CheckedModel):
                 feedbacks.check_loss(response.of_logits(loss) or loss)
             return
         losses = [loss for loss, _ in response.losses_of(self._learned_loss, self._loss_weights, self._output_keys())]
-        # A temperature divides what the sigmoid gives, and kept neurons keep it.
-        stays = self.rule.keep_neurons or np.any(np.asarray(self._genome.arrays["temperature"]) != 1.0)
-        moved = [
-            not stays and response.takes_probabilities(loss) and self._reading.is_sigmoid(index, self.rule)
+        sigmoids = [
+            response.takes_probabilities(loss) and self._reading.is_sigmoid(index, self.rule)
             for index, loss in enumerate(losses)
         ]
+        for loss, sigmoid in zip(losses, sigmoids, strict=True):
+            if sigmoid:
+                response.check_probabilities(loss, "sigmoid")
+        moved = [sigmoid and self._reads_errors_alone() for sigmoid in sigmoids]
         self.reading, self._graphs = self._reading.at_logits(moved), {}
         for loss, head in zip(losses, self.reading.heads, strict=True):
             if loss is not None:
                 feedbacks.check_loss(response.at_logits(loss, head)[0])
+
+    def _reads_errors_alone(self) -> bool:
+        """Whether nothing but the prediction reads state 1 of the outputs, so that their sigmoid may
+        as well follow the neurons."""
+        rule, arrays = self.rule, {name: np.asarray(array) for name, array in self._genome.arrays.items()}
+        read = np.any(arrays["mu_tilde"][..., 0, 0] != 0.0) or np.any(arrays["temperature"] != 1.0)
+        plain = rule.derivative_state and rule.channels == "tied" and rule.oja == "none"
+        return bool(plain and not read and not rule.keep_neurons and not rule.forward_synapse_update)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """As in Keras, whose cross-entropies of probabilities use the logits where it has them."""
+        if self.rule.feedback == "error" and self.reading is not None and y_pred is not None:
+            losses = response.losses_of(self._learned_loss, self._loss_weights, self._output_keys())
+            flat = [
+                backend.with_logits(one) if response.suits(loss, head) else one
+                for one, head, (loss, _) in zip(keras.tree.flatten(y_pred), self.reading.heads, losses, strict=True)
+            ]
+            y_pred = keras.tree.pack_sequence_as(y_pred, flat)
+        return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
     def get_compile_config(self) -> dict[str, Any]:
         if not self.compiled:

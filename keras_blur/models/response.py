@@ -119,15 +119,29 @@ def at_logits(loss: keras.losses.Loss, head: Head) -> tuple[keras.losses.Loss, H
     Raises:
         ValueError: if the loss takes logits and the head gives probabilities.
     """
-    if not head or type(loss) not in _OF_PROBABILITIES.get(type(head[-1]), ()):
+    if not suits(loss, head):
         return loss, head
+    return check_probabilities(loss, type(head[-1]).__name__.lower()), head[:-1]
+
+
+def suits(loss: keras.losses.Loss | None, head: Head) -> bool:
+    """Whether a loss is the cross-entropy of what a head ends in."""
+    return bool(head) and type(loss) in _OF_PROBABILITIES.get(type(head[-1]), ())
+
+
+def check_probabilities(loss: keras.losses.Loss, ending: str) -> keras.losses.Loss:
+    """The cross-entropy of logits in place of one of probabilities.
+
+    Raises:
+        ValueError: if the loss takes logits itself, which outputs with that ending are not.
+    """
     logits = of_logits(loss)
     if logits is None:
         raise ValueError(
-            "`loss` must take probabilities, from_logits=False, since the outputs are those of a "
-            f"{type(head[-1]).__name__.lower()}. Received: loss={type(loss).__name__}(from_logits=True)"
+            f"`loss` must take probabilities, from_logits=False, since the outputs are those of a {ending}. "
+            f"Received: loss={type(loss).__name__}(from_logits=True)"
         )
-    return logits, head[:-1]
+    return logits
 
 
 def of_logits(loss: keras.losses.Loss) -> keras.losses.Loss | None:
@@ -161,7 +175,7 @@ def predicted(head: Head, value: Array) -> Array:
     if not head or type(head[-1]) not in _OF_PROBABILITIES:
         return through(head, value)
     logits = through(head[:-1], value)
-    return backend.of_logits(through(head[-1:], logits), logits)
+    return backend.remember_logits(through(head[-1:], logits), logits)
 
 
 def errors(wanted: Sequence[Wanted], outputs: Sequence[Array], total: Callable[[Array], Array] | None) -> list[Array]:

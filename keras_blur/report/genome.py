@@ -114,7 +114,10 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
                     axis.axis("off")
             row[-1].remove()
         if rule.layers is not None:
-            said = f"layer {number + 1}" + (" (output)" if number == rule.layer_count - 1 else "")
+            if isinstance(rule.layers, int):
+                said = f"layer {number + 1}" + (" (output)" if number == rule.layers - 1 else "")
+            else:
+                said = f"layers {rule.layers[number]}"
             axes[first][0].set_ylabel(f"{said}\n\nsource state", fontsize=8)
         beside = made.add_subplot(grid[first : first + len(lines), -1])
         _table(beside, {name: np.asarray(array) for name, array in own.arrays.items() if name not in drawn})

@@ -12,6 +12,7 @@ from keras import ops
 from keras_blur import arguments
 from keras_blur.checks import Expected, checked_arrays
 from keras_blur.checks.tasks import check_tasks
+from keras_blur.tasks.augment import AugmentedTasks
 from keras_blur.tasks.base import Tasks
 from keras_blur.tasks.datasets import Images
 from keras_blur.tasks.episodes import EpisodeTasks
@@ -91,7 +92,10 @@ class Episodes(Source):
 
     def __init__(self, tasks: Tasks, batch_size: int, seeds: int, seed: int, steps: int, split: str):
         super().__init__(batch_size, seeds, seed)
-        taken = max(batch_size, tasks.outputs * tasks.shots) if isinstance(tasks, EpisodeTasks) else batch_size
+        own = tasks
+        while isinstance(own, AugmentedTasks):
+            own = own.tasks
+        taken = max(batch_size, own.outputs * own.shots) if isinstance(own, EpisodeTasks) else batch_size
         query = min(_QUERY, tasks.available(split) - taken)
         stream = tasks.dataset(seed, steps=steps, batch=batch_size, query=query, split=split)
         drawn = {name: ops.convert_to_numpy(value) for name, value in next(iter(stream.batch(seeds))).items()}

@@ -314,6 +314,27 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     assert float(ops.convert_to_numpy(scale)) == 0.0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8"])
+def test_images_of_few_digits_are_rotated_as_exactly_as_others(dtype):
+    images = np.random.default_rng(0).integers(0, 200, (1, 50, 60, 1)).astype("float32")
+    given, exact = ops.cast(images, dtype), ops.convert_to_tensor(images)
+    exact = ops.cast(ops.cast(exact, dtype), "float32")
+    for angle in (0.0, 0.4):
+        found = rotated(given, ops.convert_to_tensor(angle))
+        wanted = rotated(exact, ops.convert_to_tensor(angle))
+        assert keras.backend.standardize_dtype(found.dtype) == ("float32" if dtype == "uint8" else dtype)
+        np.testing.assert_allclose(ops.cast(found, "float32"), wanted, rtol=1e-2, atol=1e-3)
+    np.testing.assert_array_equal(ops.cast(rotated(given, ops.convert_to_tensor(0.0)), "float32"), exact)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_weights_of_two_classes_are_mixed_by_soft_labels(shape):
+    loss = bilevel.Hyperparameters(class_weights=2)
+    loss.class_logits.assign([0.0, np.log(3.0)])  # 1/4 and 3/4, times 2
+    labels = ops.reshape(ops.convert_to_tensor([0.0, 0.5, 1.0]), shape)
+    np.testing.assert_allclose(loss._weights_of(labels, ops.zeros((3, 1))), [0.5, 1.0, 1.5], rtol=1e-6)
+
+
 def test_rotation_turns_counterclockwise_and_has_a_derivative():
     image = np.zeros((1, 5, 5, 1), "float32")
     image[0, 2, 4] = 1.0  # in the east

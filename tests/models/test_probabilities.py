@@ -137,3 +137,33 @@ def test_kept_neurons_keep_the_sigmoid():
     model.train_on_batch(X / 60.0, ONE)
     kept = np.array(model._neurons[-1].value)[0]
     assert 0.0 < kept.min() < kept.max() < 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"derivative_state": False}, {"oja": "activations"}, {"channels": "own"}, {"forward_synapse_update": True}],
+)
+def test_a_sigmoid_that_the_rule_reads_stays_with_its_neurons(options):
+    """As it does in `learners.Blur`."""
+    rule = kb.genomes.backprop(RATE).rule.replace(**options)
+    model = kb.convert(network(1, "sigmoid"), kb.Genome.random(rule, 0))
+    model.compile(loss="binary_crossentropy")
+    assert model.reading.heads == ((),)
+    model.genome = kb.Genome.random(rule, 1)
+    assert model.reading.heads == ((),)
+    with pytest.raises(ValueError, match="must take probabilities"):
+        model.compile(loss=LOSSES.BinaryCrossentropy(from_logits=True))
+
+
+def test_another_loss_or_metric_of_probabilities_is_computed_from_them():
+    model = kb.convert(network(3, "softmax"), kb.genomes.backprop(RATE))
+    for loss in (LOSSES.BinaryCrossentropy(), LOSSES.CategoricalCrossentropy()):
+        model.compile(loss=loss, metrics=["binary_crossentropy"])
+        small = X / 60.0
+        shown, metric = model.evaluate(small, np.eye(3)[CLASSES], verbose=0)
+        predicted = model.predict(small, verbose=0)
+        assert shown == pytest.approx(float(np.mean(np.array(loss(np.eye(3)[CLASSES], predicted)))), rel=1e-5)
+        wanted = np.mean(np.array(LOSSES.BinaryCrossentropy()(np.eye(3)[CLASSES], predicted)))
+        assert metric == pytest.approx(float(wanted), rel=1e-5)
+        logs = model.train_on_batch(small, np.eye(3)[CLASSES], return_dict=True)
+        assert (logs["loss"], logs["binary_crossentropy"]) == pytest.approx((shown, metric), rel=1e-5)

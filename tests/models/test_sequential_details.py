@@ -392,3 +392,15 @@ def test_quantization_and_added_losses_are_refused():
     model = make()
     with pytest.raises(ValueError, match=r"quantize the one of `to_keras\(\)`"):
         model.quantize("int8")
+
+
+def test_tied_updates_stay_equal_when_slow_synapses_begin_afresh():
+    genome = kb.genomes.load("fast")
+    rule = genome.rule.replace(directions="tied_updates")
+    model = kb.convert(keras.Sequential([keras.Input((5,)), kl.Dense(6, "relu"), kl.Dense(3)]), genome.with_rule(rule))
+    model.compile(loss=LOGITS)
+    model.fit(X, Y, batch_size=8, verbose=0)
+    model.compile(loss=LOGITS)
+    own = model.layers[-1].synapses
+    np.testing.assert_allclose(own["backward_kernel"], own["kernel"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(own["kernel"], own["kernel_average"])

@@ -257,7 +257,7 @@ def test_models_inside_a_network_must_have_names_and_no_mode():
 
 
 def test_few_shot_tasks_are_scored_with_batches_below_a_support():
-    few = tasks.episodes("digits", ways=2, shots=5)
+    few = tasks.augment(tasks.episodes("digits", ways=2, shots=5), tasks.LabelPermutation())
     found = evaluate(genomes.backprop(0.1), few, (8,), steps=2, seeds=2, batch_size=5)
     assert np.shape(found["curves"]["genome"]["accuracy"]) == (2, 3)
 

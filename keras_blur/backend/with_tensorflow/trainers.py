@@ -51,10 +51,23 @@ def symbolic_build(model: Any, iterator: Any, data_batch: Any) -> Iterator[tuple
             yield iterator, data_batch
 
 
-def of_logits(probabilities: Array, logits: Array) -> Array:
-    """Probabilities that Keras's losses replace with their logits."""
-    probabilities._keras_logits = logits
+def remember_logits(probabilities: Array, logits: Array) -> Array:
+    """Probabilities that know their logits."""
+    probabilities._blur_logits = logits
     return probabilities
+
+
+def with_logits(probabilities: Array) -> Array:
+    """Probabilities that Keras's losses replace with their logits, if these are known. Metrics get
+    others: they would not ask which function made them."""
+    logits = getattr(probabilities, "_blur_logits", None)
+    if logits is None:
+        return probabilities
+    found = tf.identity(probabilities)
+    found._keras_logits = logits
+    if hasattr(probabilities, "_keras_mask"):
+        found._keras_mask = probabilities._keras_mask
+    return found
 
 
 def outside_of_programs() -> Any:
