@@ -481,8 +481,8 @@ class BlurModel(WholeFiles, CheckedModel):
                 feedbacks.check_loss(response.at_logits(loss, head)[0])
 
     def _reads_errors_alone(self) -> bool:
-        """Whether nothing but the prediction reads state 1 of the outputs, so that their sigmoid may
-        as well follow the neurons."""
+        """Whether only the prediction reads state 1 of the outputs, so that their sigmoid may as
+        well follow the neurons."""
         rule, arrays = self.rule, {name: np.asarray(array) for name, array in self._genome.arrays.items()}
         read = np.any(arrays["mu_tilde"][..., 0, 0] != 0.0) or np.any(arrays["temperature"] != 1.0)
         plain = rule.derivative_state and rule.channels == "tied" and rule.oja == "none"
