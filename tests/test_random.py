@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -166,3 +167,12 @@ def test_rows_are_those_of_the_whole_draw_bit_for_bit(size, jit):
     np.testing.assert_array_equal(array(draw(seed, numbers)), array(random.bits(seed, (9, size)))[[8, 0, 3]])
     whole, part = random.normal(seed, (9, size, 2)), random.normal(seed, (9, size, 2), numbers)
     np.testing.assert_array_equal(array(part), array(whole)[[8, 0, 3]])
+
+
+@pytest.mark.parametrize(("beyond", "share"), [(4.0, 0.98), (5.0, 0.83)])
+def test_tails_of_normal_numbers_have_the_share_that_is_said(beyond, share):
+    """Exactly, over all pairs of quantiles."""
+    table = random._quantiles().astype("int64")
+    first_above = np.searchsorted(table, beyond * 2.0**28 - table, side="right")
+    found = np.sum(len(table) - first_above) / len(table) ** 2
+    assert found / statistics.NormalDist().cdf(-beyond) == pytest.approx(share, abs=0.005)

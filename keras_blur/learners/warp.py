@@ -34,7 +34,7 @@ from keras_blur.learners.base import (
     keras_model,
     places,
     resolve,
-)  # fmt: skip
+)
 
 _START, _WARP = "start_", "warp_"
 

@@ -48,6 +48,17 @@ _OPTIMIZER_CALLBACKS = (
 )
 
 
+def _of_network(name: str, said: str) -> property:
+    """An attribute of the network. It raises an `AttributeError` if the model is not built."""
+
+    def read(model: BlurModel) -> Any:
+        if model._network is None:
+            raise AttributeError(f"A model that is not built has no `{name}`: give it an Input, or call it on a batch.")
+        return getattr(model._network, name)
+
+    return property(read, doc=said)
+
+
 class BlurModel(WholeFiles, CheckedModel):
     """The common part of `Model` and `Sequential`: learning by a genome over a plan.
 
@@ -290,51 +301,13 @@ class BlurModel(WholeFiles, CheckedModel):
             return []
         return [layer for layer in self._network.layers if not isinstance(layer, keras.layers.InputLayer)]
 
-    @property
-    def inputs(self) -> list[Any]:
-        """The inputs."""
-        return self._read_network("inputs")
-
-    @property
-    def outputs(self) -> list[Any]:
-        """The outputs."""
-        return self._read_network("outputs")
-
-    @property
-    def input(self) -> Any:
-        """The input, or the inputs in their structure."""
-        return self._read_network("input")
-
-    @property
-    def output(self) -> Any:
-        """The output, or the outputs in their structure."""
-        return self._read_network("output")
-
-    @property
-    def input_shape(self) -> Any:
-        """Shape of the input, or of each."""
-        return self._read_network("input_shape")
-
-    @property
-    def output_shape(self) -> Any:
-        """Shape of the output, or of each."""
-        return self._read_network("output_shape")
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the inputs."""
-        return [one.name for one in self.inputs]
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the outputs."""
-        return self._read_network("output_names")
-
-    def _read_network(self, name: str) -> Any:
-        """An attribute of the network. Raises an `AttributeError` if the model is not built."""
-        if self._network is None:
-            raise AttributeError(f"A model that is not built has no `{name}`: give it an Input, or call it on a batch.")
-        return getattr(self._network, name)
+    inputs = _of_network("inputs", "The inputs.")
+    outputs = _of_network("outputs", "The outputs.")
+    input = _of_network("input", "The input, or the inputs in their structure.")
+    output = _of_network("output", "The output, or the outputs in their structure.")
+    input_shape = _of_network("input_shape", "Shape of the input, or of each.")
+    output_shape = _of_network("output_shape", "Shape of the output, or of each.")
+    output_names = _of_network("output_names", "Names of the outputs.")
 
     # Learning.
 
