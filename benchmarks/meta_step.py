@@ -10,7 +10,8 @@ unroll, data in memory. On TensorFlow as a graph that runs operation by operatio
 backend has a process of its own, in which the candidates and a Keras SGD step of the same network
 take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix
 products, factorisations and triangular solves in the program that JAX traces, in a process of its
-own, and nothing else. Memory is the peak above the process before the first call, compilation
+own, and nothing else. The peak is that of large products; the fraction that the network's largest
+product reaches alone bounds the others. Memory is the peak above the process before the first call, compilation
 included, each in a process of its own. With `--devices` above 1, JAX splits the population over so
 many devices, virtual ones on a CPU; one genome has a single device and all cores.
 """
@@ -130,6 +131,45 @@ class Case:
         return time.perf_counter() - start
 
 
+class Product:
+    """The largest product of a learning step, alone in a loop: what the inputs of a layer with all
+    its synapses are.
+
+    Args:
+        jit: whether XLA compiles it.
+    """
+
+    _ROUNDS = 50  # of two products each, there and back
+
+    def __init__(self, *, jit: bool):
+        batch, channels = _BATCH.value, of_flags().rule.synapse_channels
+        sizes = batch, FEATURES, channels * hidden()[0]
+        if _NETWORK.value == "lenet":
+            sizes = batch * 10 * 10, 5 * 5 * 6, channels * 16  # the second convolution
+        self._rows, self._in, self._out = sizes
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((self._rows, self._in), "float32")
+        kernel = rng.standard_normal((self._in, self._out), "float32") / np.float32(self._in * self._out) ** 0.25
+        self._arguments = ops.convert_to_tensor(x), ops.convert_to_tensor(kernel)
+
+        def products(x: Any, kernel: Any) -> Any:
+            back = ops.transpose(kernel)
+            return backend.loop(self._ROUNDS, lambda _, x: (ops.matmul(ops.matmul(x, kernel), back),), x)[0]
+
+        self._run = backend.compiled(products, jit_compile=jit)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of a run."""
+        return 2 * self._ROUNDS * 2 * self._rows * self._in * self._out
+
+    def __call__(self) -> float:
+        """Seconds of a run; the first one compiles."""
+        start = time.perf_counter()
+        ops.convert_to_numpy(self._run(*self._arguments))
+        return time.perf_counter() - start
+
+
 class Sgd:
     """A Keras SGD step of the same network."""
 
@@ -178,11 +218,13 @@ def columns() -> dict[str, Any]:
         with backend.on_devices(_DEVICES.value):
             runner = backend.Runner()
     timed: dict[str, Callable[[], float]] = {"sgd": Sgd()}
-    compiling = {}
+    compiling, products = {}, {}
     for name, jit in programs.items():
-        timed[name], timed["population, " + name] = Case(steps, jit=jit), Case(steps, population, runner=runner, jit=jit)
-        for case in (timed[name], timed["population, " + name]):
+        products[name] = Product(jit=jit)
+        added = {name: Case(steps, jit=jit), "population, " + name: Case(steps, population, runner=runner, jit=jit)}
+        for case in (added | {"product, " + name: products[name]}).values():
             case()
+        timed |= added | {"product, " + name: products[name]}
         compiling[name] = Case(50, jit=jit)() / Case(5, jit=jit)()
     times: dict[str, list[float]] = {name: [] for name in timed}
     flops = []
@@ -200,6 +242,7 @@ def columns() -> dict[str, Any]:
             "  the same, lowest tenth of the runs": float(np.quantile(ratios, 0.1)),
             "  the same, highest tenth": float(np.quantile(ratios, 0.9)),
             "fraction of the matmul peak": work / seconds[name] / peak,
+            "  that of its largest product alone": products[name].operations / seconds["product, " + name] / peak,
             f"population of {population} over one genome": seconds["population, " + name] / seconds[name],
             "  its fraction of the matmul peak": population * work / seconds["population, " + name] / peak,
             "trace and compile, 50 steps over 5": compiling[name],

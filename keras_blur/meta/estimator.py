@@ -135,7 +135,7 @@ def explained(prediction: Array, y: Array) -> Array:
     return ops.where(flat, of_flat, 1.0 - error / ops.where(flat, 1.0, spread))
 
 
-_CACHED = 2**19  # numbers in the learner states of a group of members: 2 MB in float32
+_CACHED = 2**20  # numbers in the learner states of a group of members: 4 MB in float32
 _FUNCTIONS = {"cross_entropy": cross_entropy, "binary": binary_cross_entropy, "squared": squared_error}
 
 
