@@ -404,9 +404,9 @@ def remembered_share(
     >>> round(float(remembered_share(Rule(), ops.array(9), ops.zeros((1, 1, 3)), fresh, ops.array(8.0))), 4)
     0.0625
     """
-    mean, variance = fresh
-    time = ops.cast(step, mean.dtype)
-    ratio = ops.mean(ops.square(mean - running) / (variance + rule.normalization_epsilon)) * examples
+    centre, variance = fresh
+    time = ops.cast(step, centre.dtype)
+    ratio = mean(ops.square(centre - running) / (variance + rule.normalization_epsilon)) * examples
     limit = ops.minimum(rule.normalization_momentum, time / (time + 1.0))
     return ops.minimum(limit, ops.square(2.0 / ops.maximum(ratio, 2.0)))
 

@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from keras import ops
+from keras.backend import standardize_dtype
 
 from keras_blur.backend import replica, replicas
 from keras_blur.core import random
@@ -149,7 +150,11 @@ class Jacobian(WeightlessMap):
         return tuple(_gathered(parts, leading) for parts in zip(*found, strict=True))
 
 
-class Softmax(Jacobian):
+class ActivationMap(Jacobian):
+    """An activation, which may depend on several features of an example."""
+
+
+class Softmax(ActivationMap):
     """A softmax over the last axis. For a cross-entropy of probabilities it is skipped: the loss is
     computed from the logits."""
 
@@ -157,7 +162,7 @@ class Softmax(Jacobian):
         super().__init__(ops.softmax, [shape], shape)
 
 
-class Elementwise(Jacobian):
+class Elementwise(ActivationMap):
     """An elementwise function, whose Jacobian is its derivative: a number for each entry.
 
     Example:
@@ -350,7 +355,8 @@ class Normalize(WeightlessMap):
     normalisation.
 
     With y = (x - mean) / deviation, the Jacobian takes v to (v - mean(v) - y mean(y v)) /
-    deviation. It is symmetric, so it is its own transpose.
+    deviation. It is symmetric, so it is its own transpose. States in half precision are normalised
+    in float32, since their squares would overflow.
 
     Args:
         shape: shape of the features.
@@ -416,14 +422,14 @@ class Normalize(WeightlessMap):
 
     def moments(self, states: Sequence[Array], batch: SharedBatch | None = None) -> tuple[Array, Array]:
         """Mean and variance of state 1, `[..., 1, 1 or batch, *groups]`."""
-        first = self._grouped(first_states(states[0], 1, len(self.target)), self.groups)
+        first = self._grouped(_at_least_single(first_states(states[0], 1, len(self.target))), self.groups)
         mean = self._mean(first, batch) if self.center else ops.zeros_like(first[..., :1])
         return mean, self._mean(ops.square(first - mean), batch)
 
     def _parts(self, states: Sequence[Array], context: Any, batch: SharedBatch | None) -> tuple[Array, Array]:
         """State 1 normalised, and the inverse deviation."""
-        first = self._grouped(first_states(states[0], 1, len(self.target)), self.groups)
-        mean, variance = self.moments(states, batch) if context is None else context
+        first = self._grouped(_at_least_single(first_states(states[0], 1, len(self.target))), self.groups)
+        mean, variance = self.moments(states, batch) if context is None else map(_at_least_single, context)
         inverse = ops.rsqrt(variance + self.epsilon)
         return (first - mean if self.center else first) * inverse, inverse
 
@@ -442,17 +448,24 @@ class Normalize(WeightlessMap):
         axis = -2 - len(self.target)
         count = states[0].shape[axis]
         if count > 1:
-            rest = self._grouped(later_states(states[0], len(self.target)), self.groups)
+            rest = self._grouped(_at_least_single(later_states(states[0], len(self.target))), self.groups)
             moved = self._jacobian(rest, y, inverse, context, batch)
             y = ops.concatenate([y, moved], axis=-2 - len(self.groups))
+        y = ops.cast(y, states[0].dtype)
         return y if self.groups == self.target else _features(y, len(self.groups), self.target)
 
     def backward(
         self, states: Sequence[Array], cotangent: Array, context: Any, batch: SharedBatch | None = None
     ) -> tuple[Array, ...]:
         y, inverse = self._parts(states, context, batch)
-        back = self._jacobian(self._grouped(cotangent, self.groups), y, inverse, context, batch)
+        back = self._jacobian(self._grouped(_at_least_single(cotangent), self.groups), y, inverse, context, batch)
+        back = ops.cast(back, cotangent.dtype)
         return (back if self.groups == self.target else _features(back, len(self.groups), self.target),)
+
+
+def _at_least_single(value: Array) -> Array:
+    """A value in float32 if it is in half precision."""
+    return ops.cast(value, "float32") if standardize_dtype(value.dtype) in ("float16", "bfloat16") else value
 
 
 def _same_type(function: Callable[..., Array]) -> Callable[..., Array]:

@@ -19,7 +19,7 @@ from keras_blur.core import equations
 from keras_blur.core.companions import AVERAGE, TRACE, companions
 from keras_blur.core.connection import Connection
 from keras_blur.core.rule import ACTIVATIONS, Rule
-from keras_blur.core.weightless import Elementwise, Jacobian, Sigmoid, Softmax, WeightlessMap
+from keras_blur.core.weightless import ActivationMap, Elementwise, Sigmoid, Softmax, WeightlessMap
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -519,5 +519,5 @@ def activation_map(activation: Callable[[Any], Any], shape: Shape) -> Weightless
     """
     if activation in _SQUASHING:
         return _SQUASHING[activation](shape)
-    kind = Elementwise if is_elementwise(activation) else Jacobian
+    kind = Elementwise if is_elementwise(activation) else ActivationMap
     return kind(activation, [shape], shape)

@@ -70,6 +70,7 @@ class Embedding(SynapticLayer):
             **kwargs,
         )
         self.input_dim, self.output_dim = int(input_dim), int(output_dim)
+        self.autocast = False  # half precision rounds large indices
 
     def make_connection(self, source: Shape) -> Connection:
         return EmbeddingConnection(self.output_dim, False, "linear", entries=self.input_dim, positions=tuple(source))

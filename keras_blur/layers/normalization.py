@@ -88,8 +88,8 @@ class _Normalization(SynapticLayer):
 
     def _normalized(self, inputs: Array, training: bool) -> Array:
         weightless = self.make_map(tuple(inputs.shape[1:]))
-        states = (ops.cast(inputs, self.variable_dtype)[None],)  # as in Keras, statistics of float16 would overflow
-        return ops.cast(weightless.forward(states, weightless.context(states, training))[0], inputs.dtype)
+        states = (inputs[None],)
+        return weightless.forward(states, weightless.context(states, training))[0]
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -162,6 +162,7 @@ class BatchNormalization(_Normalization):
         gamma_regularizer: Any = None,
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
+        *,
         synchronized: bool = False,
         **kwargs: Any,
     ):
@@ -244,8 +245,7 @@ class BatchNormalization(_Normalization):
             refuse_outer_training(self)
         normalized = self._normalized(inputs, bool(training))
         if training and self.trainable:
-            states = (ops.cast(inputs, self.variable_dtype)[None],)
-            self.follow(*self.make_map(tuple(inputs.shape[1:])).moments(states))
+            self.follow(*self.make_map(tuple(inputs.shape[1:])).moments((inputs[None],)))
         return self.summed(normalized)
 
     def get_config(self) -> dict[str, Any]:

@@ -457,7 +457,11 @@ class BlurModel(WholeFiles, CheckedModel):
         """Whether only the prediction reads state 1 of the outputs, so that their sigmoid may as
         well follow the neurons."""
         rule, arrays = self.rule, {name: np.asarray(array) for name, array in self._genome.arrays.items()}
-        read = np.any(arrays["mu_tilde"][..., 0, 0] != 0.0) or np.any(arrays["temperature"] != 1.0)
+        needed = 1 if rule.backward_update == "multiplicative_after_first" else 0  # states that are sent back
+        reading = [arrays["mu_tilde"][..., 0, 0], arrays["mu"][..., 0, needed:]]
+        if rule.directions == "untied":  # a backward kernel learns from the outputs as inputs
+            reading.append(arrays["nu_tilde"][..., 0, 0])
+        read = any(np.any(numbers != 0.0) for numbers in reading) or np.any(arrays["temperature"] != 1.0)
         plain = rule.derivative_state and rule.channels == "tied" and rule.oja == "none"
         return bool(plain and not read and not rule.keep_neurons and not rule.forward_synapse_update)
 
@@ -478,8 +482,7 @@ class BlurModel(WholeFiles, CheckedModel):
         if not self.compiled:
             return {}
         config = {name: keras.saving.serialize_keras_object(value) for name, value in vars(self._asked).items()}
-        if isinstance(self._learned_loss, keras.losses.Loss):
-            config["loss"] = json.loads(feedbacks.loss_text(self._learned_loss))
+        config["loss"] = _loss_config(self._learned_loss)
         return config
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
@@ -636,11 +639,18 @@ class BlurModel(WholeFiles, CheckedModel):
         If the rule has slow synapses, the statistics are averages of the same kind, so they fit the
         network that predicts.
         """
-        slow = self.rule.slow_synapses
-        share = averaging_share(self._genome.layer(0), self.learning_step) if slow else None
+        found: dict[int, list[tuple[Array, Array]]] = {}
         for layer, normalize, value in self.reading.follows:
             if layer.trainable:
-                layer.follow(*normalize.moments((sweep.values[value],), shared), share)
+                found.setdefault(id(layer), []).append(normalize.moments((sweep.values[value],), shared))
+        holders = {id(layer): holder for holder, layer in enumerate(self.reading.layers)}
+        for layer in {id(layer): layer for layer, _, _ in self.reading.follows}.values():
+            uses, share = found.get(id(layer), []), None
+            if self.rule.slow_synapses and uses:
+                share = averaging_share(self._graph.genome(self._genome, holders.get(id(layer), 0)), self.learning_step)
+                uses = [tuple(sum(values) / len(uses) for values in zip(*uses, strict=True))]  # one step, so one share
+            for mean, variance in uses:
+                layer.follow(mean, variance, share)
 
     def _follow(self, state: network.NetworkState, prepared: Any, shared: SharedBatch | None) -> None:
         """Moves the running statistics of `predict` towards those of this batch under the new
@@ -834,6 +844,15 @@ class BlurModel(WholeFiles, CheckedModel):
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
             "genome": keras.saving.serialize_keras_object(self._genome),
         }
+
+
+def _loss_config(loss: Any) -> Any:
+    """The config of a loss, or of those in a list or dict."""
+    if isinstance(loss, dict):
+        return {name: _loss_config(one) for name, one in loss.items()}
+    if isinstance(loss, (list, tuple)):
+        return [_loss_config(one) for one in loss]
+    return json.loads(feedbacks.loss_text(loss))
 
 
 def _all_layers(model: keras.Model) -> list[keras.Layer]:

@@ -289,6 +289,7 @@ def to_keras(model: BlurModel) -> keras.Model:
     if not model.built:
         raise ValueError("The model must be built: start `layers` with a keras.Input, or call `fit`.")
     _check_plain(model.genome)
+    _check_uses(model)
     twins: dict[int, Any] = {}
 
     def plain(layer: Any) -> Any:
@@ -331,6 +332,21 @@ def _check_plain(genome: Genome) -> None:
             "`genome` must predict from state 1 and the plain weights for a Keras model to predict the same. "
             f"Received a genome where {reasons[0]}"
         )
+
+
+def _check_uses(model: BlurModel) -> None:
+    """Raises a `ValueError` if a layer has one nonlinearity in one use and another in the next."""
+    graph, rule = model.reading.graph, model.rule
+    known: dict[int, Any] = {}
+    for one in graph.connects:
+        of_rule = rule.last_activation if one.target in graph.last else rule.forward_activation
+        own = one.connection.activation or of_rule
+        if known.setdefault(one.holder, own) != own:
+            name = model.reading.layers[one.holder].name
+            raise ValueError(
+                f"Layer {name!r} must have an `activation` for a Keras model to predict the same, since its uses have "
+                f"different ones by default. Received: {known[one.holder]!r} and {own!r}"
+            )
 
 
 def _keras_twin(layer: Any) -> Any:

@@ -23,6 +23,7 @@ from keras_blur.core.equations import Activation
 from keras_blur.core.graph import Builder, Connect, Graph, Pass
 from keras_blur.core.rule import Rule
 from keras_blur.core.weightless import (
+    ActivationMap,
     Dropout,
     Elementwise,
     Jacobian,
@@ -49,6 +50,7 @@ _LINEAR = (
 )  # fmt: skip
 _MAX_POOLING = (kl.MaxPooling1D, kl.MaxPooling2D, kl.MaxPooling3D)
 _ELEMENTWISE = (kl.ReLU, kl.LeakyReLU, kl.ELU)
+_MIXING = (kl.Softmax, kl.UnitNormalization)  # normalise over features of an example
 _DROPOUTS = (kl.Dropout, kl.SpatialDropout1D, kl.SpatialDropout2D, kl.SpatialDropout3D)
 _TWINS = (
     "Dense", "Conv1D", "Conv2D", "Conv3D", "Conv2DTranspose", "DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv2D",
@@ -272,7 +274,7 @@ class Plan:
         default nonlinearity."""
         read_by = [self._operations[reader] for reader in readers.get(number, ())]
         return any(
-            isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, Elementwise, Softmax)))
+            isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, ActivationMap)))
             for one in read_by
         )
 
@@ -516,7 +518,8 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         return activation_map(layer.activation, shapes[0])
     if kind is kl.Softmax and layer.axis == -1 and not masked:
         return Softmax(shapes[0])
-    return Elementwise(function, shapes, target) if kind in _ELEMENTWISE else Jacobian(function, shapes, target)
+    made = Elementwise if kind in _ELEMENTWISE else ActivationMap if kind in _MIXING else Jacobian
+    return made(function, shapes, target)
 
 
 def _noise_shape(layer: Any, source: Shape) -> tuple[int | None, ...]:

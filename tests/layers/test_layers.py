@@ -127,8 +127,10 @@ def test_signature_is_that_of_keras(kind):
     assert [name for name in ours if name not in theirs] in ([], ["backward_initializer"])
     shared = [name for name in theirs if name in ours]
     assert [name for name in ours if name in theirs] == shared
+    by_place = [name for name, one in ours.items() if one.kind is one.POSITIONAL_OR_KEYWORD and name in theirs]
+    assert by_place == list(theirs)[: len(by_place)]  # nothing left out before an argument that can go by its place
     for name in shared:
-        assert ours[name].kind == theirs[name].kind
+        assert ours[name].kind in (theirs[name].kind, inspect.Parameter.KEYWORD_ONLY)
         default = theirs[name].default
         if isinstance(default, tuple) and set(default) == {1}:
             default = (1, default)
@@ -281,6 +283,8 @@ def test_an_axis_that_is_not_there_is_refused(axis):
     [
         ({"output_shape": (7, 4)}, "must have size 7 for|must have size 5 for the axis 'b'"),
         ({"equation": "abc,cd->abd", "output_shape": (None, None)}, "must have a size for the axis 'd'"),
+        ({"equation": "abc,cdz->abd", "output_shape": (None, 4)}, "each letter of the kernel .* but 'z' is in neither"),
+        ({"equation": "abc,cd", "output_shape": 4}, "`equation` must have the form 'input,kernel->output'"),
     ],
 )
 def test_sizes_of_an_einsum_are_compared(options, message):
@@ -295,7 +299,7 @@ def test_attention_has_one_output_size():
         kb.layers.MultiHeadAttention(2, 3, output_shape=(4, 8))
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"], indirect=True)
 @pytest.mark.parametrize("kind", ["BatchNormalization", "LayerNormalization", "RMSNormalization"])
 def test_statistics_are_in_float32_in_a_keras_model(kind, policy):
     x = 600.0 * np.random.default_rng(0).standard_normal((8, 4))
@@ -305,3 +309,11 @@ def test_statistics_are_in_float32_in_a_keras_model(kind, policy):
     for training in (False, True):
         mine, wanted = (np.array(keras.ops.cast(one(x, training=training), "float32")) for one in (ours, theirs))
         np.testing.assert_allclose(mine, wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_large_indices_are_not_rounded(policy):
+    layer, rows = kb.layers.Embedding(3000, 2, dtype=policy), np.array([[257, 2049]])
+    found = np.array(keras.ops.cast(layer(rows.astype("float32")), "float32"))
+    np.testing.assert_array_equal(found, np.array(keras.ops.cast(layer(rows), "float32")))
+    assert found.std() > 0.0

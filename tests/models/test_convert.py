@@ -190,3 +190,15 @@ def test_weights_of_a_copy_have_the_same_order():
     for found, wanted in zip(copy.weights, model.weights, strict=True):
         assert found.name == wanted.name
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_layer_with_two_nonlinearities_by_default_does_not_go_back():
+    """Its uses are hidden and last."""
+    for activation in (None, "tanh"):
+        entry, layer = keras.Input((5,)), kb.layers.Dense(5, activation)
+        model = kb.Model(entry, layer(layer(entry)), genome=GENOME)
+        if activation is None:
+            with pytest.raises(ValueError, match=r"must have an `activation` for .* Received: 'tanh' and 'linear'"):
+                model.to_keras()
+        else:
+            np.testing.assert_allclose(model.to_keras()(X), model(X), rtol=1e-5, atol=1e-6)

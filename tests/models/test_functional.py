@@ -703,3 +703,54 @@ def test_added_losses_are_refused_beside_penalties():
     model.compile(loss="mean_squared_error", run_eagerly=True)
     with pytest.raises(ValueError, match=r"`layers` must add no losses of their own.*1 added"):
         model.train_on_batch(np.ones((4, 5)), np.ones((4, 2)))
+
+
+@pytest.mark.parametrize(
+    "after", [kl.UnitNormalization(), kl.Activation("log_softmax"), kl.Softmax(axis=1)], ids=lambda one: one.name
+)
+def test_an_activation_that_follows_takes_the_place_of_the_default(after):
+    entry = keras.Input((6, 5))
+    layer = kb.layers.Dense(4)
+    model = kb.Model(entry, after(layer(entry)), genome=kb.genomes.backprop(last_activation="tanh"))
+    x = RNG.standard_normal((3, 6, 5)).astype("float32")
+    kernel, bias = (np.array(layer.synapses[name])[0] for name in ("kernel", "bias"))
+    np.testing.assert_allclose(model(x), after(x @ kernel + bias), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_several_outputs_are_saved_with_their_numbers(tmp_path):
+    """Keras leaves out the delta of a Huber loss."""
+    entry = keras.Input((5,))
+    model = kb.Model(entry, {name: kb.layers.Dense(2, name=name)(entry) for name in "ab"}, genome=GENOME)
+    model.compile(loss={"a": keras.losses.Huber(5.0), "b": "mean_squared_error"})
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    y = {"a": 9.0 * TWO, "b": TWO}
+    for one in (model, loaded):
+        one.train_on_batch(ROWS, y)
+    np.testing.assert_array_equal(model.predict(ROWS, verbose=0)["a"], loaded.predict(ROWS, verbose=0)["a"])
+
+
+def test_statistics_of_a_layer_used_twice_are_averaged_over_its_uses():
+    """With slow synapses too, whose first step replaces what was there."""
+    genome = kb.genomes.load("fast")
+    near, far = keras.Input((5,)), keras.Input((5,))
+    norm = kb.layers.BatchNormalization(name="norm")
+    value = kl.Concatenate()([norm(near), norm(far)])
+    model = kb.Model([near, far], kb.layers.Dense(2)(value), genome=genome)
+    model.compile(loss="mean_squared_error")
+    model.train_on_batch([ROWS, 10.0 + ROWS], TWO)
+    np.testing.assert_allclose(norm.moving_mean, ROWS.mean(0) + 5.0, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance, ROWS.var(0), rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_averaged_as_the_synapses_of_their_layer():
+    rule = kb.genomes.load("fast").rule.replace(layers=("norm", "*"))
+    breadth = {"log_averaging": np.log([1e-6, 100.0])}
+    genome = kb.Genome.random(rule, 0).replace(**breadth)
+    entry = keras.Input((5,))
+    norms = [kb.layers.BatchNormalization(name=name) for name in ("other", "norm")]
+    model = kb.Model(entry, kb.layers.Dense(2)(norms[1](norms[0](entry))), genome=genome)
+    model.compile(loss="mean_squared_error")
+    model.train_on_batch(ROWS, TWO)
+    model.train_on_batch(3.0 + ROWS, TWO)
+    np.testing.assert_allclose(norms[0].moving_mean, ROWS.mean(0) + 3.0 * 101.0 / 102.0, rtol=1e-4, atol=1e-4)

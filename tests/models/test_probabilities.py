@@ -155,6 +155,21 @@ def test_a_sigmoid_that_the_rule_reads_stays_with_its_neurons(options):
         model.compile(loss=LOSSES.BinaryCrossentropy(from_logits=True))
 
 
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({"directions": "untied"}, {}),  # a backward kernel learns from the outputs
+        ({}, {"mu": [[0.0, 0.5], [0.0, 1.0]]}),  # state 1 of the outputs is sent back
+    ],
+)
+def test_a_sigmoid_that_backpropagation_reads_too_stays_with_its_neurons(options, numbers):
+    genome = kb.genomes.backprop(RATE)
+    genome = genome.with_rule(genome.rule.replace(**options)).replace(**numbers)
+    model = kb.convert(network(1, "sigmoid"), genome)
+    model.compile(loss="binary_crossentropy")
+    assert model.reading.heads == ((),)
+
+
 def test_another_loss_or_metric_of_probabilities_is_computed_from_them():
     model = kb.convert(network(3, "softmax"), kb.genomes.backprop(RATE))
     for loss in (LOSSES.BinaryCrossentropy(), LOSSES.CategoricalCrossentropy()):

@@ -26,7 +26,7 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tup
     return jax.lax.scan(step, tuple(carried), jnp.arange(count, dtype=jnp.int32))[0]
 
 
-def _is_costly(operation: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+def _is_costly(operation: Any, *_: Any, **__: Any) -> bool:
     """Whether the result of an operation is stored for the gradient of a loop."""
     return operation.name in ("dot_general", "conv_general_dilated", "cholesky", "triangular_solve")
 

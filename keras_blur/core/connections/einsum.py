@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -153,11 +154,6 @@ class EinsumConnection(Connection):
     def product(self, kernel: Array, x: Array) -> Array:
         rank = len(self.weights) + 1
         if len(kernel.shape) > rank:
-            if set(self.weights) - set(self.inputs + self.outputs):
-                raise ValueError(
-                    "`equation` must have each letter of the kernel in its input or output where a population of networks "
-                    f"learns. Received: {self.inputs},{self.weights}->{self.outputs}"
-                )
             return self.product_of_members(kernel, x)
         channels = kernel.shape[0]
         if channels == 1:
@@ -206,12 +202,21 @@ def einsum_connection(
         activation: nonlinearity.
 
     Raises:
-        ValueError: if input and output do not begin with the same letter, which the kernel must not
+        ValueError: if the equation has another form, or a letter of the kernel alone; if input and
+            output do not begin with the same letter, which the kernel must not
             have; if the letters do not fit `source` or `output_shape`; or if `bias_axes` are not
             the letters of the units.
     """
-    left, outputs = equation.replace(" ", "").split("->")
-    inputs, weights = left.split(",")
+    parts = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", equation.replace(" ", ""))
+    if parts is None:
+        raise ValueError(f"`equation` must have the form 'input,kernel->output'. Received: equation={equation!r}")
+    inputs, weights, outputs = parts.groups()
+    alone = set(weights) - set(inputs + outputs)
+    if alone:
+        raise ValueError(
+            f"`equation` must have each letter of the kernel in its input or output, but {min(alone)!r} is in neither. "
+            f"Received: equation={equation!r}"
+        )
     letters = ""
     if "..." in inputs:
         unused = (letter for letter in string.ascii_letters if letter not in equation)
