@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,19 +64,35 @@ def solve_positive(matrix: Array, right: Array) -> Array:
     """
     lead = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
 
-    def together(matrix: Array, right: Array) -> Array:
-        sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-        factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
-        return jax.scipy.linalg.cho_solve((factor, True), right)
-
     def in_turn(matrix: Array, right: Array) -> Array:
         flat = tuple(jnp.reshape(one, (-1, *one.shape[-2:])) for one in (matrix, right))
-        return jnp.reshape(jax.lax.map(lambda pair: together(*pair), flat), right.shape)
+        return jnp.reshape(jax.lax.map(lambda pair: _solved(*pair), flat), right.shape)
 
     matrix, right = (jnp.broadcast_to(one, (*lead, *one.shape[-2:])) for one in (matrix, right))
     if math.prod(lead) == 1:
-        return together(matrix, right)
-    return jax.lax.platform_dependent(matrix, right, cpu=in_turn, default=together)
+        return _solved(matrix, right)
+    return jax.lax.platform_dependent(matrix, right, cpu=in_turn, default=_solved)
+
+
+@jax.custom_jvp
+def _solved(matrix: Array, right: Array) -> Array:
+    return _solver(matrix)(right)
+
+
+@_solved.defjvp
+def _change_of_solved(arrays: tuple[Array, Array], changes: tuple[Array, Array]) -> tuple[Array, Array]:
+    """That of the solution itself, one more solution with the same factor. Through the steps of the
+    factorisation it would take several, and a gradient as many again."""
+    (matrix, right), (of_matrix, of_right) = arrays, changes
+    solve = _solver(matrix)
+    solution = solve(right)
+    return solution, solve(of_right - matmul(of_matrix, solution))
+
+
+def _solver(matrix: Array) -> Callable[[Array], Array]:
+    sound = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    factor = jnp.where(sound, jax.lax.linalg.cholesky(matrix, symmetrize_input=False), jnp.nan)
+    return lambda right: jax.scipy.linalg.cho_solve((factor, True), right)
 
 
 # Philox 4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011), with the key
