@@ -34,6 +34,8 @@ class Shard:
         count: number of replicas.
         in_blocks: whether a shard is a contiguous block; if not, it is every `count`-th place.
         members: the part of the members that goes with this part of the tasks; `None` is all.
+        networks: numbers of these members' initial networks, int32 `[members]`: equal numbers are
+            equal networks. `None` is 0 for all.
 
     Example:
 
@@ -45,6 +47,7 @@ class Shard:
     count: int = 1
     in_blocks: bool = False
     members: Shard | None = None
+    networks: Any = None
 
     def places(self, size: int) -> Array:
         """The places of this shard among those of all, int32 `[size]`.

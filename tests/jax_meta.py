@@ -3,7 +3,8 @@ line of JSON.
 
 The JSON gives `cases`, names of estimators; how they are run: nothing, `devices` (all that JAX has,
 under `keras.distribution`), or `worker`, `workers` and `port` (processes of one device each);
-`tasks` and `members`, of a step; `epochs`, and `checkpoint`.
+`tasks` and `members`, of a step; `epochs`, and `checkpoint`; `copies`, whether members are copies
+from the second epoch on.
 """
 
 import json
@@ -66,9 +67,9 @@ def noted(runner, seen):
     split, each = runner.split, runner.each
 
     def noting(function, *trees):
-        def of_part(tasks, members, common, outer, episodes, kept):
-            seen.add((episodes["x"].shape[0], next(iter(outer.values())).shape[0]))
-            return function(tasks, members, common, outer, episodes, kept)
+        def of_part(tasks, members, common, numbered, episodes, kept):
+            seen.add((episodes["x"].shape[0], next(iter(numbered[0].values())).shape[0]))
+            return function(tasks, members, common, numbered, episodes, kept)
 
         return split(of_part, *trees)
 
@@ -89,7 +90,8 @@ if __name__ == "__main__":
     for case in asked["cases"]:
         made, seen = trainer(case), set()
         noted(made.runner, seen)
-        history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), verbose=0).history
+        callbacks = [meta.UnrollCurriculum([(0, 3), (1, 2)])] if asked.get("copies") else []
+        history = made.fit(asked["epochs"], 2, checkpoint=asked.get("checkpoint"), callbacks=callbacks, verbose=0).history
         outer = {name: value.tolist() for name, value in made.strategy.population().items()}
         found[case] = {"history": history, "outer": outer, "score": np.array(made.member_score.value).tolist(),
                        "devices": made.runner.shares, "work": sorted(seen)}  # fmt: skip

@@ -150,7 +150,8 @@ def main():
     with strategy().scope():
         if asked["what"] == "meta":
             model, options = trainer(), {"epochs": asked.get("epochs", 2), "steps_per_epoch": 2}
-            options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [Pause()]}
+            curriculum = [meta.UnrollCurriculum([(0, 3), (1, 2)])] if asked.get("copies") else []
+            options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [*curriculum, Pause()]}
         elif asked["what"] == "bilevel":
             digits = load_digits()
             x, y = (digits.data / 16).astype("float32"), digits.target

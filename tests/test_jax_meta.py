@@ -98,6 +98,19 @@ def test_four_devices_split_members_where_tasks_do_not_fit(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("of_tasks", [1, 4])
+def test_four_devices_give_copies_the_networks_of_one(alone, of_tasks):
+    cases, options = ("unroll", "warpgrad"), {"tasks": of_tasks, "members": 4, "copies": True}
+    four, tensorflow = result(start(cases=cases, devices=4, **options)), result(start("tensorflow", cases=cases, **options))
+    for case, one in alone(*cases, **options).items():
+        assert four[case]["work"] == ([[1, 1]] if of_tasks == 1 else [[1, 4]])
+        assert_close(four[case], one, 1e-6)
+        assert_close(one, tensorflow[case], 1e-5)
+        values = [np.array(value).reshape(4, -1) for value in one["outer"].values()]
+        assert (case == "unroll") == any((value[1:] != value[:-1]).any(axis=1).all() for value in values)
+
+
+@pytest.mark.slow
 def test_the_command_line_takes_virtual_devices(tmp_path):
     options = ["--estimator=cma", "--population=5", "--hidden=8", "--unroll=3", "--epochs=1", "--steps_per_epoch=2"]
 

@@ -111,26 +111,26 @@ CASES: dict[str, Callable[[Size], Case]] = {
 class _Unreduced(strategy.Descent):
     """Goes by the tasks of the first device alone."""
 
-    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array) -> Any:
+    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array, copies: bool) -> Any:
         own = backend.tree_map(lambda array: array[: array.shape[0] // self.runner.shares], episodes)
-        return super().step(family, estimator, own, seed, window)
+        return super().step(family, estimator, own, seed, window, copies)
 
 
 class _Printing(strategy.Descent):
     """Says something from inside the step."""
 
-    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array) -> Any:
+    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array, copies: bool) -> Any:
         jax.debug.print("window {}", window)
-        return super().step(family, estimator, episodes, seed, window)
+        return super().step(family, estimator, episodes, seed, window, copies)
 
 
 class _Python(strategy.Descent):
     """Calls Python from inside the step."""
 
-    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array) -> Any:
+    def step(self, family: int, estimator: Any, episodes: Any, seed: Array, window: Array, copies: bool) -> Any:
         x = episodes["x"]
         doubled = jax.pure_callback(lambda x: 2 * np.asarray(x), jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-        return super().step(family, estimator, {**episodes, "x": doubled}, seed, window)
+        return super().step(family, estimator, {**episodes, "x": doubled}, seed, window, copies)
 
 
 LARGE = Size(sizes=(8, 65536, 4), batch=65536, tasks=8)

@@ -23,6 +23,8 @@ from keras_blur.tasks.base import Tasks, check_split
 class UnrollCurriculum(keras.callbacks.Callback):
     """Lengthens the unroll in stages and copies the best member to all members at each switch.
 
+    After a switch, members learn apart on different initial networks (`MetaTrainer.synchronize`).
+
     Source: "Meta-Learning Bidirectional Update Rules" (2021), section 4.2 and appendix C.4: 10
     steps, then 5 more in each stage.
 

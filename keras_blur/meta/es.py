@@ -80,7 +80,7 @@ class ES(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        def scores(particles: Outer) -> tuple[tuple[Array, Array], Any]:
+        def scores(particles: Outer, shard: Shard) -> tuple[tuple[Array, Array], Any]:
             state = self.begin(learner, particles, episodes, seed, carried, first, shard)
             losses, accuracies, state = self.objective(learner, particles, episodes, state)
             return (backend.mean(losses, axis=1), backend.mean(accuracies, axis=1)), state
@@ -90,7 +90,8 @@ class ES(Estimator):
 
         noise = perturbations(outer, self.antithetic_pairs, seed, shard.members)
         particles = perturbed(outer, noise, self.sigma)
-        return self.by_member(scores, like, learner, particles, episodes, seed)
+        shard = dataclasses.replace(shard, networks=None)  # equal for all, as copies differ by their noise
+        return self.by_member(scores, like, learner, particles, episodes, seed, shard)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return self.estimate(outer, perturbations(outer, self.antithetic_pairs, seed), *measured), ()

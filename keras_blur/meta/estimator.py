@@ -25,6 +25,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, backend
+from keras_blur.core import random
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Learner
 
@@ -34,6 +35,7 @@ Episodes = Mapping[str, Array]
 
 KINDS = ("classes", "values", "bits")
 LOSSES = ("auto", "cross_entropy", "binary", "squared")
+_NETWORK = 1_000_000_009  # folded into a seed before the number of a network; no layer has this place
 
 
 class Estimate(NamedTuple):
@@ -300,7 +302,8 @@ class Estimator(InnerLoop, abc.ABC):
                 those of the shard, the directions those of all members.
             first: whether this is the first estimate on these episodes; a scalar array or `bool`.
             shard: the shard. What is drawn at random for each member is that of
-                `shard.members.places`.
+                `shard.members.places`. Members with other numbers in `shard.networks` have other
+                initial networks.
 
         Returns:
             A tree of arrays `[members, ...]`, whose mean over shards of the tasks is passed to
@@ -332,7 +335,8 @@ class Estimator(InnerLoop, abc.ABC):
             outer: outer parameters `[members, ...]`.
             episodes: all episodes, as in `local_estimate`.
             seed: seed of the initial networks (equal for members, different for tasks) and of
-                noise, `[2]` int32.
+                noise, `[2]` int32. Only `MetaTrainer` gives members that are copies different
+                networks.
             carried: state returned by the previous estimate; ignored if `first`.
             first: whether this is the first estimate on these episodes.
 
@@ -353,29 +357,31 @@ class Estimator(InnerLoop, abc.ABC):
 
     def by_member(
         self,
-        function: Callable[[Outer], tuple[Any, Any]],
+        function: Callable[[Outer, Shard], tuple[Any, Any]],
         like: Callable[[int, str], Any],
         learner: Learner,
         outer: Outer,
         episodes: Episodes,
         seed: Array,
+        shard: Shard,
     ) -> tuple[Any, Any]:
         """Statistics of each member, and the learner states to carry on.
 
         If nothing is carried on, members are computed by `in_groups`.
 
         Args:
-            function: maps outer parameters `[members, ...]` to a tree of arrays `[members, ...]`,
-                and to the learner states after the last step.
+            function: maps outer parameters `[members, ...]` and their shard to a tree of arrays
+                `[members, ...]`, and to the learner states after the last step.
             like: as in `in_groups`, for the first result of `function`.
             learner: the learner.
             outer: outer parameters of all members.
             episodes: as in `local_estimate`.
             seed: as in `local_estimate`.
+            shard: as in `local_estimate`.
         """
         if self.carries_learners:
-            return function(outer)
-        return in_groups(lambda outer: function(outer)[0], like, learner, outer, episodes, seed), ()
+            return function(outer, shard)
+        return in_groups(lambda *group: function(*group)[0], like, learner, outer, episodes, seed, shard), ()
 
     @property
     def carries(self) -> bool:
@@ -443,20 +449,33 @@ class Truncated(Estimator):
 def start(learner: Learner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard = ALL) -> Any:
     """The learner state before the first batch, with leading axes `[members, tasks]`.
 
-    Initialisation is independent of sharding.
+    Initialisation is independent of sharding. Members have equal networks, unless `shard.networks`
+    has different numbers. Networks of number 0 are those without numbers.
     """
     members = next(iter(outer.values())).shape[0]
-    x, y = episodes["x"], episodes["y"]
-    return learner.init(over_tasks(outer), seed, int(x.shape[-1]), int(y.shape[-1]), (members, int(x.shape[0])), shard)
+    (tasks, *_, features), outputs = episodes["x"].shape, episodes["y"].shape[-1]
+
+    def init(outer: Outer, seed: Array, members: int) -> Any:
+        return learner.init(over_tasks(outer), seed, int(features), int(outputs), (members, int(tasks)), shard)
+
+    if shard.networks is None:
+        return init(outer, seed, members)
+    each = []
+    for member, number in enumerate(ops.unstack(shard.networks, members)):
+        own = ops.where(ops.equal(number, 0), seed, random.fold_in(seed, _NETWORK, number))
+        each.append(init({name: value[member : member + 1] for name, value in outer.items()}, own, 1))
+    # Leaves without the axes of members and tasks are common to all.
+    return backend.tree_map(lambda *own: own[0] if len(own[0].shape) < 2 else ops.concatenate(own, axis=0), *each)
 
 
 def in_groups(
-    function: Callable[[Outer], Any],
+    function: Callable[[Outer, Shard], Any],
     like: Callable[[int, str], Any],
     learner: Learner,
     outer: Outer,
     episodes: Episodes,
     seed: Array,
+    shard: Shard = ALL,
 ) -> Any:
     """The values of a function of outer parameters, computed on a CPU for a few members at a time.
 
@@ -465,14 +484,15 @@ def in_groups(
     members at once.
 
     Args:
-        function: maps outer parameters `[members, ...]` to a tree of arrays `[members, ...]`. No
-            member's values may depend on another member.
+        function: maps outer parameters `[members, ...]` and their shard to a tree of arrays
+            `[members, ...]`. No member's values may depend on another member.
         like: maps a number of members and a dtype to a tree like a value of `function`, with
             shapes and dtypes.
         learner: the learner.
         outer: outer parameters of all members.
         episodes: as in `Estimator.__call__`.
         seed: seed of the initial networks.
+        shard: the shard of all members.
 
     Returns:
         The value of `function`, for all members.
@@ -483,7 +503,11 @@ def in_groups(
     while members % size:
         size -= 1
     if size == members:
-        return function(outer)
+        return function(outer, shard)
+    given = {"outer": dict(outer), **({} if shard.networks is None else {"networks": shard.networks})}
+
+    def of_group(group: dict[str, Any]) -> Any:
+        return function(group["outer"], dataclasses.replace(shard, networks=group.get("networks")))
 
     def grouped(value: Array) -> Array:
         return ops.reshape(value, (members // size, size, *value.shape[1:]))
@@ -491,11 +515,11 @@ def in_groups(
     def whole(value: Array) -> Array:
         return ops.reshape(value, (members, *value.shape[2:]))
 
-    def in_turn(outer: Outer) -> Any:
-        found = backend.one_by_one(function, backend.tree_map(grouped, outer), like(size, state_dtype(one)))
+    def in_turn(given: dict[str, Any]) -> Any:
+        found = backend.one_by_one(of_group, backend.tree_map(grouped, given), like(size, state_dtype(one)))
         return backend.tree_map(whole, found)
 
-    return backend.on_platform(dict(outer), cpu=in_turn, other=function)
+    return backend.on_platform(given, cpu=in_turn, other=of_group)
 
 
 def over_tasks(outer: Outer) -> Outer:

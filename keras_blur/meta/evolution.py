@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_blur import arguments, backend
+from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, in_groups, section, start
 
@@ -80,8 +81,8 @@ class Evolution(InnerLoop):
             over the scored steps.
         """
 
-        def score(outer: Outer) -> tuple[Array, Array, Array]:
-            return self._score(learner, outer, episodes, start(learner, outer, episodes, seed))
+        def score(outer: Outer, shard: Shard) -> tuple[Array, Array, Array]:
+            return self._score(learner, outer, episodes, start(learner, outer, episodes, seed, shard))
 
         def like(members: int, dtype: str) -> Any:
             return (keras.KerasTensor((members,), dtype),) * 3

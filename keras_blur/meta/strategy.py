@@ -98,8 +98,13 @@ class Strategy(abc.ABC):
     def _checked_optimizers(self, optimizer: Any, start_optimizer: Any) -> tuple[Any, Any]:
         """The optimizers as objects. Raises a `ValueError` if one does not suit the strategy."""
 
+    @property
+    def copies(self) -> bool:
+        """Whether some members began as copies of others, and get networks of their own."""
+        return False
+
     @abc.abstractmethod
-    def step(self, family: int, estimator: Any, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+    def step(self, family: int, estimator: Any, episodes: Episodes, seed: Array, window: Array, copies: bool) -> Outcome:
         """One meta-step, the program of a replica.
 
         Args:
@@ -108,6 +113,7 @@ class Strategy(abc.ABC):
             episodes: the episodes of this replica.
             seed: seed of the step.
             window: index of the truncation window, an int32 scalar.
+            copies: the property `copies` when the program was made.
         """
 
     @abc.abstractmethod
@@ -120,7 +126,10 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def synchronize(self, best: int) -> None:
-        """Copies the best member, with its optimizer state, over all others."""
+        """Copies the best member, with its optimizer state, over all others.
+
+        From then on, each member has initial networks of its own, so that copies learn apart.
+        """
 
     @abc.abstractmethod
     def optimizers(self) -> dict[str, tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
@@ -152,6 +161,7 @@ class Descent(Strategy):
             made = owner.add_weight(name=own, shape=numbers.shape, initializer="zeros")
             made.assign(numbers)
             self.outer[name] = made
+        self.networks = owner.counter("networks", _copies_before(start))
         self._carried = [self._carried_variables(owner, number) for number in range(len(self.families))]
 
     def _carried_variables(self, owner: MetaTrainer, number: int) -> Any:
@@ -216,20 +226,28 @@ class Descent(Strategy):
     def synchronize(self, best: int) -> None:
         for variable in [*self.outer.values(), *self.slots()]:
             variable.assign(np.repeat(numbers_of(variable)[best : best + 1], self.members, axis=0))
+        self.networks.assign(np.arange(self.members, dtype="int32"))
+
+    @property
+    def copies(self) -> bool:
+        return bool(numbers_of(self.networks).any())
 
     def slots(self) -> list[keras.Variable]:
         """The optimizer variables that have a value for each member."""
         shapes = {tuple(value.shape) for value in self.outer.values()}
         return [v for _, optimizer, _ in self._groups() for v in optimizer.variables if tuple(v.shape) in shapes]
 
-    def step(self, family: int, estimator: Estimator, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+    def step(
+        self, family: int, estimator: Estimator, episodes: Episodes, seed: Array, window: Array, copies: bool
+    ) -> Outcome:
         outer = {name: value_of(variable) for name, variable in self.outer.items()}
         first = ops.equal(window, 0)
         episodes = estimator.part(episodes, window)
         mine, slots = shard(), self._carried[family]
         carried = tree_map(value_of, slots)
         common, learners = (seed, carried.directions, first), mine.part(carried.learners, axis=1)
-        measured, learners = self.runner.split(self._of_part(family, estimator), common, outer, episodes, learners)
+        numbered = (outer, [value_of(self.networks)] if copies else [])
+        measured, learners = self.runner.split(self._of_part(family, estimator), common, numbered, episodes, learners)
         found, directions = estimator.combine(outer, mean(measured), seed, carried, first)
         kept = Carried(mine.whole(learners, axis=1), directions)
         for slot, value in zip(leaves(slots), leaves(kept), strict=True):
@@ -253,10 +271,12 @@ class Descent(Strategy):
         """A function for `Runner.split`: the statistics of some tasks and members, compiled."""
 
         def of_part(tasks: tuple[Array, int], members: tuple[Array, int], *trees: Any) -> Any:
-            def local(task: Array, member: Array, common: Any, outer: Any, episodes: Episodes, learners: Any) -> Any:
+            def local(task: Array, member: Array, common: Any, numbered: Any, episodes: Episodes, learners: Any) -> Any:
                 (seed, directions, first), in_blocks = common, self.runner.in_blocks
+                outer, networks = numbered
                 own = Shard(member, members[1], in_blocks) if members[1] > 1 else None
-                mine, carried = Shard(task, tasks[1], in_blocks, own), Carried(learners, directions)
+                mine = Shard(task, tasks[1], in_blocks, own, networks[0] if networks else None)
+                carried = Carried(learners, directions)
                 return estimator.local_estimate(self.families[family][1], outer, episodes, seed, carried, first, mine)
 
             return (local if self._eager else compiled(local, jit_compile=self._jit))(tasks[0], members[0], *trees)
@@ -327,9 +347,11 @@ class Search(Strategy):
         centre = from_vectors(self.shapes, numbers_of(self.state["mean"])[None])
         return {name: ops.convert_to_numpy(value) for name, value in centre.items()}
 
-    def step(self, family: int, estimator: Evolution, episodes: Episodes, seed: Array, window: Array) -> Outcome:
+    def step(
+        self, family: int, estimator: Evolution, episodes: Episodes, seed: Array, window: Array, copies: bool
+    ) -> Outcome:
         """Draws candidates, scores them and updates the distribution."""
-        del window
+        del window, copies
         learner = self.families[family][1]
 
         def score(common: tuple[Episodes, Array], candidates: Array) -> Any:
@@ -357,6 +379,16 @@ class Search(Strategy):
         logs |= {"best": counted(best, ops.isfinite(best)), "sigma": (sigma, ops.ones_like(sigma))}
         logs["skipped"] = skipped(sound, loss)
         return Outcome(logs, ops.reshape(total / count, (1,)), ops.reshape(ops.any(sound), (1,)))
+
+
+def _copies_before(outer: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each member, how many members before it are equal to it, int32 `[members]`."""
+    members = range(len(next(iter(outer.values()))))
+
+    def equal(one: int, other: int) -> bool:
+        return all(np.array_equal(value[one], value[other]) for value in outer.values())
+
+    return np.array([sum(equal(one, other) for other in range(one)) for one in members], "int32")
 
 
 def counted(value: Array, sound: Array) -> tuple[Array, Array]:

@@ -66,7 +66,10 @@ class MetaTrainer(OuterLoop):
         estimator: estimator of the outer gradient (`Unroll`, `TruncatedUnroll`, `ES`, `PES`, ...),
             or `Evolution`, which replaces gradient and optimizer with CMA-ES.
         members: number of independent sets of outer parameters, trained side by side on the same
-            tasks. Must be 1 under `Evolution`, which has its own population.
+            tasks and initial networks. Members that are copies, from one `start` or after
+            `synchronize`, get different initial networks instead, if the learner draws networks;
+            `ES` and `PES` perturb members differently anyway. Must be 1 under `Evolution`, which
+            has its own population.
         meta_batch_size: episodes per meta-step, over which gradients are averaged. Under a strategy
             it must be a multiple of the number of replicas, except for `Evolution`, which splits
             candidates instead. On several JAX devices, it or `members` must be a multiple of their
@@ -189,7 +192,7 @@ class MetaTrainer(OuterLoop):
         self.make_counters(("loss", self.quality, *self.strategy.logged, "skipped"))
         self.built = True
         self._streams: dict[int, Any] = {}
-        self._programs: dict[tuple[int, int], Any] = {}
+        self._programs: dict[tuple[int, int, bool], Any] = {}
 
     def _begin(self, start: Any, members: int, seed: int) -> dict[str, np.ndarray]:
         """The initial outer parameters `[members, ...]`, checked against every family."""
@@ -330,7 +333,9 @@ class MetaTrainer(OuterLoop):
     def synchronize(self) -> None:
         """Copies the best member, with its optimizer state, to all others.
 
-        Does nothing under `Evolution`, or if no member is sound.
+        From then on, members have different initial networks, so that they learn apart. Without
+        random networks, as in `MAML`, they stay equal, except under `ES` and `PES`. Does nothing
+        under `Evolution`, or if no member is sound.
         """
         if not self.sound:
             return
@@ -459,14 +464,15 @@ class MetaTrainer(OuterLoop):
 
     def _program(self, family: int) -> Any:
         """The program of a step of a family, with the current number of unrolled steps."""
-        key = (family, self.estimator.steps)
+        copies = self.strategy.copies
+        key = (family, self.estimator.steps, copies)
         if key not in self._programs:
             estimator = self.estimator
             number = (np.arange(len(self.families)) == family).astype("int32")
 
             def step(episodes: Mapping[str, Array], window: Array) -> dict[str, Array]:
                 seed = random.fold_in(random.seed_of(self.seed), _STEP, value_of(self.meta_step))
-                found = self.strategy.step(family, estimator, episodes, seed, window)
+                found = self.strategy.step(family, estimator, episodes, seed, window, copies)
                 self._follow(found.quality, found.sound)
                 self.drawn.assign(value_of(self.drawn) + number)
                 return self.count_step(found.logs)

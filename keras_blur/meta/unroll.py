@@ -49,14 +49,14 @@ class Unroll(Estimator):
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
-        def score(outer: Outer) -> tuple[Array, Any]:
-            state = self.begin(learner, outer, episodes, seed, carried, first, shard)
-            losses, accuracies, state = self.objective(learner, outer, episodes, state)
-            loss = backend.mean(losses, axis=1)
-            # Members are independent, so the gradient of the sum contains each member's own.
-            return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), state)
+        def estimate(outer: Outer, shard: Shard) -> tuple[Estimate, Any]:
+            def score(outer: Outer) -> tuple[Array, Any]:
+                state = self.begin(learner, outer, episodes, seed, carried, first, shard)
+                losses, accuracies, state = self.objective(learner, outer, episodes, state)
+                loss = backend.mean(losses, axis=1)
+                # Members are independent, so the gradient of the sum contains each member's own.
+                return ops.sum(loss), (loss, backend.mean(accuracies, axis=1), state)
 
-        def estimate(outer: Outer) -> tuple[Estimate, Any]:
             (loss, accuracy, state), gradients = backend.gradient(score, dict(outer))
             return Estimate(gradients, loss, accuracy), state
 
@@ -64,7 +64,7 @@ class Unroll(Estimator):
             gradients = {name: keras.KerasTensor((members, *value.shape[1:]), value.dtype) for name, value in outer.items()}
             return Estimate(gradients, keras.KerasTensor((members,), dtype), keras.KerasTensor((members,), dtype))
 
-        return self.by_member(estimate, like, learner, outer, episodes, seed)
+        return self.by_member(estimate, like, learner, outer, episodes, seed, shard)
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         return measured, ()

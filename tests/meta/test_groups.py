@@ -78,7 +78,7 @@ def test_a_group_is_the_largest_part_that_fits(members, fit, expected, monkeypat
     monkeypatch.setattr(backend, "on_platform", lambda arrays, *, cpu, other: cpu(arrays))
     seen = set()
 
-    def doubled(outer):
+    def doubled(outer, shard):
         value = outer[min(outer)]
         seen.add(value.shape[0])
         return 2.0 * value

@@ -111,6 +111,12 @@ def test_meta_training_does_not_depend_on_the_number_of_replicas(case):
 
 
 @pytest.mark.slow
+def test_copies_have_the_same_networks_on_any_number_of_replicas():
+    alone, two = (run(what="meta", case="unroll", replicas=count, copies=True) for count in (0, 2))
+    assert_same(two, alone, 1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["normalised", "summed", "errors", "dropout", "whitened"])
 def test_fit_does_not_depend_on_the_number_of_replicas(case):
     alone = run(what="fit", case=case, replicas=0)
