@@ -155,6 +155,8 @@ def _arrays(nest: Any) -> Iterator[Any]:
     elif isinstance(nest, Mapping):
         for one in nest.values():
             yield from _arrays(one)
+    elif dataclasses.is_dataclass(nest):
+        yield from _arrays([getattr(nest, field.name) for field in dataclasses.fields(nest)])
 
 
 def projected(arrays: list[Any]) -> dict[str, Any]:

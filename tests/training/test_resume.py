@@ -443,6 +443,18 @@ def test_numbers_of_another_size_are_other_settings():
     assert list(settings.differences(one, one)) == []
 
 
+@pytest.mark.parametrize("change", [lambda of: of, lambda of: tasks.augment(of, tasks.LabelPermutation())])
+def test_other_data_of_few_shot_tasks_are_other_settings(change, tmp_path):
+    def of(seed):
+        return change(tasks.classes(2, 4, pool=4, features=4, seed=seed))
+
+    path = tmp_path / "run.weights.h5"
+    run(trainer(of(0)), path, 1)
+    with pytest.raises(ValueError, match=r"^`checkpoint` '.*' was made with tasks\.(tasks\.)?data\.projection="):
+        run(trainer(of(1)), path, 2)
+    run(trainer(of(0)), path, 2)
+
+
 def test_the_rate_of_an_optimizer_is_found_where_it_is():
     wrapped = settings.described(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.25)))
     assert loop._rate(wrapped) == 0.25
