@@ -191,6 +191,11 @@ class Blur(MetaLearner):
                 "`learner` must have a rule whose loss fits values, such as the mean squared error, where the tasks are of "
                 f"values. Received: loss={rule.loss!r}"
             )
+        if rule.feedback == "error" and kind == "bits":
+            raise ValueError(
+                "`learner` must have a rule with feedback='labels' where the tasks are of bits, some of which are not scored. "
+                f"Received: feedback={rule.feedback!r}"
+            )
         if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
 

@@ -203,7 +203,8 @@ class Warp(MetaLearner):
             A compiled Keras model. `learned` is unchanged.
 
         Raises:
-            ValueError: if the data do not fit the model or the loss.
+            ValueError: if an argument is out of range, or the data do not fit the model or the
+                loss.
 
         Example:
 
@@ -214,6 +215,9 @@ class Warp(MetaLearner):
         >>> adapted.get_layer("warp_0").trainable
         False
         """
+        arguments.count("steps", steps)
+        arguments.count("batch_size", batch_size)
+        arguments.integer("seed", seed, 0)
         model = keras.models.clone_model(learned)
         model.set_weights(learned.get_weights())
         for own, other in zip(places(model).values(), places(learned).values(), strict=True):

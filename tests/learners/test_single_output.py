@@ -154,6 +154,16 @@ def test_bits_are_refused_in_one_sentence(make):
         make().check("bits", 4)
 
 
+@pytest.mark.parametrize("loss", [None, keras.losses.BinaryCrossentropy(from_logits=True), "mse"])
+def test_bits_are_learned_from_labels_alone(loss):
+    learners.Blur((4,)).check("bits", 4)
+    rule = Rule(feedback="error", last_activation="linear", loss=loss)
+    with pytest.raises(
+        ValueError, match=r"^`learner` must have a rule with feedback='labels' .*Received: feedback='error'$"
+    ):
+        learners.Blur((4,), rule).check("bits", 4)
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_a_class_that_was_never_shown_is_never_predicted(outputs):
     learner, rng = learners.Prototypes((8,), 4), np.random.default_rng(0)
