@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -33,8 +34,8 @@ class UnrollCurriculum(keras.callbacks.Callback):
             epoch 0.
 
     Raises:
-        ValueError: if the stages are not in order; at the first switch, if the estimator uses
-            truncation windows.
+        ValueError: if the stages are not in order; at the start of training, if the number of
+            steps changes and the estimator uses truncation windows.
 
     Example:
 
@@ -69,6 +70,10 @@ class UnrollCurriculum(keras.callbacks.Callback):
         """The stages, which are stored in checkpoints."""
         return {"stages": [list(stage) for stage in self.stages]}
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        if any(steps != self.model.estimator.steps for _, steps in self.stages):
+            self.model.check_unroll()
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         fresh = int(numbers_of(self.model.epoch_step)) == 0  # not one that a resumed run continues
         if epoch and fresh and any(start == epoch for start, _ in self.stages):
@@ -98,8 +103,8 @@ class MetaValidate(keras.callbacks.Callback):
 
     Raises:
         ValueError: if an argument is out of range; at the start of training, if the learner has
-            other outer parameters, a batch and a query do not fit into the split, or `path` cannot
-            be written.
+            other outer parameters, a batch and a query do not fit into the split, `path` cannot be
+            written, or a resumed run finds parameters of another learner there.
 
     Example:
 
@@ -154,9 +159,20 @@ class MetaValidate(keras.callbacks.Callback):
             self._scores.append(compiled(scorer, jit_compile=trainer.jit_step))
 
         if self.path is not None and files.exists(self.path) and int(numbers_of(trainer.meta_step)):
-            before = trainer.families[0][1].parameters(self.path)  # of the run that this one continues
-            quality = self._score({name: own[0] for name, own in before.items()})[1]
+            quality = self._score(self._before())[1]
             self.best = quality if np.isfinite(quality) else None
+
+    def _before(self) -> dict[str, np.ndarray]:
+        """The parameters in the file, of the run that this one continues."""
+        now, before = self.model.parameters(), {}
+        with contextlib.suppress(ValueError):
+            before = {name: own[0] for name, own in self.model.families[0][1].parameters(self.path).items()}
+        if {name: own.shape for name, own in before.items()} != {name: own.shape for name, own in now.items()}:
+            raise ValueError(
+                "`path` of MetaValidate must be a new file, or one with parameters of the learner that the resumed run "
+                f"trains. {arguments.received('path', self.path)}"
+            )
+        return before
 
     def _scorer(self, learner: MetaLearner, inner: InnerLoop) -> Callable[..., Any]:
         def score(outer: Any, episodes: Any) -> tuple[Any, Any]:

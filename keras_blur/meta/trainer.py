@@ -454,13 +454,21 @@ class MetaTrainer(OuterLoop):
         Raises:
             ValueError: if the estimator carries learners from one meta-step to the next.
         """
+        self.check_unroll()
+        self.estimator = dataclasses.replace(self.estimator, steps=steps)
+        self._streams = {}
+
+    def check_unroll(self) -> None:
+        """Checks that the number of unrolled steps can change.
+
+        Raises:
+            ValueError: if the estimator carries learners from one meta-step to the next.
+        """
         if isinstance(self.estimator, Estimator) and self.estimator.carries:
             raise ValueError(
                 f"The unroll of {type(self.estimator).__name__} cannot change during meta-training: it carries learners "
                 "from one meta-step to the next."
             )
-        self.estimator = dataclasses.replace(self.estimator, steps=steps)
-        self._streams = {}
 
     def _program(self, family: int) -> Any:
         """The program of a step of a family, with the current number of unrolled steps."""

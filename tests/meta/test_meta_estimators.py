@@ -96,6 +96,10 @@ def test_an_unroll_in_pieces_cannot_grow():
     made = trainer(meta.PES(2, antithetic_pairs=2, episode_steps=4))
     with pytest.raises(ValueError, match="unroll of PES cannot change"):
         made.unroll_for(4)
+    with pytest.raises(ValueError, match="unroll of PES cannot change"):
+        made.fit(2, 1, callbacks=[meta.UnrollCurriculum([(0, 2), (1, 4)])], verbose=0)
+    assert int(made.meta_step.value) == 0
+    made.fit(1, 1, callbacks=[meta.UnrollCurriculum([(0, 2), (1, 2)])], verbose=0)
 
 
 @pytest.mark.parametrize(

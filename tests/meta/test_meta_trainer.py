@@ -256,6 +256,17 @@ def test_callbacks_write_the_genome_and_lengthen_the_unroll(tmp_path):
     assert [curriculum.steps_at(epoch) for epoch in (0, 1, 9)] == [2, 4, 4]
 
 
+def test_a_resumed_run_names_the_file_of_another_rule(tmp_path):
+    best, path = tmp_path / "best.json", tmp_path / "run.weights.h5"
+    trainer().fit(1, 1, checkpoint=path, verbose=0)
+    genomes.backprop().save(best)
+    with pytest.raises(
+        ValueError, match=r"^`path` of MetaValidate must be a new file, or one .*Received: path=.*best\.json"
+    ):
+        validate = meta.MetaValidate(tasks.functions("xor"), episodes=2, path=best)
+        trainer().fit(2, 1, checkpoint=path, callbacks=[validate], verbose=0)
+
+
 @pytest.mark.parametrize("stages", [[], [(1, 5)], [(0, 5), (0, 6)], [(0, 0)]])
 def test_curriculum_errors(stages):
     with pytest.raises(ValueError, match="`stages` must"):
