@@ -340,9 +340,10 @@ class AugmentedTasks(Tasks):
 
     @property
     def entropy_bits(self) -> float:
-        """H(e): the number of key bits a learner has to read from the support.
+        """H(e), the entropy of a key in bits: how much a learner has to read from the support.
 
-        For a composition, the sum over its parts.
+        For a composition, the sum over its parts. It is an upper bound where different keys change
+        labels alike, such as two offsets with equal sums.
         """
         return self.augmentation.entropy_bits(self.tasks)
 

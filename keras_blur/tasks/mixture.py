@@ -144,5 +144,5 @@ def mixture(weights: Mapping[Tasks, float] | Sequence[tuple[Tasks, float]]) -> M
     if len({tasks.kind for tasks, _ in pairs}) > 1:
         found = ", ".join(f"{tasks.name} has {tasks.kind}" for tasks, _ in pairs)
         raise ValueError(f"`weights` must be for tasks of one kind, classes or values. Received: {found}")
-    total = sum(weight for _, weight in pairs)
-    return Mixture([tasks for tasks, _ in pairs], [float(weight / total) for _, weight in pairs])
+    total = sum(float(weight) for _, weight in pairs)
+    return Mixture([tasks for tasks, _ in pairs], [float(weight) / total for _, weight in pairs])

@@ -72,6 +72,10 @@ def remember(units: int = 16, *, cue: float = 0.5) -> RememberTasks:
     Each example of a support batch is a pattern to store. An episode stores `steps * batch`
     patterns.
 
+    The query asks for the patterns of the whole episode. Estimators with truncation windows
+    (`meta.TruncatedUnroll`, `meta.PES`) score it after each window, so that early windows are also
+    asked for patterns that are not stored yet.
+
     Args:
         units: number of bits of a pattern.
         cue: fraction of the bits shown in a cue.

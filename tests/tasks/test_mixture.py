@@ -61,6 +61,14 @@ def test_streams_are_sharded_by_number():
     assert not same(take(mixed.dataset(5, **SHAPE, split="test"), 1)[0], whole[0])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
+def test_weights_of_any_precision_sum_to_one(dtype):
+    weights = (np.array([0.1, 0.7, 0.3]) * 10).astype(dtype)
+    mixed = tasks.mixture(list(zip([XOR, CIRCLE, BLOBS], weights, strict=True)))
+    assert sum(mixed.weights) == pytest.approx(1.0, abs=1e-12)
+    assert mixed.part_of(0, 0) in range(3)
+
+
 def test_one_part_and_values():
     assert same(take(tasks.mixture({SINE: 0.1}).dataset(1, **SHAPE), 1)[0], take(SINE.dataset(1, **SHAPE), 1)[0])
 
