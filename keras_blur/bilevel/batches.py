@@ -126,11 +126,11 @@ def source(
             f"`{name}` must be a tf.data.Dataset or a PyDataset, or come with labels, as a pair of arrays. "
             f"Received: {type(data).__name__}"
         )
-    arguments.count("batch_size", batch)
+    size = "meta_batch_size" if within else "batch_size"
+    arguments.count(size, batch)
     if batch % runner.shares:
-        size = "meta_batch_size" if within else "batch_size"
         raise ValueError(f"`{size}` must be a multiple of the {runner.shares} devices. Received: {size}={batch}")
     x, y = (np.asarray(one) for one in checked_arrays(data[0], data[1], None, expected(), within)[:2])
     if len(x) < batch:
-        raise ValueError(f"`{name}` must hold at least `batch_size` examples, {batch}. Received: {len(x)}")
+        raise ValueError(f"`{name}` must hold at least `{size}` examples, {batch}. Received: {len(x)}")
     return Arrays((x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x, y), batch)

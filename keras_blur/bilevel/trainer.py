@@ -270,6 +270,12 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         if not self.compiled:
             raise ValueError("The trainer must be compiled first: call `compile(optimizer=..., loss=...)`.")
         arguments.count("meta_every", meta_every)
+        for name, value in (
+            ("meta_batch_size", meta_batch_size), ("validation_batch_size", validation_batch_size),
+            ("steps_per_epoch", steps_per_epoch),
+        ):  # fmt: skip
+            if value is not None:
+                arguments.count(name, value)
         self._open((x, y) if y is not None else x, meta_data, batch_size, meta_batch_size or batch_size)
         steps = steps_per_epoch or self._sources[0].steps
         if not steps:

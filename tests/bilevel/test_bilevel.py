@@ -573,3 +573,27 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
 def test_a_wrong_argument_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "meta_batch_size", "validation_batch_size", "steps_per_epoch", "meta_every"])
+def test_zero_is_no_default(name):
+    sizes = {"batch_size": 4, name: 0}
+    with pytest.raises(ValueError, match=f"^`{name}` must be a positive integer. Received: {name}=0$"):
+        trainer().fit(X, Y, meta_data=(X, Y), validation_data=(X, Y), epochs=1, verbose=0, **sizes)
+
+
+def test_few_meta_data_are_compared_with_their_own_batch_size():
+    message = "^`meta_data` must hold at least `meta_batch_size` examples, 9. Received: 8$"
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(X, Y, meta_data=(X, Y), batch_size=4, meta_batch_size=9)
+
+
+def test_labels_keep_to_their_dtype():
+    y = np.array([255, 0], "uint8")
+    assert tasks.noisy_labels(y, 256, 1.0, "flip").tolist() == [0, 1]
+    assert tasks.noisy_labels(np.array([127], "int8"), 128, 1.0, "flip").tolist() == [0]
+    for dtype, classes in (("uint8", 256), ("int8", 128), ("bool", 2), ("float16", 2049)):
+        assert tasks.noisy_labels(np.zeros(2, dtype), classes, 1.0, "flip").dtype == dtype
+        message = f"^`classes` must be at most {classes} for labels of dtype {dtype}. Received: classes={classes + 1}$"
+        with pytest.raises(ValueError, match=message):
+            tasks.noisy_labels(np.zeros(2, dtype), classes + 1, 1.0)
