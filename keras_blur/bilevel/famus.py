@@ -47,7 +47,8 @@ class GradientSampler:
     """A learned choice of the layers that take part.
 
     Args:
-        target: target number of open gates.
+        target: target number of open gates, at most the number of candidate layers. The gate of the
+            last one is always open.
         hidden: units of the hidden layer of a gate.
         temperature: temperature of the Gumbel softmax.
         count_weight: weight of (sum of gates - target)^2.
@@ -86,8 +87,12 @@ class LayerwiseMetaGradient(VirtualStep):
             names, `"last:N"` for the last N layers with weights, or `None` for all. With a sampler,
             the candidates.
         sampler: chooses among the layers in each step; `None` uses all. The last layer always takes
-            part.
+            part. There must be at least as many layers as its `target`.
         rate: as in `VirtualStep`.
+
+    Raises:
+        ValueError: if an argument is invalid; from the trainer, if the model lacks a layer or has
+            fewer of them than the sampler's `target`.
 
     Example:
 
@@ -127,6 +132,11 @@ class LayerwiseMetaGradient(VirtualStep):
         chosen = self.chosen(layers)
         if self.sampler is None:
             return {}
+        if self.sampler.count_weight and self.sampler.target > len(chosen):
+            raise ValueError(
+                f"`target` of the sampler must be at most {len(chosen)}, the number of layers among which it chooses by "
+                f"layers={self.layers!r}. Received: target={self.sampler.target}"
+            )
         made = {}
         for place, name in enumerate(chosen[:-1]):
             rng, hidden = np.random.default_rng(place), self.sampler.hidden
@@ -191,7 +201,8 @@ class LayerwiseMetaGradient(VirtualStep):
         for name in parts[-1]:
             apart = pooled(training[name]) - pooled(slope[name])
             factor = 2.0 * sampler.distance_weight * apart.shape[0] / math.prod(slope[name].shape)
-            distance[name] = factor * ops.broadcast_to(apart, slope[name].shape)
+            rows = math.prod(slope[name].shape) // apart.shape[0]
+            distance[name] = factor * ops.reshape(ops.broadcast_to(apart, (rows, apart.shape[0])), slope[name].shape)
         found = problem.mean(of_lowest(lambda some: ahead.mixed({name: kept[name] for name in some}, distance)))
         signs = ops.cast(ops.where(gates > 0.5, -1.0, 1.0), "float32")
         count = ops.sum(gates)

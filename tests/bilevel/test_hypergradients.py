@@ -3,6 +3,7 @@ where they cannot go."""
 
 import functools
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -352,6 +353,35 @@ def test_the_third_loss_is_the_distance_at_the_last_layer():
 
     wanted = soon(lambda outer: gradient(distance, outer)[1])(outer)
     np.testing.assert_allclose(flat(results[1]) - flat(results[0]), flat(wanted), rtol=1e-3, atol=1e-6)
+
+
+class Scale(keras.layers.Layer):
+    """One number for all neurons."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+    def call(self, x):
+        return self.scale * x
+
+
+def test_a_sampler_takes_a_last_layer_of_one_number():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), Scale()])
+    sampler = bilevel.GradientSampler(target=1, hidden=3, distance_weight=0.5)
+    made = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(3), bilevel.LayerwiseMetaGradient(None, sampler))
+    made.compile("sgd", "sgd", "mse", run_eagerly=not JAX)
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
+    found = made.fit(x, x[:, :3], meta_data=(x, x[:, 1:]), batch_size=8, verbose=0).history
+    assert found["skipped"] == [0.0]
+
+
+def test_a_target_that_cannot_be_reached_is_refused():
+    model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(3) for _ in range(3))])
+    loss = bilevel.SampleWeightNet(3)
+    message = r"^`target` of the sampler must be at most 2, .* by layers='last:2'. Received: target=4$"
+    with pytest.raises(ValueError, match=message):
+        bilevel.BilevelTrainer(model, loss, bilevel.LayerwiseMetaGradient(sampler=bilevel.GradientSampler()))
+    bilevel.BilevelTrainer(model, loss, bilevel.LayerwiseMetaGradient(None, bilevel.GradientSampler(target=3)))
 
 
 def test_a_look_ahead_compiles_whole():
