@@ -18,6 +18,7 @@ batches, and such layers are no exception.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -46,6 +47,14 @@ from keras_blur.training.loop import OuterLoop, apply_scaled, check_frequency, c
 Array = Any
 ORDERS = ("meta", "model")
 _TRAIN, _META, _NOISE = range(3)
+_METRIC = "metric_"  # begins the names of the state of training metrics in a file
+
+
+@dataclasses.dataclass
+class _Untracked:
+    """Variables that Keras does not count among those of the object that holds this."""
+
+    variables: list[keras.Variable]
 
 
 @keras.saving.register_keras_serializable(package="keras_blur")
@@ -59,7 +68,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         estimator: estimator of the outer gradient: `OneStep`, `FiniteDifference`, `EvoGrad` or
             `LayerwiseMetaGradient`.
         training_loss: a function of `(model, x, y, losses)` as in `TrainingLoss.training_loss`, if
-            `meta_model` is a list of variables.
+            `meta_model` is a list of variables. It may not draw random numbers or change variables
+            outside `model`; for that, write a `TrainingLoss`.
         first: which update comes first in a step: `"meta"`, as in Meta-Weight-Net, or `"model"`, as
             in EvoGrad's rotation.
         judge_training: whether the model is in training mode when evaluated on meta data.
@@ -128,10 +138,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self._weights_of_layers = {path: own for path, own in trained.items() if own}
         shapes = {layer: [tuple(self._trained[n].shape) for n in own] for layer, own in self._weights_of_layers.items()}
         learnt = estimator.parameters(shapes)
-        saved = {id(variable) for variable in model.weights}
-        self._seeds = [
-            v for v in model.non_trainable_variables if id(v) not in saved
-        ]  # of dropout: Keras does not save them
+        saved = {id(v) for one in (model, meta_model) if isinstance(one, keras.Model) for v in one.weights}
+        self._seeds = [v for v in self._buffers() if id(v) not in saved]  # of dropout: Keras does not save them
         self._kept_seeds = [self.counter(f"seed_{place}", np.array(v.value)) for place, v in enumerate(self._seeds)]
         self._own = {name: self.counter(name.replace("/", "."), value) for name, value in learnt.items()}
         self._read = list(meta_model.read()) if isinstance(meta_model, TrainingLoss) else []
@@ -140,7 +148,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         self._programs: dict[bool, Any] = {}
         self._validation: dict[str, Any] | None = None
         self._measures = False
-        self._metric_state: list[keras.Variable] = []
+        self._metric_state = _Untracked([])
 
     # Public interface.
 
@@ -187,7 +195,8 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             raise ValueError("`loss` must be given. Received: loss=None")
         arguments.count("steps_per_execution", steps_per_execution)
         self._loss_of = as_keras(loss)
-        self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, "metrics": metrics}))
+        measures = {"metrics": metrics, "weighted_metrics": weighted_metrics}
+        self._compiled_with = json.dumps(settings.described({"loss": self._loss_of, **measures}))
         meta_optimizer = keras.optimizers.get(meta_optimizer or keras.optimizers.Adam(1e-3))
         scaling = auto_scale_loss and self.dtype_policy.name == "mixed_float16"
         if scaling and not isinstance(meta_optimizer, keras.optimizers.LossScaleOptimizer):
@@ -215,7 +224,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             with self.runner.scope():
                 self.own_optimizer.build(list(self._own.values()))
         self._programs = {}
-        self._measures, self._metric_state = metrics is not None or weighted_metrics is not None, []
+        self._measures, self._metric_state = any(one is not None for one in measures.values()), _Untracked([])
 
     def fit(
         self,
@@ -303,23 +312,36 @@ class BilevelTrainer(CheckedModel, OuterLoop):
     def _make_metric_state(self) -> None:
         """Creates the variables of training metrics.
 
-        They are separate from those of `evaluate` and are saved with all other variables.
+        They are separate from those of `evaluate`. They are saved, but weights load without them.
         """
-        if self._metric_state or not self._measures:
+        if self._metric_state.variables or not self._measures:
             return
         shapes = [((2, *spec.shape[1:]), keras.backend.standardize_dtype(spec.dtype)) for spec in self._sources[0].spec]
         x, y = (ops.convert_to_tensor(np.zeros(*one)) for one in shapes)
         with self.runner.scope():
             self.compute_metrics(x, y, ops.zeros((2, *self.model.output_shape[1:])))  # Keras makes them when it sees data
             self.reset_metrics()
-        self._metric_state = [
-            self.counter(f"metric_{place}", np.zeros(v.shape, v.dtype)) for place, v in enumerate(self.metrics_variables)
-        ]
+            self._metric_state = _Untracked(
+                [keras.Variable(ops.zeros(v.shape, v.dtype), trainable=False, name=v.name) for v in self.metrics_variables]
+            )
         self._programs = {}
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        for place, variable in enumerate(self._metric_state.variables):
+            store[f"{_METRIC}{place}"] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if not name.startswith(_METRIC)})
+        for place, variable in enumerate(self._metric_state.variables):
+            saved = f"{_METRIC}{place}"
+            if saved in names and tuple(store[saved].shape) == tuple(variable.shape):
+                variable.assign(store[saved])
 
     def start_means(self) -> None:
         super().start_means()
-        for variable in self._metric_state:
+        for variable in self._metric_state.variables:
             variable.assign(ops.zeros_like(value_of(variable)))
 
     def _expected(self) -> Expected:
@@ -408,7 +430,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """What a step may read or assign."""
         optimizers = [self.optimizer, self.meta_optimizer, *([self.own_optimizer] if self.own_optimizer else [])]
         of_optimizers = [variable for one in optimizers for variable in one.variables]
-        return [*self.variables, *self._buffers(), *self.outer.values(), *of_optimizers]
+        return [*self.variables, *self._buffers(), *self.outer.values(), *of_optimizers, *self._metric_state.variables]
 
     def _step(self, seed: Array, train: Any, *judge: Any) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
         """The replica program: logged values with weights, and training metrics.
@@ -462,7 +484,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
 
     def _measure(self, y: Array, prediction: Array) -> dict[str, Array]:
         """Updates the training metrics of the epoch, with sums over replicas."""
-        before = [value_of(variable) for variable in self._metric_state]
+        before = [value_of(variable) for variable in self._metric_state.variables]
         if not before:
             return {}
         with keras.StatelessScope(list(zip(self.metrics_variables, before, strict=True))) as scope:
@@ -470,7 +492,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         after = [ops.convert_to_tensor(scope.get_current_value(variable)) for variable in self.metrics_variables]
         added = total([new - old for new, old in zip(after, before, strict=True)])
         after = [old + new for old, new in zip(before, added, strict=True)]
-        for variable, value in zip(self._metric_state, after, strict=True):
+        for variable, value in zip(self._metric_state.variables, after, strict=True):
             variable.assign(value)
         with keras.StatelessScope(list(zip(self.metrics_variables, after, strict=True))):
             results = self.get_metrics_result()
@@ -515,10 +537,16 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """The training loss, the updated buffers of the model, and its prediction."""
         losses = ExampleLosses(self._loss_of)
         with self._scope(outer, weights) as scope:
+            known = set(scope.state_mapping)
             loss = self._training_loss(self.model, *batch, losses)
             others = self.model.losses
             dtype = widest([loss, *others])
             loss = sum(ops.cast(ops.sum(one), dtype) for one in (loss, *others))
+        if set(scope.state_mapping) - known:
+            raise ValueError(
+                "`training_loss` must not change variables outside `model`, such as the random state of a dropout layer, "
+                "unless they belong to a TrainingLoss as `meta_model`. Received: a training loss that changes some"
+            )
         buffers = [scope.get_current_value(variable) for variable in self._buffers()]
         predictions = losses.predictions
         if not predictions:  # a loss of its own kind

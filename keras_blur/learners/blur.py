@@ -193,7 +193,7 @@ class Blur(MetaLearner):
             )
         if rule.feedback == "error" and kind == "bits":
             raise ValueError(
-                "`learner` must have a rule with feedback='labels' where the tasks are of bits, some of which are not scored. "
+                "`learner` must have a rule with feedback='labels' where the tasks are of bits, as some are not scored. "
                 f"Received: feedback={rule.feedback!r}"
             )
         if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:

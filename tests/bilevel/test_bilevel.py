@@ -138,6 +138,43 @@ def test_a_seeded_dataset_resumes_bit_for_bit(tmp_path):
     assert_equal(runs[2], runs[0])
 
 
+class Shaky(bilevel.TrainingLoss):
+    """Weighs examples, with noise of a layer and of a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+        self.drop, self.noise = keras.layers.Dropout(0.5, seed=3), keras.random.SeedGenerator(4)
+
+    def training_loss(self, model, x, y, losses):
+        each = self.drop(losses(y, model(x, training=True)), training=True)
+        return keras.ops.mean(self.scale * each * keras.random.uniform(each.shape, seed=self.noise))
+
+
+def test_the_random_state_of_a_training_loss_resumes_bit_for_bit(tmp_path):
+    x, _, y = blobs(40, 0)
+    path, runs = str(tmp_path / "run.weights.h5"), []
+    for epochs, checkpoint in ((2, None), (1, path), (2, path)):
+        made = bilevel.BilevelTrainer(network(), Shaky())
+        made.compile("sgd", "sgd", LOSS, run_eagerly=not JAX)
+        made.fit(x, y, meta_data=(x, y), batch_size=20, epochs=epochs, checkpoint=checkpoint, verbose=0)
+        runs.append(made)
+    assert_equal(runs[2], runs[0])
+
+
+@pytest.mark.parametrize("layer", [keras.layers.Dropout(0.5, seed=1), keras.layers.BatchNormalization()])
+def test_a_function_that_changes_other_variables_is_refused(layer):
+    x, _, y = blobs(20, 0)
+    layer.build((None, 2))
+    made = bilevel.BilevelTrainer(
+        network(), [keras.Variable(1.0)],
+        training_loss=lambda model, x, y, losses: keras.ops.mean(losses(y, model(layer(x, training=True)))),
+    )  # fmt: skip
+    made.compile("sgd", "sgd", LOSS, run_eagerly=not JAX)
+    with pytest.raises(ValueError, match=r"^`training_loss` must not change variables outside `model`"):
+        made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0)
+
+
 def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
     x, _, y = blobs(40, 0)
     scale = keras.Variable(0.0, name="scale")
@@ -182,6 +219,39 @@ def test_metrics_of_training_go_on_within_an_epoch(tmp_path):
     found = resumed.fit(x, y, checkpoint=path, **options).history
     assert found["accuracy"] == wanted["accuracy"]
     assert_equal(resumed, unbroken)
+
+
+def test_metrics_of_another_compilation_leave_nothing_behind(tmp_path):
+    x, _, y = blobs(40, 0)
+    path, options = str(tmp_path / "run.weights.h5"), {"meta_data": (x, y), "batch_size": 20, "verbose": 0}
+    first, again = trainer(), trainer()
+    first.fit(x, y, epochs=1, **options)
+    first.compile("sgd", "sgd", LOSS, ["accuracy"], run_eagerly=not JAX)
+    first.fit(x, y, epochs=1, checkpoint=path, **options)
+    again.compile("sgd", "sgd", LOSS, ["accuracy"], run_eagerly=not JAX)
+    assert again.fit(x, y, epochs=2, checkpoint=path, **options).epoch == [1]
+
+
+def test_weights_load_without_the_state_of_metrics(tmp_path):
+    x, _, y = blobs(40, 0)
+    path, made, other = tmp_path / "trained.weights.h5", trainer(), trainer()
+    made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0)
+    made.save_weights(path)
+    other.load_weights(path)
+    assert other.evaluate(x, y, verbose=0) == pytest.approx(made.evaluate(x, y, verbose=0))
+
+
+def test_weighted_metrics_are_settings(tmp_path):
+    x, _, y = blobs(40, 0)
+    path, runs = str(tmp_path / "run.weights.h5"), [trainer(), trainer()]
+    options = {"meta_data": (x, y), "batch_size": 20, "checkpoint": path, "verbose": 0}
+    for made, name in zip(runs, ("accuracy", "sparse_top_k_categorical_accuracy"), strict=True):
+        made.compile("sgd", "sgd", LOSS, weighted_metrics=[name], run_eagerly=not JAX)
+    runs[0].fit(x, y, **options)
+    with pytest.raises(
+        ValueError, match=r"was made with weighted_metrics=.*accuracy.*; this run has weighted_metrics=.*top_k"
+    ):
+        runs[1].fit(x, y, **options)
 
 
 def test_metrics_of_a_loss_that_asks_for_no_others():
@@ -498,7 +568,7 @@ def test_a_pseudo_clean_split_finds_most_correct_labels():
 
 def test_a_sampler_of_layers_trains_in_float64(float64):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)])
-    estimator = bilevel.LayerwiseMetaGradient("last:2", bilevel.GradientSampler(hidden=3))
+    estimator = bilevel.LayerwiseMetaGradient("last:2", bilevel.GradientSampler(target=2, hidden=3))
     trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(4), estimator)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainer.compile(keras.optimizers.SGD(0.1), None, loss, jit_compile=False)

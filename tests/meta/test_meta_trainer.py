@@ -260,10 +260,10 @@ def test_a_resumed_run_names_the_file_of_another_rule(tmp_path):
     best, path = tmp_path / "best.json", tmp_path / "run.weights.h5"
     trainer().fit(1, 1, checkpoint=path, verbose=0)
     genomes.backprop().save(best)
+    validate = meta.MetaValidate(tasks.functions("xor"), episodes=2, path=best)
     with pytest.raises(
         ValueError, match=r"^`path` of MetaValidate must be a new file, or one .*Received: path=.*best\.json"
     ):
-        validate = meta.MetaValidate(tasks.functions("xor"), episodes=2, path=best)
         trainer().fit(2, 1, checkpoint=path, callbacks=[validate], verbose=0)
 
 
