@@ -11,9 +11,10 @@ backend has a process of its own, in which the candidates and a Keras SGD step o
 take turns. The fraction of the matmul peak counts the multiplications and additions of the matrix
 products, factorisations and triangular solves in the program that JAX traces, in a process of its
 own, and nothing else. The peak is that of large products; the fraction that the network's largest
-product reaches alone bounds the others. Memory is the peak above the process before the first call, compilation
-included, each in a process of its own. With `--devices` above 1, JAX splits the population over so
-many devices, virtual ones on a CPU; one genome has a single device and all cores.
+product reaches alone bounds the others. Memory is the peak above the process before the first call,
+compilation included, each in a process of its own. With `--devices` above 1, JAX splits the
+population over so many devices, virtual ones on a CPU; one genome has a single device and all
+cores.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ further 10,000, and makes all genomes equal at each switch; here the best is cop
 The question is what the curriculum is worth beside its two ends: all meta-steps at 10 unrolled
 steps, which costs less, and all at the last number, which costs more.
 
-Genomes that have been made equal stay equal in this package, since the members of a meta-training
-see the same tasks and initial networks. So the deviation of the table is not one of members: it is
-over independent meta-trainings, each with its own random numbers and tasks, of which the best
-member by its accuracy in meta-training is scored.
+At each switch the best genome of a meta-training is copied to the others, which then learn on
+initial networks of their own but see the same tasks. So the deviation of the table is not one of
+members: it is over independent meta-trainings, each with its own random numbers and tasks, of which
+the best member by its accuracy in meta-training is scored.
 
     python examples/paper/curriculum.py [--quick] [--data_dir DIR] [--out FOLDER]
 """
