@@ -15,6 +15,7 @@ from typing import Any
 import keras
 
 from keras_blur._version import __version__
+from keras_blur.cli import outputs
 from keras_blur.cli.flags import Flags
 
 GROUPS = {
@@ -43,7 +44,7 @@ EXAMPLES = (
 
 _BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
 
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE = 2
 STATUS = "Exit status: 0 success, 1 a check that failed, 2 a mistake in flags, files or data, 130 interrupted (Ctrl-C)."
 
 
@@ -99,6 +100,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
     Returns:
         The exit status.
     """
+    outputs.written.clear()
     try:
         flags = Flags()
         command.define_flags(flags)
@@ -123,8 +125,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
     except (ValueError, ImportError, OSError) as error:
         return _mistake(program, _sentence(error))
     except KeyboardInterrupt:
-        _mistake(program, "interrupted; nothing was kept")
-        return INTERRUPTED
+        return outputs.interrupted("nothing was kept")
     except Exception as error:
         if not _exhausted(error):
             raise

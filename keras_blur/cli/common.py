@@ -8,7 +8,7 @@ from typing import Any
 
 from keras_blur import genomes
 from keras_blur.cli.flags import PICTURES, Flags, When, with_any, without
-from keras_blur.cli.outputs import interrupted, save_json, write_json, wrote
+from keras_blur.cli.outputs import draft_json, interrupted, write_json, wrote
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.report.baselines import OPTIMIZERS
 from keras_blur.report.curves import plot_compare
@@ -162,7 +162,7 @@ def score_all(
             at = f"{progress.unit} {progress.done} of {progress.count}"
             line.show(f"{task}{label} ({progress.number} of {progress.arms})", at)
             if flag["json"] and partial and (progress.number != arm or progress.arm == "genome"):
-                save_json(flag["json"], document([*results, *partial], whole=False))
+                draft_json(flag["json"], document([*results, *partial], whole=False))
             arm = progress.number
 
         def keep(result: dict[str, Any]) -> None:
@@ -189,6 +189,7 @@ def score_all(
 def stopped_early(results: Sequence[Mapping[str, Any]]) -> int:
     """Reports what an interrupted scoring run kept. Returns the exit status."""
     curves = sum(len(result["curves"]) for result in results)
-    return interrupted(
-        f"kept the curves learned so far: {curves}" if curves else "no score was taken yet, so nothing was kept"
-    )
+    if not curves:
+        return interrupted("no score was taken yet, so nothing was kept")
+    kept = f"kept the curves learned so far: {curves}"
+    return interrupted(kept, f"{kept},")

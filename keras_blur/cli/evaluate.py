@@ -18,6 +18,7 @@ from keras_blur.cli.common import (
 )
 from keras_blur.cli.flags import PICTURES, Flags, with_any
 from keras_blur.cli.outputs import wrote
+from keras_blur.learners.blur import check_genome
 from keras_blur.report.curves import format_compare, label_of
 from keras_blur.report.evaluation import evaluate
 from keras_blur.tasks import functions, images
@@ -45,12 +46,26 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     del positional
     if flag["synapses"] and len(flag["functions"]) > 1:
         raise ValueError("--synapses draws one network: use it with --data or with a single function")
-    results, stopped = score_all(flag, evaluate, _show, whole_numbers("hidden", flag["hidden"]))
+    hidden = whole_numbers("hidden", flag["hidden"])
+    if flag["decisions"]:
+        _check_decisions(flag["functions"])
+    if flag["genome"] and (flag["decisions"] or flag["synapses"]):
+        check_genome(genomes.load(flag["genome"]), hidden)
+    results, stopped = score_all(flag, evaluate, _show, hidden)
     if stopped:
         return stopped_early(results)
     if flag["decisions"] or flag["synapses"]:
         _draw(flag, results[0]["steps"])
     return 0
+
+
+def _check_decisions(names: Sequence[str]) -> None:
+    """Raises a `ValueError` unless decisions on these functions can be drawn."""
+    if len(set(names)) != len(names):
+        raise ValueError(f"--decisions draws each function once. Received: --functions={','.join(names)}")
+    other = [name for name in names if (of := functions(name)).kind != "classes" or of.features != 2]
+    if other:
+        raise ValueError(f"--decisions draws functions of classes on the plane. Received: {', '.join(other)}")
 
 
 def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:

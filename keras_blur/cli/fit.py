@@ -14,7 +14,7 @@ from keras_blur import genomes
 from keras_blur import layers as blur_layers
 from keras_blur.cli.common import check_optimizers, define_data_flags, name_of, whole_numbers
 from keras_blur.cli.flags import PICTURES, Flags, When
-from keras_blur.cli.outputs import interrupted, write_json, wrote
+from keras_blur.cli.outputs import draft_json, interrupted, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.files import save
 from keras_blur.layers.base import numbers_of
@@ -150,16 +150,25 @@ class _Tuned:
 class _Fits:
     """Trains learners one after another until Ctrl-C, and keeps their results.
 
+    The results so far are written to `--json` after each learner.
+
     Attributes:
         images: the image set.
         results: by learner: seconds, Keras's history, the curve, and `partial` if interrupted.
+        shown: the learners that are reported: the genome and the best run of each optimizer.
         stopped: whether Ctrl-C was pressed.
     """
 
-    def __init__(self, images: Images, flag: Mapping[str, Any]):
-        self.images, self._flag = images, flag
+    def __init__(self, images: Images, flag: Mapping[str, Any], parameters: int):
+        self.images, self._flag, self._parameters = images, flag, parameters
         self.results: dict[str, dict[str, Any]] = {}
+        self.shown: list[str] = []
         self.stopped = False
+
+    def document(self, partial: bool) -> dict[str, Any]:
+        """What `--json` holds."""
+        found = {"flags": self._flag, "parameters": self._parameters, "shown": self.shown, "results": self.results}
+        return {**found, "partial": True} if partial else found
 
     def learn(self, learner: keras.Model, name: str, verbose: str | int) -> None:
         """Trains one learner."""
@@ -180,9 +189,11 @@ class _Fits:
         }
         if self.stopped:
             self.results[name]["partial"] = True
+        if self._flag["json"]:
+            draft_json(self._flag["json"], self.document(partial=True))
 
-    def tune(self, tuned: _Tuned, optimizer: str, rates: Sequence[float]) -> str:
-        """Trains with an optimizer at each rate. Returns the name of the run with the best end."""
+    def tune(self, tuned: _Tuned, optimizer: str, rates: Sequence[float]) -> None:
+        """Trains with an optimizer at each rate, and shows the run with the best end."""
         names: list[str] = []
         for rate in rates:
             names.append(f"Keras {optimizer} {rate:g}")
@@ -191,7 +202,7 @@ class _Fits:
                 break
             print(f"  learning rate {rate:<8g} test accuracy {_last(self.results[names[-1]]):.4f}", flush=True)
         ended = [name for name in names if "partial" not in self.results[name]]
-        return max(ended or names, key=lambda name: _last(self.results[name]))
+        self.shown.append(max(ended or names, key=lambda name: _last(self.results[name])))
 
 
 def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
@@ -215,45 +226,41 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     model, twin = build_pair(images, genome, hidden, flag["network"])
     start = [numbers_of(variable) for variable in twin.variables]
     model.compile(loss=loss, metrics=["accuracy"])
-    fits, ours = _Fits(images, flag), f"genome {name_of(flag['genome'])}"
+    fits, ours = _Fits(images, flag, model.count_params()), f"genome {name_of(flag['genome'])}"
     print(f"\n{ours}", flush=True)
+    fits.shown.append(ours)
     fits.learn(model, ours, "auto")
-    shown = [ours]
+    if flag["save"]:
+        save(model, flag["save"])
+        wrote(flag["save"])
     for optimizer in flag["optimizers"]:
         if fits.stopped:
             break
         print(f"\nKeras {optimizer}", flush=True)
         rates = GRIDS[optimizer] if rate is None else (rate,)
-        shown.append(fits.tune(_Tuned(twin, start, optimizer, loss), optimizer, rates))
-    return _write(fits, shown, model, flag)
+        fits.tune(_Tuned(twin, start, optimizer, loss), optimizer, rates)
+    return _write(fits, flag)
 
 
-def _write(fits: _Fits, shown: Sequence[str], model: keras.Model, flag: Mapping[str, Any]) -> int:
-    """Prints the final accuracies and writes the requested files. Returns the exit status."""
+def _write(fits: _Fits, flag: Mapping[str, Any]) -> int:
+    """Prints the final accuracies, writes the numbers and draws. Returns the exit status."""
     results = fits.results
     print()
-    for name in shown:
+    for name in fits.shown:
         done = len(results[name]["history"].get("loss", ()))
         epochs = f"  after {done} of {flag['epochs']} epochs" if "partial" in results[name] else ""
         if done:
             print(f"{name:<24} test accuracy {_last(results[name]):.4f}  {results[name]['seconds']:.1f} s{epochs}")
-    drawn = {name: results[name]["curve"] for name in shown if results[name]["curve"]["steps"]}
+    drawn = {name: results[name]["curve"] for name in fits.shown if results[name]["curve"]["steps"]}
     if flag["json"]:
-        document = {"flags": flag, "parameters": model.count_params(), "shown": shown, "results": results}
-        write_json(flag["json"], {**document, "partial": True} if fits.stopped else document)
+        write_json(flag["json"], fits.document(partial=fits.stopped))
     if flag["plot"] and drawn:
         from keras_blur.report.learning import plot_fits
 
         shape = "LeNet" if flag["network"] == "lenet" else f"hidden {','.join(flag['hidden'])}"
         plot_fits(drawn, flag["plot"], f"{fits.images.name}, {shape}, batches of {flag['batch_size']}")
         wrote(flag["plot"])
-    if flag["save"]:
-        save(model, flag["save"])
-        wrote(flag["save"])
-    if not fits.stopped:
-        return 0
-    kept = [flag[name] for name in ("json", "plot", "save") if flag[name] and (name != "plot" or drawn)]
-    return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")
+    return interrupted("no output file was asked for") if fits.stopped else 0
 
 
 def _last(result: Mapping[str, Any]) -> float:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from keras_blur.files import check_output, exists, is_remote
+from keras_blur.report.style import require_matplotlib
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -72,6 +73,26 @@ class Output(NamedTuple):
     flag: str
     endings: tuple[str, ...]
     resumed: bool  # read first if it exists, to resume training
+    beside: str | None  # name of a second such file, as in `beside`
+
+
+def beside(path: str, name: str) -> str:
+    """The path of a second file for the same flag.
+
+    Args:
+        path: the first file.
+        name: what tells the second file from it.
+
+    Example:
+
+    >>> beside("folder/run.weights.h5", "plain")
+    'folder/run.plain.weights.h5'
+    """
+    folder, slash, file = path.rpartition("/")
+    stem, *endings = file.split(".")
+    if len(endings) > 2:
+        stem, endings = ".".join([stem, *endings[:-2]]), endings[-2:]
+    return folder + slash + ".".join([stem, name, *endings])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +102,10 @@ class _Flag:
     text: str
     expected: str
     when: tuple[When, ...]
-    endings: tuple[str, ...] | None
-    resumed: bool
+    endings: tuple[str, ...] | None = None
+    resumed: bool = False
+    beside: str | None = None
+    writes: bool = False
 
 
 class Flags:
@@ -114,10 +137,10 @@ class Flags:
         """Starts or continues a group of the help."""
         self._group = name
 
-    def string(self, name: str, default: str | None, text: str, when: Sequence[When] = ()) -> None:
-        """Defines a string flag."""
+    def string(self, name: str, default: str | None, text: str, when: Sequence[When] = (), writes: bool = False) -> None:
+        """Defines a string flag. `writes`: whether `--overwrite` applies to what it names."""
         absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
-        self._add(name, default, text, "a text", when)
+        self._add(name, default, text, "a text", when, writes=writes)
 
     def integer(
         self, name: str, default: int | None, text: str, least: int | None = None, when: Sequence[When] = ()
@@ -168,6 +191,7 @@ class Flags:
         endings: tuple[str, ...],
         when: Sequence[When] = (),
         resumed: bool = False,
+        beside: str | None = None,
     ) -> None:
         """Defines a flag for an output file.
 
@@ -178,13 +202,17 @@ class Flags:
             endings: allowed suffixes.
             when: conditions, as for all flags.
             resumed: whether an existing file is read first and training resumes from it.
+            beside: name of a second such file, which the function `beside` puts next to the first.
         """
         absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
         shown = f"{text.rstrip('.')} ({', '.join(endings)})."
-        self._add(name, default, shown, "a file", when, endings, resumed)
+        self._add(name, default, shown, "a file", when, endings=endings, resumed=resumed, beside=beside, writes=True)
         if "overwrite" not in self._known:
             self.switch("overwrite", False, "Replace existing output files.")
-        self._known["overwrite"] = self._known.pop("overwrite")  # the last in the help
+        writing = [one for one, known in self._known.items() if known.writes]
+        always = any(self._known[one].default for one in writing)
+        when = () if always else (with_any(*writing),)
+        self._known["overwrite"] = dataclasses.replace(self._known.pop("overwrite"), when=when)  # the last in the help
 
     def _add(
         self,
@@ -193,12 +221,11 @@ class Flags:
         text: str,
         expected: str,
         when: Sequence[When],
-        endings: tuple[str, ...] | None = None,
-        resumed: bool = False,
+        **output: Any,
     ) -> None:
         said = "" if default in (None, "") or isinstance(default, bool) else str(default)
         negated = "no" if default is True else ""
-        self._known[name] = _Flag(self._group, negated + said, text, expected, tuple(when), endings, resumed)
+        self._known[name] = _Flag(self._group, negated + said, text, expected, tuple(when), **output)
 
     def parse(self, program: str, arguments: Sequence[str]) -> list[str]:
         """Parses the command line and returns the positional arguments.
@@ -259,22 +286,28 @@ class Flags:
     def check_outputs(self, flag: Mapping[str, Any]) -> None:
         """Checks the output files of a run.
 
+        A run that resumes replaces the outputs of the interrupted run without `--overwrite`.
+
         Args:
             flag: values of all flags, with defaults filled in.
 
         Raises:
             ValueError: if a file cannot be written, exists without `--overwrite`, or is named
                 twice.
+            ImportError: if a figure is to be drawn and matplotlib is not installed.
         """
         outputs = [
             output
             for output in self.outputs()
             if flag[output.flag] is not None and all(when.holds(flag) for when in self._known[output.flag].when)
         ]
-        resuming = any(output.resumed and exists(flag[output.flag]) for output in outputs)
+        if any(output.endings == PICTURES for output in outputs):
+            require_matplotlib()
+        files = [(output, path) for output in outputs for path in _files_of(output, flag[output.flag])]
+        resuming = any(output.resumed and exists(path) for output, path in files)
         places: dict[str, str] = {}
-        for output in outputs:
-            shown, path = f"--{output.flag}", flag[output.flag]
+        for output, path in files:
+            shown = f"--{output.flag}"
             check_output(shown, path, output.endings, overwrite=flag["overwrite"] or resuming or output.resumed)
             place = path if is_remote(path) else os.path.realpath(path)
             if place in places and (is_remote(path) or os.path.isfile(place) or not os.path.exists(place)):
@@ -284,7 +317,9 @@ class Flags:
     def outputs(self) -> list[Output]:
         """The flags for output files."""
         return [
-            Output(name, known.endings, known.resumed) for name, known in self._known.items() if known.endings is not None
+            Output(name, known.endings, known.resumed, known.beside)
+            for name, known in self._known.items()
+            if known.endings is not None
         ]
 
     def help(self) -> str:
@@ -301,6 +336,11 @@ class Flags:
             groups.setdefault(known.group, []).append(first + f"\n{'':26}".join(lines))
         names = [name for name in groups if name != "General"] + ["General"]
         return "\n\n".join("\n".join([f"{name}:", *groups[name]]) for name in names)
+
+
+def _files_of(output: Output, path: str) -> list[str]:
+    """The files that a flag stands for."""
+    return [path, beside(path, output.beside)] if output.beside else [path]
 
 
 def _shown(name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ import keras
 from keras_blur import backend, genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
-from keras_blur.cli.outputs import history_of, interrupted, left_alone, write_json, wrote
+from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, read_json, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
@@ -87,6 +87,11 @@ _DENSE = When(
 _LOSS_COUNTS = When(
     "with --fitness=loss under --estimator=cma, unless it is 0",
     lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss" or not flag["trajectory_loss_weight"],
+    ("estimator", "fitness"),
+)
+_QUERY_LOSS = When(
+    "with --fitness=loss under --estimator=cma",
+    lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss",
     ("estimator", "fitness"),
 )
 _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")]
@@ -182,7 +187,7 @@ def define_flags(flags: Flags) -> None:
         "Fitness of cma; speed is the accuracy averaged over steps 1, 2, 4, ... and the last.",
         _takes("fitness"),
     )
-    flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.")
+    flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.", [_QUERY_LOSS])
     flags.switch(
         "recompute",
         False,
@@ -285,6 +290,13 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
             f"--epochs must be at least the number of stages of --unroll, {len(unrolls)}. "
             f"Received: --epochs={flag['epochs']}"
         )
+    estimator = _estimator(flag, unrolls[0])
+    if isinstance(estimator, meta.Estimator) and estimator.carries and len(set(unrolls)) > 1:
+        raise ValueError(
+            f"--unroll must be one number with --estimator={flag['estimator']}, which carries learners from one "
+            f"meta-step to the next. Received: --unroll={','.join(flag['unroll'])}"
+        )
+    earlier = read_json(flag["json"])
     families = _families(flag, sizes)
     if flag["batch_size"] is None:
         flag["batch_size"] = _batch_size(families[0], flag["shots"])
@@ -295,7 +307,7 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         trainer = meta.MetaTrainer(
             families,
             learner,
-            _estimator(flag, unrolls[0]),
+            estimator,
             members=1 if flag["estimator"] == "cma" else flag["members"],
             meta_batch_size=flag["meta_batch_size"],
             batch_size=flag["batch_size"],
@@ -345,13 +357,14 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         print(f"left {output} unchanged: no member was finite in the last step")
     found = history_of(log)
     if flag["json"] and (found["epochs"] or not left_alone(flag["json"], going_on)):
-        document: dict[str, Any] = {"flags": flag, "seconds": seconds, "scores": scores, **found}
+        found = continued(earlier if going_on else None, {"seconds": seconds, **found})
+        document: dict[str, Any] = {"flags": flag, "scores": scores, **found}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
     if log.history:
         for name in ("checkpoint", "csv", "tensorboard"):
-            if flag[name]:
+            if flag[name] and exists(flag[name]):
                 wrote(flag[name])
-    return interrupted(f"kept what was learned in {output}") if stopped else 0
+    return interrupted("no member was finite, so nothing was kept") if stopped else 0
 
 
 def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.MetaLearner], Any]:

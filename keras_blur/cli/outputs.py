@@ -12,7 +12,9 @@ from typing import Any, TextIO
 
 import keras
 
-from keras_blur.files import exists, write_text
+from keras_blur.files import exists, is_remote, read_text, write_text
+
+written: list[str] = []  # the files of this command, for what Ctrl-C says
 
 
 class Table:
@@ -57,24 +59,72 @@ class Table:
         self._stream.flush()
 
 
-def save_json(path: str, document: Any) -> None:
-    """Writes JSON, with `null` for non-finite numbers."""
-    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+def draft_json(path: str, document: Any) -> None:
+    """Writes JSON that is written again later. A device gets only the last."""
+    if is_remote(path) or os.path.isfile(path) or not os.path.exists(path):
+        _save_json(path, document)
 
 
 def write_json(path: str, document: Any) -> None:
     """Writes JSON, with `null` for non-finite numbers, and prints the file name."""
-    save_json(path, document)
+    _save_json(path, document)
     wrote(path)
+
+
+def _save_json(path: str, document: Any) -> None:
+    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    _remember(path)
+
+
+def read_json(path: str | None) -> Any:
+    """What an earlier run wrote with `write_json`; `None` if there is no such file."""
+    try:
+        if path and (exists(path) if is_remote(path) else os.path.isfile(path)):
+            return json.loads(read_text(path))
+    except ValueError:  # not JSON
+        pass
+    return None
 
 
 def history_of(log: keras.callbacks.History) -> dict[str, Any]:
     """The numbers of the epochs of a run, from 1 on, and what Keras logged in them.
 
-    A run that goes on from a checkpoint has the epochs after it.
+    A run that goes on from a checkpoint has the epochs after it; `continued` adds those before.
     """
     history = {name: [float(value) for value in column] for name, column in log.history.items()}
     return {"epochs": [epoch + 1 for epoch in getattr(log, "epoch", ())], "history": history}
+
+
+def continued(earlier: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """Puts the epochs of an interrupted run before those of the run that resumed it.
+
+    Args:
+        earlier: a result with `epochs`, `history` and perhaps `seconds`, as an earlier run wrote
+            it. Anything else, or a result that does not reach where the run resumed, is ignored.
+        found: the same of this run. Without any epoch, the earlier result stands for it.
+
+    Returns:
+        The result of both runs. Numbers that one of them lacks are `None`.
+
+    Example:
+
+    >>> continued({"epochs": [1], "history": {"loss": [2.0]}}, {"epochs": [2], "history": {"loss": [1.0]}})
+    {'epochs': [1, 2], 'history': {'loss': [2.0, 1.0]}}
+    """
+    if not isinstance(earlier, Mapping) or not earlier.get("epochs") or not isinstance(earlier.get("history"), Mapping):
+        return found
+    before, after = earlier["epochs"], found["epochs"]
+    if after and after[0] - 1 not in before:
+        return found
+    count = before.index(after[0] - 1) + 1 if after else len(before)  # an epoch may have been run twice
+    history = {}
+    for name in {**earlier["history"], **found["history"]}:
+        old, new = (part["history"].get(name) or [None] * len(part["epochs"]) for part in (earlier, found))
+        history[name] = [*old[:count], *new]
+    joined = {**found, "epochs": [*before[:count], *after], "history": history}
+    if "seconds" in found:
+        joined["seconds"] = found["seconds"] + (earlier.get("seconds") or 0.0)
+    return joined
 
 
 def left_alone(path: str, going_on: bool) -> bool:
@@ -96,12 +146,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _remember(path: str) -> None:
+    if path not in written:
+        written.append(path)
+
+
 def wrote(path: str) -> None:
     """Prints the name of a written file, on stderr if the file itself is stdout."""
+    _remember(path)
     print(f"wrote {path}", file=sys.stderr if path in ("/dev/stdout", "/dev/fd/1") else sys.stdout, flush=True)
 
 
-def interrupted(kept: str) -> int:
-    """Reports what an interrupted run kept. Returns the exit status."""
-    print(f"keras-blur: interrupted; {kept}", file=sys.stderr)
+def interrupted(otherwise: str, kept: str = "kept what was learned") -> int:
+    """Reports which files an interrupted run wrote, or why it wrote none. Returns the exit status."""
+    said = f"{kept} in {', '.join(written)}" if written else otherwise
+    print(f"keras-blur: interrupted; {said}", file=sys.stderr)
     return 130

@@ -11,9 +11,10 @@ import numpy as np
 from keras_blur import bilevel
 from keras_blur.bilevel.hypergradient import HypergradientEstimator
 from keras_blur.cli.common import define_data_flags, whole_numbers
-from keras_blur.cli.flags import Flags, When
-from keras_blur.cli.outputs import history_of, interrupted, left_alone, write_json, wrote
+from keras_blur.cli.flags import Flags, When, beside
+from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, read_json, write_json, wrote
 from keras_blur.files import exists, save
+from keras_blur.report.scoring import score
 from keras_blur.tasks.datasets import load_images
 from keras_blur.tasks.noise import KINDS, noisy_labels
 
@@ -31,6 +32,8 @@ METHODS: dict[str, HypergradientEstimator] = {
     "evograd": bilevel.EvoGrad(),
     "difference": bilevel.FiniteDifference(),
 }
+
+_BESIDE = "plain"  # the checkpoint of equal weights
 
 
 def define_flags(flags: Flags) -> None:
@@ -53,7 +56,12 @@ def define_flags(flags: Flags) -> None:
     flags.switch("plain", True, "Whether to also train the same network with equal weights.")
     flags.group("Outputs")
     flags.output(
-        "checkpoint", None, "File written after each epoch, from which training resumes.", (".weights.h5",), resumed=True
+        "checkpoint",
+        None,
+        "File written after each epoch, from which training resumes; for equal weights, NAME.plain.weights.h5 beside it.",
+        (".weights.h5",),
+        resumed=True,
+        beside=_BESIDE,
     )
     flags.output("json", None, "File for the numbers.", (".json",))
     flags.output("save", None, "File for the trained model.", (".keras",))
@@ -74,6 +82,9 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     wrong = np.mean(y != truth)
     print(f"{images.name}: {len(rest)} training images, {wrong:.1%} of their labels wrong; {len(clean)} clean ones")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    checkpoints = {True: beside(flag["checkpoint"], _BESIDE), False: flag["checkpoint"]} if flag["checkpoint"] else {}
+    going_on = any(exists(path) for path in checkpoints.values())
+    earlier = read_json(flag["json"]) if going_on else None
 
     def train(plain: bool) -> tuple[bilevel.BilevelTrainer, dict[str, Any]]:
         """Trains on the same batches. For equal weights, outer updates are disabled."""
@@ -93,50 +104,56 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
                 x[rest], y, meta_data=(x[clean], images.y_train[clean]), batch_size=flag["batch_size"],
                 meta_batch_size=min(flag["batch_size"], len(clean)), epochs=flag["epochs"],
                 meta_every=10**9 if plain else flag["meta_every"], validation_data=(x_test, images.y_test),
-                checkpoint=None if plain else flag["checkpoint"], callbacks=[log],
+                checkpoint=checkpoints.get(plain), callbacks=[log],
             )  # fmt: skip
         except KeyboardInterrupt:
             stopped = True
         result = history_of(log)
         return trainer, {**result, "partial": True} if stopped else result
 
-    going_on = bool(flag["checkpoint"]) and exists(flag["checkpoint"])
+    def known(name: str) -> Any:
+        """What an interrupted run wrote of an arm."""
+        found = earlier.get("results") if isinstance(earlier, dict) else None
+        return found.get(name) if isinstance(found, dict) else None
+
+    arms = {"equal weights": True, flag["method"]: False} if flag["plain"] else {flag["method"]: False}
     results: dict[str, dict[str, Any]] = {}
+    accuracies: dict[str, list[float]] = {}
     trainer: bilevel.BilevelTrainer | None = None
-    stopped = False
-    if flag["plain"]:
-        print("\nequal weights", flush=True)
-        results["equal weights"] = train(plain=True)[1]
-        stopped = "partial" in results["equal weights"]
-    if not stopped:
-        print(f"\n{flag['method']}", flush=True)
-        trainer, results[flag["method"]] = train(plain=False)
-        stopped = "partial" in results[flag["method"]]
+    epochs, stopped = 0, False
+    for name, plain in arms.items():
+        print(f"\n{name}", flush=True)
+        trained, result = train(plain)
+        trainer = None if plain else trained
+        epochs += len(result["epochs"])
+        stopped = "partial" in result
+        if result["epochs"] and checkpoints and exists(checkpoints[plain]):
+            wrote(checkpoints[plain])
+        results[name] = result = continued(known(name), result)
+        accuracies[name] = result["history"].get("val_accuracy", [])
+        if not accuracies[name] and not stopped:  # complete before, and no numbers of it are at hand
+            accuracies[name] = [score(trained.model, x_test, images.y_test)[0]]
+        if stopped:
+            break
+    results |= {name: found for name in arms if name not in results and (found := known(name))}
     print()
-    for name, result in results.items():
-        accuracy = result["history"].get("val_accuracy", [])
+    for name, accuracy in accuracies.items():
         if accuracy:
-            print(f"{name:<20} test accuracy {accuracy[-1]:.4f}, best epoch {max(accuracy):.4f}")
+            best = f", best epoch {max(accuracy):.4f}" if results[name]["epochs"] else ""
+            print(f"{name:<20} test accuracy {accuracy[-1]:.4f}{best}")
     if trainer is not None:
         means = mean_weights(trainer, loss.call(y, trainer.model.predict(x[rest], batch_size=512, verbose=0)), y == truth)
         results[flag["method"]]["weights"] = means
         said = ", ".join(f"{value:.3f} if its label is {name}" for name, value in means.items())
         print(f"mean weight of an example: {said}")
-    kept = []
-    done = results.get(flag["method"], {}).get("epochs")
-    if flag["json"] and (done or not left_alone(flag["json"], going_on)):
+    if flag["json"] and (epochs or not left_alone(flag["json"], going_on)):
         document: dict[str, Any] = {"flags": flag, "results": results}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
-        kept.append(flag["json"])
     if flag["save"] and trainer is not None:
         save(trainer.model, flag["save"])
         wrote(flag["save"])
-        kept.append(flag["save"])
-    if flag["checkpoint"] and results.get(flag["method"], {}).get("history"):
-        wrote(flag["checkpoint"])
-    if not stopped:
-        return 0
-    return interrupted(f"kept what was learned in {', '.join(kept)}" if kept else "no output file was asked for")
+    asked = any(flag[name] for name in ("json", "save", "checkpoint"))
+    return interrupted("nothing was kept" if asked else "no output file was asked for") if stopped else 0
 
 
 def mean_weights(trainer: bilevel.BilevelTrainer, losses: Any, correct: np.ndarray) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_blur import genomes
-from keras_blur.cli.flags import PICTURES, Flags
+from keras_blur.cli.flags import PICTURES, Flags, without
 from keras_blur.cli.outputs import Table, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.files import check_output, make_folder, write_text
@@ -19,8 +19,12 @@ EXAMPLES = ("mnist-4state --describe", "mnist-4state --plot genome.png --save co
 def define_flags(flags: Flags) -> None:
     """Defines the command's flags."""
     flags.group("Outputs")
-    flags.switch("describe", False, "Whether to also print each named genome as equations with its numbers.")
-    flags.string("export", None, "Folder for the named genomes, by default all: NAME.json, and the card NAME.md.")
+    flags.switch(
+        "describe", False, "Whether to also print each named genome as equations with its numbers.", [without("export")]
+    )
+    flags.string(
+        "export", None, "Folder for the named genomes, by default all: NAME.json, and the card NAME.md.", writes=True
+    )
     flags.output("json", None, "File for names, sizes, licences and cards.", (".json",))
     flags.output("save", None, "File for a copy of the named genome.", (".json",))
     flags.output("plot", None, "File for a figure of the named genome.", PICTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,21 @@ ENDINGS = (".png", ".pdf", ".svg")
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 3)), "-")
 
 
+def require_matplotlib() -> None:
+    """Raises an `ImportError` with the install command if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Pictures need matplotlib, which is not installed: pip install 'keras_blur[plot]'")
+
+
 def figure(columns: int = 1, rows: int = 1, width: float = 4.5, height: float = 3.2) -> tuple[Figure, Any]:
     """Creates a figure and its axes, `[rows][columns]`.
 
     Raises:
         ImportError: if matplotlib is not installed; the message has the install command.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib, which is not installed: pip install 'keras_blur[plot]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel():

@@ -17,7 +17,7 @@ from on_backend import JAX
 
 from keras_blur import Genome, Rule, __version__, backend, cli, genomes
 from keras_blur.cli.flags import Flags
-from keras_blur.cli.outputs import Table, write_json
+from keras_blur.cli.outputs import Table, continued, write_json
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images
@@ -262,6 +262,11 @@ IGNORED = [
     ("reweight", "--noise=0 --noise_kind=flip", "--noise_kind applies only with --noise above 0"),
     ("reweight", "--data_dir=x", "--data_dir applies only with --data other than digits"),
     ("zoo", "--describe", "--describe needs the name of a genome"),
+    ("zoo", "fast --describe --export=genomes", "--describe applies only without --export"),
+    ("zoo", "fast --overwrite", "--overwrite applies only with --export or --json or --save or --plot"),
+    ("fit", "--overwrite", "--overwrite applies only with --json or --plot or --save. Received: --overwrite"),
+    ("meta-train", "--estimator=cma --loss=squared", "--loss applies only with --fitness=loss under --estimator=cma"),
+    ("meta-train", "--estimator=cma --fitness=speed --loss=squared", "--loss applies only with --fitness=loss under"),
     (
         "meta-train",
         "--antithetic_pairs=4",
@@ -452,6 +457,44 @@ def test_output_paths_are_checked_before_any_work(tmp_path, monkeypatch, capsys,
     assert (tmp_path / f"there{ending}").read_text() == "old"
 
 
+def test_matplotlib_is_needed_before_any_work(tmp_path, monkeypatch, capsys):
+    drawn = [(command, flag) for command, flag, ending, _ in OUTPUTS if ending == ".png"]
+    assert len(drawn) == 6
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command, flag in drawn:
+        monkeypatch.setattr(modules()[command], "run", lambda flag, positional: 7)
+        text = mistake(capsys, command, *needed(command, flag), f"--{flag}=x.png")
+        assert text.endswith("Pictures need matplotlib, which is not installed: pip install 'keras_blur[plot]'")
+        assert cli.run([command, *needed(command, flag), "--json=x.json"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--functions=xor,xor --decisions=d.png", "--decisions draws each function once. Received: --functions=xor,xor"),
+        ("--functions=xor,sine --decisions=d.png", "--decisions draws functions of classes on the plane. Received: sine"),
+        ("--functions=xor --decisions=d.png --genome=two.json", "`genome` must be a single one"),
+        ("--synapses=d.png --genome=two.json", "`genome` must be a single one"),
+    ],
+)
+def test_what_cannot_be_drawn_is_known_before_the_evaluation(tmp_path, monkeypatch, capsys, asked, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modules()["evaluate"], "score_all", None)
+    Genome.random(Rule(), seed=0, population=(2,)).save("two.json")
+    genome = [] if "--genome" in asked else ["--genome=functions"]
+    assert said in mistake(capsys, "evaluate", *asked.split(), *genome)
+
+
+@pytest.mark.parametrize("estimator", ["pes", "truncated"])
+def test_a_curriculum_that_its_estimator_cannot_follow(tmp_path, monkeypatch, capsys, estimator):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modules()["meta-train"], "_families", None)
+    said = mistake(capsys, "meta-train", f"--estimator={estimator}", "--unroll=10,20")
+    assert f"--unroll must be one number with --estimator={estimator}" in said
+    assert said.endswith("Received: --unroll=10,20")
+
+
 def test_a_default_output_is_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(modules()["meta-train"], "run", lambda flag, positional: 7)
@@ -544,6 +587,35 @@ def test_fit_keeps_what_was_learned(tmp_path, capsys):
     assert paths["plot"].exists()
 
 
+def test_fit_loses_nothing_to_a_later_failure(tmp_path, monkeypatch):
+    def fail(name):
+        if name == "Adam":
+            raise RuntimeError("a fault")
+        return whole(name)
+
+    whole = modules()["fit"].optimizer_of
+    monkeypatch.setattr("keras_blur.cli.fit.optimizer_of", fail)
+    path, model = tmp_path / "f.json", tmp_path / "f.keras"
+    asked = ["--hidden=4", "--epochs=1", "--learning_rate=0.1", "--genome=backprop", f"--json={path}", f"--save={model}"]
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.run(["fit", *asked])
+    document = json.loads(path.read_text())
+    assert document["partial"]
+    assert list(document["results"]) == ["genome backprop", "Keras SGD 0.1"]
+    assert model.exists()
+
+
+def test_ctrl_c_while_a_figure_is_drawn(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keras_blur.cli.evaluate._draw", stop)
+    path = tmp_path / "e.json"
+    asked = ["--genome=functions", "--functions=xor", "--hidden=4", "--seeds=2", "--steps=1"]
+    assert cli.run(["evaluate", *asked, f"--json={path}", f"--decisions={tmp_path / 'd.png'}"]) == 130
+    assert capsys.readouterr().err.endswith(f"keras-blur: interrupted; kept what was learned in {path}\n")
+
+
 @pytest.mark.slow
 def test_evaluate_saves_each_score(tmp_path, monkeypatch):
     """As a process that is killed leaves it."""
@@ -605,8 +677,89 @@ def test_a_finished_run_leaves_its_numbers(tmp_path, capsys):
     assert again == whole
     assert f"left {path} unchanged: no epoch was done" in said
     document = json.loads(run(2)[0])
-    assert document["epochs"] == [2]
-    assert len(document["history"]["loss"]) == 1
+    assert document["epochs"] == [1, 2]  # those before the resume are kept
+    assert document["history"]["loss"][0] == json.loads(whole)["history"]["loss"][0]
+    assert len(document["history"]["loss"]) == 2
+    assert document["seconds"] > json.loads(whole)["seconds"]
+
+
+def test_a_history_goes_on_only_where_the_run_does():
+    def part(epochs, **history):
+        return {"epochs": epochs, "history": history}
+
+    before, after = part([1, 2], loss=[4.0, 3.0]), part([3], loss=[2.0])
+    whole = part([1, 2, 3], loss=[4.0, 3.0, 2.0])
+    assert continued(before, after) == whole
+    assert continued(part([1, 2, 3], loss=[4.0, 3.0, 9.0]), after) == whole  # the checkpoint was of epoch 2
+    assert continued(before, part([])) == before
+    for other in (None, [], {}, part([]), part([1], loss=[4.0]), part([4], loss=[1.0])):
+        assert continued(other, after) == after
+    assert continued(before, part([3], loss=[2.0], val=[1.0])) == part(
+        [1, 2, 3], loss=[4.0, 3.0, 2.0], val=[None, None, 1.0]
+    )
+
+
+def test_no_member_was_finite(tmp_path, monkeypatch, capsys):
+    """Then the genome stays as it is, and Ctrl-C does not say otherwise."""
+    monkeypatch.setattr("keras_blur.meta.MetaTrainer.sound", False)
+
+    def stop(self, *_, **__):
+        self.meta_step.assign(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keras_blur.meta.MetaTrainer.fit", stop)
+    (tmp_path / "g.json").write_text("old")
+    asked = ["--functions=xor", "--hidden=4", "--unroll=2", "--members=1", f"--genome={tmp_path / 'g.json'}", "--overwrite"]
+    assert cli.run(["meta-train", *asked]) == 130
+    shown = capsys.readouterr()
+    assert "g.json unchanged: no member was finite" in shown.out
+    assert shown.err == "keras-blur: interrupted; no member was finite, so nothing was kept\n"
+    assert (tmp_path / "g.json").read_text() == "old"
+
+
+@pytest.mark.slow
+def test_an_interrupted_reweighting_resumes_both_arms(tmp_path, monkeypatch, capsys):
+    begun: list[int] = []
+    whole = keras.callbacks.History.on_epoch_begin
+
+    def count(self, epoch, logs=None):
+        if len(begun) == stop_at:
+            raise KeyboardInterrupt
+        begun.append(epoch)
+        return whole(self, epoch, logs)
+
+    monkeypatch.setattr(keras.callbacks.History, "on_epoch_begin", count)
+    path, plain, learned = (tmp_path / name for name in ("r.json", "c.plain.weights.h5", "c.weights.h5"))
+    asked = ["reweight", "--hidden=4", "--epochs=2", f"--checkpoint={learned}"]
+
+    def run(at, *more):
+        nonlocal stop_at
+        stop_at = at
+        begun.clear()
+        status = cli.run([*asked, *more])
+        shown = capsys.readouterr()
+        return status, shown.out.splitlines()[-1] + shown.err
+
+    stop_at = 1
+    numbers = f"--json={path}"
+    assert run(1, numbers) == (130, f"wrote {path}keras-blur: interrupted; kept what was learned in {plain}, {path}\n")
+    assert not learned.exists()
+    assert run(2, numbers)[0] == 130  # one more of equal weights, one of the other; --json needs no --overwrite
+    assert begun == [1, 0]
+    assert run(9, numbers)[0] == 0
+    assert begun == [1]
+    results = json.loads(path.read_text())["results"]
+    for name in ("equal weights", "meta_weight_net"):
+        assert results[name]["epochs"] == [1, 2]
+        assert len(results[name]["history"]["val_accuracy"]) == 2
+        assert "partial" not in results[name]
+    path.unlink()
+    begun.clear()
+    stop_at = 9
+    assert cli.run(asked) == 0
+    assert begun == []
+    accuracy = results["equal weights"]["history"]["val_accuracy"][-1]
+    assert f"equal weights        test accuracy {accuracy:.4f}\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
