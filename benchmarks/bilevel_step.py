@@ -9,7 +9,7 @@ rotation, batch 128. Data are random numbers. Plain training is Keras's own trai
 weights of examples or a rotation. It and the estimators take turns in blocks of five steps. Printed
 are medians over rounds of the time over that of plain training in the same round, the 10 % and 90 %
 quantiles, and the same over the exact step. Both are compiled by XLA, or with `--nojit_compile`
-neither; last comes the time of a step compiled the other way over this one's.
+neither. The last column divides the time of a step compiled the other way by this one's.
 
 Memory is the peak above the process before the network is built, in MB, for three steps of a large
 batch, so that what a step holds stands out from the program and its compilation; each in a process

@@ -16,12 +16,13 @@ against Keras's own training step with SGD (a gradient tape on TensorFlow, `jax.
 steps, and one for the applications, whose dropout is off. Wanted are 1e-8 in float64 and 1e-4 in
 float32. Near the kink of a ReLU, float32 rounding decides on which side a neuron is, so SGD does
 not even agree with itself: the column "reversed" is how far it is from the same SGD with the
-examples of each batch in reverse order. Ten times that is wanted where it is more.
+examples of each batch in reverse order. Where ten times this distance exceeds the tolerance, it
+replaces the tolerance.
 
 It runs on the backend that KERAS_BACKEND names: TensorFlow runs the steps as graphs, without XLA,
 which takes minutes to compile the larger applications; JAX compiles them. Seconds are those of all
-three networks: conversion, tracing or compilation, the steps, and the way back. LeNet sees real
-images, all others random ones.
+three networks: conversion, tracing or compilation, the steps, and conversion back to Keras. LeNet
+sees real images, all others random ones.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def operations(name: str) -> int:
     """Multiplications and additions of the products with kernels that the equations of a step need.
 
     In each of k states: forward, the Hebbian term, and back wherever feedback has to arrive. Random
-    genomes have a kernel of its own for the way back, and so one more Hebbian term there. Reading
-    an embedding multiplies nothing.
+    genomes have a separate backward kernel, and so one more Hebbian term there. Reading an
+    embedding multiplies nothing.
     """
     model = build(name if name.startswith("random") else "backprop genome")
     graph = model._graph

@@ -6,10 +6,10 @@
 Meta-training as `keras-blur meta-train` does it by default, with MetaTrainer's own loop and its own
 iterators: the time in `next(iterator)` over that of the whole step, both taken in the same loop,
 over all steps and for the tenth of the steps that wait the longest. While a step runs, the pipeline
-prepares the next one on the same cores; what that costs a step is the last column, its time over
-that of a step that is given the same episodes again and again. Of `Sequential.fit` Keras has the
-iterator, so its fraction is the time over that of a fit to one batch, repeated: blocks of either
-take turns.
+prepares the next one on the same cores. The last column shows this cost: the step's time divided by
+that of a step that always gets the same episodes. Keras owns the iterator of `Sequential.fit`. Its
+fraction is therefore the time of a fit divided by that of a fit to one repeated batch, measured in
+alternating blocks.
 """
 
 from __future__ import annotations

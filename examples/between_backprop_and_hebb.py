@@ -56,8 +56,7 @@ The second has a backward kernel that starts at random and receives the forward 
 the two grow alike. The third applies the rule to the backward kernel with the roles of the two
 neurons exchanged. The fourth never sees an error, only the labels as +1 and -1, and climbs: it
 follows the gradient of a score that is linear in the output, which nothing tells to stop, and does
-not learn at any rate. That labels alone can do, with other transforms, is what meta-learning has to
-find.
+not learn at any rate. Meta-learning has to find transforms with which labels alone suffice.
 
 ## The experiment
 """

@@ -18,10 +18,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
+from keras import ops
 
 from keras_blur import bilevel, files, random
+from keras_blur.backend import compiled, one_by_one
 from keras_blur.bilevel.hypergradient import Bilevel
 from keras_blur.bilevel.training_losses import rotated
 from keras_blur.report import style
@@ -64,18 +65,19 @@ def line(trials, populations, seeds):
                 lambda outer, weights: (weights["x"] - 1.0) ** 2 + outer["rate"] * weights["x"] ** 2,
                 lambda weights: (weights["x"] - 0.5) ** 2, {"line": ("x",)},
             )  # fmt: skip
-            outer = {"rate": tf.gather(tf.constant(rates), number % len(rates))}
+            outer = {"rate": ops.take(ops.convert_to_tensor(rates), number % len(rates))}
             start = random.normal(random.fold_in(own, 1_000_000), ())
-            return estimator.estimate(problem, outer, {"x": start}, tf.ones(()), own, {})[0].gradients["rate"]
+            return estimator.estimate(problem, outer, {"x": start}, ops.ones(()), own, {})[0].gradients["rate"]
 
         count = trials * len(rates)
 
-        @functools.partial(tf.function, jit_compile=True)
+        @compiled
         def run(numbers, seed, one=estimate):
-            return tf.map_fn(lambda number: one(number, seed), numbers, fn_output_signature=tf.float32)
+            return one_by_one(lambda number: one(number, seed), numbers, ops.zeros(()))
 
         for own, seed in zip(found, seeds, strict=True):
-            drawn = run(tf.range(count), random.seed_of(seed)).numpy().reshape(trials, len(rates))
+            drawn = ops.convert_to_numpy(run(ops.arange(count, dtype="int32"), random.seed_of(seed)))
+            drawn = drawn.reshape(trials, len(rates))
             mean = drawn.mean(axis=0)
             own[str(population)] = {
                 "error": float(np.sqrt(np.mean((mean - truth) ** 2))), "deviation": float(drawn.std(axis=0, ddof=1).mean()),
@@ -113,10 +115,29 @@ def network(shape, classes, seed):
     )  # fmt: skip
 
 
+class Batches(keras.utils.PyDataset):
+    """Endless batches. The order of each pass follows from the seed, the same for all arms."""
+
+    def __init__(self, x, y, size, seed):
+        super().__init__()
+        self._x, self._y, self._size, self._seed = x, y, size, seed
+        self._order = functools.lru_cache(2)(self._order)
+
+    num_batches = None
+
+    def _order(self, passed):
+        return np.random.default_rng([self._seed, passed]).permutation(len(self._x))
+
+    def __getitem__(self, number):
+        passed, place = divmod(number, len(self._x) // self._size)
+        chosen = self._order(passed)[place * self._size : (place + 1) * self._size]
+        return self._x[chosen], self._y[chosen]
+
+
 def turned(images):
     """Images rotated by 30 degrees."""
-    parts = [rotated(tf.constant(part), math.radians(ANGLE)).numpy() for part in np.array_split(images, 8)]
-    return np.concatenate(parts)
+    parts = [rotated(ops.convert_to_tensor(part), math.radians(ANGLE)) for part in np.array_split(images, 8)]
+    return np.concatenate([ops.convert_to_numpy(part) for part in parts])
 
 
 class Angles(keras.callbacks.Callback):
@@ -144,9 +165,8 @@ def rotation(seeds):
     for seed in seeds:
         for name, estimator in arms.items():
             model, angles = network(x.shape[1:], images.classes, seed), Angles()
-            train = tf.data.Dataset.from_tensor_slices((x[:-held], y[:-held])).shuffle(len(x) - held, seed=seed)
+            train = Batches(x[:-held], y[:-held], batch, seed)
             how = {"steps_per_epoch": steps, "epochs": epochs, "verbose": 0}
-            train = train.batch(batch, drop_remainder=True).repeat().prefetch(2)
             trainer = bilevel.BilevelTrainer(model, bilevel.LearnedRotation(), estimator, first="model", seed=seed)
             if estimator:
                 trainer.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(1e-2), loss)

@@ -17,11 +17,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
+from keras import ops
 
 import keras_blur
 from keras_blur import bilevel, files, genomes, learners, random
+from keras_blur.backend import compiled
 from keras_blur.bilevel.hypergradient import Bilevel, gradient
 from keras_blur.core import network
 from keras_blur.report import style
@@ -47,7 +48,7 @@ step by the genome, and weighs candidates by their training losses after it: onl
 gate come in. The merged states are judged on held-out images.
 
 A step by a genome has no derivative in it. So the derivative of the loss after the step, by the
-gate, is an ordinary first derivative: what EvoGrad avoids is not there. Three arms:
+gate, is an ordinary first derivative: there is no second derivative to avoid. Three arms:
 
 - `EvoGrad`: the gate acts through the weights of the candidates alone;
 - `EvoGrad, attached`: the candidates are merged after their step, of which the gate is a part;
@@ -68,7 +69,7 @@ class Losses:
 
     def stepped(self, s, weights, batch, count):
         """The states after one step on a batch."""
-        outer = {**self.genome.arrays, "synapse_update": self.genome.synapse_update * tf.exp(s)}
+        outer = {**self.genome.arrays, "synapse_update": self.genome.synapse_update * ops.exp(s)}
         after, _ = self.learner.step(outer, as_state(weights, count), *batch)
         return by_name(after.synapses)
 
@@ -83,24 +84,23 @@ class Losses:
             lambda outer, values: self.loss(self.stepped(outer["s"], values, train, count), train, count),
             lambda values: self.loss(values, valid, count), {},
         )  # fmt: skip
-        return EVOGRAD.estimate(problem, {"s": s}, weights, tf.ones(()), seed, {})[0].gradients["s"]
+        return EVOGRAD.estimate(problem, {"s": s}, weights, ops.ones(()), seed, {})[0].gradients["s"]
 
     def attached(self, s, weights, train, valid, count, seed):
         """The same candidates, merged after their steps."""
 
         def candidate(k):
             noise = {
-                name: 2.0 * tf.cast(random.integers(random.fold_in(seed, k, place), value.shape, 2), tf.float32) - 1.0
+                name: 2.0 * ops.cast(random.integers(random.fold_in(seed, k, place), value.shape, 2), "float32") - 1.0
                 for place, (name, value) in enumerate(weights.items())
             }
             return {name: value + EVOGRAD.sigma * noise[name] for name, value in weights.items()}
 
         def judged(outer):
             after = [self.stepped(outer["s"], candidate(k), train, count) for k in range(EVOGRAD.population)]
-            weighing = tf.unstack(
-                tf.nn.softmax(-tf.stack([self.loss(one, train, count) for one in after]) / EVOGRAD.temperature)
-            )
-            merged = {name: tf.add_n([w * one[name] for w, one in zip(weighing, after, strict=True)]) for name in weights}
+            losses = ops.stack([self.loss(one, train, count) for one in after])
+            weighing = ops.unstack(ops.softmax(-losses / EVOGRAD.temperature))
+            merged = {name: sum(w * one[name] for w, one in zip(weighing, after, strict=True)) for name in weights}
             return self.loss(merged, valid, count)
 
         return gradient(judged, {"s": s})[1]["s"]
@@ -120,7 +120,7 @@ ARMS = {"EvoGrad": Losses.evograd, "EvoGrad, attached": Losses.attached, "one st
 
 def by_name(synapses):
     """States of synapses as one dictionary."""
-    return {f"{place}_{name}": tf.convert_to_tensor(own[name]) for place, own in enumerate(synapses) for name in own}
+    return {f"{place}_{name}": ops.convert_to_tensor(own[name]) for place, own in enumerate(synapses) for name in own}
 
 
 def as_state(weights, count):
@@ -135,9 +135,9 @@ def as_state(weights, count):
 """
 ## A callback
 
-The genome of a `Sequential` may hold a variable: then one compiled `fit` follows it. After each
-step the callback draws a batch of either kind, finds the derivative at the states that the model
-has by then, and Adam moves s against it.
+On TensorFlow the genome of a `Sequential` may hold a variable: then one compiled `fit` follows it.
+After each step the callback draws a batch of either kind, finds the derivative at the states that
+the model has by then, and Adam moves s against it.
 """
 
 
@@ -150,23 +150,23 @@ class LearnGate(keras.callbacks.Callback):
         self.s, self.adam = keras.Variable(np.float32(s)), keras.optimizers.Adam(META_RATE)
         self.values, self.agree = [], []
 
-        def estimate(weights, count, seed):
+        def estimate(s, weights, count, seed):
             batches = []
             for part, (images, labels) in enumerate((train, valid)):
                 chosen = random.integers(random.fold_in(seed, part), (BATCH,), len(images))
-                batches.append((tf.gather(images, chosen), tf.gather(labels, chosen)))
-            arguments = (tf.convert_to_tensor(self.s.value), weights, *batches, count, random.fold_in(seed, 2))
+                batches.append((ops.take(images, chosen, axis=0), ops.take(labels, chosen, axis=0)))
+            arguments = (s, weights, *batches, count, random.fold_in(seed, 2))
             return ARMS[arm](losses, *arguments), losses.one_step(*arguments)
 
-        self.estimate = tf.function(estimate, jit_compile=True)
+        self.estimate = compiled(estimate)
 
     def on_train_batch_end(self, batch, logs=None):
-        count = tf.convert_to_tensor(self.model.learning_step.value)
+        count = ops.convert_to_tensor(self.model.learning_step)
         weights = by_name([layer.synapses for layer in self.model.layers])
-        slope, exact = self.estimate(weights, count, random.fold_in(self.seed, count))
+        slope, exact = self.estimate(ops.convert_to_tensor(self.s), weights, count, random.fold_in(self.seed, count))
         if np.isfinite(slope):
             self.adam.apply([slope], [self.s])
-            self.gate.assign(self.start * tf.exp(self.s))
+            self.gate.assign(self.start * ops.exp(self.s))
         self.values.append(float(self.s.value))
         self.agree.append(float(slope * exact > 0))
 
@@ -176,7 +176,7 @@ def run(arm, s, seed, data, epochs):
     of correct signs."""
     (x, labels), valid, test, classes = data
     genome = genomes.load(_GENOME.value)
-    gate = tf.Variable(genome.synapse_update * np.exp(np.float32(s)))
+    gate = keras.Variable(genome.synapse_update * np.exp(np.float32(s)), trainable=False)
     keras.utils.set_random_seed(seed)
     layers = [keras_blur.layers.Dense(units) for units in (HIDDEN, classes)]
     model = keras_blur.Sequential([keras.Input((x.shape[1],)), *layers], genome=genome.replace(synapse_update=gate))
@@ -201,6 +201,8 @@ def said(values):
 def main(argv):
     """Runs each arm from each start, prints the numbers, and draws them."""
     del argv
+    if keras.backend.backend() != "tensorflow":  # elsewhere a compiled `fit` takes the genome's numbers as constants
+        raise app.UsageError("this example needs KERAS_BACKEND=tensorflow: `fit` follows a variable of a genome only there")
     quick, images = _QUICK.value, load_images(_DATA.value, _DATA_DIR.value)
     x, x_test = (np.reshape(part, (len(part), -1)) / np.float32(images.scale) for part in (images.x_train, images.x_test))
     held = len(x) // 5 if len(x) < 10000 else 10000

@@ -87,7 +87,7 @@ Five ways, one shot. In the *non-exclusive* setting an episode is one of ten fix
 classes, each class always at the same output. `LabelPermutation` shuffles the outputs of a group
 (intra-shuffle); `ClassResample` draws any five of the fifty classes (inter-shuffle). New classes
 are always drawn the second way. Prototypes have no outputs of their own that could be learned by
-heart: what intra-shuffle mends is not broken there.
+heart, so intra-shuffle has nothing to repair.
 """
 
 
@@ -137,7 +137,9 @@ def genomes(members, epochs, seeds):
         both = (_IMAGES.value, _HELD_OUT.value)
         plain, other = (tasks.images(name, size=14, data_dir=_DATA_DIR.value) for name in both)
     else:
-        plain, other = (tasks.images(_IMAGES.value, classes=some) for some in (range(5), range(5, 10)))
+        plain, other = (
+            tasks.images(_IMAGES.value, classes=some, data_dir=_DATA_DIR.value) for some in (range(5), range(5, 10))
+        )
     rule = Rule(last_activation="linear", normalize_activations="both", normalize_synapses="stored", batch_reduction="mean")
     found = {}
     for name, augmentation in {"labels as they are": tasks.Compose([]), "permuted labels": tasks.LabelPermutation()}.items():

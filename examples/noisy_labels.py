@@ -17,8 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
+from keras import ops
 
 from keras_blur import bilevel, files, tasks
 from keras_blur.report import style
@@ -65,14 +65,22 @@ def data(seed):
     return *((x[part], images.y_train[part]) for part in parts), (x_test, images.y_test)
 
 
-def batches(x, y, size, epochs, seed):
+class Batches(keras.utils.PyDataset):
     """The batches of some epochs. Their order follows from seed and epoch and is the same for all
     arms."""
-    steps = len(x) // size
-    order = [np.random.default_rng([seed, epoch]).permutation(len(x))[: steps * size] for epoch in epochs]
-    chosen = tf.data.Dataset.from_tensor_slices(np.concatenate(order).reshape(-1, size))
-    x, y = tf.constant(x), tf.constant(y)
-    return chosen.map(lambda some: (tf.gather(x, some), tf.gather(y, some))).prefetch(2)
+
+    def __init__(self, x, y, size, epochs, seed):
+        super().__init__()
+        self._x, self._y, steps = x, y, len(x) // size
+        order = [np.random.default_rng([seed, epoch]).permutation(len(x))[: steps * size] for epoch in epochs]
+        self._order = np.concatenate(order).reshape(-1, size)
+
+    @property
+    def num_batches(self):
+        return len(self._order)
+
+    def __getitem__(self, number):
+        return self._x[self._order[number]], self._y[self._order[number]]
 
 
 def network(shape, seed):
@@ -147,14 +155,14 @@ def run(name, noise, seed):
     def optimizer():
         return keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
 
-    # All arms are TensorFlow's graph: XLA cannot compile a sampler's step, and its convolutions are
-    # slow on a CPU.
+    # On TensorFlow all arms are its graph: XLA cannot compile a sampler's step, and its convolutions
+    # are slow on a CPU.
     if estimator is None or name.endswith("without clean data"):
         plain = epochs if estimator is None else min(2, epochs - 1)
-        own = batches(*clean, len(clean[0]), range(epochs * steps), seed) if name == "clean data alone" else None
+        own = Batches(*clean, len(clean[0]), range(epochs * steps), seed) if name == "clean data alone" else None
         model.compile(optimizer(), loss, jit_compile=False)
         model.fit(
-            own or batches(x, y, size, range(plain), seed), epochs=plain, steps_per_epoch=steps, callbacks=[followed],
+            own or Batches(x, y, size, range(plain), seed), epochs=plain, steps_per_epoch=steps, callbacks=[followed],
             shuffle=False, verbose=0,
         )  # fmt: skip
     result = {}
@@ -167,11 +175,11 @@ def run(name, noise, seed):
         trainer = bilevel.BilevelTrainer(model, bilevel.SampleWeightNet(seed=seed), estimator, seed=seed)
         trainer.compile(optimizer(), keras.optimizers.Adam(3e-4), loss, jit_compile=False)
         history = trainer.fit(
-            batches(x, y, size, range(plain, epochs), seed), meta_data=clean, meta_batch_size=size, steps_per_epoch=steps,
+            Batches(x, y, size, range(plain, epochs), seed), meta_data=clean, meta_batch_size=size, steps_per_epoch=steps,
             epochs=epochs - plain, callbacks=[followed], verbose=0,
         ).history  # fmt: skip
         each = loss.call(y, model.predict(x, batch_size=500, verbose=0))
-        weights, correct = trainer.learned(each).numpy(), y == truth
+        weights, correct = ops.convert_to_numpy(trainer.learned(each)), y == truth
         result |= {"correct": weights[correct].tolist(), "wrong": weights[~correct].tolist()}
         result["skipped"] = float(np.mean(history["skipped"]))
     curve, choice = followed.curves["test"], int(np.argmax(followed.curves["held"]))
@@ -194,6 +202,8 @@ def main(argv):
     unknown = set(_ARMS.value) - set(ARMS)
     if unknown:
         raise app.UsageError(f"--arms must be some of {', '.join(ARMS)}. Received: {', '.join(unknown)}")
+    if _PLOT.value and not any(ARMS[name] for name in _ARMS.value or ARMS):
+        raise app.UsageError(f"--plot needs an arm in --arms that learns weights. Received: {', '.join(_ARMS.value)}")
     for noise in map(float, _NOISE.value):
         print(f"{_DATA.value}, {noise:.0%} of the labels drawn anew; seeds {seeds[0]} to {seeds[-1]}")
         print("  test accuracy: last (mean of three epochs), and at the epoch that is best on the held-back noisy labels;")

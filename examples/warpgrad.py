@@ -44,10 +44,10 @@ _SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 
 A task is a sine of random amplitude and phase, learned by 50 steps of SGD on batches of 16 points.
 All arms learn the start of the network by Reptile: after each run it moves three tenths of the way
-to where the run led. Two of them have two linear layers more, the warps, at first the identity and
-held while a task is learned; they learn from every theta that a run passes, at no more memory for
-fifty steps than for one. Rates are chosen for each arm alone on validation tasks: that of
-meta-training, and that of the tasks to come; once for the error after the last step and once for
+to where the run led. Two arms add two linear layers, the warps. They start as the identity and
+stay fixed while a task is learned. They are trained on every set of weights along a run, at no more
+memory for fifty steps than for one. Rates are chosen for each arm alone on validation tasks: that
+of meta-training, and that of the tasks to come; once for the error after the last step and once for
 the area under the curve, since those want different rates. All are scored on other tasks.
 
 A meta-step with warps takes longer than one without. So Reptile alone is also run for four times
@@ -63,6 +63,20 @@ ARMS = {
     "warps and Reptile": (True, "exact", 1),
     "first-order warps and Reptile": (True, "first", 1),
 }  # of the sines: whether there are warps, their gradient, times the meta-steps
+SGDS = {rate: {f"SGD {rate:g}": functools.partial(keras.optimizers.SGD, rate)} for rate in (0.01, 0.05, 0.5, 1.0)}
+ADAM = {"Adam 0.003": functools.partial(keras.optimizers.Adam, 3e-3)}
+CLASS_ARMS = {
+    "Reptile": (False, "reptile", SGDS[0.5] | SGDS[1.0], [0.1, 0.3], 1),
+    "Reptile, four times the meta-steps": (False, "reptile", SGDS[0.5] | SGDS[1.0], [0.1, 0.3], LONGER),
+    "Leap": (False, "leap", SGDS[0.01] | SGDS[0.05] | ADAM, [0.1, 0.3], 1),
+    "Warp-Leap": (True, "leap", ADAM, [0.1], 1),
+    "warps and Reptile": (True, "reptile", SGDS[1.0], [0.1], 1),
+}  # of the classes: whether there are warps, how the start is learned, its optimizers, rates, times the meta-steps
+PARTS = {
+    "sines": list(ARMS),
+    "seconds": [name for name, (*_, times) in ARMS.items() if times == 1],
+    "classes": list(CLASS_ARMS),
+}
 
 
 def sgd(rate):
@@ -114,6 +128,15 @@ def asked(arms):
     return {name: arm for name, arm in arms.items() if not _ARM.value or name in _ARM.value}
 
 
+def asked_parts():
+    """The parts that are to be run: of those named, all that have a named arm."""
+    parts = {part: PARTS[part] for part in _PART.value or PARTS}
+    known = dict.fromkeys(itertools.chain(*parts.values()))
+    if unknown := [name for name in _ARM.value or () if name not in known]:
+        raise app.UsageError(f"--arm must be one of {'; '.join(known)}. Received: {'; '.join(unknown)}")
+    return [part for part, arms in parts.items() if asked(dict.fromkeys(arms))]
+
+
 def every(part, arms, run, seeds):
     """Test curves by arm, seed and measure, saved one by one."""
     document, found = saved(), {}
@@ -160,12 +183,11 @@ def sines(seeds):
 
 
 def side_by_side():
-    """By arm of the sines, the time of a meta-step over that of Reptile; arms take turns, ten steps
-    each."""
+    """By arm of the sines, the time of a meta-step over that of Reptile, which always runs; arms
+    take turns, ten steps each."""
     quick, seconds, trainers = _QUICK.value, {}, {}
-    for name, (warps, order, times) in ARMS.items():
-        if times > 1:
-            continue
+    for name in dict.fromkeys(["Reptile", *asked(dict.fromkeys(PARTS["seconds"]))]):
+        warps, order, _ = ARMS[name]
         model, names = learners.warped(1, (32, 32), 1, "tanh", warps=warps, seed=_SEED.value)
         trainer = trainers[name] = meta.MetaTrainer(
             tasks.functions("sine"), learners.Warp(model, names, sgd(0.02), loss="squared"),
@@ -236,15 +258,6 @@ def classes(seeds):
     group = "alphabet" if _DATA.value == "omniglot" else None
     of = tasks.episodes(_DATA.value, ways, shots, size=size, group=group, data_dir=_DATA_DIR.value)
     at = [0, 2, 4] if quick else [0, 1, 2, 5, 10, 20, 50, 100]
-    sgds = {rate: {f"SGD {rate:g}": functools.partial(keras.optimizers.SGD, rate)} for rate in (0.01, 0.05, 0.5, 1.0)}
-    adam = {"Adam 0.003": functools.partial(keras.optimizers.Adam, 3e-3)}
-    arms = asked({
-        "Reptile": (False, "reptile", sgds[0.5] | sgds[1.0], [0.1, 0.3], 1),
-        "Reptile, four times the meta-steps": (False, "reptile", sgds[0.5] | sgds[1.0], [0.1, 0.3], LONGER),
-        "Leap": (False, "leap", sgds[0.01] | sgds[0.05] | adam, [0.1, 0.3], 1),
-        "Warp-Leap": (True, "leap", adam, [0.1], 1),
-        "warps and Reptile": (True, "reptile", sgds[1.0], [0.1], 1),
-    })  # fmt: skip
 
     def run(warps, start, start_optimizers, rates, times, seed):
         def network(seed):
@@ -260,7 +273,7 @@ def classes(seeds):
             jit_compile=False,  # on a CPU, XLA's convolutions are slow
         )  # fmt: skip
 
-    return every("classes", arms, run, seeds)
+    return every("classes", asked(CLASS_ARMS), run, seeds)
 
 
 def said(values):
@@ -273,7 +286,7 @@ def main(argv):
     del argv
     seeds = 2 if _QUICK.value else _SEEDS.value
     spoken = f"seeds {_SEED.value} to {_SEED.value + seeds - 1}"
-    parts, document = _PART.value or ["sines", "seconds", "classes"], {}
+    parts, document = asked_parts(), {}
     if "sines" in parts:
         document["sines"] = sines(seeds)
         print("sines: squared error after the last step, area under the curve, median seconds of meta-training at the "

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import app
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -66,16 +67,75 @@ def functions_of(name: str, *wanted: str) -> list:
 
 
 def test_arms_of_noisy_labels_share_the_order_of_batches():
-    (batches,) = functions_of("noisy_labels", "batches")
+    batches = module_of("noisy_labels").Batches
     x, y = np.arange(10, dtype="float32")[:, None], np.arange(10)
-    whole = [(a.numpy()[:, 0].tolist(), b.numpy().tolist()) for a, b in batches(x, y, 3, range(4), 5)]
-    later = [(a.numpy()[:, 0].tolist(), b.numpy().tolist()) for a, b in batches(x, y, 3, range(2, 4), 5)]
+
+    def listed(epochs):
+        found = batches(x, y, 3, epochs, 5)
+        return [(a[:, 0].tolist(), b.tolist()) for a, b in (found[number] for number in range(found.num_batches))]
+
+    whole, later = listed(range(4)), listed(range(2, 4))
     assert len(whole) == 4 * 3
     assert later == whole[6:]
     assert all(a == b for a, b in whole)
     for epoch in range(4):
         assert len({one for a, _ in whole[3 * epoch : 3 * epoch + 3] for one in a}) == 9
     assert whole[:3] != whole[3:6]
+
+
+def test_passes_of_evograd_have_each_example_once_and_depend_on_the_seed_alone():
+    batches = module_of("evograd").Batches
+    x, y = np.arange(10, dtype="float32"), np.arange(10)
+    one, same, other = (batches(x, y, 5, seed) for seed in (0, 0, 1))
+    seen = [one[number][1].tolist() for number in range(6)]
+    assert seen == [same[number][0].tolist() for number in range(6)]
+    assert seen != [other[number][1].tolist() for number in range(6)]
+    for place in (0, 2, 4):
+        assert sorted(seen[place] + seen[place + 1]) == list(range(10))
+    assert seen[:2] != seen[2:4]
+
+
+def test_a_picture_of_weights_needs_an_arm_that_learns_some(monkeypatch):
+    flags = {"_QUICK": True, "_SEED": 0, "_NOISE": ["0.6"], "_PLOT": "p.png", "_ARMS": ["cross-entropy"], "_SEEDS": 2}
+    with pytest.raises(app.UsageError, match="--plot needs an arm in --arms that learns weights. Received: cross-entropy"):
+        module_of("noisy_labels", **flags).main([])
+
+
+@pytest.mark.parametrize(
+    ("parts", "arms", "run"),
+    [
+        (None, None, ["sines", "seconds", "classes"]),
+        (None, ["Leap"], ["classes"]),
+        (None, ["first-order warps and Reptile"], ["sines", "seconds"]),
+        (["seconds"], ["warps and Reptile"], ["seconds"]),
+        (["sines"], ["Leap"], None),
+        (None, ["Reptil"], None),
+    ],
+)
+def test_arms_of_warpgrad_are_those_of_a_part(parts, arms, run):
+    example = module_of("warpgrad", _PART=parts, _ARM=arms)
+    if run is None:
+        with pytest.raises(app.UsageError, match=f"--arm must be one of Reptile; .*Received: {arms[0]}$"):
+            example.asked_parts()
+    else:
+        assert example.asked_parts() == run
+
+
+@pytest.mark.parametrize("held_out", [None, "fashion_mnist"])
+def test_meta_augmentation_reads_images_from_its_folder(monkeypatch, held_out):
+    flags = {"_HELD_OUT": held_out, "_IMAGES": "mnist", "_DATA_DIR": "folder", "_SEED": 0, "_QUICK": True}
+    asked = []
+
+    def images(name, **options):
+        asked.append(options["data_dir"])
+        if len(asked) == 2:
+            raise StopIteration
+        return name
+
+    monkeypatch.setattr("keras_blur.tasks.images", images)
+    with pytest.raises((StopIteration, RuntimeError)):
+        module_of("meta_augmentation", **flags).genomes(1, 1, 2)
+    assert asked == ["folder", "folder"]
 
 
 def test_hopfield_goes_on_from_where_one_step_leads():
