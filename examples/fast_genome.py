@@ -160,7 +160,7 @@ def function(name, count=1000, *, rng):
     """A function of the plane."""
     seed, family = random.seed_of(int(rng.integers(2**31))), tasks.functions(name)
     pairs = [family.examples(seed, n, split) for n, split in ((count, "train"), (1000, "test"))]
-    return tuple((x.numpy(), np.argmax(y.numpy(), axis=1)) for x, y in pairs)
+    return tuple((ops.convert_to_numpy(x), np.argmax(ops.convert_to_numpy(y), axis=1)) for x, y in pairs)
 
 
 def split_of(rng, x, y, classes, count, wrong):

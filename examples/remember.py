@@ -66,7 +66,7 @@ def recall(learner, learned, units, items):
 def references(units, items):
     """The same of two methods that learn nothing beforehand, on the same patterns."""
     stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=items, split="test").batch(500)
-    drawn = {name: value.numpy() for name, value in next(iter(stream)).items()}
+    drawn = {name: keras.ops.convert_to_numpy(value) for name, value in next(iter(stream)).items()}
     patterns, cue, shown = drawn["y"][:, :, 0], *np.split(drawn["query_x"], 2, axis=-1)
     return {
         name: float(np.mean((recalled(patterns, cue, shown) == drawn["query_y"])[shown == 0]))

@@ -7,7 +7,7 @@ their own process.
 The JSON gives `what` ("meta", "fit", "bilevel"), `case`, and how it is run: `replicas` (0 for no
 strategy, 1 for a OneDeviceStrategy, more for a MirroredStrategy of so many logical CPUs), or
 `worker`, `workers` and `port` of a MultiWorkerMirroredStrategy. For "meta" also `epochs`,
-`checkpoint`, and `pause`, seconds to sleep after each epoch.
+`checkpoint`, and `stay`, an epoch at whose end it waits to be killed.
 """
 
 import json
@@ -71,12 +71,12 @@ def strategy():
     )
 
 
-class Pause(keras.callbacks.Callback):
-    """Sleeps after each epoch before its checkpoint, so that a test can kill this process between
-    checkpoints."""
+class Stay(keras.callbacks.Callback):
+    """Waits at the end of an epoch, before its checkpoint, for a test to kill this process."""
 
     def on_epoch_end(self, epoch, logs=None):
-        time.sleep(asked.get("pause", 0.0))
+        if epoch == asked.get("stay"):
+            time.sleep(600.0)
 
 
 def trainer():
@@ -151,7 +151,7 @@ def main():
         if asked["what"] == "meta":
             model, options = trainer(), {"epochs": asked.get("epochs", 2), "steps_per_epoch": 2}
             curriculum = [meta.UnrollCurriculum([(0, 3), (1, 2)])] if asked.get("copies") else []
-            options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [*curriculum, Pause()]}
+            options |= {"checkpoint": asked.get("checkpoint"), "callbacks": [*curriculum, Stay()]}
         elif asked["what"] == "bilevel":
             digits = load_digits()
             x, y = (digits.data / 16).astype("float32"), digits.target

@@ -97,7 +97,7 @@ def test_passes_of_evograd_have_each_example_once_and_depend_on_the_seed_alone()
 
 def test_a_picture_of_weights_needs_an_arm_that_learns_some(monkeypatch):
     flags = {"_QUICK": True, "_SEED": 0, "_NOISE": ["0.6"], "_PLOT": "p.png", "_ARMS": ["cross-entropy"], "_SEEDS": 2}
-    with pytest.raises(app.UsageError, match="--plot needs an arm in --arms that learns weights. Received: cross-entropy"):
+    with pytest.raises(app.UsageError, match=r"--plot needs an arm in --arms that learns weights\. Received: cross-entropy"):
         module_of("noisy_labels", **flags).main([])
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
+from keras import ops
 
 import keras_blur as kb
 from keras_blur import learners, meta, random
@@ -148,7 +148,7 @@ def meta_train(
     begin = time.perf_counter()
     curriculum = meta.UnrollCurriculum(list(enumerate(stages)))
     history = trainer.fit(len(stages), max(1, steps // len(stages)), callbacks=[curriculum], verbose=0).history
-    scores = [float(score) for score in trainer.member_score.numpy()]
+    scores = [float(score) for score in ops.convert_to_numpy(trainer.member_score)]
     return Trained(
         trainer.population, scores, trainer.best, float(np.mean(history["skipped"])),
         time.perf_counter() - begin,
@@ -190,13 +190,13 @@ def accuracy_after(
     learner, inner = learners.Blur(tuple(hidden), genome.rule), InnerLoop(steps)
     stream = data.dataset(seed, steps=steps, batch=batch_size, query=query_size, split="test")
     episodes = next(iter(stream.batch(seeds)))
-    outer = {name: tf.constant(array) for name, array in genome.by_member().items()}
+    outer = {name: ops.convert_to_tensor(array) for name, array in genome.by_member().items()}
 
     def score(outer: Mapping[str, Any], episodes: Mapping[str, Any]) -> tuple[Any, Any]:
         state = start(learner, outer, episodes, random.seed_of(seed))
         return inner.objective(learner, outer, episodes, state)[:2]
 
-    loss, accuracy = (value.numpy() for value in compiled(score, jit_compile=False)(outer, episodes))
+    loss, accuracy = (ops.convert_to_numpy(value) for value in compiled(score, jit_compile=False)(outer, episodes))
     return np.where(np.isfinite(loss), accuracy, 0.0)
 
 

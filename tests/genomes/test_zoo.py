@@ -26,8 +26,10 @@ def test_card(name):
     card = genomes.card(name)
     for part in CARD:
         assert f"**{part}.**" in card, f"{name}: the card says nothing of {part}"
-    assert genomes.load(name).rule.states >= 2
-    assert genomes.load(name).license == "Apache-2.0"
+    genome = genomes.load(name)
+    assert genome.rule.states >= 2
+    assert set(re.findall(r"\b(\d+) numbers\b", card)) <= {str(genome.size)}
+    assert genome.license == "Apache-2.0"
 
 
 @pytest.mark.slow

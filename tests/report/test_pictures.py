@@ -113,8 +113,13 @@ def test_numbers_of_cells_are_short_and_correct():
     wanted = {0.0: "0", 0.125: "0.12", -1.996: "-2.00", 0.004: "4e-3", -12.34: "-12.3", 123.4: "123", -1e4: "-1e4"}
     assert {value: _short(value) for value in wanted} == wanted
     for value in np.random.default_rng(0).standard_normal(200) * 10.0 ** np.arange(-8, 12).repeat(10):
-        assert len(_short(value)) <= 6
-        assert abs(float(_short(value)) - value) <= max(0.005, 0.5 * abs(value)) if abs(value) > 0.005 else True
+        size, shown = abs(value), _short(value)
+        assert len(shown) <= 6
+        if "e" in shown:  # one digit
+            unit = 10.0 ** np.floor(np.log10(size))
+        else:
+            unit = 0.01 if size < 9.995 else 0.1 if size < 99.95 else 1.0
+        assert abs(float(shown) - value) <= 0.5 * unit * (1 + 1e-9)
 
 
 def test_a_genome_of_zeros_is_drawn(tmp_path):

@@ -147,9 +147,8 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path):
     options = {"what": "meta", "case": "truncated", "epochs": 3}
     wanted = run_workers(2, **options, checkpoint=unbroken)
     port = free_ports(2)
-    # An epoch's checkpoint is written after its pause: once the first is there, the second is a
-    # pause away.
-    processes = [start(worker=n, workers=2, port=port, **options, checkpoint=broken, pause=20) for n in range(2)]
+    # They stay in the second epoch, so the checkpoint is that of the first.
+    processes = [start(worker=n, workers=2, port=port, **options, checkpoint=broken, stay=1) for n in range(2)]
     try:
         deadline = time.time() + 300
         while not pathlib.Path(broken).exists():
