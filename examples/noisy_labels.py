@@ -155,8 +155,8 @@ def run(name, noise, seed):
     def optimizer():
         return keras.optimizers.SGD(0.02, momentum=0.9, global_clipnorm=1.0)
 
-    # On TensorFlow all arms are its graph: XLA cannot compile a sampler's step, and its convolutions
-    # are slow on a CPU.
+    # On TensorFlow all arms are its graph: XLA cannot compile a sampler's step, and is slow with
+    # convolutions on a CPU.
     if estimator is None or name.endswith("without clean data"):
         plain = epochs if estimator is None else min(2, epochs - 1)
         own = Batches(*clean, len(clean[0]), range(epochs * steps), seed) if name == "clean data alone" else None

@@ -158,7 +158,7 @@ def wrote(path: str) -> None:
 
 
 def interrupted(otherwise: str, kept: str = "kept what was learned") -> int:
-    """Reports which files an interrupted run wrote, or why it wrote none. Returns the exit status."""
+    """Reports which files an interrupted run wrote, or why none, and returns the exit status."""
     said = f"{kept} in {', '.join(written)}" if written else otherwise
     print(f"keras-blur: interrupted; {said}", file=sys.stderr)
     return 130
