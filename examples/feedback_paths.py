@@ -25,6 +25,7 @@ from absl import app, flags
 
 import keras_blur as kb
 from keras_blur import files
+from keras_blur.backend import numbers_of
 from keras_blur.report import style
 from keras_blur.tasks.datasets import load_images
 
@@ -173,13 +174,13 @@ def changes(model, x, y):
     """Changes of the hidden kernels on a batch, without momentum and weight decay. The model stays
     as it was."""
     own = [model.get_layer(name).synapses for name in HIDDEN]
-    kernels, weights = [one["kernel"] for one in own], [variable.numpy() for variable in model.weights]
-    before = [kernel.numpy() for kernel in kernels]
+    kernels, weights = [one["kernel"] for one in own], [numbers_of(variable) for variable in model.weights]
+    before = [numbers_of(kernel) for kernel in kernels]
     for one in own:
-        one["kernel_trace"].assign(keras.ops.zeros_like(one["kernel_trace"]))
+        one["kernel_trace"].assign(np.zeros(one["kernel_trace"].shape, "float32"))
     model.train_on_batch(x, labels_for(model, y))
     keep = model.genome.synapse_keep
-    found = [kernel.numpy() - keep * old for kernel, old in zip(kernels, before, strict=True)]
+    found = [numbers_of(kernel) - keep * old for kernel, old in zip(kernels, before, strict=True)]
     for variable, value in zip(model.weights, weights, strict=True):
         variable.assign(value)
     return found
@@ -189,7 +190,7 @@ def cosines(model, exact, x, y):
     """Mean cosine of each hidden layer over batches; `exact` learns by backpropagation."""
     for name in (*HIDDEN, "output"):
         for own in ("kernel", "bias"):
-            exact.get_layer(name).synapses[own].assign(model.get_layer(name).synapses[own])
+            exact.get_layer(name).synapses[own].assign(numbers_of(model.get_layer(name).synapses[own]))
     found = []
     for first in range(0, min(len(x), 8 * BATCH) - BATCH + 1, BATCH):
         batch = x[first : first + BATCH], y[first : first + BATCH]

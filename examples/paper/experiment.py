@@ -27,7 +27,7 @@ from keras import ops
 
 import keras_blur as kb
 from keras_blur import learners, meta, random
-from keras_blur.backend import compiled
+from keras_blur.backend import compiled, numbers_of
 from keras_blur.files import write_text
 from keras_blur.meta.estimator import InnerLoop, start
 from keras_blur.report import style
@@ -148,7 +148,7 @@ def meta_train(
     begin = time.perf_counter()
     curriculum = meta.UnrollCurriculum(list(enumerate(stages)))
     history = trainer.fit(len(stages), max(1, steps // len(stages)), callbacks=[curriculum], verbose=0).history
-    scores = [float(score) for score in ops.convert_to_numpy(trainer.member_score)]
+    scores = [float(score) for score in numbers_of(trainer.member_score)]
     return Trained(
         trainer.population, scores, trainer.best, float(np.mean(history["skipped"])),
         time.perf_counter() - begin,
