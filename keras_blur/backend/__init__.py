@@ -30,7 +30,8 @@ implementations have the same functions:
   integers, where 64 bits would overflow;
 - `stream`, `constant`: draws of numbers in order as data, and an array that they read; `on_cpu`:
   where they are drawn; `passes`, `repeated`: endless batches of arrays and of datasets;
-- `training_elsewhere`: whether a gradient tape of another model is recording;
+- `check_constants`: that programs follow the numbers of a model's genome; `training_elsewhere`:
+  whether a gradient tape of another model is recording;
 - `reducible`, `symbolic_build`, `remember_logits`, `with_logits`, `outside_of_programs`, `after`,
   `is_dataset`: what Keras's trainers of the two backends ask of a model in different ways.
 """
@@ -98,6 +99,7 @@ stream = _streams.stream
 _trainers = _part("trainers")
 after = _trainers.after
 apply_gradients = _trainers.apply_gradients
+check_constants = _trainers.check_constants
 outside_of_programs = _trainers.outside_of_programs
 reducible = _trainers.reducible
 remember_logits = _trainers.remember_logits

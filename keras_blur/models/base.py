@@ -81,6 +81,7 @@ class BlurModel(WholeFiles, CheckedModel):
                 "`genome` must be a single one: a model learns by one genome. Received a population of shape "
                 f"{genome.population}."
             )
+        backend.check_constants(genome.arrays)
         self._genome = genome
         self._network = None
         self._reading: Any = None  # a Reading, once it is built
@@ -99,6 +100,7 @@ class BlurModel(WholeFiles, CheckedModel):
     def genome(self, genome: Genome) -> None:
         if not isinstance(genome, Genome) or genome.population:
             raise ValueError(f"`genome` must be a single keras_blur.Genome. Received: {genome!r}")
+        backend.check_constants(genome.arrays)
         if self.built and genome.rule.get_config() != self._genome.rule.get_config():
             raise ValueError(
                 "A built model takes only a genome of its own rule, since the rule decides which synapses there are. "

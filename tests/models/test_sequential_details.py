@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
-from on_backend import dataset, digits, served
+from on_backend import JAX, dataset, digits, served
 
 import keras_blur as kb
 from keras_blur.layers import Dense
@@ -404,3 +404,22 @@ def test_tied_updates_stay_equal_when_slow_synapses_begin_afresh():
     own = model.layers[-1].synapses
     np.testing.assert_allclose(own["backward_kernel"], own["kernel"], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(own["kernel"], own["kernel_average"])
+
+
+def test_a_variable_in_a_genome_is_followed_or_refused():
+    """A program on JAX would keep the value that it had."""
+    genome = kb.genomes.backprop(0.1)
+    rate = keras.Variable(np.float32(genome.synapse_update), trainable=False)
+    moving = genome.replace(synapse_update=rate)
+    if JAX:
+        with pytest.raises(ValueError, match="`synapse_update` of a model's genome must be an array"):
+            kb.Sequential([keras.Input((4,)), kb.layers.Dense(2)], genome=moving)
+        return
+    model = kb.Sequential([keras.Input((4,)), kb.layers.Dense(2)], genome=moving)
+    model.compile(loss="mean_squared_error")
+    x, y = np.ones((2, 4), "float32"), np.ones((2, 2), "float32")
+    model.train_on_batch(x, y)
+    rate.assign(0.0)
+    before = model.predict(x, verbose=0)
+    model.train_on_batch(x, y)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)

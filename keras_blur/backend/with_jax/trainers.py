@@ -29,6 +29,17 @@ def training_elsewhere() -> bool:
     return False
 
 
+def check_constants(genome: Mapping[str, Array]) -> None:
+    """Raises a `ValueError` if a number of a model's genome is a variable, whose value a program
+    would keep."""
+    for name, value in genome.items():
+        if isinstance(value, keras.Variable):
+            raise ValueError(
+                f"`{name}` of a model's genome must be an array, since programs on JAX do not follow a variable: set "
+                f"`model.genome` when it changes. Received: {value!r}"
+            )
+
+
 def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
     """The logs themselves."""
     return dict(logs)

@@ -30,6 +30,10 @@ def training_elsewhere() -> bool:
     return record.could_possibly_record()
 
 
+def check_constants(genome: Mapping[str, Array]) -> None:
+    """Nothing to check: programs follow the variables that they read."""
+
+
 def reducible(logs: Mapping[str, Array]) -> dict[str, Array]:
     """A replica's logs for the `fit` of Keras, whose mean over several workers needs an axis to run
     over."""
