@@ -181,6 +181,33 @@ def systems(folder):
     np.testing.assert_allclose(*symmetric, rtol=1e-3, atol=1e-4)
 
 
+def stored(folder):
+    """For its gradient a loop stores what it carries and the results of products, no more; with
+    recomputation what it carries at the start of a segment."""
+    import jax
+
+    from keras_blur import learners, meta, random
+
+    features, units, classes, batch = 60, 40, 5, 8
+    genome = kb.Genome.random(kb.Rule(), 0)
+    learner = learners.Blur((units,), genome.rule).on((features,), classes)
+    outer = learner.parameters(genome)
+
+    def memory(steps, **options):
+        episodes = {
+            "x": np.ones((1, steps, batch, features), "float32"), "y": np.ones((1, steps, batch, classes), "float32"),
+            "query_x": np.ones((1, batch, features), "float32"), "query_y": np.ones((1, batch, classes), "float32"),
+        }  # fmt: skip
+        estimator = meta.Unroll(steps, **options)
+        program = jax.jit(lambda outer, episodes: estimator(learner, outer, episodes, random.seed_of(0))[0])
+        return program.lower(outer, episodes).compile().memory_analysis().temp_size_in_bytes
+
+    kernels = 2 * (features * units + 2 * units * classes)  # two states; the second layer has a backward kernel
+    neurons = 2 * batch * (4 * units + 4 * classes)
+    assert (memory(64) - memory(32)) / 32 < 4 * 1.25 * (kernels + neurons)
+    assert memory(64, recompute=True) < 0.5 * memory(64)
+
+
 def mixing(folder):
     """Mixed states have the derivatives of the product that they are, to second order, forward and
     reverse; states of one member may meet the transforms of several."""

@@ -58,7 +58,7 @@ def test_four_devices_are_one(made_by_jax):
 def test_core_and_models_need_no_tensorflow(tmp_path):
     """What people do with a model, a genome as a tree of arrays, published random integers, linear
     systems and mixed states, in an interpreter in which importing TensorFlow fails."""
-    programs = "features,core,philox,systems,mixing"
+    programs = "features,core,philox,systems,stored,mixing"
     hide = f"import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', '{programs}', sys.argv[1]];"
     code = f"{hide} import runpy; runpy.run_path({str(PROGRAMS)!r}, run_name='__main__')"
     done = subprocess.run(

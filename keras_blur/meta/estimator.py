@@ -228,7 +228,9 @@ class InnerLoop:
         width = max(1, math.isqrt(self.steps))
         whole, rest = divmod(self.steps, width)
         segment = backend.recomputed(functools.partial(run, width))
-        state, total = backend.loop(whole, lambda number, *now: segment(outer, number * width, *now), state, total)
+        state, total = backend.loop(
+            whole, lambda number, *now: segment(outer, number * width, *now), state, total, stores_costly=False
+        )
         return run(rest, outer, whole * width, state, total) if rest else (state, total)
 
 

@@ -28,7 +28,7 @@ def _tracing(jit_compile: bool) -> Iterator[None]:
         _BY_XLA.reset(before)
 
 
-def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
+def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any, stores_costly: bool = True) -> tuple[Any, ...]:
     """Carries trees of arrays through a fixed number of steps, with a gradient.
 
     It is one loop of the program, whose compile time does not depend on the count.
@@ -38,6 +38,7 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tup
         body: takes the number of the step, an int32 array, and the carried trees. It returns trees
             of the same shapes and dtypes.
         *carried: the trees before the first step.
+        stores_costly: has an effect on JAX alone; TensorFlow stores all that the gradient reads.
 
     Returns:
         The trees after the last step.
@@ -47,6 +48,7 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tup
     >>> [float(x) for x in loop(3, lambda number, x: (2.0 * x,), tf.constant(1.0))]
     [8.0]
     """
+    del stores_costly
     _, *after = tf.while_loop(
         lambda number, *_: number < count,
         lambda number, *carried: (number + 1, *body(number, *carried)),
