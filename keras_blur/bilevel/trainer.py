@@ -531,13 +531,18 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         mapping += [(self._trained[name], value) for name, value in weights.items()]
         return keras.StatelessScope(mapping, collect_losses=True)
 
+    def _of_metrics(self) -> set[int]:
+        """The variables of metrics that layers update, whose values are not used."""
+        models = [one for one in (self.model, self.meta_model) if isinstance(one, keras.Model)]
+        return {id(variable) for one in models for layer in one._flatten_layers() for variable in layer.metrics_variables}
+
     def _pass(
         self, outer: Mapping[str, Array], weights: Mapping[str, Array], batch: Any
     ) -> tuple[Array, list[Array], Array]:
         """The training loss, the updated buffers of the model, and its prediction."""
         losses = ExampleLosses(self._loss_of)
         with self._scope(outer, weights) as scope:
-            known = set(scope.state_mapping)
+            known = {*scope.state_mapping, *self._of_metrics()}
             loss = self._training_loss(self.model, *batch, losses)
             others = self.model.losses
             dtype = widest([loss, *others])

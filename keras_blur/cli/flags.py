@@ -74,6 +74,7 @@ class Output(NamedTuple):
     endings: tuple[str, ...]
     resumed: bool  # read first if it exists, to resume training
     beside: str | None  # name of a second such file, as in `beside`
+    beside_with: str | None  # the switch with which there is one
 
 
 def beside(path: str, name: str) -> str:
@@ -105,6 +106,7 @@ class _Flag:
     endings: tuple[str, ...] | None = None
     resumed: bool = False
     beside: str | None = None
+    beside_with: str | None = None
     writes: bool = False
 
 
@@ -192,6 +194,7 @@ class Flags:
         when: Sequence[When] = (),
         resumed: bool = False,
         beside: str | None = None,
+        beside_with: str | None = None,
     ) -> None:
         """Defines a flag for an output file.
 
@@ -203,10 +206,12 @@ class Flags:
             when: conditions, as for all flags.
             resumed: whether an existing file is read first and training resumes from it.
             beside: name of a second such file, which the function `beside` puts next to the first.
+            beside_with: the switch with which there is a second file.
         """
         absl_flags.DEFINE_string(name, default, text, flag_values=self._absl)
         shown = f"{text.rstrip('.')} ({', '.join(endings)})."
-        self._add(name, default, shown, "a file", when, endings=endings, resumed=resumed, beside=beside, writes=True)
+        second = {"beside": beside, "beside_with": beside_with}
+        self._add(name, default, shown, "a file", when, endings=endings, resumed=resumed, **second, writes=True)
         if "overwrite" not in self._known:
             self.switch("overwrite", False, "Replace existing output files.")
         writing = [one for one, known in self._known.items() if known.writes]
@@ -303,7 +308,7 @@ class Flags:
         ]
         if any(output.endings == PICTURES for output in outputs):
             require_matplotlib()
-        files = [(output, path) for output in outputs for path in _files_of(output, flag[output.flag])]
+        files = [(output, path) for output in outputs for path in _files_of(output, flag)]
         resuming = any(output.resumed and exists(path) for output, path in files)
         places: dict[str, str] = {}
         for output, path in files:
@@ -317,7 +322,7 @@ class Flags:
     def outputs(self) -> list[Output]:
         """The flags for output files."""
         return [
-            Output(name, known.endings, known.resumed, known.beside)
+            Output(name, known.endings, known.resumed, known.beside, known.beside_with)
             for name, known in self._known.items()
             if known.endings is not None
         ]
@@ -338,9 +343,12 @@ class Flags:
         return "\n\n".join("\n".join([f"{name}:", *groups[name]]) for name in names)
 
 
-def _files_of(output: Output, path: str) -> list[str]:
+def _files_of(output: Output, flag: Mapping[str, Any]) -> list[str]:
     """The files that a flag stands for."""
-    return [path, beside(path, output.beside)] if output.beside else [path]
+    path = flag[output.flag]
+    if output.beside is None or (output.beside_with is not None and not flag[output.beside_with]):
+        return [path]
+    return [path, beside(path, output.beside)]
 
 
 def _shown(name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ import keras
 from keras_blur import backend, genomes, learners, meta, tasks
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, unless_value, with_any, with_value, without
-from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, read_json, write_json, wrote
+from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, of_same_run, read_json, write_json, wrote
 from keras_blur.core.genome import Genome
 from keras_blur.core.rule import Rule
 from keras_blur.files import exists, save
@@ -94,6 +94,7 @@ _QUERY_LOSS = When(
     lambda flag: flag["estimator"] != "cma" or flag["fitness"] == "loss",
     ("estimator", "fitness"),
 )
+_OUTPUTS = ("genome", "model", "checkpoint", "json", "csv", "tensorboard")
 _BLUR, _OTHERS = [with_value("method", "blur")], [unless_value("method", "blur")]
 
 
@@ -357,7 +358,8 @@ def _run(flag: dict[str, Any], scope: Any) -> int:
         print(f"left {output} unchanged: no member was finite in the last step")
     found = history_of(log)
     if flag["json"] and (found["epochs"] or not left_alone(flag["json"], going_on)):
-        found = continued(earlier if going_on else None, {"seconds": seconds, **found})
+        earlier = of_same_run(earlier, flag, _OUTPUTS) if going_on else None
+        found = continued(earlier, {"seconds": seconds, **found})
         document: dict[str, Any] = {"flags": flag, "scores": scores, **found}
         write_json(flag["json"], {**document, "partial": True} if stopped else document)
     if log.history:

@@ -86,6 +86,23 @@ def read_json(path: str | None) -> Any:
     return None
 
 
+def of_same_run(document: Any, flag: Mapping[str, Any], free: Sequence[str]) -> Any:
+    """What an earlier run wrote, or `None` if it had other flags.
+
+    Args:
+        document: the JSON of the earlier run, with its `flags`.
+        flag: the flags of this run.
+        free: flags that may differ, beside `epochs` and `overwrite`, such as those of outputs.
+    """
+    if not isinstance(document, Mapping) or not isinstance(document.get("flags"), Mapping):
+        return None
+
+    def kept(flags: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in flags.items() if name not in (*free, "epochs", "overwrite")}
+
+    return document if kept(document["flags"]) == kept(json.loads(json.dumps(_finite(flag)))) else None
+
+
 def history_of(log: keras.callbacks.History) -> dict[str, Any]:
     """The numbers of the epochs of a run, from 1 on, and what Keras logged in them.
 

@@ -12,7 +12,7 @@ from keras_blur import bilevel
 from keras_blur.bilevel.hypergradient import HypergradientEstimator
 from keras_blur.cli.common import define_data_flags, whole_numbers
 from keras_blur.cli.flags import Flags, When, beside
-from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, read_json, write_json, wrote
+from keras_blur.cli.outputs import continued, history_of, interrupted, left_alone, of_same_run, read_json, write_json, wrote
 from keras_blur.files import exists, save
 from keras_blur.report.scoring import score
 from keras_blur.tasks.datasets import load_images
@@ -62,6 +62,7 @@ def define_flags(flags: Flags) -> None:
         (".weights.h5",),
         resumed=True,
         beside=_BESIDE,
+        beside_with="plain",
     )
     flags.output("json", None, "File for the numbers.", (".json",))
     flags.output("save", None, "File for the trained model.", (".keras",))
@@ -82,9 +83,13 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     wrong = np.mean(y != truth)
     print(f"{images.name}: {len(rest)} training images, {wrong:.1%} of their labels wrong; {len(clean)} clean ones")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    checkpoints = {True: beside(flag["checkpoint"], _BESIDE), False: flag["checkpoint"]} if flag["checkpoint"] else {}
+    checkpoints = {False: flag["checkpoint"]} if flag["checkpoint"] else {}
+    if checkpoints and flag["plain"]:
+        checkpoints[True] = beside(flag["checkpoint"], _BESIDE)
     going_on = any(exists(path) for path in checkpoints.values())
-    earlier = read_json(flag["json"]) if going_on else None
+    earlier = of_same_run(read_json(flag["json"]), flag, ("plain", "checkpoint", "json", "save")) if going_on else None
+    before = earlier.get("results") if earlier else None
+    before = before if isinstance(before, Mapping) else {}
 
     def train(plain: bool) -> tuple[bilevel.BilevelTrainer, dict[str, Any]]:
         """Trains on the same batches. For equal weights, outer updates are disabled."""
@@ -111,11 +116,6 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         result = history_of(log)
         return trainer, {**result, "partial": True} if stopped else result
 
-    def known(name: str) -> Any:
-        """What an interrupted run wrote of an arm."""
-        found = earlier.get("results") if isinstance(earlier, dict) else None
-        return found.get(name) if isinstance(found, dict) else None
-
     arms = {"equal weights": True, flag["method"]: False} if flag["plain"] else {flag["method"]: False}
     results: dict[str, dict[str, Any]] = {}
     accuracies: dict[str, list[float]] = {}
@@ -129,13 +129,13 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
         stopped = "partial" in result
         if result["epochs"] and checkpoints and exists(checkpoints[plain]):
             wrote(checkpoints[plain])
-        results[name] = result = continued(known(name), result)
+        results[name] = result = continued(before.get(name), result)
         accuracies[name] = result["history"].get("val_accuracy", [])
         if not accuracies[name] and not stopped:  # complete before, and no numbers of it are at hand
             accuracies[name] = [score(trained.model, x_test, images.y_test)[0]]
         if stopped:
             break
-    results |= {name: found for name in arms if name not in results and (found := known(name))}
+    results = {**before, **results}
     print()
     for name, accuracy in accuracies.items():
         if accuracy:

@@ -155,7 +155,7 @@ def _arrays(nest: Any) -> Iterator[Any]:
     elif isinstance(nest, Mapping):
         for one in nest.values():
             yield from _arrays(one)
-    elif dataclasses.is_dataclass(nest):
+    elif dataclasses.is_dataclass(nest) and not isinstance(nest, type):
         yield from _arrays([getattr(nest, field.name) for field in dataclasses.fields(nest)])
 
 

@@ -175,6 +175,29 @@ def test_a_function_that_changes_other_variables_is_refused(layer):
         made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0)
 
 
+class Counting(keras.layers.Layer):
+    """Counts the examples that pass, in a metric."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = keras.metrics.Sum(name="seen")
+
+    def call(self, x):
+        self.seen.update_state(keras.ops.ones((keras.ops.shape(x)[0],)))
+        return x
+
+
+def test_a_layer_may_update_a_metric():
+    x, _, y = blobs(20, 0)
+    model = keras.Sequential([keras.Input((2,)), Counting(), keras.layers.Dense(6)])
+    made = bilevel.BilevelTrainer(
+        model, [keras.Variable(1.0)],
+        training_loss=lambda model, x, y, losses: keras.ops.mean(losses(y, model(x, training=True))),
+    )  # fmt: skip
+    made.compile("sgd", "sgd", LOSS, run_eagerly=not JAX)
+    assert np.isfinite(made.fit(x, y, meta_data=(x, y), batch_size=20, verbose=0).history["loss"][0])
+
+
 def test_only_what_can_be_saved_is_asked_to_be(tmp_path):
     x, _, y = blobs(40, 0)
     scale = keras.Variable(0.0, name="scale")

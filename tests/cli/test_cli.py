@@ -17,7 +17,7 @@ from on_backend import JAX
 
 from keras_blur import Genome, Rule, __version__, backend, cli, genomes
 from keras_blur.cli.flags import Flags
-from keras_blur.cli.outputs import Table, continued, write_json
+from keras_blur.cli.outputs import Table, continued, of_same_run, write_json
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
 from keras_blur.tasks.datasets import load_images
@@ -697,6 +697,27 @@ def test_a_history_goes_on_only_where_the_run_does():
     assert continued(before, part([3], loss=[2.0], val=[1.0])) == part(
         [1, 2, 3], loss=[4.0, 3.0, 2.0], val=[None, None, 1.0]
     )
+
+
+def test_numbers_of_another_run_are_not_continued():
+    flag = {"epochs": 9, "json": "a.json", "rates": (1.0, float("inf")), "plain": True}
+    document = {"flags": {"epochs": 4, "json": "b.json", "rates": [1.0, None], "plain": True}, "epochs": [1]}
+    assert of_same_run(document, flag, ("json",)) is document
+    assert of_same_run(document, flag, ()) is None
+    assert of_same_run(document, {**flag, "rates": (2.0,)}, ("json",)) is None
+    assert of_same_run(document, {**flag, "plain": False}, ("json",)) is None
+    for other in (None, [], {"epochs": [1]}, {"flags": None}):
+        assert of_same_run(other, flag, ("json",)) is None
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_second_checkpoint_counts_where_there_is_a_second_arm(plain, tmp_path, capsys):
+    """It makes a run one that resumes, which may replace other outputs."""
+    (tmp_path / "c.plain.weights.h5").write_text("")
+    (tmp_path / "r.json").write_text("")
+    asked = [f"--checkpoint={tmp_path / 'c.weights.h5'}", f"--json={tmp_path / 'r.json'}", "--data=nothing"]
+    assert cli.run(["reweight", *asked, *([] if plain else ["--noplain"])]) == 2
+    assert ("--overwrite" in capsys.readouterr().err) is not plain
 
 
 def test_no_member_was_finite(tmp_path, monkeypatch, capsys):
