@@ -8,7 +8,6 @@ al., NeurIPS 2021).
         [--data mnist] [--data_dir DIR] [--seeds 5] [--seed 0] [--epochs 5]
 """
 
-import functools
 import json
 import math
 import os
@@ -118,19 +117,16 @@ def network(shape, classes, seed):
 class Batches(keras.utils.PyDataset):
     """Endless batches. The order of each pass follows from the seed, the same for all arms."""
 
-    def __init__(self, x, y, size, seed):
-        super().__init__()
-        self._x, self._y, self._size, self._seed = x, y, size, seed
-        self._order = functools.lru_cache(2)(self._order)
-
     num_batches = None
 
-    def _order(self, passed):
-        return np.random.default_rng([self._seed, passed]).permutation(len(self._x))
+    def __init__(self, x, y, size, passes, seed):
+        super().__init__()
+        self._x, self._y, steps = x, y, len(x) // size
+        order = [np.random.default_rng([seed, number]).permutation(len(x))[: steps * size] for number in range(passes)]
+        self._order = np.concatenate(order).reshape(-1, size)
 
     def __getitem__(self, number):
-        passed, place = divmod(number, len(self._x) // self._size)
-        chosen = self._order(passed)[place * self._size : (place + 1) * self._size]
+        chosen = self._order[number % len(self._order)]
         return self._x[chosen], self._y[chosen]
 
 
@@ -165,7 +161,7 @@ def rotation(seeds):
     for seed in seeds:
         for name, estimator in arms.items():
             model, angles = network(x.shape[1:], images.classes, seed), Angles()
-            train = Batches(x[:-held], y[:-held], batch, seed)
+            train = Batches(x[:-held], y[:-held], batch, epochs, seed)
             how = {"steps_per_epoch": steps, "epochs": epochs, "verbose": 0}
             trainer = bilevel.BilevelTrainer(model, bilevel.LearnedRotation(), estimator, first="model", seed=seed)
             if estimator:

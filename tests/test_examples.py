@@ -86,7 +86,7 @@ def test_arms_of_noisy_labels_share_the_order_of_batches():
 def test_passes_of_evograd_have_each_example_once_and_depend_on_the_seed_alone():
     batches = module_of("evograd").Batches
     x, y = np.arange(10, dtype="float32"), np.arange(10)
-    one, same, other = (batches(x, y, 5, seed) for seed in (0, 0, 1))
+    one, same, other = (batches(x, y, 5, 3, seed) for seed in (0, 0, 1))
     seen = [one[number][1].tolist() for number in range(6)]
     assert seen == [same[number][0].tolist() for number in range(6)]
     assert seen != [other[number][1].tolist() for number in range(6)]

@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import dataclasses
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -239,7 +240,8 @@ def main(run: Callable[[Setting], Outcome]) -> None:
         outcome = run(setting)
         seconds = time.perf_counter() - begin
         command = f"python examples/paper/{name}.py" + (" --quick" if setting.quick else "") + f" --seed {setting.seed}"
-        text = f"{table(outcome.header, outcome.rows)}\n\n{outcome.note}\n\n`{command}`, {seconds:.0f} s.\n"
+        note = textwrap.fill(outcome.note, 100, break_on_hyphens=False)
+        text = f"{table(outcome.header, outcome.rows)}\n\n{note}\n\n`{command}`, {seconds:.0f} s.\n"
         print(text)
         path = os.path.join(_OUT.value, name + ("-quick" if setting.quick else ""))
         write_text(path + ".md", text)

@@ -641,15 +641,13 @@ class BlurModel(WholeFiles, CheckedModel):
         If the rule has slow synapses, the statistics are averages of the same kind, so they fit the
         network that predicts.
         """
-        found: dict[int, list[tuple[Array, Array]]] = {}
-        for layer, normalize, value in self.reading.follows:
-            if layer.trainable:
-                found.setdefault(id(layer), []).append(normalize.moments((sweep.values[value],), shared))
-        holders = {id(layer): holder for holder, layer in enumerate(self.reading.layers)}
-        for layer in {id(layer): layer for layer, _, _ in self.reading.follows}.values():
-            uses, share = found.get(id(layer), []), None
-            if self.rule.slow_synapses and uses:
-                share = averaging_share(self._graph.genome(self._genome, holders.get(id(layer), 0)), self.learning_step)
+        follows, layers = self.reading.follows, self.reading.layers
+        for layer in dict.fromkeys(layer for layer, _, _ in follows if layer.trainable):
+            uses = [one.moments((sweep.values[value],), shared) for other, one, value in follows if other is layer]
+            share = None
+            if self.rule.slow_synapses:
+                gene = self._graph.genome(self._genome, layers.index(layer) if layer in layers else 0)
+                share = averaging_share(gene, self.learning_step)
                 uses = [tuple(sum(values) / len(uses) for values in zip(*uses, strict=True))]  # one step, so one share
             for mean, variance in uses:
                 layer.follow(mean, variance, share)
