@@ -5,9 +5,11 @@ implementations have the same functions:
 
 - `value_of`, `numbers_of`: a Keras variable as an array of a program, and of numpy;
 - `leaves`, `pack`, `tree_map`: trees of arrays, including registered classes;
-- `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
+- `compiled`: a function of trees, compiled once for each combination of shapes; `by_operation`:
+  whether what is traced runs operation by operation; `loop`: steps as
   one loop of a program; `one_by_one`: a function applied at each place of an axis, also as one
-  loop; `recomputed`: a function that keeps nothing for its gradient;
+  loop; `recomputed`: a function that stores little for its gradient; `stored`: a value that it may
+  store;
 - `gradient`: the gradient of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the
   Jacobian of a function at a point; `pullback`: the transposed Jacobian of some results with
   respect to some arguments;
@@ -56,6 +58,7 @@ value_of = _trees.value_of
 
 _programs = _part("programs")
 branch = _programs.branch
+by_operation = _programs.by_operation
 compiled = _programs.compiled
 loop = _programs.loop
 one_by_one = _programs.one_by_one
@@ -67,6 +70,7 @@ gradient_for_keras = _derivatives.gradient_for_keras
 jvp = _derivatives.jvp
 pullback = _derivatives.pullback
 recomputed = _derivatives.recomputed
+stored = _derivatives.stored
 vjp = _derivatives.vjp
 
 _numbers = _part("numbers")

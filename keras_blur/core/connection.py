@@ -26,7 +26,7 @@ from keras import ops
 
 from keras_blur.core import equations, terms
 from keras_blur.core.companions import AVERAGE, TRACE, companions
-from keras_blur.core.derivatives import vjp
+from keras_blur.core.derivatives import matmul, vjp
 from keras_blur.core.genome import Genome
 from keras_blur.core.maps import Map, Shape
 from keras_blur.core.rule import Rule
@@ -400,7 +400,7 @@ class Connection(Map):
         if context.weight is not None:
             each = self.kept(context.source, context.genome.rule.whitening_positions)
             x = x * ops.sqrt(ops.abs(ops.repeat(context.weight, each, axis=-1)))[..., None, None, :, None]
-        return ops.matmul(ops.swapaxes(x, -1, -2), x)
+        return matmul(ops.swapaxes(x, -1, -2), x)
 
     def whitened(
         self,

@@ -4,6 +4,9 @@ A kind of connection defines one bilinear map. Its transpose and its outer produ
 so each backend uses its own kernels for them: the transpose of a convolution is the backend's, not
 one of ours.
 
+`matmul` and `einsum` are costly. An unrolled step stores their results for its gradient and computes
+the rest of the step again.
+
 `tanh` and `mean` are here because those of `keras.ops` round float64 to float32 on JAX.
 """
 
@@ -14,11 +17,21 @@ from typing import Any
 
 from keras import ops
 
-from keras_blur.backend import jvp, mean, tanh, vjp
+from keras_blur.backend import by_operation, jvp, mean, stored, tanh, vjp
 
 Array = Any
 
-__all__ = ["jvp", "mean", "tanh", "transpose", "vjp"]
+__all__ = ["by_operation", "einsum", "jvp", "matmul", "mean", "stored", "tanh", "transpose", "vjp"]
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The product of matrices, which an unrolled step stores for its gradient."""
+    return stored(ops.matmul, a, b)
+
+
+def einsum(equation: str, a: Array, b: Array) -> Array:
+    """A product by an equation, which an unrolled step stores for its gradient."""
+    return stored(lambda a, b: ops.einsum(equation, a, b), a, b)
 
 
 def transpose(linear: Callable[[Array], Array], shape: tuple[Any, ...], y: Array) -> Array:

@@ -17,7 +17,7 @@ import keras
 from keras import ops
 
 from keras_blur.core import equations
-from keras_blur.core.derivatives import transpose
+from keras_blur.core.derivatives import matmul, stored, transpose
 from keras_blur.core.states import Parts, between, joined, mapped
 
 if TYPE_CHECKING:
@@ -48,10 +48,8 @@ class Map(abc.ABC):
         """Whether the inputs are indices of entries instead of features."""
         return False
 
-    @property
-    def gathers(self) -> bool:
-        """Whether `patches` gathers all inputs, so that the map is a matrix product with the
-        patches."""
+    def gathers(self, members: int) -> bool:
+        """Whether the map of this many members is a matrix product with what `patches` gathers."""
         return False
 
     @property
@@ -166,9 +164,10 @@ class Map(abc.ABC):
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
         """The transpose of the map: `[..., s, batch, *target]` to `[..., s, batch, *source]`."""
-        if self.gathers and self.is_population(kernel, source):
+        members = math.prod(kernel.shape[: -1 - len(self.kernel_shape(source))])
+        if self.is_population(kernel, source) and self.gathers(members):
             kernel, y = self.rounded(kernel), self.rounded(y)
-            sent = ops.matmul(self.split(self.rows(y)), ops.swapaxes(self.split(self.matrix(kernel)), -1, -2))
+            sent = matmul(self.split(self.rows(y)), ops.swapaxes(self.split(self.matrix(kernel)), -1, -2))
             shape = (*ops.shape(y)[: len(y.shape) - len(self.target(source))], *source)
             return transpose(lambda x: self.patches(x, source, 0), shape, sent)
         channels = kernel.shape[0] if len(kernel.shape) == 1 + len(self.kernel_shape(source)) else 1
@@ -188,8 +187,10 @@ class Map(abc.ABC):
         pre, post = self.rounded(pre), self.rounded(post)
         leading = post.shape[: len(post.shape) - len(self.target(source)) - 1]
         shape = (*leading, *self.kernel_shape(source))
-        if self.gathers and len(leading) > 1:
-            blocks = ops.matmul(ops.swapaxes(self.patches(pre, source, 0), -1, -2), self.split(self.rows(post)))
+        if len(leading) > 1 and self.gathers(math.prod(leading[:-1])):
+            blocks = matmul(
+                ops.swapaxes(stored(lambda x: self.patches(x, source, 0), pre), -1, -2), self.split(self.rows(post))
+            )
             return self.kernel(self.joined(blocks), ops.zeros(shape, dtype=blocks.dtype))
         return transpose(lambda kernel: self.product(kernel, pre), shape, post)
 
@@ -204,7 +205,7 @@ class Map(abc.ABC):
         second derivatives, and TensorFlow has none under XLA for a product that broadcasts.
         """
         source = tuple(x.shape[len(x.shape) - self.axes :])
-        blocks = ops.matmul(self.patches(x, source, 0), self.split(self.matrix(kernel)))
+        blocks = matmul(stored(lambda x: self.patches(x, source, 0), x), self.split(self.matrix(kernel)))
         return self.features(self.joined(blocks), source)
 
     def positions_of(self, source: Shape) -> int:

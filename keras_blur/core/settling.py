@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from keras_blur.core import equations, terms
+from keras_blur.core.derivatives import matmul
 from keras_blur.core.genome import Genome
 
 if TYPE_CHECKING:
@@ -108,14 +109,14 @@ def settle(
             numbers = context.damping(inner), context.examples_of(groups, connection)
             found = terms.whitened_senders(inner, own, *numbers)
         if orthogonal:
-            responses = terms.responses(inner, own, found, *numbers) if rule.whitening else ops.matmul(inner, found)
+            responses = terms.responses(inner, own, found, *numbers) if rule.whitening else matmul(inner, found)
             found = terms.orthogonal_senders(found, responses, rule.orthogonal_iterations)
         return found if root is None else found * groups.apart(root)
 
     def term_of(own: Array) -> Array:
         """The groups' terms, `[..., groups, in, units]`, of their senders."""
         rows = groups.apart(x)
-        term = ops.matmul(ops.swapaxes(connection.rounded(rows), -1, -2), connection.rounded(own))
+        term = matmul(ops.swapaxes(connection.rounded(rows), -1, -2), connection.rounded(own))
         if ones is None:
             return term
         bias = ops.expand_dims(ones, -3) * ops.sum(own, axis=-2, keepdims=True)
@@ -131,7 +132,7 @@ def settle(
             rows = rows * groups.apart(root)
         elif not groups.full:  # the bias of rows that fill up a group counts as nothing
             rows = rows * groups.present(context.dtype)
-        gram = ops.matmul(ops.swapaxes(rows, -1, -2), rows)
+        gram = matmul(ops.swapaxes(rows, -1, -2), rows)
         term = term_of(groups.apart(senders))
         return terms.whitened(gram, term, context.damping(gram), context.examples_of(groups, connection))
 
@@ -171,7 +172,7 @@ def _inner(groups: terms.Groups, x: Array, ones: Array | None, root: Array | Non
     """The Gram matrices of the rows of each group, with bias and weights:
     `[..., c, groups, size, size]`."""
     x = groups.apart(x)
-    inner = ops.matmul(x, ops.swapaxes(x, -1, -2))
+    inner = matmul(x, ops.swapaxes(x, -1, -2))
     if ones is not None:
         bias = ops.expand_dims(ones, -3)
         if not groups.full and root is None:

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from keras_blur.backend import solve_positive
+from keras_blur.core.derivatives import matmul
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -225,12 +226,12 @@ def orthogonal(term: Float[Array, "*blocks in units"], iterations: int) -> Float
     (x,), _ = _scaled([x], (-2, -1))
     x = x * ops.rsqrt(_energy([x], (-2, -1)))
     if 2 * min(rows, columns) <= max(rows, columns):  # all iterates on the small side
-        gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
-        x = ops.matmul(x, _polynomial(gram, iterations))
+        gram = matmul(ops.swapaxes(x, -1, -2), x)
+        x = matmul(x, _polynomial(gram, iterations))
     else:
         for done in range(iterations):
-            gram = ops.matmul(ops.swapaxes(x, -1, -2), x)
-            x = ops.matmul(x, _factor(gram, first=not done))
+            gram = matmul(ops.swapaxes(x, -1, -2), x)
+            x = matmul(x, _factor(gram, first=not done))
     return ops.swapaxes(x, -1, -2) if rows < columns else x
 
 
@@ -248,10 +249,10 @@ def orthogonal_senders(
     """
     (senders,), size = _scaled([senders], (-2, -1))
     (responses,), response = _scaled([responses], (-2, -1))
-    product = ops.matmul(senders, ops.swapaxes(responses, -1, -2))
+    product = matmul(senders, ops.swapaxes(responses, -1, -2))
     energy = _trace(product)
     energy = ops.where(energy <= _TINY, ops.ones_like(energy), energy)
-    return ops.matmul(_polynomial(product / energy, iterations), senders) * ops.sqrt(size / response / energy)
+    return matmul(_polynomial(product / energy, iterations), senders) * ops.sqrt(size / response / energy)
 
 
 def _polynomial(gram: Array, iterations: int) -> Array:
@@ -259,9 +260,9 @@ def _polynomial(gram: Array, iterations: int) -> Array:
     all iterates commute."""
     whole = factor = _factor(gram, first=True)
     for _ in range(iterations - 1):
-        gram = ops.matmul(ops.matmul(factor, gram), factor)
+        gram = matmul(matmul(factor, gram), factor)
         factor = _factor(gram, first=False)
-        whole = ops.matmul(whole, factor)
+        whole = matmul(whole, factor)
     return whole
 
 
@@ -269,7 +270,7 @@ def _factor(gram: Array, *, first: bool) -> Array:
     """The factor by which an iteration multiplies x, from `x^T x`."""
     a, b, c = _FIRST if first else _OTHERS
     factor = a * ops.eye(ops.shape(gram)[-1], dtype=gram.dtype) + b * gram
-    return factor + c * ops.matmul(gram, gram) if c else factor
+    return factor + c * matmul(gram, gram) if c else factor
 
 
 def rows_are_cheaper(rows: Any, inputs: int, units: int, iterations: int, *, whitened: bool) -> Any:

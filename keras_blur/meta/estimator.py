@@ -219,18 +219,17 @@ class InnerLoop:
 
     def _loop(self, body: Any, outer: Outer, state: Any, total: Array) -> tuple[Any, Array]:
         """Carries the state and the trajectory loss through all steps."""
+        step = backend.recomputed(body, stores_costly=True)
 
         def run(count: int, outer: Outer, begin: int | Array, state: Any, total: Array) -> tuple[Any, Array]:
-            return backend.loop(count, lambda number, *carried: body(outer, begin + number, *carried), state, total)
+            return backend.loop(count, lambda number, *carried: step(outer, begin + number, *carried), state, total)
 
         if not self.recompute:
             return run(self.steps, outer, 0, state, total)
         width = max(1, math.isqrt(self.steps))
         whole, rest = divmod(self.steps, width)
         segment = backend.recomputed(functools.partial(run, width))
-        state, total = backend.loop(
-            whole, lambda number, *now: segment(outer, number * width, *now), state, total, stores_costly=False
-        )
+        state, total = backend.loop(whole, lambda number, *now: segment(outer, number * width, *now), state, total)
         return run(rest, outer, whole * width, state, total) if rest else (state, total)
 
 

@@ -11,6 +11,7 @@ from keras import ops
 import keras_blur as kb
 from keras_blur.core import network
 from keras_blur.core.companions import companions
+from keras_blur.core.connections import conv
 from keras_blur.core.connections.conv import ConvConnection, DepthwiseConnection, TransposedConnection, unfold
 from keras_blur.core.connections.dense import DenseConnection
 from keras_blur.core.connections.einsum import einsum_connection
@@ -172,6 +173,14 @@ POPULATIONS = {
     ],
 )
 def test_a_population_is_a_loop_over_members(name, states):
+    check_members(*POPULATIONS[name], states)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX gathers the patches of any number of members")
+@pytest.mark.parametrize("states", RULES)
+@pytest.mark.parametrize("name", ["conv", "conv channels first", "causal", "depthwise"])
+def test_members_whose_patches_are_gathered_are_a_loop_as_well(name, states, monkeypatch):
+    monkeypatch.setattr(conv, "_FEW", 0)
     check_members(*POPULATIONS[name], states)
 
 

@@ -26,9 +26,25 @@ def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple
     return extra, found
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of trees of arrays that stores nothing for its gradient but its arguments."""
-    return jax.checkpoint(function)
+def stored(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(*arrays)`: on JAX `recomputed` itself finds what is costly."""
+    return function(*arrays)
+
+
+def recomputed(function: Callable[..., Any], *, stores_costly: bool = False) -> Callable[..., Any]:
+    """A function of trees of arrays that stores little for its gradient but its arguments.
+
+    With `stores_costly` it stores the results of products and factorisations. The rest is computed
+    again: stored, it would be some forty arrays for a learning step, many of them copies of one
+    another in other shapes, and writing them would take longer than computing them.
+    """
+    if not stores_costly:
+        return jax.checkpoint(function)
+    return jax.checkpoint(function, policy=_is_costly, prevent_cse=False)  # a loop prevents it already
+
+
+def _is_costly(operation: Any, *_: Any, **__: Any) -> bool:
+    return operation.name in ("dot_general", "conv_general_dilated", "cholesky", "triangular_solve")
 
 
 def pullback(function: Callable[[Any], Mapping[str, Array]], arrays: Any) -> tuple[dict[str, Array], Callable[..., Any]]:

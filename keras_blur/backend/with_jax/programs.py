@@ -11,26 +11,18 @@ import jax.numpy as jnp
 Array = Any
 
 
-def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any, stores_costly: bool = True) -> tuple[Any, ...]:
-    """Carries trees of arrays through a fixed number of steps, with a gradient.
-
-    For the gradient it stores what is carried and, with `stores_costly`, the results of costly
-    operations. The others are computed again: stored, they would be some forty arrays a step, many
-    of them copies of one another in other shapes, and writing them would take longer than computing
-    them. Without `stores_costly`, the body decides what it stores.
-    """
+def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
+    """Carries trees of arrays through a fixed number of steps, with a gradient."""
 
     def step(carried: tuple[Any, ...], number: Array) -> tuple[tuple[Any, ...], None]:
         return tuple(body(number, *carried)), None
 
-    if stores_costly:
-        step = jax.checkpoint(step, policy=_is_costly, prevent_cse=False)  # a scan prevents it already
     return jax.lax.scan(step, tuple(carried), jnp.arange(count, dtype=jnp.int32))[0]
 
 
-def _is_costly(operation: Any, *_: Any, **__: Any) -> bool:
-    """Whether the result of an operation is stored for the gradient of a loop."""
-    return operation.name in ("dot_general", "conv_general_dilated", "cholesky", "triangular_solve")
+def by_operation() -> bool:
+    """Always `False`: XLA compiles all programs."""
+    return False
 
 
 def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,40 +137,120 @@ def gradient(function: Callable[[Any], tuple[Array, Any]], arrays: Any) -> tuple
         return extra, tape.gradient(value, arrays, unconnected_gradients="zero")
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of trees of arrays that stores nothing for its gradient but its arguments.
+class _Storage:
+    """The results that a function computes once and its backward pass reads.
+
+    A function stores what is computed in its own graph; the body of a loop inside has another.
+    """
+
+    def __init__(self) -> None:
+        self.results: list[Array] = []
+        self._again: Iterator[Array] | None = None
+        self._graph: Any = None
+
+    @contextlib.contextmanager
+    def used(self, *, again: bool) -> Iterator[None]:
+        """A scope in which `stored` stores results, or `again` reads them in the same order."""
+        if not again:
+            self.results.clear()
+        self._again, self._graph = iter(self.results) if again else None, _graph()
+        before = _STORAGE.set(self)
+        try:
+            yield
+        finally:
+            _STORAGE.reset(before)
+
+    def result(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """As `stored`."""
+        if _graph() is not self._graph:
+            return function(*arrays)
+        if self._again is None:
+            self.results.append(function(*arrays))
+            return self.results[-1]
+        result = next(self._again)
+
+        @tf.custom_gradient
+        def read(*arrays: Array) -> Any:
+            def backward(upstream: Array) -> list[Array]:
+                here = [tf.identity(one) for one in arrays]  # two arguments may be one tensor
+                with tf.GradientTape() as tape:
+                    tape.watch(here)
+                    value = function(*here)  # not executed where its gradient does not read it
+                with _known_orders():
+                    return tape.gradient(value, here, output_gradients=upstream, unconnected_gradients="zero")
+
+            return tf.identity(result), backward
+
+        return read(*arrays)
+
+
+_STORAGE: contextvars.ContextVar[_Storage | None] = contextvars.ContextVar("_STORAGE", default=None)
+
+
+def _graph() -> Any:
+    """The graph that is traced now; `None` outside of one."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def stored(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(*arrays)`, whose value `recomputed(..., stores_costly=True)` stores.
+
+    Args:
+        function: a costly function from floating-point arrays to one array. Like that of
+            `recomputed`, it must not capture arrays that need a gradient.
+        *arrays: its arguments.
+
+    Example:
+
+    >>> stored(tf.matmul, tf.ones((1, 2)), tf.ones((2, 1))).numpy().tolist()
+    [[2.0]]
+    """
+    storage = _STORAGE.get()
+    return function(*arrays) if storage is None else storage.result(function, *arrays)
+
+
+def recomputed(function: Callable[..., Any], *, stores_costly: bool = False) -> Callable[..., Any]:
+    """A function of trees of arrays that stores little for its gradient but its arguments.
 
     The backward pass computes the function again.
 
     Args:
         function: a function from trees of arrays to a tree of arrays. It must not capture arrays
             that need a gradient.
+        stores_costly: whether the results of costly operations are stored, those of `stored`. What
+            remains to be computed again is mostly elementwise. If not, nothing is stored.
     """
 
     def call(*arguments: Any) -> Any:
         given = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(arguments)]
         kept: list[Any] = []  # the tree of results, with all that is not floating-point
+        storage = _Storage() if stores_costly else None
 
         # Only floating-point tensors have a gradient. The others are captured, and left in `kept`,
         # as a cast to a float would round large integers.
-        def run(*floats: Array) -> list[Array]:
-            again = iter(floats)
-            full = [next(again) if leaf.dtype.is_floating else leaf for leaf in given]
-            result = function(*tf.nest.pack_sequence_as(arguments, full))
+        def run(*floats: Array, again: bool = False) -> list[Array]:
+            numbers = iter(floats)
+            full = [next(numbers) if leaf.dtype.is_floating else leaf for leaf in given]
+            with storage.used(again=again) if storage else contextlib.nullcontext():
+                result = function(*tf.nest.pack_sequence_as(arguments, full))
             kept[:] = [result]
             return [leaf for leaf in tf.nest.flatten(result) if leaf.dtype.is_floating]
 
         @tf.custom_gradient
-        def stored(*floats: Array) -> Any:
+        def lean(*floats: Array) -> Any:
             def backward(*upstream: Array) -> list[Array]:
+                # In a loop, arguments are of another graph. A tape sees only what is of this one. Also,
+                # two arguments may be one tensor.
+                here = [tf.identity(one) for one in floats]
                 with tf.GradientTape() as tape:
-                    tape.watch(floats)
-                    results = run(*floats)
-                return tape.gradient(results, floats, output_gradients=upstream, unconnected_gradients="zero")
+                    tape.watch(here)
+                    results = run(*here, again=True)
+                with _known_orders():
+                    return tape.gradient(results, here, output_gradients=upstream, unconnected_gradients="zero")
 
             return run(*floats), backward
 
-        floats = stored(*(leaf for leaf in given if leaf.dtype.is_floating))
+        floats = lean(*(leaf for leaf in given if leaf.dtype.is_floating))
         result, results = kept[0], iter(floats)
         leaves = [next(results) if leaf.dtype.is_floating else leaf for leaf in tf.nest.flatten(result)]
         return tf.nest.pack_sequence_as(result, leaves)

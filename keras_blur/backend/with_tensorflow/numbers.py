@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
+from keras_blur.backend.with_tensorflow.derivatives import stored
 from keras_blur.backend.with_tensorflow.devices import on_platform
 from keras_blur.backend.with_tensorflow.programs import by_xla
 
@@ -68,7 +69,7 @@ def _solve_by_xla(matrix: Array, right: Array) -> Array:
 
 @tf.custom_gradient
 def _solve_in_blocks(matrix: Array, right: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    inverse = _inverse_factor(matrix)
+    inverse = stored(_inverse_factor, matrix)
 
     def solve(right: Array) -> Array:
         return tf.matmul(inverse, tf.matmul(inverse, right), transpose_a=True)

@@ -19,6 +19,12 @@ def by_xla() -> bool:
     return _BY_XLA.get()
 
 
+def by_operation() -> bool:
+    """Whether what is traced now runs operation by operation, each by a kernel of its own: in a
+    plain graph or eagerly, and not as a program of XLA."""
+    return not by_xla() and not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+
+
 @contextlib.contextmanager
 def _tracing(jit_compile: bool) -> Iterator[None]:
     before = _BY_XLA.set(by_xla() or jit_compile)
@@ -28,17 +34,17 @@ def _tracing(jit_compile: bool) -> Iterator[None]:
         _BY_XLA.reset(before)
 
 
-def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any, stores_costly: bool = True) -> tuple[Any, ...]:
+def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
     """Carries trees of arrays through a fixed number of steps, with a gradient.
 
-    It is one loop of the program, whose compile time does not depend on the count.
+    It is one loop of the program, whose compile time does not depend on the count. For the gradient
+    it stores all that the backward pass of the body reads.
 
     Args:
         count: number of steps.
         body: takes the number of the step, an int32 array, and the carried trees. It returns trees
             of the same shapes and dtypes.
         *carried: the trees before the first step.
-        stores_costly: has an effect on JAX alone; TensorFlow stores all that the gradient reads.
 
     Returns:
         The trees after the last step.
@@ -48,7 +54,6 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any, stores
     >>> [float(x) for x in loop(3, lambda number, x: (2.0 * x,), tf.constant(1.0))]
     [8.0]
     """
-    del stores_costly
     _, *after = tf.while_loop(
         lambda number, *_: number < count,
         lambda number, *carried: (number + 1, *body(number, *carried)),

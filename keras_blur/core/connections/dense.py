@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from keras_blur.core.connection import Connection
+from keras_blur.core.derivatives import matmul
 from keras_blur.core.maps import Shape
 from keras_blur.core.patches import thinned
 
@@ -68,8 +69,8 @@ class DenseConnection(Connection):
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         left, right = self.rounded(self.rows(pre)), self.rounded(self.rows(post))
         if _NARROW * self.units <= left.shape[-1]:  # XLA copies what it transposes: better the small one
-            return ops.swapaxes(ops.matmul(ops.swapaxes(right, -1, -2), left), -1, -2)
-        return ops.matmul(ops.swapaxes(left, -1, -2), right)
+            return ops.swapaxes(matmul(ops.swapaxes(right, -1, -2), left), -1, -2)
+        return matmul(ops.swapaxes(left, -1, -2), right)
 
     @property
     def few_rows(self) -> bool:
@@ -91,6 +92,6 @@ def _product(x: Array, kernel: Array) -> Array:
         # product.
         shape = ops.shape(x)
         tall = ops.reshape(x, (*shape[:-3], 1, shape[-3] * shape[-2], shape[-1]))
-        product = ops.matmul(tall, kernel)
+        product = matmul(tall, kernel)
         return ops.reshape(product, (*ops.shape(product)[:-3], shape[-3], shape[-2], kernel.shape[-1]))
-    return ops.matmul(x, kernel)
+    return matmul(x, kernel)

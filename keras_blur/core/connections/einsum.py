@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from keras_blur.core.connection import Connection
+from keras_blur.core.derivatives import einsum
 from keras_blur.core.maps import Shape
 from keras_blur.core.patches import thinned
 from keras_blur.core.states import between
@@ -48,8 +49,7 @@ class EinsumConnection(Connection):
         letters = [*self.inputs[1:], *(letter for letter in self.outputs if letter not in self.inputs)]
         return dict(zip(letters, self.sizes, strict=True))
 
-    @property
-    def gathers(self) -> bool:
+    def gathers(self, members: int) -> bool:
         return True
 
     @property
@@ -166,7 +166,7 @@ class EinsumConnection(Connection):
     def _folded(self, kernel: Array, x: Array) -> Array:
         shape = ops.shape(x)
         flat = ops.reshape(x, (-1, *shape[len(shape) - self.axes :]))
-        y = ops.einsum(f"{self.inputs},{self.weights}->{self.outputs}", flat, kernel)
+        y = einsum(f"{self.inputs},{self.weights}->{self.outputs}", flat, kernel)
         return ops.reshape(y, (*shape[: len(shape) - self.axes], *ops.shape(y)[1:]))
 
     def linear_transpose(self, kernel: Array, y: Array, source: Shape) -> Array:
@@ -177,7 +177,7 @@ class EinsumConnection(Connection):
         shape = ops.shape(y)
         lead = shape[: len(shape) - self.target_axes]
         flat = ops.reshape(y, (-1, *shape[len(lead) :]))
-        x = ops.einsum(f"{self.outputs},{self.weights}->{self.inputs}", flat, kernel[0])
+        x = einsum(f"{self.outputs},{self.weights}->{self.inputs}", flat, kernel[0])
         return ops.reshape(x, (*lead, *source))
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
@@ -185,7 +185,7 @@ class EinsumConnection(Connection):
         if not single:
             return super().outer(pre, post, source)
         x, y = self.rounded(pre)[0], self.rounded(post)[0]
-        return ops.expand_dims(ops.einsum(f"{self.inputs},{self.outputs}->{self.weights}", x, y), 0)
+        return ops.expand_dims(einsum(f"{self.inputs},{self.outputs}->{self.weights}", x, y), 0)
 
 
 def einsum_connection(

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_blur.core import equations
 from keras_blur.core.connection import Connection
-from keras_blur.core.derivatives import transpose
+from keras_blur.core.derivatives import matmul, transpose
 from keras_blur.core.genome import Genome
 from keras_blur.core.maps import Shape
 from keras_blur.core.settling import TermContext
@@ -94,7 +94,7 @@ class EmbeddingConnection(Connection):
         hot = ops.one_hot(numbers, self.entries, dtype=kernel.dtype)  # a population of tables
         shape = ops.shape(hot)
         flat = ops.reshape(hot, (*shape[: len(shape) - self.axes - 2], -1, self.entries))
-        return self.features(ops.matmul(flat, kernel), tuple(x.shape[len(x.shape) - self.axes :]))
+        return self.features(matmul(flat, kernel), tuple(x.shape[len(x.shape) - self.axes :]))
 
     def linear(self, kernel: Array, x: Array) -> Array:
         return self.product(self.rounded(kernel), x)

@@ -1,0 +1,108 @@
+"""What an unrolled step stores for its gradient: the gradient is that of the plain function, and on
+TensorFlow a loop stores its state and the results of products, no more."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_blur import backend
+from keras_blur.core.derivatives import einsum, matmul, stored, tanh
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return {"keep": rng.random((3, 3)), "x": rng.normal(size=(3, 3)), "w": 0.5 * rng.normal(size=(3, 3))}
+
+
+def squared(keep, x, w):
+    """One tensor twice in a product, and a product that is the first to read an argument."""
+    product = matmul(w, x)
+    return tanh(matmul(product, product)) + keep * w
+
+
+def solved(keep, x, w):
+    """Results that have no gradient beside those that have, and a factorisation."""
+    positive = matmul(w, ops.transpose(w)) + ops.eye(3, dtype="float64")
+    return keep * w + 0.1 * backend.solve_positive(positive, einsum("ij,jk->ik", x, w))
+
+
+def differentiated(keep, x, w):
+    """Products inside of a function whose transposed Jacobian is taken."""
+    value, pull = backend.vjp(lambda x: stored(lambda a, b: tanh(ops.matmul(a, b)), x, w), x)
+    return keep * w + 0.1 * matmul(pull(value)[0], w)
+
+
+def looped(keep, x, w):
+    """A loop inside of the step, whose products belong to another program."""
+    return keep * w + backend.loop(2, lambda number, v: (tanh(matmul(v, x)),), w)[0]
+
+
+STEPS = [squared, solved, differentiated, looped]
+
+
+def gradients(step, options, jit_compile, times=3):
+    """The gradient of a loss of three steps in a loop, by `recomputed` with these options."""
+
+    def body(outer, number, w):
+        return (step(outer["keep"], outer["x"], w),)
+
+    body = body if options is None else backend.recomputed(body, **options)
+
+    def function(given):
+        def loss(given):
+            outer = {name: given[name] for name in ("keep", "x")}
+            (w,) = backend.loop(times, lambda number, w: body(outer, number, w), given["w"])
+            return ops.sum(w * w), ()
+
+        return backend.gradient(loss, given)[1]
+
+    found = backend.compiled(function, jit_compile=jit_compile)(backend.tree_map(ops.convert_to_tensor, arrays()))
+    return {name: ops.convert_to_numpy(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("options", [{"stores_costly": True}, {}], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("step", STEPS)
+def test_the_gradient_is_that_of_the_plain_function(step, options, jit_compile):
+    wanted = gradients(step, None, jit_compile)
+    found = gradients(step, options, jit_compile)
+    for name, value in wanted.items():
+        assert np.abs(value).max() > 1e-3
+        np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_the_same_array_twice_has_the_sum_of_both_gradients():
+    step = backend.recomputed(lambda a, b: ops.sum(a * a * b), stores_costly=True)
+    _, found = backend.gradient(lambda x: (step(x, x), ()), ops.convert_to_tensor(2.0))
+    assert float(found) == 12.0  # of x^3 at 2
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX is measured by its program's memory")
+def test_a_loop_on_tensorflow_stores_its_state_and_products_only():
+    import tensorflow as tf
+
+    def lists(options):
+        """How many arrays each step of the loop adds to a list for the gradient."""
+
+        def body(w, x):
+            return tanh(ops.sin(matmul(w, ops.exp(x)))) * ops.cos(matmul(x, tanh(w))), x
+
+        body = body if options is None else backend.recomputed(body, **options)
+
+        @tf.function(autograph=False)
+        def program(w, x):
+            with tf.GradientTape() as tape:
+                tape.watch(w)
+                loss = tf.reduce_sum(backend.loop(4, lambda _, *now: body(*now), w, x)[0])
+            return tape.gradient(loss, w)
+
+        graph = program.get_concrete_function(*(tf.TensorSpec((3, 3), tf.float64),) * 2).graph
+        loops = [one for one in graph.get_operations() if one.type in ("While", "StatelessWhile")]
+        return sum(output.dtype == tf.variant for output in loops[0].outputs)
+
+    assert lists({"stores_costly": True}) == 4  # w, x and two products
+    assert lists({}) == 2
+    assert lists(None) > 4
