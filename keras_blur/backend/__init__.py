@@ -5,18 +5,18 @@ implementations have the same functions:
 
 - `value_of`, `numbers_of`: a Keras variable as an array of a program, and of numpy;
 - `leaves`, `pack`, `tree_map`: trees of arrays, including registered classes;
-- `compiled`: a function of trees, compiled once for each combination of shapes; `by_operation`:
-  whether what is traced runs operation by operation; `loop`: steps as
+- `compiled`: a function of trees, compiled once for each combination of shapes; `loop`: steps as
   one loop of a program; `one_by_one`: a function applied at each place of an axis, also as one
-  loop; `recomputed`: a function that stores little for its gradient; `stored`: a value that it may
-  store;
+  loop; `recomputed`: a function that stores little for its gradient; `stored`: a value that is
+  costly to compute again, which it can store;
 - `gradient`: the gradient of a function of a tree; `vjp`, `jvp`: the transposed Jacobian and the
   Jacobian of a function at a point; `pullback`: the transposed Jacobian of some results with
   respect to some arguments;
 - `gradient_for_keras`, `dense`: gradients as Keras's optimizers get them, and as arrays;
   `apply_gradients`: an optimizer's step;
 - `branch`: one of several functions, chosen when a program runs; `on_platform`: one of two equal
-  functions, chosen by the device that is to run it;
+  functions, chosen by the device that is to run it; `by_operation`: whether what is traced runs
+  operation by operation, not as a program of XLA;
 - `tanh`, `mean`: in float64 as well. On JAX several functions of `keras.ops` round float64 to
   float32, whether or not JAX has 64 bits enabled: `mean`, `var`, `average`, `norm`, `tanh`, `sin`
   and all others whose type comes from Keras's `result_type`, which knows 64 bits on TensorFlow
@@ -58,7 +58,6 @@ value_of = _trees.value_of
 
 _programs = _part("programs")
 branch = _programs.branch
-by_operation = _programs.by_operation
 compiled = _programs.compiled
 loop = _programs.loop
 one_by_one = _programs.one_by_one
@@ -84,6 +83,7 @@ tanh = _numbers.tanh
 upper_product = _numbers.upper_product
 
 _devices = _part("devices")
+by_operation = _devices.by_operation
 on_devices = _devices.on_devices
 on_platform = _devices.on_platform
 replica = _devices.replica

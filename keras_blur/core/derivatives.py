@@ -4,8 +4,8 @@ A kind of connection defines one bilinear map. Its transpose and its outer produ
 so each backend uses its own kernels for them: the transpose of a convolution is the backend's, not
 one of ours.
 
-`matmul` and `einsum` are costly. An unrolled step stores their results for its gradient and computes
-the rest of the step again.
+`matmul` and `einsum` are costly. An unrolled step stores their results for its gradient and
+computes the rest of the step again.
 
 `tanh` and `mean` are here because those of `keras.ops` round float64 to float32 on JAX.
 """

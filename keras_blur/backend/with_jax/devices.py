@@ -46,6 +46,11 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
     return jax.lax.platform_dependent(arrays, cpu=cpu, default=other)
 
 
+def by_operation() -> bool:
+    """Always `False`: XLA compiles all programs."""
+    return False
+
+
 def replicas() -> int:
     """Always 1: a batch on several devices is one array."""
     return 1

@@ -20,11 +20,6 @@ def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tup
     return jax.lax.scan(step, tuple(carried), jnp.arange(count, dtype=jnp.int32))[0]
 
 
-def by_operation() -> bool:
-    """Always `False`: XLA compiles all programs."""
-    return False
-
-
 def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Callable[..., Any]:
     """Compiles a function of trees of arrays; there are no programs on JAX that XLA does not
     compile."""

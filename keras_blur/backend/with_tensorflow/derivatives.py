@@ -239,8 +239,8 @@ def recomputed(function: Callable[..., Any], *, stores_costly: bool = False) -> 
         @tf.custom_gradient
         def lean(*floats: Array) -> Any:
             def backward(*upstream: Array) -> list[Array]:
-                # In a loop, arguments are of another graph. A tape sees only what is of this one. Also,
-                # two arguments may be one tensor.
+                # In a loop, arguments are tensors of another graph, whose first use inside of an
+                # operation with a gradient of its own is not recorded. Two may also be one tensor.
                 here = [tf.identity(one) for one in floats]
                 with tf.GradientTape() as tape:
                     tape.watch(here)

@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_blur.backend.with_tensorflow.programs import by_xla
+
 Array = Any
 
 
@@ -46,6 +48,12 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
     """
     elsewhere = tf.config.list_logical_devices("GPU") or isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
     return (other if elsewhere else cpu)(arrays)
+
+
+def by_operation() -> bool:
+    """Whether what is traced now runs operation by operation, each by a kernel of its own: in a
+    plain graph or eagerly, and not as a program of XLA."""
+    return not by_xla() and not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
 def replicas() -> int:

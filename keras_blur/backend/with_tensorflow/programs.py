@@ -19,12 +19,6 @@ def by_xla() -> bool:
     return _BY_XLA.get()
 
 
-def by_operation() -> bool:
-    """Whether what is traced now runs operation by operation, each by a kernel of its own: in a
-    plain graph or eagerly, and not as a program of XLA."""
-    return not by_xla() and not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
-
-
 @contextlib.contextmanager
 def _tracing(jit_compile: bool) -> Iterator[None]:
     before = _BY_XLA.set(by_xla() or jit_compile)
