@@ -6,9 +6,8 @@ position of the output is a row of the batch. Weight sharing is a sum over rows.
 Patches take as many times the memory of the input as a kernel has positions. A single genome
 therefore uses the backend's convolution, its transpose and its kernel gradient. In a population
 each member has its own kernel, so patches and one batched matrix product are used. Where a program
-runs operation by operation, a few members convolve in turn instead: TensorFlow's own kernels take a
-fifth of the time there, while XLA's take three times as long as the patches on a CPU. All give the
-same numbers.
+runs operation by operation, a few members convolve in turn instead: TensorFlow's kernels are faster
+than the patches, those of XLA slower on a CPU. All give the same numbers.
 
 Internally arrays have channels last. Those of `channels_first` are transposed on the way in and
 out.
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 Array = Any
 
-_FEW = 32  # members whose convolutions a program may hold one by one
+_FEW = 16  # members whose convolutions a program may hold one by one
 
 
 @dataclasses.dataclass(frozen=True)
