@@ -48,7 +48,7 @@ def assert_descends(twin, x, y, *, loss="mean_squared_error", steps=3, tolerance
         **options: of `compile` and `train_on_batch`.
 
     Returns:
-        The model that learned by the genome.
+        The model that learned with the genome.
     """
     weight = options.pop("sample_weight", None)
     model = kb.convert(twin, kb.genomes.backprop(RATE))

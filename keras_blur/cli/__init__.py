@@ -20,18 +20,18 @@ from keras_blur.cli.flags import Flags
 
 GROUPS = {
     "Train a network": {
-        "fit": "train a network on images by a genome, next to Keras SGD",
+        "fit": "train a network on images with a genome, and with tuned Keras optimizers",
         "reweight": "train on partly wrong labels, with example weights learned from a few correct labels",
     },
     "Learn a genome": {
-        "meta-train": "meta-learn a genome on images or toy tasks",
+        "meta-train": "meta-learn a genome or another learner",
     },
     "Score a genome": {
         "evaluate": "score a genome over seeds and steps",
         "compare": "compare a genome with tuned optimizers, on images or toy tasks",
     },
     "Look and check": {
-        "zoo": "list the trained genomes of the package and their cards",
+        "zoo": "list the ready-made genomes of the package and their cards",
         "conformance": "replay published numbers and report the differences",
     },
 }
@@ -121,7 +121,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so the flush at exit no longer fails
         return 0
     except MemoryError:
-        return _mistake(program, "there is not enough memory; a smaller batch or network needs less")
+        return _mistake(program, "out of memory; use a smaller batch or network")
     except (ValueError, ImportError, OSError) as error:
         return _mistake(program, _sentence(error))
     except KeyboardInterrupt:
@@ -129,7 +129,7 @@ def call(command: Any, program: str, purpose: str, arguments: Sequence[str]) -> 
     except Exception as error:
         if not _exhausted(error):
             raise
-        return _mistake(program, f"there is not enough memory; a smaller batch or network needs less ({_sentence(error)})")
+        return _mistake(program, f"out of memory; use a smaller batch or network ({_sentence(error)})")
 
 
 def _exhausted(error: Exception) -> bool:

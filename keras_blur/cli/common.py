@@ -80,7 +80,7 @@ def define_scoring_flags(flags: Flags, hidden_when: Sequence[When] = ()) -> None
         [with_any("size", "functions")],
     )
     flags.group("Learning")
-    flags.string("genome", None, "Name or file of a genome; required.")
+    flags.string("genome", None, "'backprop', a name that keras-blur zoo lists, or a file; required.")
     flags.words("hidden", ["64", "64"], "Units of the hidden layers.", hidden_when)
     flags.integer("steps", 100, "Learning steps.", least=1)
     flags.words("score_at", [], "Steps that are scored, besides 0 and --steps; by default 1, 2, 5, 10, ..., 1000.")

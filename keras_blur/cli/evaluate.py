@@ -65,7 +65,7 @@ def _check_decisions(names: Sequence[str]) -> None:
         raise ValueError(f"--decisions draws each function once. Received: --functions={','.join(names)}")
     other = [name for name in names if (of := functions(name)).kind != "classes" or of.features != 2]
     if other:
-        raise ValueError(f"--decisions draws functions of classes on the plane. Received: {', '.join(other)}")
+        raise ValueError(f"--decisions draws 2-D functions of classes. Received: {', '.join(other)}")
 
 
 def _draw(flag: Mapping[str, Any], at: Sequence[int]) -> None:

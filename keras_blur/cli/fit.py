@@ -1,4 +1,4 @@
-"""`keras-blur fit`: trains a network on images by a genome, next to tuned Keras optimizers."""
+"""`keras-blur fit`: trains a network on images with a genome, and with tuned Keras optimizers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def define_flags(flags: Flags) -> None:
     flags.group("Data")
     define_data_flags(flags)
     flags.group("Learning")
-    flags.string("genome", "fast", "Name or file of a genome.")
+    flags.string("genome", "fast", "'backprop', a name that keras-blur zoo lists, or a file.")
     flags.words("optimizers", ["SGD", "Adam"], "Keras optimizers to train as well; empty for none.")
     flags.choice("network", "mlp", NETWORKS, "Dense layers, or LeNet: two convolutions and three dense layers.")
     flags.words("hidden", ["256", "128"], "Units of the hidden layers.", when=[_HIDDEN])
@@ -72,7 +72,7 @@ def define_flags(flags: Flags) -> None:
 def build_pair(
     images: Images, genome: Genome, hidden: Sequence[int], network: str = "mlp"
 ) -> tuple[Sequential, keras.Sequential]:
-    """A network that learns by the genome, and a Keras twin with the same initial weights."""
+    """A network that learns with the genome, and a Keras twin with the same initial weights."""
 
     def chain(kind: Any, inner: Any) -> list[Any]:
         shape = images.x_train.shape[1:]

@@ -316,7 +316,7 @@ class Flags:
             check_output(shown, path, output.endings, overwrite=flag["overwrite"] or resuming or output.resumed)
             place = path if is_remote(path) else os.path.realpath(path)
             if place in places and (is_remote(path) or os.path.isfile(place) or not os.path.exists(place)):
-                raise ValueError(f"{shown} must be another file than {places[place]}. Received: {shown}={path}")
+                raise ValueError(f"{shown} must be a different file from {places[place]}. Received: {shown}={path}")
             places[place] = shown
 
     def outputs(self) -> list[Output]:

@@ -124,7 +124,7 @@ def define_flags(flags: Flags) -> None:
     flags.switch("relabel", True, "Whether to permute the classes in each episode.", [without("synthetic", "ways")])
     flags.words("augment", [], f"Augmentations of an episode's labels: {', '.join(AUGMENTATIONS)}.")
     flags.group("Learner")
-    flags.choice("method", "blur", METHODS, "The learner; blur learns by a genome.")
+    flags.choice("method", "blur", METHODS, "The learner; blur learns with a genome.")
     flags.words(
         "network",
         ["mlp"],
@@ -138,7 +138,7 @@ def define_flags(flags: Flags) -> None:
         [unless_value("method", "online"), _DENSE],
     )
     flags.integer("states", None, "States of a neuron; by default those of --start, else 2.", least=2, when=_BLUR)
-    flags.words("rule", [], "Further options of the rule, such as oja=weights,update_decay=power.", _BLUR)
+    flags.words("rule", [], "Options that change the rule, such as oja=weights,update_decay=power.", _BLUR)
     flags.number(
         "inner_learning_rate", 0.1, "Learning rate of the inner SGD.", least=0.0, when=[with_value("method", "maml", "warp")]
     )
@@ -178,7 +178,7 @@ def define_flags(flags: Flags) -> None:
     flags.number(
         "sigma",
         None,
-        "Standard deviation of perturbations (es, pes) or of the first generation (cma).",
+        "Standard deviation of perturbations (es, pes; by default 0.05) or of the first generation (cma; by default 0.3).",
         when=_takes("sigma"),
     )
     flags.choice(

@@ -75,7 +75,7 @@ def run(flag: Mapping[str, Any], positional: Sequence[str]) -> int:
     images = load_images(flag["data"], flag["data_dir"])
     x, x_test = (np.reshape(part, (len(part), -1)) / np.float32(images.scale) for part in (images.x_train, images.x_test))
     if not flag["clean"] + flag["batch_size"] <= len(x):
-        raise ValueError(f"--clean must leave a batch of the {len(x)} training images. Received: {flag['clean']}")
+        raise ValueError(f"--clean must leave at least one batch of the {len(x)} training images. Received: {flag['clean']}")
     order = np.random.default_rng(flag["seed"]).permutation(len(x))
     clean, rest = order[: flag["clean"]], order[flag["clean"] :]
     truth = images.y_train[rest]

@@ -1,4 +1,4 @@
-"""`keras-blur zoo`: lists the trained genomes of the package, and exports them."""
+"""`keras-blur zoo`: lists the ready-made genomes of the package, and exports them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from keras_blur.learners.networks import Network, NetworkPlan, dense_plan, known
 
 
 class Blur(MetaLearner):
-    """A network that learns by a genome. The genome is its outer parameters.
+    """A network that learns with a genome. The genome is its outer parameters.
 
     Args:
         network: units of the hidden layers of a dense network; or a function from the shape of an
@@ -246,7 +246,7 @@ def check_genome(genome: Genome, hidden: Sequence[int] | None, axes: int = 0) ->
         hidden: units of the hidden layers; `None` for a network that is not a dense one.
         axes: 0 or 1.
     """
-    kind = f"`genome` must be a single one{' or on one population axis' * axes}"
+    kind = f"`genome` must be a single genome{' or a population on one axis' * axes}"
     if len(genome.population) > axes:
         raise ValueError(f"{kind}. Received: {genome!r}")
     if hidden is not None and genome.rule.layers not in (None, len(hidden) + 1):

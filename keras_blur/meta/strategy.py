@@ -199,7 +199,7 @@ class Descent(Strategy):
                     "each member."
                 )
         if start_optimizer is not None and plain(start_optimizer) is plain(optimizer):
-            raise ValueError("`start_optimizer` must be another object than `optimizer`. Received: the same one twice.")
+            raise ValueError("`start_optimizer` must be a different object from `optimizer`. Received: the same one twice.")
         starts = [name for name in self.outer if name.startswith("start_")]
         if start_optimizer is not None and not starts:
             raise ValueError("`start_optimizer` must be None: the learner's start is not learned.")

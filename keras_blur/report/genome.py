@@ -86,7 +86,7 @@ def draw_genome(genome: Genome, path: str | os.PathLike[str], title: str = "Geno
     check_output("path", path, style.ENDINGS)
     rule = genome.rule
     if genome.population:
-        raise ValueError(f"`genome` must be a single one: draw each member by itself. Received: {genome!r}")
+        raise ValueError(f"`genome` must be a single genome: draw each member by itself. Received: {genome!r}")
     layers = [genome] if rule.layers is None else [genome.layer(index) for index in range(rule.layer_count)]
     lines = [list(_MATRICES)]
     if rule.separate_forward_synapse:

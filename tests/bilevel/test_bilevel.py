@@ -641,7 +641,7 @@ X, Y = np.zeros((8, 2), "float32"), np.zeros(8, int)
         (lambda: bilevel.BilevelTrainer(None, bilevel.SampleWeightNet()), "`model` must be a built Keras model"),
         (
             lambda: bilevel.BilevelTrainer(convert(network(), genomes.load("fast")), bilevel.SampleWeightNet()),
-            "`model` must be a Keras model that an optimizer trains.*learn by a genome",
+            "`model` must be a Keras model that an optimizer trains.*learn with a genome",
         ),
         (lambda: trainer(first="last"), "`first` must be one of 'meta', 'model'"),
         (lambda: trainer(meta.Unroll(3)), "`estimator` must be one of OneStep"),

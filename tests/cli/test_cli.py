@@ -118,7 +118,7 @@ def test_reweight_learns_which_labels_are_wrong(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["reweight", "--clean=1437"], "--clean must leave a batch"),
+        (["reweight", "--clean=1437"], "--clean must leave at least one batch"),
         (["reweight", "--save=x.h5"], "--save must end with .keras"),
         (["reweight", "--noise=1.5"], "noise"),
         (["fit", "--hidden=a,b"], "--hidden must be positive whole numbers"),
@@ -358,7 +358,7 @@ def test_a_lack_of_memory_is_one_sentence_and_a_fault_of_a_program_is_none(capsy
     monkeypatch.setattr(modules()["zoo"], "run", fail)
     raised = lack_of_memory("Out of memory on the device.")
     text = mistake(capsys, "zoo")
-    assert "there is not enough memory; a smaller batch or network needs less" in text
+    assert "out of memory; use a smaller batch or network" in text
     assert "Out of memory on the device." in text
     raised = RuntimeError("a fault")
     with pytest.raises(RuntimeError, match="a fault"):
@@ -473,9 +473,9 @@ def test_matplotlib_is_needed_before_any_work(tmp_path, monkeypatch, capsys):
     ("asked", "said"),
     [
         ("--functions=xor,xor --decisions=d.png", "--decisions draws each function once. Received: --functions=xor,xor"),
-        ("--functions=xor,sine --decisions=d.png", "--decisions draws functions of classes on the plane. Received: sine"),
-        ("--functions=xor --decisions=d.png --genome=two.json", "`genome` must be a single one"),
-        ("--synapses=d.png --genome=two.json", "`genome` must be a single one"),
+        ("--functions=xor,sine --decisions=d.png", "--decisions draws 2-D functions of classes. Received: sine"),
+        ("--functions=xor --decisions=d.png --genome=two.json", "`genome` must be a single genome"),
+        ("--synapses=d.png --genome=two.json", "`genome` must be a single genome"),
     ],
 )
 def test_what_cannot_be_drawn_is_known_before_the_evaluation(tmp_path, monkeypatch, capsys, asked, said):
@@ -513,7 +513,7 @@ def test_two_outputs_on_one_path(tmp_path, monkeypatch, capsys):
     (tmp_path / "link").symlink_to(tmp_path)
     for other in ("x.png", "./x.png", "link/x.png"):
         asked = ["--genome=functions", "--functions=xor", "--plot=x.png", f"--decisions={other}"]
-        assert "--decisions must be another file than --plot" in mistake(capsys, "evaluate", *asked)
+        assert "--decisions must be a different file from --plot" in mistake(capsys, "evaluate", *asked)
 
 
 def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):

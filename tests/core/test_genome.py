@@ -263,7 +263,7 @@ def test_members_and_populations(layers):
     with pytest.raises(ValueError, match="one population axis"):
         Genome.random(rule, 0, population=(2, 2)).by_member()
     for wrong in ([], [singles[0], Genome.random(rule.replace(states=3), 0)]):
-        with pytest.raises(ValueError, match="`genomes` must be one or more of one rule"):
+        with pytest.raises(ValueError, match="`genomes` must be one or more genomes of the same rule"):
             Genome.stack(wrong)
 
 

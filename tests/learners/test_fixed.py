@@ -1,4 +1,4 @@
-"""Learning by a genome of which meta-training changes some arrays only."""
+"""Learning with a genome of which meta-training changes some arrays only."""
 
 import keras
 import numpy as np

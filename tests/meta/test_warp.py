@@ -341,7 +341,7 @@ def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
         (lambda: learners.Warp(keras.Sequential(), [], keras.optimizers.SGD(0.1)), "must be a Keras model that is built"),
         (
             lambda: learners.Warp(convert(plane(), genomes.load("fast")), [], keras.optimizers.SGD(0.1)),
-            "`model` must be a Keras model that an optimizer trains.*learn by a genome",
+            "`model` must be a Keras model that an optimizer trains.*learn with a genome",
         ),
         (lambda: learners.Warp(plane(), [x.name for x in plane().layers], keras.optimizers.SGD(0.1)), "`warp` must"),
         (lambda: warp().draw(0, 1, 7, OUTPUTS), "must map 7 features to"),

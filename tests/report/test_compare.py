@@ -426,7 +426,7 @@ def test_numbers_out_of_range():
     for grids in ({}, {"SGD": (0.1, 0.1)}, {"Adagard": (0.1,)}):
         with pytest.raises(ValueError, match="`grids` must give different rates"):
             compare(genome, few(), (8,), steps=1, seeds=2, grids=grids)
-    with pytest.raises(ValueError, match="`genome` must be a single one"):
+    with pytest.raises(ValueError, match="`genome` must be a single genome"):
         compare(Genome.random(RULE, 0, population=(2,)), few(), (8,), steps=1, seeds=2)
     with pytest.raises(ValueError, match="`tuning_seeds` must be from 1 to 2"):
         compare(genome, few(), (8,), steps=1, seeds=2, tuning_seeds=3)
@@ -437,7 +437,7 @@ def test_numbers_out_of_range():
         compare(genome, few(), (8,), steps=1, seeds=2, schedules=["cosine"])
     with pytest.raises(ValueError, match="`schedules` must be some of constant, linear, each once"):
         compare(genome, few(), (8,), steps=1, seeds=2, schedules=["constant", "constant"])
-    with pytest.raises(ValueError, match="`genome` must be a single one or on one population axis, for 2 layers"):
+    with pytest.raises(ValueError, match="`genome` must be a single genome or a population on one axis, for 2 layers"):
         evaluate(Genome.random(RULE.replace(layers=3), 0), few(), (8,), steps=1, seeds=2)
 
 

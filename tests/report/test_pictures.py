@@ -129,7 +129,7 @@ def test_a_genome_of_zeros_is_drawn(tmp_path):
 
 
 def test_a_population_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`genome` must be a single one"):
+    with pytest.raises(ValueError, match="`genome` must be a single genome"):
         draw_genome(Genome.random(Rule(), seed=0, population=(2,)), tmp_path / "g.png")
     assert not list(tmp_path.iterdir())
 
@@ -223,8 +223,8 @@ def test_mistakes_about_synapses():
     genome, of = Genome.random(Rule(), seed=0), tasks.functions("xor")
     with pytest.raises(ValueError, match=r"`steps` must be at least 1\. Received: steps=0"):
         trace_synapses(genome, of, (4,), steps=0)
-    several = Genome.random(Rule(), 0, population=(2,)), "`genome` must be a single one. Received"
-    for odd, message in (several, (Genome.random(Rule(layers=3), 0), "`genome` must be a single one, for 2 layers")):
+    several = Genome.random(Rule(), 0, population=(2,)), "`genome` must be a single genome. Received"
+    for odd, message in (several, (Genome.random(Rule(layers=3), 0), "`genome` must be a single genome, for 2 layers")):
         with pytest.raises(ValueError, match=message):
             trace_synapses(odd, of, (4,), steps=2)
     with pytest.raises(ValueError, match="keep_neurons=False"):
@@ -363,7 +363,7 @@ def test_steps_increase(steps):
 def test_mistakes_about_decisions():
     genome, xor = Genome.random(Rule(), seed=0), tasks.functions("xor")
     for odd in (tasks.functions("sine"), tasks.images(), [xor, "circle"]):
-        with pytest.raises(ValueError, match="`tasks` must be tasks of classes on the plane"):
+        with pytest.raises(ValueError, match="`tasks` must be 2-D tasks of classes"):
             trace_decisions(genome, odd)
     for odd in ([], [xor, tasks.functions(["circle", "xor"])]):
         with pytest.raises(ValueError, match="`tasks` must be one or more different functions"):
@@ -377,7 +377,7 @@ def test_mistakes_about_decisions():
     for name in ("resolution", "batch_size", "query"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least"):
             trace_decisions(genome, xor, **{name: 0})
-    with pytest.raises(ValueError, match="`genome` must be a single one, for 2 layers"):
+    with pytest.raises(ValueError, match="`genome` must be a single genome, for 2 layers"):
         trace_decisions(Genome.random(Rule(layers=3), 0), xor)
 
 
