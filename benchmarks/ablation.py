@@ -95,7 +95,7 @@ def variants(genome: Genome) -> dict[str, tuple[Genome, tuple[float, ...]]]:
 
 
 class Learner:
-    """A network that learns by a genome, from the beginning for each seed."""
+    """A network that learns with a genome, from the beginning for each seed."""
 
     def __init__(self, source: Source, genome: Genome):
         _, build = builder([int(units) for units in _HIDDEN.value] if _NETWORK.value == "mlp" else _NETWORK.value)

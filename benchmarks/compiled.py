@@ -279,7 +279,7 @@ def meta_step(
         options: of the rule.
         of: the tasks.
         optimizer: of the outer parameters.
-        learner: another than by a genome, which is then not given.
+        learner: another than one with a genome, which is then not given.
         **more: for `MetaTrainer`.
     """
     rule = learned(options)

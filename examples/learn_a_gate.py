@@ -44,10 +44,10 @@ _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 The synapse update gate says how far one step goes; in the genome that is backpropagation it is
 minus the learning rate. Can it be learned in one ordinary training run, from a start that is much
 too small or much too large? EvoGrad perturbs the states of the synapses, lets each candidate take a
-step by the genome, and weighs candidates by their training losses after it: only there does the
+step with the genome, and weighs candidates by their training losses after it: only there does the
 gate come in. The merged states are judged on held-out images.
 
-A step by a genome has no derivative in it. So the derivative of the loss after the step, by the
+A step with a genome has no derivative in it. So the derivative of the loss after the step, by the
 gate, is an ordinary first derivative: there is no second derivative to avoid. Three arms:
 
 - `EvoGrad`: the gate acts through the weights of the candidates alone;

@@ -106,7 +106,7 @@ feedback path, and a step for each pattern too. It is meta-trained for as many m
 
 
 def blur():
-    """A learner by a genome; with one pattern a batch, activations are normalised over units."""
+    """A learner with a genome; with one pattern a batch, activations are normalised over units."""
     rule = Rule(
         last_activation="linear", normalize_activations="both", normalization_axis="units", normalize_synapses="stored",
         batch_reduction="mean",

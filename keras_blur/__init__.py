@@ -1,4 +1,4 @@
-"""Networks that learn without gradients, by a genome: BLUR for Keras.
+"""Networks that learn without gradients, with a genome: BLUR for Keras.
 
 >>> import keras_blur as kb
 >>> kb.genomes.backprop().rule.states

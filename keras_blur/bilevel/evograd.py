@@ -57,6 +57,10 @@ class EvoGrad(HypergradientEstimator):
         scope: layers whose weights are perturbed, by path (such as `"block/dense"`) or unambiguous
             name; `None` for all.
 
+    Raises:
+        ValueError: if an argument is invalid; from the trainer, if the model lacks a layer of
+            `scope`.
+
     Example:
 
     >>> EvoGrad(population=10, sigma=1.0, temperature=0.5, noise="normal").population

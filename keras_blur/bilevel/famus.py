@@ -55,6 +55,9 @@ class GradientSampler:
         distance_weight: weight of the distance between pooled gradients of the last layer.
         learning_rate, momentum: parameters of the sampler's SGD.
 
+    Raises:
+        ValueError: if an argument is out of range.
+
     Example:
 
     >>> GradientSampler(target=2).hidden
@@ -88,7 +91,8 @@ class LayerwiseMetaGradient(VirtualStep):
             the candidates.
         sampler: chooses among the layers in each step; `None` uses all. The last layer always takes
             part. There must be at least as many layers as its `target`.
-        rate: as in `VirtualStep`.
+        rate: learning rate of the virtual step; `None` uses the current one of the model's
+            optimizer.
 
     Raises:
         ValueError: if an argument is invalid; from the trainer, if the model lacks a layer or has

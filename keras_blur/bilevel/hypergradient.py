@@ -209,7 +209,14 @@ class LookAhead:
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(VirtualStep):
-    """The exact gradient through one virtual SGD step. Arguments as in `VirtualStep`.
+    """The exact gradient through one virtual SGD step.
+
+    Args:
+        rate: learning rate of the virtual step; `None` uses the current one of the model's
+            optimizer.
+
+    Raises:
+        ValueError: if `rate` is not positive.
 
     Example:
 
@@ -234,10 +241,14 @@ class FiniteDifference(VirtualStep):
     (`held`) at the weights in between.
 
     Args:
-        rate: as in `VirtualStep`.
+        rate: learning rate of the virtual step; `None` uses the current one of the model's
+            optimizer.
         width: distance between the two points in weight space, divided by the square root of the
             number of weights. The error is quadratic in the width. In float32, much smaller widths
             suffer from rounding.
+
+    Raises:
+        ValueError: if `rate` or `width` is not positive.
 
     Example:
 

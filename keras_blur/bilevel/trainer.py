@@ -66,7 +66,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         meta_model: a `TrainingLoss`, such as `SampleWeightNet`, `LearnedRotation` or
             `Hyperparameters`, or a list of Keras variables used by `training_loss`.
         estimator: estimator of the outer gradient: `OneStep`, `FiniteDifference`, `EvoGrad` or
-            `LayerwiseMetaGradient`.
+            `LayerwiseMetaGradient`. `None` is `OneStep()`.
         training_loss: a function of `(model, x, y, losses)` as in `TrainingLoss.training_loss`, if
             `meta_model` is a list of variables. It may not draw random numbers or change variables
             outside `model`; for that, write a `TrainingLoss`.
@@ -168,7 +168,7 @@ class BilevelTrainer(CheckedModel, OuterLoop):
         """Configures training.
 
         Args:
-            optimizer: any Keras optimizer, for the model.
+            optimizer: any Keras optimizer, for the model; RMSprop by default.
             meta_optimizer: any Keras optimizer, for the outer parameters; Adam with 1e-3 by
                 default.
             loss: a Keras loss, its name, or a function of labels and predictions. Used per example
@@ -269,6 +269,9 @@ class BilevelTrainer(CheckedModel, OuterLoop):
             validation_freq: number of epochs between validations, or a list of epochs, counted from
                 1.
             checkpoint, callbacks, verbose: as in `MetaTrainer.fit`.
+
+        Returns:
+            Keras's `History`.
 
         Raises:
             ValueError: if data are missing, do not fit the model or the loss, or are fewer than a

@@ -80,7 +80,11 @@ def _holding(hold: Callable[[Array], Array]) -> Iterator[None]:
 
 
 class TrainingLoss(keras.Model):
-    """A training loss whose outer parameters are the trainable weights of this model."""
+    """A training loss whose outer parameters are the trainable weights of this model.
+
+    Args:
+        name: name of the model; `None` for a name by Keras.
+    """
 
     def __init__(self, name: str | None = None):
         super().__init__(name=name)
@@ -122,6 +126,10 @@ class SampleWeightNet(TrainingLoss):
     Args:
         hidden: units of the hidden layer.
         seed: random seed of the hidden layer.
+        name: name of the model; `None` for a name by Keras.
+
+    Raises:
+        ValueError: if `hidden` or `seed` is out of range.
 
     Example:
 
@@ -164,6 +172,10 @@ class LearnedRotation(TrainingLoss):
 
     Args:
         degrees: initial angle, counterclockwise.
+        name: name of the model; `None` for a name by Keras.
+
+    Raises:
+        ValueError: if `degrees` is not a finite number.
 
     Example:
 
@@ -204,6 +216,7 @@ class Hyperparameters(TrainingLoss):
             and 1. Labels are integers or one-hot.
         class_weights: number of classes. The weight of each class is learned. Weights start at 1
             and average 1. Labels have shape (batch,), (batch, 1) or (batch, classes).
+        name: name of the model; `None` for a name by Keras.
 
     Raises:
         ValueError: if no argument is given or one is out of range.

@@ -188,6 +188,9 @@ class Genome:
     def replace(self, **arrays: Any) -> Genome:
         """A copy with some arrays changed.
 
+        Args:
+            **arrays: new arrays by name, of the same shapes.
+
         Raises:
             ValueError: if a name is unknown, or an array has a wrong shape.
 
@@ -201,6 +204,9 @@ class Genome:
     def with_rule(self, rule: Rule) -> Genome:
         """The same numbers under another rule with as many states. Numbers that only the new rule
         has start as in `random`.
+
+        Args:
+            rule: the other rule.
 
         Raises:
             ValueError: if the new rule lacks one of the arrays, or has an additional matrix.
@@ -239,13 +245,24 @@ class Genome:
 
     @classmethod
     def from_members(cls, rule: Rule, arrays: Mapping[str, Any]) -> Genome:
-        """A population of the arrays that `by_member` gives."""
+        """A population of the arrays that `by_member` gives.
+
+        Args:
+            rule: the rule of all members.
+            arrays: arrays by name, with members on the first axis.
+
+        Raises:
+            ValueError: if the arrays do not fit the rule.
+        """
         place = 0 if rule.layers is None else 1
         return cls(rule, {name: np.moveaxis(np.asarray(array), 0, place) for name, array in arrays.items()})
 
     @classmethod
     def stack(cls, genomes: Sequence[Genome]) -> Genome:
         """Joins genomes and populations of one rule into one population, in their order.
+
+        Args:
+            genomes: genomes, or populations on one axis.
 
         Raises:
             ValueError: if there are none, or their rules differ.
@@ -256,12 +273,19 @@ class Genome:
         True
         """
         if not genomes or any(genome.rule != genomes[0].rule for genome in genomes):
-            raise ValueError(f"`genomes` must be one or more of one rule. Received: {list(genomes)!r}")
+            raise ValueError(f"`genomes` must be one or more genomes of the same rule. Received: {list(genomes)!r}")
         rows = [genome.by_member() for genome in genomes]
         return cls.from_members(genomes[0].rule, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
 
     def member(self, number: int) -> Genome:
         """One genome of a population.
+
+        Args:
+            number: its index on the population axis.
+
+        Raises:
+            ValueError: if there is more than one population axis.
+            IndexError: if there is no such member.
 
         Example:
 
@@ -272,6 +296,12 @@ class Genome:
 
     def layer(self, index: int) -> Genome:
         """The genome of one layer: this genome, unless `Rule.layers` gives each layer its own.
+
+        Args:
+            index: index of the layer's genome, from 0.
+
+        Raises:
+            IndexError: if each layer has its own, and there is no such layer.
 
         Example:
 

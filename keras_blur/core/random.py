@@ -30,6 +30,9 @@ _POINT = 28  # bits after the binary point in that table: the sum of two fits in
 def seed_of(number: int | Array) -> Array:
     """Makes a seed, a pair of int32, from a 32-bit integer.
 
+    Args:
+        number: an integer from -2**31 to 2**31 - 1, or an integer tensor.
+
     Raises:
         ValueError: if a number is no integer, or does not fit in 32 bits.
 
@@ -47,6 +50,10 @@ def seed_of(number: int | Array) -> Array:
 def fold_in(seed: Array, *path: int | Array) -> Array:
     """Derives a seed from a seed and numbers such as a step, a member or a purpose.
 
+    Args:
+        seed: a seed.
+        *path: integers, or integer tensors, folded in one after the other.
+
     Example:
 
     >>> tuple(fold_in(seed_of(0), 3, 1).shape)
@@ -59,6 +66,10 @@ def fold_in(seed: Array, *path: int | Array) -> Array:
 
 def bits(seed: Array, shape: tuple[Any, ...]) -> Array:
     """Uniform 32-bit integers, uint32.
+
+    Args:
+        seed: a seed.
+        shape: shape of the array.
 
     Example:
 
@@ -73,6 +84,11 @@ def bits_of_rows(seed: Array, rows: Array, size: int) -> Array:
 
     Philox computes each block of integers from the block's index alone, so a row can start
     anywhere. On JAX, the last row must end before integer 2**32.
+
+    Args:
+        seed: a seed.
+        rows: indices `[rows]` of the rows to draw.
+        size: size of a row.
 
     Example:
 
@@ -192,6 +208,11 @@ def integers(seed: Array, shape: tuple[int, ...], limit: int) -> Array:
 def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
     """Random permutations of `range(size)`, int32: `[*leading, size]`.
 
+    Args:
+        seed: a seed.
+        size: number of elements of a permutation.
+        leading: sizes of the leading axes, along which permutations are independent.
+
     Example:
 
     >>> sorted(ops.convert_to_numpy(permutation(seed_of(0), 4)).tolist())
@@ -203,6 +224,9 @@ def permutation(seed: Array, size: int, leading: tuple[int, ...] = ()) -> Array:
 def order(keys: Array) -> Array:
     """The indices that sort uint32 numbers along the last axis, int32; equal numbers keep their
     order.
+
+    Args:
+        keys: uint32 numbers `[..., n]`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Ready-made genomes: backpropagation, and the trained genomes that the package ships."""
+"""Ready-made genomes: backpropagation, and those that the package ships as files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def backprop(
 
 
 def names() -> list[str]:
-    """Names of the trained genomes in the package."""
+    """Names of the ready-made genomes in the package."""
     folder = resources.files("keras_blur.genomes")
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
@@ -116,11 +116,14 @@ def load(name: str | os.PathLike[str] = "fast") -> Genome:
 
 
 def card(name: str) -> str:
-    """What is known about a trained genome, as Markdown: tasks, rule, cost, scores, limits, and the
-    command that made it.
+    """What is known about a ready-made genome: tasks, rule, cost, scores, limits, and the command
+    that made it.
 
     Args:
         name: one of `names()`.
+
+    Returns:
+        The card, as Markdown text.
 
     Raises:
         ValueError: if there is no such genome in the package.

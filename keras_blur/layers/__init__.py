@@ -1,4 +1,4 @@
-"""Layers whose synapses learn by a genome. Each replaces the Keras layer of the same name."""
+"""Layers whose synapses learn with a genome. Each replaces the Keras layer of the same name."""
 
 from keras_blur.layers.attention import MultiHeadAttention
 from keras_blur.layers.convolution import (

@@ -73,7 +73,7 @@ class _DotProducts(Jacobian):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class MultiHeadAttention(BlurLayer):
-    """Attention that learns by a genome, in place of `keras.layers.MultiHeadAttention`.
+    """Attention that learns with a genome, in place of `keras.layers.MultiHeadAttention`.
 
     Args:
         num_heads: number of heads.

@@ -60,8 +60,7 @@ def check_keywords(kind: str, given: Mapping[str, Any], known: tuple[str, ...]) 
     for name, value in given.items():
         if name not in known:
             raise ValueError(
-                f"`{name}` is not an argument of keras_blur's {kind}, whose learning the genome decides. "
-                f"Received: {name}={value!r}"
+                f"keras_blur's {kind} has no argument `{name}`; the genome decides how it learns. Received: {name}={value!r}"
             )
 
 
@@ -137,7 +136,7 @@ class BlurLayer(keras.layers.Layer):
 
 
 def check_trained_by_gradients(argument: str, model: keras.Model) -> None:
-    """Raises a `ValueError` if a layer of a model learns by a genome.
+    """Raises a `ValueError` if a layer of a model learns with a genome.
 
     An optimizer would change its synapses, but not the averages that predict, nor other state of
     the rule.
@@ -146,7 +145,7 @@ def check_trained_by_gradients(argument: str, model: keras.Model) -> None:
     if learned:
         raise ValueError(
             f"`{argument}` must be a Keras model that an optimizer trains; `to_keras()` makes one. "
-            f"Received: {model.name}, in which {', '.join(learned[:5])} learn by a genome"
+            f"Received: {model.name}, in which {', '.join(learned[:5])} learn with a genome"
         )
 
 
@@ -154,7 +153,7 @@ class SynapticLayer(BlurLayer):
     """A layer with one connection. A subclass defines the connection and takes the arguments of its
     Keras twin.
 
-    Inside a model that learns by a genome, the layer holds the synapses of the model's rule: a
+    Inside a model that learns with a genome, the layer holds the synapses of the model's rule: a
     channel of weights for each state, and a backward kernel if the rule has one. Elsewhere it acts
     as its Keras twin, on state 1.
     """
@@ -254,7 +253,7 @@ class SynapticLayer(BlurLayer):
 
     @property
     def rule(self) -> Rule | None:
-        """The rule that determines the synapses; `None` outside a model that learns by a genome."""
+        """The rule of the synapses; `None` outside a model that learns with a genome."""
         return self._rule
 
     @property
@@ -334,7 +333,7 @@ class SynapticLayer(BlurLayer):
             penalty, limit = self._penalties.get(name), self._limits.get(name)
             variable = add(
                 name=name, shape=shape, initializer=stacked,
-                # For the reported loss and for plain Keras models. A network that learns by a
+                # For the reported loss and for plain Keras models. A network that learns with a
                 # genome takes both from the connection.
                 regularizer=None if penalty is None else lambda value, penalty=penalty: penalty(value[0]),
                 constraint=None if limit is None else lambda value, limit=limit: limit(value[0])[None],

@@ -127,7 +127,7 @@ class _Conv(_Convolution):
         return {**super().get_config(), "filters": self.filters, "groups": self.groups}
 
 
-_CONV = """A convolutional layer that learns by a genome, in place of `keras.layers.{name}`.
+_CONV = """A convolutional layer that learns with a genome, in place of `keras.layers.{name}`.
 
     Positions count as rows of the batch, so the rule treats the kernel as that of a dense layer.
 
@@ -258,7 +258,7 @@ class _Depthwise(_Convolution):
 
 
 _DEPTHWISE = ("depthwise_initializer", "depthwise_regularizer", "depthwise_constraint")
-_DEPTHWISE_DOC = """A depthwise convolution that learns by a genome, in place of `keras.layers.{name}`.
+_DEPTHWISE_DOC = """A depthwise convolution that learns with a genome, in place of `keras.layers.{name}`.
 
     Args:
         kernel_size: {rank} integers, or one for all.
@@ -312,7 +312,7 @@ class DepthwiseConv2D(_Depthwise):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Conv2DTranspose(_Convolution):
-    """A transposed convolution that learns by a genome, in place of `keras.layers.Conv2DTranspose`.
+    """Transposed convolution that learns with a genome, in place of `keras.layers.Conv2DTranspose`.
 
     Args:
         filters: number of units at each position.
@@ -407,7 +407,7 @@ class Conv2DTranspose(_Convolution):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class SeparableConv2D(BlurLayer):
-    """A separable convolution that learns by a genome, in place of `keras.layers.SeparableConv2D`.
+    """Separable convolution that learns with a genome, in place of `keras.layers.SeparableConv2D`.
 
     It consists of a `DepthwiseConv2D` without bias or nonlinearity and a 1x1 `Conv2D`, each with
     its own neurons.

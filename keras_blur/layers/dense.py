@@ -21,9 +21,9 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Dense(SynapticLayer):
-    """A densely connected layer that learns by a genome, in place of `keras.layers.Dense`.
+    """A densely connected layer that learns with a genome, in place of `keras.layers.Dense`.
 
-    Inside a model that learns by a genome, the layer holds the synapses of the model's rule: k
+    Inside a model that learns with a genome, the layer holds the synapses of the model's rule: k
     channels, and a backward kernel if the rule has one. Inside a plain Keras model it acts as a
     Keras Dense layer, which that model's optimizer trains. A layer must not be in both: on
     TensorFlow, training the plain model raises a `ValueError`; on JAX this is not detected.
@@ -113,7 +113,7 @@ class Dense(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class EinsumDense(SynapticLayer):
-    """An einsum dense layer that learns by a genome, in place of `keras.layers.EinsumDense`.
+    """An einsum dense layer that learns with a genome, in place of `keras.layers.EinsumDense`.
 
     Args:
         equation: the einsum, as in Keras. Input and output must begin with the same batch letter.

@@ -20,7 +20,7 @@ Array = Any
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Embedding(SynapticLayer):
-    """An embedding that learns by a genome, in place of `keras.layers.Embedding`.
+    """An embedding that learns with a genome, in place of `keras.layers.Embedding`.
 
     Args:
         input_dim: number of vectors, one for each integer.
@@ -28,7 +28,7 @@ class Embedding(SynapticLayer):
         embeddings_initializer: Keras initializer of each channel of the vectors.
         embeddings_regularizer: as `kernel_regularizer` of `Dense`.
         embeddings_constraint: as `kernel_constraint` of `Dense`.
-        mask_zero: must be `False`, since networks that learn by a genome do not propagate masks.
+        mask_zero: must be `False`, since networks that learn with a genome do not propagate masks.
         **kwargs: as in `Dense`.
 
     Input shape:

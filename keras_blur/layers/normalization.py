@@ -107,7 +107,7 @@ class _Normalization(SynapticLayer):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class BatchNormalization(_Normalization):
-    """Batch normalisation that learns by a genome, in place of `keras.layers.BatchNormalization`.
+    """Batch normalisation that learns with a genome, in place of `keras.layers.BatchNormalization`.
 
     Moving statistics are those of Keras without the bias towards their initial values: after t
     batches they are the weighted mean over these t batches. Predictions are therefore already
@@ -127,8 +127,8 @@ class BatchNormalization(_Normalization):
         gamma_regularizer: as `kernel_regularizer` of `Dense`.
         beta_constraint: as `bias_constraint` of `Dense`.
         gamma_constraint: as `kernel_constraint` of `Dense`.
-        synchronized: has no effect: in a model that learns by a genome, statistics are always over
-            the batch of all replicas.
+        synchronized: has no effect: in a model that learns with a genome, statistics are always
+            over the batch of all replicas.
         **kwargs: as in `Dense`. `trainable=False` normalises by the moving statistics, as in Keras.
 
     Input shape:
@@ -260,7 +260,7 @@ class BatchNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class LayerNormalization(_Normalization):
-    """Layer normalisation that learns by a genome, in place of `keras.layers.LayerNormalization`.
+    """Layer normalisation that learns with a genome, in place of `keras.layers.LayerNormalization`.
 
     Args:
         axis: integer or list of integers, the axes over which the statistics are computed.
@@ -325,7 +325,7 @@ class LayerNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class GroupNormalization(_Normalization):
-    """Group normalisation that learns by a genome, in place of `keras.layers.GroupNormalization`.
+    """Group normalisation that learns with a genome, in place of `keras.layers.GroupNormalization`.
 
     Args:
         groups: number of groups of channels; -1 for one group per channel.
@@ -408,7 +408,7 @@ class GroupNormalization(_Normalization):
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class RMSNormalization(_Normalization):
-    """Root mean square normalisation that learns by a genome, in place of
+    """Root mean square normalisation that learns with a genome, in place of
     `keras.layers.RMSNormalization`.
 
     Args:

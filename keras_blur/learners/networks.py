@@ -51,7 +51,7 @@ class NetworkPlan:
         prepare: takes examples `[n, *shape]` to the arrays that enter the graph.
         outputs: number of outputs.
         shape: shape of an example; `None` if the graph takes rows.
-        model: the network as a model that learns by a genome; `None` if the graph takes rows.
+        model: the network as a model that learns with a genome; `None` if the graph takes rows.
         head: maps after the last layer of synapses.
     """
 
@@ -136,7 +136,8 @@ def network_plan(network: Network, genome: Genome, shape: Shape, outputs: int, *
 
     Raises:
         ValueError: if the function gives something else, or a network that draws random numbers,
-            has another shape, several inputs or outputs, or a layer that cannot learn by a genome.
+            has another shape, several inputs or outputs, or a layer that cannot learn with a
+            genome.
     """
     given = network(shape, outputs)
     if isinstance(given, (list, tuple)) and all(isinstance(layer, keras.Layer) for layer in given):

@@ -35,6 +35,7 @@ Episodes = Mapping[str, Array]
 
 KINDS = ("classes", "values", "bits")
 LOSSES = ("auto", "cross_entropy", "binary", "squared")
+"""Query losses: the values of `loss` of an estimator."""
 _NETWORK = 1_000_000_009  # folded into a seed before the number of a network; no layer has this place
 
 

@@ -23,6 +23,7 @@ from keras_blur.learners.base import Learner
 from keras_blur.meta.estimator import Array, Episodes, InnerLoop, Outer, in_groups, section, start
 
 FITNESSES = ("accuracy", "loss", "speed")
+"""How `Evolution` scores candidates: the values of `fitness`."""
 
 
 @dataclasses.dataclass(frozen=True)

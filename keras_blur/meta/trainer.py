@@ -64,7 +64,7 @@ class MetaTrainer(OuterLoop):
         learner: a `learners.MetaLearner`, or several with the same outer parameters, such as
             `learners.Blur` of one rule. Each step uses one of the tasks and one of the learners.
         estimator: estimator of the outer gradient (`Unroll`, `TruncatedUnroll`, `ES`, `PES`, ...),
-            or `Evolution`, which replaces gradient and optimizer with CMA-ES.
+            or `Evolution`, which replaces gradient and optimizer with CMA-ES. `None` is `Unroll()`.
         members: number of independent sets of outer parameters, trained side by side on the same
             tasks and initial networks. Members that are copies, from one `start` or after
             `synchronize`, get different initial networks instead, if the learner draws networks;

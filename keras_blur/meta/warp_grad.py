@@ -35,6 +35,7 @@ from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estima
 
 ORDERS = ("exact", "first")
 STARTS = ("none", "reptile", "leap", "maml")
+"""How `WarpGrad` and `OfflineWarpGrad` learn initial weights: the values of `start`."""
 _SHUFFLE = 2  # folded into a seed for the order of a buffer
 
 
@@ -185,6 +186,9 @@ class OfflineWarpGrad(WarpGrad):
     Args:
         steps, loss, kind, order, start: as in `WarpGrad`.
         thetas: visited points of each task per outer step; a divisor of `steps`.
+
+    Raises:
+        ValueError: if an argument is out of range, or `thetas` does not divide `steps`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Keras models that learn by a genome."""
+"""Keras models that learn with a genome."""
 
 from keras_blur.models.convert import convert
 from keras_blur.models.model import Model

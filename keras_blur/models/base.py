@@ -1,4 +1,4 @@
-"""The common part of Keras models that learn by a genome under `fit`.
+"""The common part of Keras models that learn with a genome under `fit`.
 
 Source of the learning rule: "Meta-Learning Bidirectional Update Rules" (Sandler et al., ICML 2021).
 The model keeps the synapses as Keras variables and calls the network step of
@@ -60,7 +60,7 @@ def _of_network(name: str, said: str) -> property:
 
 
 class BlurModel(WholeFiles, CheckedModel):
-    """The common part of `Model` and `Sequential`: learning by a genome over a plan.
+    """The common part of `Model` and `Sequential`: learning with a genome over a plan.
 
     A subclass sets `_network`, a Functional model, when it is built.
     """
@@ -78,7 +78,7 @@ class BlurModel(WholeFiles, CheckedModel):
             )
         if genome.population:
             raise ValueError(
-                "`genome` must be a single one: a model learns by one genome. Received a population of shape "
+                "`genome` must be a single genome: a model learns with one genome. Received a population of shape "
                 f"{genome.population}."
             )
         backend.check_constants(genome.arrays)
@@ -339,7 +339,7 @@ class BlurModel(WholeFiles, CheckedModel):
                 losses, or a dict by the names of the outputs. Labels must have the form that the
                 loss takes. `None` uses the loss of the rule.
             loss_weights: weight of each output's loss, in a list or a dict by the names of the
-                outputs. `None` gives equal weights, and is required with one output.
+                outputs. `None` gives equal weights; it must be `None` for a model with one output.
             metrics: as in Keras.
             weighted_metrics: as in Keras.
             run_eagerly: as in Keras.
@@ -805,7 +805,7 @@ class BlurModel(WholeFiles, CheckedModel):
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Raises a `ValueError`: the layers of a genome learn, and quantized ones cannot."""
-        raise ValueError("A model that learns by a genome cannot be quantized: quantize the one of `to_keras()`.")
+        raise ValueError("A model that learns with a genome cannot be quantized: quantize the one of `to_keras()`.")
 
     def to_keras(self) -> keras.Model:
         """Converts this network to a plain Keras model with the same predictions.

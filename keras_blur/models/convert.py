@@ -1,4 +1,4 @@
-"""Conversion of Keras networks to networks that learn by a genome, and back."""
+"""Conversion of Keras networks to networks that learn with a genome, and back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _SHARED = (
 
 
 def convert(model: keras.Model, genome: Genome) -> BlurModel:
-    """Makes a model that learns by a genome from a Keras model, with its weights.
+    """Makes a model that learns with a genome from a Keras model, with its weights.
 
     Args:
         model: a built Functional or Sequential model. Each layer with weights must have a twin in
@@ -120,7 +120,7 @@ def copy_weights(source: keras.Model, target: BlurModel) -> None:
 
     Args:
         source: a built model.
-        target: a built model that learns by a genome, with the layers in the same order.
+        target: a built model that learns with a genome, with the layers in the same order.
     """
     own = [layer for layer in target.layers if isinstance(layer, BlurLayer)]
     theirs = [layer for layer in _all_layers(source) if type(layer).__name__ in _PARTS]
@@ -266,7 +266,7 @@ def _copy(layer: Any, twin: BlurLayer) -> None:
 
 
 def to_keras(model: BlurModel) -> keras.Model:
-    """Makes a plain Keras model from the first channel of a model that learned by a genome.
+    """Makes a plain Keras model from the first channel of a model that learned with a genome.
 
     Args:
         model: a built model whose genome predicts from state 1 alone, as backpropagation does.

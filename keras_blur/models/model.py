@@ -12,7 +12,7 @@ from keras_blur.models.base import BlurModel
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Model(BlurModel):
-    """A Functional model that learns by a genome, in place of `keras.Model`.
+    """A Functional model that learns with a genome, in place of `keras.Model`.
 
     Args:
         inputs: one Keras input, or a list or dict of them.
@@ -26,7 +26,7 @@ class Model(BlurModel):
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Raises:
-        ValueError: if there is no genome, if it is a population, or if a layer cannot learn by a
+        ValueError: if there is no genome, if it is a population, or if a layer cannot learn with a
             genome.
 
     Example:

@@ -231,7 +231,8 @@ class Plan:
         needed = self._ancestors(fed)
         if not any(isinstance(self._operations[number], _Connect) for number in needed):
             raise ValueError(
-                "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: other outputs"
+                "`outputs` must depend on a keras_blur layer, since nothing else learns with a genome. "
+                "Received: other outputs"
             )
         first = len(self._inputs)
         builder = Builder([len(shape) for shape in self._inputs])
@@ -288,7 +289,7 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
         groups: a function from the layers to the number of the genome's layer for each.
 
     Raises:
-        ValueError: if a layer cannot learn by a genome.
+        ValueError: if a layer cannot learn with a genome.
     """
     plan = Plan()
     prepared: dict[int, int] = {}  # id of a Keras tensor: number of a prepared array
@@ -373,7 +374,7 @@ def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLa
     outputs = [values[id(tensor)] for tensor in network.outputs if id(tensor) in values]
     if len(outputs) < len(network.outputs):
         raise ValueError(
-            "`outputs` must depend on a keras_blur layer, since nothing else learns by a genome. Received: other outputs"
+            "`outputs` must depend on a keras_blur layer, since nothing else learns with a genome. Received: other outputs"
         )
     graph, layers, heads, follows, shapes = plan.finished(outputs, rule, groups)
     return Reading(graph, layers, tuple(preparations), tuple(entries), heads, follows, shapes)

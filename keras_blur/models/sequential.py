@@ -15,7 +15,7 @@ from keras_blur.models.reading import check_weightless
 
 @keras.saving.register_keras_serializable(package="keras_blur")
 class Sequential(BlurModel):
-    """A stack of layers that learns by a genome, in place of `keras.Sequential`.
+    """A stack of layers that learns with a genome, in place of `keras.Sequential`.
 
     Args:
         layers: a list of `keras_blur` layers, which hold synapses, and Keras layers without

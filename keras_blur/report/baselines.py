@@ -27,6 +27,8 @@ _BASELINES: dict[str, tuple[Callable[[], keras.optimizers.Optimizer] | None, tup
 _OPTIMIZERS = {name: make for name, (make, _) in _BASELINES.items() if make is not None}  # those of this Keras
 GRIDS = {name: _BASELINES[name][1] for name in _OPTIMIZERS}
 OPTIMIZERS = tuple(_OPTIMIZERS)
+"""Names of the optimizers in `grids` of `compare`. Muon and Schedule-Free are there if this version
+of Keras has them."""
 
 
 def optimizer_of(name: str) -> keras.optimizers.Optimizer:

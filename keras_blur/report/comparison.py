@@ -71,9 +71,9 @@ def compare(
 
     Args:
         genome: a single genome.
-        data: an image set (learners train on its training images and are scored on its test
-            images), or a task distribution of classes (each seed is one episode, scored on up to
-            2,000 examples outside its batches).
+        data: an image set of `keras_blur.tasks.datasets.load_images` (learners train on its
+            training images and are scored on its test images), or a task distribution of classes
+            (each seed is one episode, scored on up to 2,000 examples outside its batches).
         network: units of the hidden layers of an MLP, `"lenet"`, `"resnet20"`, the path of a
             `.keras` file, or a Keras model with one input and one output per class. An MLP, LeNet
             and ResNet have the genome's activation. Weights are drawn anew for each seed.
@@ -93,14 +93,19 @@ def compare(
         tuning_seeds: number of seeds, from the first, on which the whole grid runs.
         baselines: an earlier result, even a partial one, in the same setting and on the same
             examples, whose optimizer runs are reused. Seconds are always measured anew.
-        watch: called with a `Progress` before each run, for display or for keeping partial results.
-            An exception ends the comparison.
+        watch: a function that is called before each run with a `report.progress.Progress`: what
+            runs, how far it is, and the curves so far. An exception in it ends the comparison.
 
     Returns:
         JSON values: `steps`; `examples`, a summary of the data; `curves` of the genome and of each
-        optimizer's settings, with accuracy and cross-entropy by seed and step, and seconds by step;
-        and what `envelopes.summary` makes of them. A non-finite score counts as the worst: accuracy
-        0, cross-entropy `None`.
+        optimizer's settings, with accuracy and cross-entropy by seed and step, and seconds by step.
+        By network (`"plain"`, `"normalized"`): `envelopes`, with the accuracy at each step and
+        `which` curve reached it; `best`, each optimizer's best curve at the last step; `edges`, the
+        curves of an envelope whose rate ends its grid; `speedup` of the genome in the plain
+        network, in `steps` and in `seconds`. `normalized_speedup` is that of the genome with batch
+        normalisation against the optimizers there. `by_seconds` has accuracies at the times at
+        which the fastest plain optimizer has done `steps`. A non-finite score counts as the worst:
+        accuracy 0, cross-entropy `None`.
 
     Raises:
         ValueError: if the genome does not fit the network, an optimizer is unknown, a number does
@@ -118,7 +123,7 @@ def compare(
     """
     arguments.instance("genome", genome, Genome, "a Genome")
     if genome.population:
-        raise ValueError(f"`genome` must be a single one. Received: a population of shape {genome.population}")
+        raise ValueError(f"`genome` must be a single genome. Received: a population of shape {genome.population}")
     arguments.flag("normalize", normalize)
     chosen = _checked_grids(GRIDS if grids is None else grids)
     if not schedules or set(schedules) - set(SCHEDULES) or len(set(schedules)) != len(schedules):

@@ -60,7 +60,7 @@ def trace_decisions(
     Args:
         learners: a genome, a `learners.BaselineLearner`, or several by name. A genome that learns
             from errors descends its loss, or the softmax cross-entropy if it has none.
-        tasks: classification tasks in the plane. Each function of a task is a separate task.
+        tasks: 2-D classification tasks. Each function of a task is a separate task.
         hidden: units of the hidden layers for genomes. A `BaselineLearner` has its own.
         steps: learning steps at which to record, ascending, from 0.
         seed: random seed of initial networks and episodes.
@@ -81,7 +81,7 @@ def trace_decisions(
 
     Raises:
         ValueError: if `steps` are not ascending, a number is too small, a task does not classify
-            points of the plane, two tasks have the same name, or a genome does not fit the network.
+            2-D points, two tasks have the same name, or a genome does not fit the network.
 
     Example:
 
@@ -139,7 +139,7 @@ def _taken_apart(tasks: FunctionTasks | Sequence[FunctionTasks]) -> list[Functio
     for task in several:
         if not isinstance(task, FunctionTasks) or task.features != 2 or task.kind != "classes":
             raise ValueError(
-                f"`tasks` must be tasks of classes on the plane, as `tasks.functions` gives them. Received: "
+                f"`tasks` must be 2-D tasks of classes, as `tasks.functions` gives them. Received: "
                 f"{getattr(task, 'name', task)!r}"
             )
     apart = [FunctionTasks([name], noise=task.noise, relabel=task.relabel) for task in several for name in task.names]

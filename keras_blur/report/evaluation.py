@@ -56,8 +56,9 @@ def evaluate(
 
     Args:
         genome: a genome, or a population on one axis.
-        data: an image set or a task distribution of classes, as in `compare`. If a
-            split has few examples, all steps use one batch and the rest is scored.
+        data: an image set of `keras_blur.tasks.datasets.load_images` or a task distribution of
+            classes, as in `compare`. If a split has few examples, all steps use one batch and the
+            rest is scored.
         network: units of the hidden layers, or a function from the shape of an example and the
             number of outputs to Keras layers, as in `learners.Blur`.
         steps: number of learning steps.
@@ -67,8 +68,8 @@ def evaluate(
         split: split of tasks: `"test"` for reporting, `"validation"` for model selection.
         score_at: steps at which the genome is scored, besides 0 and `steps`; `None` takes 1, 2, 5,
             10, ..., 1000.
-        watch: called with a `Progress` at the start and after each score. An exception ends the
-            evaluation.
+        watch: a function that is called with a `report.progress.Progress` at the start and after
+            each score. An exception in it ends the evaluation.
 
     Returns:
         JSON values: `steps`, and `curves` with accuracy and cross-entropy by seed and step and

@@ -1,4 +1,4 @@
-"""Norms and spectra of synapses while a network learns by a genome.
+"""Norms and spectra of synapses while a network learns with a genome.
 
 A Hebbian rule does not bound its synapses. It can lose what it learned in two ways: a norm that
 grows without bound, or a spectrum dominated by one direction. Oja's term, normalised synapses and
