@@ -53,7 +53,7 @@ _MEMORY = flags.DEFINE_boolean("memory", True, "Whether to measure memory, in so
 _BACKENDS = flags.DEFINE_list("backends", ["tensorflow", "jax"], "Backends to measure.")
 _JSON = flags.DEFINE_string("json", None, "File for the numbers.")
 _COLUMNS = flags.DEFINE_boolean("columns", False, "Internal: measure this process's backend and print its columns.")
-_OPERATIONS = flags.DEFINE_boolean("operations", False, "Internal: print the operations of a meta-gradient on JAX.")
+_OPERATIONS = flags.DEFINE_boolean("operations", False, "Internal: print operations of a meta-gradient and an SGD step.")
 _MEMORY_OF = flags.DEFINE_string("memory_of", None, "Internal: steps,recompute,jit of a candidate whose memory to print.")
 
 IMAGE, CLASSES = (28, 28, 1), 10
@@ -187,6 +187,19 @@ class Sgd:
         self._y = rng.integers(0, CLASSES, len(self._x))
         self()
 
+    def operations(self) -> int:
+        """Operations of the matrix products of a step; only on JAX."""
+        import jax
+
+        model, batch = self._model, _BATCH.value
+
+        def loss(arrays: list[Any], x: Any, y: Any) -> Any:
+            found, _ = model.stateless_call(arrays, [one.value for one in model.non_trainable_variables], x, training=True)
+            return model.compute_loss(x, y, found)
+
+        arrays = [one.value for one in model.trainable_variables]
+        return operations(jax.make_jaxpr(jax.grad(loss))(arrays, self._x[:batch], self._y[:batch]))
+
     def __call__(self) -> float:
         """Seconds of a step of `fit`."""
         start = time.perf_counter()
@@ -234,7 +247,8 @@ def columns() -> dict[str, Any]:
             times[name].append(run())
         flops.append(peak_flops())
     seconds = {name: float(np.median(values)) for name, values in times.items()}
-    work, peak = int(again("--operations", on="jax").split()[-1]), float(np.median(flops))
+    work, of_sgd = map(int, again("--operations", on="jax").split()[-2:])
+    peak = float(np.median(flops))
     found: dict[str, Any] = {}
     for name, jit in programs.items():
         ratios = np.array(times[name]) / np.array(times["sgd"])
@@ -243,6 +257,7 @@ def columns() -> dict[str, Any]:
             "  the same, lowest tenth of the runs": float(np.quantile(ratios, 0.1)),
             "  the same, highest tenth": float(np.quantile(ratios, 0.9)),
             "fraction of the matmul peak": work / seconds[name] / peak,
+            "  that of the Keras SGD step": of_sgd / seconds["sgd"] / peak,
             "  that of its largest product alone": products[name].operations / seconds["product, " + name] / peak,
             f"population of {population} over one genome": seconds["population, " + name] / seconds[name],
             "  its fraction of the matmul peak": population * work / seconds["population, " + name] / peak,
@@ -266,7 +281,7 @@ def main(argv: list[str]) -> None:
         print(memory.megabytes)
         return
     if _OPERATIONS.value:
-        print(Case(_STEPS.value, jit=True).operations())
+        print(Case(_STEPS.value, jit=True).operations(), Sgd().operations())
         return
     if _COLUMNS.value:
         print(json.dumps(columns()))
