@@ -135,9 +135,11 @@ class _Tuned:
     def __init__(self, twin: keras.Model, start: Sequence[np.ndarray], name: str, loss: keras.losses.Loss):
         self._optimizer, self._twin = optimizer_of(name), twin
         twin.compile(optimizer=self._optimizer, loss=loss, metrics=["accuracy"])
+        weights = list(zip(twin.variables, start, strict=True))
+        for variable, value in weights:  # an optimizer may start with a copy of the weights
+            variable.assign(value)
         self._optimizer.build(twin.trainable_variables)
-        slots = [(variable, numbers_of(variable)) for variable in self._optimizer.variables]
-        self._start = [*zip(twin.variables, start, strict=True), *slots]
+        self._start = [*weights, *((variable, numbers_of(variable)) for variable in self._optimizer.variables)]
 
     def begin(self, rate: float) -> keras.Model:
         """Resets the network and the optimizer, sets the learning rate, and returns the network."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
+
+from keras_blur.backend import numbers_of
 
 
 def _half_decades(low: int, high: int) -> tuple[float, ...]:
@@ -34,3 +37,13 @@ of Keras has them."""
 def optimizer_of(name: str) -> keras.optimizers.Optimizer:
     """A new optimizer, one of `OPTIMIZERS`."""
     return _OPTIMIZERS[name]()
+
+
+def slots_of(name: str, variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+    """The numbers of a new optimizer's variables, built on weights as they are now.
+
+    Some optimizers, such as Schedule-Free, start with a copy of the weights.
+    """
+    optimizer = optimizer_of(name)
+    optimizer.build(variables)
+    return [numbers_of(one) for one in optimizer.variables]

@@ -32,7 +32,7 @@ from keras_blur.layers.base import numbers_of
 from keras_blur.models.convert import convert
 from keras_blur.models.networks import activation_of, builder, normalized
 from keras_blur.report import envelopes
-from keras_blur.report.baselines import GRIDS, OPTIMIZERS, optimizer_of
+from keras_blur.report.baselines import GRIDS, OPTIMIZERS, optimizer_of, slots_of
 from keras_blur.report.progress import Progress, Watch
 from keras_blur.report.scoring import score
 from keras_blur.report.sources import Source, source_of
@@ -251,8 +251,8 @@ class _Learner:
         self._probabilities = start.probabilities
         kind = keras.losses.BinaryCrossentropy if self.source.classes == 1 else keras.losses.SparseCategoricalCrossentropy
         loss = kind(from_logits=not self._probabilities)
-        self._values: dict[int, list[np.ndarray]] = {}
-        self._predicts, self._state = self.model, []
+        self._values: dict[int, list[np.ndarray]] = {}  # of the weights, then of the optimizer
+        self._predicts, self._name = self.model, optimizer
         if genome is not None:
             self.model.compile(loss=loss)
             return
@@ -260,17 +260,17 @@ class _Learner:
         self._optimizer = optimizer_of(optimizer)
         self.model.compile(self._optimizer, loss)
         self._optimizer.build(self.model.trainable_variables)
-        self._state = [(one, numbers_of(one)) for one in self._optimizer.variables]
         if any(isinstance(layer, keras.layers.BatchNormalization) for layer in self.model.layers):
             self._predicts = _with_batch_statistics(self.model)
 
     def begin(self, number: int) -> None:
-        """Resets the model to the initial weights of a seed."""
+        """Resets the model to the initial weights of a seed, and the optimizer to those weights."""
+        variables = [*self.model.variables, *([] if self._name is None else self._optimizer.variables)]
         if number not in self._values:
-            self._values[number] = [numbers_of(one) for one in self._fresh(number).variables]
-        for one, value in zip(self.model.variables, self._values[number], strict=True):
-            one.assign(value)
-        for one, value in self._state:
+            fresh = self._fresh(number)
+            slots = [] if self._name is None else slots_of(self._name, fresh.trainable_variables)
+            self._values[number] = [*(numbers_of(one) for one in fresh.variables), *slots]
+        for one, value in zip(variables, self._values[number], strict=True):
             one.assign(value)
 
     def step(self, x: np.ndarray, y: np.ndarray, rate: float | None = None) -> float:

@@ -16,10 +16,12 @@ import pytest
 from on_backend import JAX
 
 from keras_blur import Genome, Rule, __version__, backend, cli, genomes
+from keras_blur.cli.fit import _Tuned, build_pair
 from keras_blur.cli.flags import Flags
 from keras_blur.cli.outputs import Table, continued, of_same_run, write_json
 from keras_blur.cli.progress import ProgressLine
 from keras_blur.files import check_output
+from keras_blur.report.baselines import OPTIMIZERS
 from keras_blur.tasks.datasets import load_images
 
 VECTORS = pathlib.Path(__file__).parents[1] / "conformance"
@@ -80,6 +82,20 @@ def test_fit_tunes_each_optimizer_from_the_same_start(tmp_path, monkeypatch, cap
     assert len({result["curve"]["accuracy"][0] for result in results.values()}) == 1  # before the first step
     assert results["Keras SGD 1e-06"]["curve"]["accuracy"][-1] == results["Keras SGD 0.1"]["curve"]["accuracy"][0]
     assert "  learning rate 1e-06    test accuracy " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fit_starts_each_rate_at_the_same_weights(name):
+    """Schedule-Free keeps a copy of the weights that it started with, and moves towards it."""
+    images, loss = load_images(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    _, twin = build_pair(images, genomes.backprop(0.1, "tanh"), (4,))
+    start = [backend.numbers_of(one) for one in twin.variables]
+    twin.set_weights([value + 1.0 for value in start])  # as an earlier run leaves it
+    tuned = _Tuned(twin, start, name, loss)
+    for rate in (0.3, 1e-9):
+        tuned.begin(rate).train_on_batch(images.x_train[:16], images.y_train[:16])
+    for one, value in zip(twin.variables, start, strict=True):
+        np.testing.assert_allclose(backend.numbers_of(one), value, atol=1e-6)
 
 
 def test_fit_by_a_genome_file_alone(tmp_path, capsys):

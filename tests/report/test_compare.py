@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from keras import layers as kl
 
-from keras_blur import Genome, Rule, cli, genomes, tasks
+from keras_blur import Genome, Rule, backend, cli, genomes, tasks
 from keras_blur.models import networks
 from keras_blur.models.convert import convert
 from keras_blur.models.networks import lenet, mlp, normalized, resnet
 from keras_blur.report import comparison, decisions, envelopes, synapses
+from keras_blur.report.baselines import OPTIMIZERS
 from keras_blur.report.comparison import compare
 from keras_blur.report.curves import format_compare, format_several, plot_compare
 from keras_blur.report.evaluation import evaluate
@@ -118,6 +119,21 @@ def test_scores_may_be_few_and_are_the_same(result):
     assert last["speedup"] == {"plain": {"steps": None, "seconds": None}}
     with pytest.raises(ValueError, match=r"must be a comparison with steps=\[0, 10\]"):
         compare(genome, few(), (12,), steps=10, score_at=[10], baselines=few_scores, **options)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_starts_at_the_weights_of_its_seed(name):
+    """Schedule-Free keeps a copy of the weights that it started with, and moves towards it."""
+    source, _ = comparison.source_of(few(), steps=5, seeds=2, batch_size=32, seed=0, split="test")
+    learner = comparison._Learner(comparison._Start(source, comparison.builder((4,))[1], "tanh"), "plain", optimizer=name)
+    x, y = next(source.batches(1))
+    for number in (0, 1, 0):
+        learner.begin(number)
+        start = [backend.numbers_of(one) for one in learner._fresh(number).variables]
+        learner.step(x, y, 1e-9)
+        for one, value in zip(learner.model.variables, start, strict=True):
+            np.testing.assert_allclose(backend.numbers_of(one), value, atol=1e-6)
+        learner.step(x, y, 0.1)
 
 
 def test_a_decayed_rate_falls_to_its_horizon():
