@@ -17,8 +17,8 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -28,6 +28,7 @@ from keras_blur import arguments, backend
 from keras_blur.core import random
 from keras_blur.distribution import ALL, Shard
 from keras_blur.learners.base import Learner
+from keras_blur.tasks.base import Tasks
 
 Array = Any
 Outer = Mapping[str, Array]
@@ -164,6 +165,17 @@ class InnerLoop:
         arguments.flag("recompute", self.recompute)
         if self.kind == "values" and self.loss not in ("auto", "squared"):
             raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
+
+    def on(self, tasks: Sequence[Tasks], batch: int, query: int) -> Self:
+        """The inner loop for tasks, as `MetaTrainer` runs it.
+
+        Args:
+            tasks: task distributions of one kind.
+            batch: examples of a support batch.
+            query: examples of the query.
+        """
+        del batch, query
+        return dataclasses.replace(self, kind=tasks[0].kind)
 
     @property
     def horizon(self) -> int:

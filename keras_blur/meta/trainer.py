@@ -159,7 +159,7 @@ class MetaTrainer(OuterLoop):
             arguments.positive("clipnorm", clipnorm)
         estimator = Unroll() if estimator is None else estimator
         arguments.instance("estimator", estimator, (Estimator, Evolution), "an estimator or Evolution")
-        estimator = dataclasses.replace(estimator, kind=several[0].kind)
+        estimator = estimator.on(several, batch_size, query_size)
         if isinstance(estimator, Evolution) and members != 1:
             raise ValueError(
                 f"`members` must be 1 under Evolution, which has its own `population`. Received: members={members}"

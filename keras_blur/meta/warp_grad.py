@@ -23,7 +23,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 from keras import ops
 
@@ -32,10 +33,12 @@ from keras_blur.core import random
 from keras_blur.distribution import Shard
 from keras_blur.learners.base import Learner, MetaLearner
 from keras_blur.meta.estimator import Array, Carried, Episodes, Estimate, Estimator, Outer, at, over_tasks, start
+from keras_blur.tasks.base import Tasks
 
 ORDERS = ("exact", "first")
 STARTS = ("none", "reptile", "leap", "maml")
 """How `WarpGrad` and `OfflineWarpGrad` learn initial weights: the values of `start`."""
+SCORED = ("next", "query")
 _SHUFFLE = 2  # folded into a seed for the order of a buffer
 
 
@@ -63,6 +66,10 @@ class WarpGrad(Estimator):
             supported.
         order: `"exact"` (equation 11) or `"first"` (equation 12).
         start: how initial weights are learned: `"none"`, `"reptile"`, `"leap"` or `"maml"`.
+        scored: the examples that score a step: `"next"`, the next batch of the support, or
+            `"query"`. `MetaTrainer` sets `"query"` where the next batch may have examples of the
+            step's own batch: where the support is smaller than two batches, as in few-shot tasks
+            whose batch is the whole support.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -75,17 +82,24 @@ class WarpGrad(Estimator):
 
     order: str = "exact"
     start: str = "none"
+    scored: str = "next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         arguments.choice("order", self.order, ORDERS)
         arguments.choice("start", self.start, STARTS)
+        arguments.choice("scored", self.scored, SCORED)
         if self.trajectory_loss_weight or self.recompute:
             raise ValueError("`trajectory_loss_weight` must be 0 and `recompute` False: no gradient crosses a step.")
 
     @property
     def horizon(self) -> int:
-        return self.steps + 1  # each step is scored on the next batch
+        return self.steps + 1 if self.scored == "next" else self.steps
+
+    def on(self, tasks: Sequence[Tasks], batch: int, query: int) -> Self:
+        made = super().on(tasks, batch, query)
+        apart = all(2 * batch <= of.support(query) for of in tasks)
+        return made if apart else dataclasses.replace(made, scored="query")
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
@@ -95,7 +109,7 @@ class WarpGrad(Estimator):
         begin, nothing = state, {name: ops.zeros_like(value) for name, value in outer.items()}
 
         def body(time: Array, state: Any, sums: Outer) -> tuple[Any, Outer]:
-            gradients, _, _, new = self.at(learner, outer, episodes, state, time, time + 1)
+            gradients, _, new = self.at(learner, outer, episodes, state, time)
             if self.start == "leap":
                 gradients = {**gradients, **_mean_over_tasks(_directions(learner.adapted(state), learner.adapted(new)))}
             return new, {name: sums[name] + gradients[name] / self.rate_of(name) for name in sums}
@@ -124,20 +138,23 @@ class WarpGrad(Estimator):
         return 1.0 if name.startswith("start_") else float(self.steps)
 
     def at(
-        self, learner: MetaLearner, outer: Outer, episodes: Episodes, state: Any, task: Array, other: Array
-    ) -> tuple[Outer, Array, Array, Any]:
+        self, learner: MetaLearner, outer: Outer, episodes: Episodes, state: Any, time: Array
+    ) -> tuple[Outer, Array, Any]:
         """Computes one term of equation 11 or 12.
 
         Args:
             learner, outer, episodes: as in `__call__`.
             state: theta, taken as a constant.
-            task, other: indices of the batch to learn from and of the batch to score.
+            time: index of the batch to learn from.
 
         Returns:
-            Gradient, loss and quality, `[members, ...]`, and the state after the step.
+            Gradient and loss, `[members, ...]`, and the state after the step.
         """
-        x, y = (at(episodes[name], task, axis=1)[None] for name in ("x", "y"))
-        other_x, other_y = (at(episodes[name], other, axis=1)[None] for name in ("x", "y"))
+        x, y = (at(episodes[name], time, axis=1)[None] for name in ("x", "y"))
+        if self.scored == "next":
+            other_x, other_y = (at(episodes[name], time + 1, axis=1)[None] for name in ("x", "y"))
+        else:
+            other_x, other_y = (episodes[name][None] for name in ("query_x", "query_y"))
         state = backend.tree_map(ops.stop_gradient, state)
 
         def score(outer: Outer) -> tuple[Array, Any]:
@@ -146,11 +163,11 @@ class WarpGrad(Estimator):
             # The prediction of a step, not `predict`, so that layers such as dropout are in
             # training mode.
             _, prediction = learner.step(over_tasks(outer), detached if self.order == "first" else new, other_x, other_y)
-            loss, correct = (backend.mean(value, axis=1) for value in self.scores(prediction, other_y))
-            return ops.sum(loss), (loss, correct, detached)
+            loss = backend.mean(self.scores(prediction, other_y)[0], axis=1)
+            return ops.sum(loss), (loss, detached)
 
-        (loss, correct, detached), gradients = backend.gradient(score, dict(outer))
-        return gradients, loss, correct, detached
+        (loss, detached), gradients = backend.gradient(score, dict(outer))
+        return gradients, loss, detached
 
     def judged(self, learner: Learner, outer: Outer, episodes: Episodes, state: Any) -> tuple[Array, Array]:
         """Loss and quality of the query, `[members]`."""
@@ -181,10 +198,11 @@ class OfflineWarpGrad(WarpGrad):
 
     Each meta-step is one outer step. The first one on some episodes runs the inner loop, fills the
     buffer and includes the gradient of the start. Every outer step uses `thetas` visited points of
-    each task until all are used.
+    each task until all are used. All report the loss and the quality of the query at the end of the
+    inner loop.
 
     Args:
-        steps, loss, kind, order, start: as in `WarpGrad`.
+        steps, loss, kind, order, start, scored: as in `WarpGrad`.
         thetas: visited points of each task per outer step; a divisor of `steps`.
 
     Raises:
@@ -215,47 +233,51 @@ class OfflineWarpGrad(WarpGrad):
             shape = (self.steps,) if len(leaf.shape) == 0 else (*leaf.shape[:2], self.steps, *leaf.shape[2:])
             return ops.zeros(shape, leaf.dtype)
 
-        return Carried(TrajectoryBuffer(backend.tree_map(storage, state)), (ops.zeros(2, "int32"), ops.zeros((), "int32")))
+        buffer = TrajectoryBuffer(backend.tree_map(storage, state))
+        return Carried(buffer, (ops.zeros(2, "int32"), ops.zeros((), "int32"), _unjudged(outer)))
 
     def local_estimate(
         self, learner: Learner, outer: Outer, episodes: Episodes, seed: Array, carried: Carried, first: Any, shard: Shard
     ) -> tuple[Any, Any]:
         learner = self._checked(learner, outer)
         nothing = {name: ops.zeros_like(value) for name, value in outer.items()}
-        buffer, starts = ops.cond(
+        buffer, starts, judged = ops.cond(
             first,
             lambda: self.collect(learner, outer, episodes, seed, shard, nothing),
-            lambda: (carried.learners, nothing),
+            lambda: (carried.learners, nothing, _unjudged(outer)),
         )
         root, window = self._turn(seed, carried, first)
         order = random.permutation(random.fold_in(root, _SHUFFLE), self.steps)
 
-        def body(number: Array, sums: Outer, loss: Array, correct: Array) -> tuple[Outer, Array, Array]:
+        def body(number: Array, sums: Outer) -> tuple[Outer]:
             place = at(order, window * self.thetas + number, axis=0)
-            found = self.at(learner, outer, episodes, buffer.take(place), place, place + 1)
-            sums = {name: sums[name] + found[0][name] / self.thetas for name in sums}
-            return sums, loss + found[1] / self.thetas, correct + found[2] / self.thetas
+            gradients, _, _ = self.at(learner, outer, episodes, buffer.take(place), place)
+            return ({name: sums[name] + gradients[name] / self.thetas for name in sums},)
 
-        some = next(iter(outer.values()))
-        zero = ops.zeros(some.shape[0], some.dtype)
-        sums, loss, correct = backend.loop(self.thetas, body, nothing, zero, zero)
-        return Estimate({name: sums[name] + starts[name] for name in sums}, loss, correct), buffer
+        (sums,) = backend.loop(self.thetas, body, nothing)
+        return Estimate({name: sums[name] + starts[name] for name in sums}, judged[0], judged[1]), buffer
 
     def combine(self, outer: Outer, measured: Any, seed: Array, carried: Carried, first: Any) -> tuple[Estimate, Any]:
         root, window = self._turn(seed, carried, first)
-        return measured, (root, window + 1)
+        judged = ops.where(first, ops.stack([measured.loss, measured.accuracy]), carried.directions[-1])
+        return measured._replace(loss=judged[0], accuracy=judged[1]), (root, window + 1, judged)
 
     def _turn(self, seed: Array, carried: Carried, first: Any) -> tuple[Array, Array]:
         """The seed of the order, from the first step on these episodes, and the index of this
         step.
         """
-        root, window = carried.directions
+        root, window, _ = carried.directions
         return ops.where(first, seed, root), ops.where(first, ops.zeros_like(window), window)
 
     def collect(
         self, learner: MetaLearner, outer: Outer, episodes: Episodes, seed: Array, shard: Shard, nothing: Outer
-    ) -> tuple[TrajectoryBuffer, Outer]:
-        """Runs inner descent. Returns the visited points and the gradient of the start."""
+    ) -> tuple[TrajectoryBuffer, Outer, Array]:
+        """Runs inner descent.
+
+        Returns:
+            The visited points, the gradient of the start, and loss and quality of the query,
+            `[2, members]`.
+        """
         begin = start(learner, outer, episodes, seed, shard)
         buffers = [ops.zeros((self.steps, *leaf.shape), leaf.dtype) for leaf in backend.leaves(begin)]
 
@@ -276,7 +298,15 @@ class OfflineWarpGrad(WarpGrad):
         def whole(buffer: Array) -> Array:  # [K, members, tasks, ...]
             return buffer if len(buffer.shape) == 1 else ops.transpose(buffer, [1, 2, 0, *range(3, len(buffer.shape))])
 
-        return TrajectoryBuffer(backend.pack(begin, [whole(buffer) for buffer in buffers])), sums
+        visited = TrajectoryBuffer(backend.pack(begin, [whole(buffer) for buffer in buffers]))
+        judged = ops.stack(self.judged(learner, outer, episodes, state))
+        return visited, sums, ops.cast(judged, _unjudged(outer).dtype)
+
+
+def _unjudged(outer: Outer) -> Array:
+    """A placeholder for loss and quality of the query, `[2, members]`."""
+    some = next(iter(outer.values()))
+    return ops.zeros((2, some.shape[0]), some.dtype)
 
 
 def _differences(before: Outer, after: Outer) -> Outer:

@@ -350,6 +350,9 @@ class AugmentedTasks(Tasks):
     def available(self, split: str) -> int:
         return self._of(split).available(split)
 
+    def support(self, query: int, split: str = "train") -> int:
+        return self._of(split).support(query, split)
+
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         x, y = self._of(split).examples(seed, count, split)
         return x, self.augmentation.apply(self.keys(seed, count), y) if split == _TRAIN else y

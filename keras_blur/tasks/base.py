@@ -80,6 +80,15 @@ class Tasks(abc.ABC):
             ValueError: if the split is unknown.
         """
 
+    def support(self, query: int, split: str = "train") -> int:
+        """The largest number of different examples in the support of an episode.
+
+        Args:
+            query: number of query examples.
+            split: as in `examples`.
+        """
+        return self.available(split) - query
+
     @abc.abstractmethod
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         """Draws examples of the task given by the seed. Finite sets are drawn without replacement.

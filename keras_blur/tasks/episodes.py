@@ -78,6 +78,9 @@ class EpisodeTasks(Tasks):
     def available(self, split: str) -> int:
         return self.outputs * int(self._drawable(split).counts.min())
 
+    def support(self, query: int, split: str = "train") -> int:
+        return self.outputs * self.shots
+
     def examples(self, seed: Array, count: int, split: str) -> tuple[Array, Array]:
         """As in `Tasks`. Classes alternate, so any stretch of examples is balanced."""
         known = self._drawable(split)

@@ -71,15 +71,14 @@ def test_a_term_is_the_difference_quotient_at_a_constant_theta_and_the_first_ord
     theta, place = trajectory(learner, outer, data)[2], ops.array(2)
     estimator = meta.WarpGrad(STEPS)
     exact, first = (
-        meta.WarpGrad(STEPS, order=order).at(learner, outer, data, theta, place, place + 1)[0]
-        for order in ("exact", "first")
+        meta.WarpGrad(STEPS, order=order).at(learner, outer, data, theta, place)[0] for order in ("exact", "first")
     )
     rng = np.random.default_rng(2)
     direction = {n: rng.standard_normal(v.shape) for n, v in outer.items() if n.startswith("warp_")}
 
     def loss(width):
         moved = {**outer, **{n: outer[n] + width * d for n, d in direction.items()}}
-        return float(estimator.at(learner, moved, data, theta, place, place + 1)[1][0])
+        return float(estimator.at(learner, moved, data, theta, place)[1][0])
 
     quotient = (loss(1e-5) - loss(-1e-5)) / 2e-5
     slopes = [sum(float(np.sum(found[n] * d)) for n, d in direction.items()) for found in (exact, first)]
@@ -94,7 +93,7 @@ def test_the_online_gradient_is_the_mean_of_the_terms():
     outer = drawn(learner)
     found = estimator(learner, outer, data, SEED)[0]
     states = trajectory(learner, outer, data)
-    terms = [estimator.at(learner, outer, data, states[k], ops.array(k), ops.array(k + 1))[0] for k in range(STEPS)]
+    terms = [estimator.at(learner, outer, data, states[k], ops.array(k))[0] for k in range(STEPS)]
     for name in outer:
         np.testing.assert_allclose(found.gradients[name], np.mean([term[name] for term in terms], axis=0), atol=1e-12)
     prediction = learner.predict(over_tasks(outer), states[-1], data["query_x"][None])
@@ -132,6 +131,81 @@ def test_the_buffer_holds_what_was_visited_before_each_step():
     for place, state in enumerate(trajectory(learner, outer, data)[:-1]):  # never theta_K
         for one, other in zip(backend.leaves(carried.learners.take(ops.array(place))), backend.leaves(state), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_every_window_of_a_buffer_reports_the_query_of_its_run():
+    learner, data = warp(), episodes()
+    outer = drawn(learner)
+    wanted = meta.WarpGrad(STEPS)(learner, outer, data, SEED)[0]
+    estimator = meta.OfflineWarpGrad(STEPS, thetas=2)
+    carried = estimator.nothing_carried(learner, outer, data)
+    for window in range(estimator.windows):
+        found, carried = estimator(learner, outer, data, SEED, carried, window == 0)
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-12)
+        np.testing.assert_allclose(found.accuracy, wanted.accuracy, rtol=1e-12)
+    other = {**data, "query_y": -data["query_y"]}
+    found = estimator(learner, outer, other, SEED, carried, True)[0]
+    assert np.abs(found.loss - wanted.loss).min() > 0.01
+    np.testing.assert_allclose(found.accuracy, 1.0 - wanted.accuracy)
+
+
+def test_a_step_is_scored_on_the_query():
+    """By hand, as if the query were the next batch."""
+    learner, data = warp(), episodes()
+    outer, place = drawn(learner), ops.array(1)
+    theta = trajectory(learner, outer, data)[1]
+    by_query = meta.WarpGrad(STEPS, scored="query")
+    assert by_query.horizon == STEPS
+    found = by_query.at(learner, outer, data, theta, place)
+    moved = {n: ops.concatenate([data[n][:, :2], data[f"query_{n}"][:, None], data[n][:, 3:]], axis=1) for n in ("x", "y")}
+    wanted = meta.WarpGrad(STEPS).at(learner, outer, {**data, **moved}, theta, place)
+    for one, other in zip(backend.leaves(found), backend.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+    assert np.abs(found[1] - meta.WarpGrad(STEPS).at(learner, outer, data, theta, place)[1]).max() > 1e-3
+
+
+def blobs(count=90):
+    x = np.random.default_rng(0).standard_normal((count, 2)).astype("float32")
+    return tasks.arrays(x, (x[:, 0] > 0).astype(int))
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_warps_are_never_scored_on_what_a_step_has_learned(augmented):
+    """A batch of the whole support is also the next one; one of up to half of it is not."""
+    few = tasks.classes(shots=4)  # a support of 5 x 4
+    few = tasks.augment(few, tasks.LabelPermutation()) if augmented else few
+    learner = learners.Warp(*learners.warped(few.features, (4,), few.outputs), keras.optimizers.SGD(0.1))
+
+    def scored(of, learner, batch, estimator):
+        return meta.MetaTrainer(of, learner, estimator, batch_size=batch, query_size=10).estimator.scored
+
+    support = few.support(10)
+    for make in (meta.WarpGrad, meta.OfflineWarpGrad):
+        found = [scored(few, learner, batch, make(2)) for batch in (support // 2, support // 2 + 1, support, 2 * support)]
+        assert found == ["next", "query", "query", "query"]
+    assert scored(few, learner, 1, meta.WarpGrad(2, scored="query")) == "query"
+    of = blobs()
+    most = of.available("train") - 10  # the examples of an episode besides its query
+    plain = learners.Warp(*learners.warped(2, (4,), 2), keras.optimizers.SGD(0.1))
+    assert [scored(of, plain, batch, meta.WarpGrad(2)) for batch in (most // 2, most // 2 + 1)] == ["next", "query"]
+
+
+def test_warps_of_a_whole_support_learn_from_the_query():
+    """The batch is the whole support, so its gradient depends on the query."""
+    few = tasks.classes(shots=2)
+    model, names = learners.warped(few.features, (4,), few.outputs)
+    made = meta.MetaTrainer(
+        few, learners.Warp(model, names, keras.optimizers.SGD(0.1)), meta.WarpGrad(2), batch_size=few.support(10),
+        query_size=10,
+    )  # fmt: skip
+    learner, estimator = made.families[0][1], made.estimator
+    outer = {name: ops.convert_to_tensor(value[None]) for name, value in made.parameters(0).items()}
+    data = next(iter(few.dataset(0, steps=estimator.horizon, batch=made.batch_size, query=10).batch(1)))
+    found = estimator(learner, outer, data, SEED)[0].gradients
+    other = {**data, "query_x": -data["query_x"]}
+    changed = estimator(learner, outer, other, SEED)[0].gradients
+    warps = [name for name in found if name.startswith("warp_")]
+    assert max(float(np.abs(found[name] - changed[name]).max()) for name in warps) > 1e-3
 
 
 @pytest.mark.slow
@@ -352,6 +426,7 @@ def test_the_start_has_an_optimizer_and_a_norm_of_its_own():
         (lambda: warp().adapt(None, None, None, batch_size=-1), "`batch_size` must be a positive integer. Received"),
         (lambda: meta.WarpGrad(3, order="second"), "`order` must be one of"),
         (lambda: meta.WarpGrad(3, start="zero"), "`start` must be one of"),
+        (lambda: meta.WarpGrad(3, scored="both"), "`scored` must be one of"),
         (lambda: meta.WarpGrad(3, trajectory_loss_weight=1.0), "`trajectory_loss_weight` must be 0"),
         (lambda: meta.OfflineWarpGrad(10, thetas=3), "`thetas` must divide steps=10"),
         (
