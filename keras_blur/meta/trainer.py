@@ -302,10 +302,10 @@ class MetaTrainer(OuterLoop):
         Raises:
             ValueError: if the learner has no genome.
         """
-        rule = self._of_genomes().rule
+        learner = self._of_genomes()
         if isinstance(self.estimator, Evolution):
             return self.genome
-        return Genome.from_members(rule, self.strategy.population())
+        return Genome.stack([learner.learned(self.parameters(member)) for member in range(self.members)])
 
     def _of_genomes(self) -> Blur:
         """The learner, if it is a `Blur`."""

@@ -67,6 +67,23 @@ def test_random_starts_keep_what_is_fixed(fast):
     assert learner.shares_outer(learners.Blur((9,), fast.rule, fixed=without(fast)))
 
 
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_population_has_what_is_fixed_in_each_member(layers):
+    rule = Rule(batch_reduction="mean", update_decay="power", layers=layers)
+    fixed = without(Genome.random(rule, 0, std=0.3))
+    learner = learners.Blur((6,), rule, fixed=fixed)
+    trainer = meta.MetaTrainer(tasks.functions("xor"), learner, meta.Unroll(2), members=3)
+    found = trainer.population
+    assert found.population == (3,)
+    for member in range(3):
+        wanted = learner.learned(trainer.parameters(member))
+        assert found.member(member) == wanted
+        for name, value in fixed.items():
+            np.testing.assert_array_equal(found.member(member).arrays[name], value)
+    for name, value in learner.parameters(found).items():
+        np.testing.assert_array_equal(value, trainer.strategy.population()[name])
+
+
 @pytest.mark.parametrize(
     ("fixed", "message"),
     [
