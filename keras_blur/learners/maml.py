@@ -40,7 +40,7 @@ class MAML(BaselineLearner, MetaLearner):
         first_order: whether the outer gradient treats inner gradients as constants.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
 
     Example:
 

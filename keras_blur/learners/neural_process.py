@@ -47,7 +47,7 @@ class NeuralProcess(MetaLearner):
             none.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
 
     Example:
 

@@ -150,10 +150,20 @@ class PlainNetwork:
 
         Kernels are normal with variance 1 / fan-in, or 2 / fan-in if `activation` is a relu. An
         initializer that draws no random numbers is used unchanged.
+
+        Raises:
+            ValueError: if a layer is frozen, since all of the arrays are learned.
         """
         if not callable(self.network):
             return dense.draw(self.name, (features, *self.network, outputs), self.activation, members, seed)
         plan = known_plan(self._plan, features, outputs)
+        assert plan.model is not None  # of a function
+        frozen = [layer.name for layer, uses in zip(plan.model.reading.layers, plan.graph.uses, strict=True) if not uses]
+        if frozen:
+            raise ValueError(
+                "`network` must have no frozen layers where its weights are outer parameters, which are learned. "
+                f"Received: trainable=False in {', '.join(frozen)}"
+            )
         rng, found = np.random.default_rng(seed), []
         gain = 2.0 if self.activation == "relu" else 1.0
         for connection, given, shapes in zip(plan.graph.holders, plan.initializers, plan.shapes, strict=True):

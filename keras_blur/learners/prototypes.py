@@ -54,7 +54,7 @@ class Prototypes(MetaLearner):
             have none.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
 
     Example:
 

@@ -1,5 +1,7 @@
 """Any Keras network in learners that descend a gradient or embed examples."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -29,13 +31,13 @@ def smooth(shape, outputs):
     return keras.Model(x, kl.Dense(outputs)(kl.Flatten()(h)))
 
 
-def limited(shape, outputs):
+def limited(shape, outputs, frozen=True):
     """Regularizers and constraints, which have no effect in a frozen layer."""
     l2, norm = keras.regularizers.L2(0.3), keras.constraints.UnitNorm(axis=[0, 1, 2])
     return [
         kl.Conv2D(3, 3, kernel_constraint=norm, bias_regularizer=keras.regularizers.L1(0.2), activation="tanh"),
         kl.Conv2D(2, 3, kernel_regularizer=l2, bias_constraint="non_neg", activation="tanh"),
-        kl.Conv2D(2, 1, kernel_regularizer=l2, kernel_constraint=norm, trainable=False),
+        kl.Conv2D(2, 1, kernel_regularizer=l2, kernel_constraint=norm, trainable=not frozen),
         kl.Flatten(),
         kl.Dense(outputs, kernel_regularizer="orthogonal_regularizer", kernel_constraint="max_norm"),
     ]
@@ -59,8 +61,13 @@ def as_keras(learner, arrays):
     return learner._net.model(learner._net.named(arrays))
 
 
-@pytest.mark.parametrize("network", [residual, limited])
-@pytest.mark.parametrize("kind", ["baseline", "maml"])
+learned_limited = functools.partial(limited, frozen=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "network"),
+    [("baseline", residual), ("baseline", limited), ("maml", residual), ("maml", learned_limited)],
+)
 def test_steps_are_those_of_keras(kind, network):
     learner = (learners.BaselineLearner if kind == "baseline" else learners.MAML)(sgd(), network).on(SHAPE, OUTPUTS)
     outer = {} if kind == "baseline" else learner.draw(0, 1, 64, OUTPUTS)
@@ -138,6 +145,17 @@ def test_meta_training_lowers_the_loss_and_gives_a_keras_model(name, tmp_path):
     )
     for key, own in trainer.parameters().items():
         np.testing.assert_array_equal(again.parameters()[key], own)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_frozen_layers_are_no_outer_parameters(name):
+    """Else ES, PES, CMA-ES and weight decay would move them."""
+
+    def frozen(shape, outputs):
+        return [kl.Flatten(), kl.Dense(4, trainable=False, name="held"), kl.Dense(outputs)]
+
+    with pytest.raises(ValueError, match="`network` must have no frozen layers .* Received: trainable=False in held"):
+        meta.MetaTrainer(tasks.images("digits"), MAKERS[name](frozen), meta.ES(2), batch_size=4, query_size=4)
 
 
 def test_embeddings_have_no_regularizers():
