@@ -120,7 +120,8 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
             `.keras` file, or a built Keras model with one input and one output per class.
 
     Returns:
-        The description, and `build(shape, classes, activation)`. A model keeps its own activations.
+        The description, and `build(shape, classes, activation)`. A model keeps its own activations,
+        but no seeds of its initializers.
 
     Raises:
         ValueError: if `network` is none of these. `build` raises it if a model does not fit the
@@ -161,9 +162,26 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
                 f"`network` must take examples of {tuple(shape)} and have {classes} outputs. "
                 f"Received: {name}, which takes {own[0]} and has {own[1]}"
             )
-        return flattened(keras.models.clone_model(model))
+        return flattened(keras.models.clone_model(model, clone_function=_drawn_anew))
 
     return name, again
+
+
+def _drawn_anew(layer: keras.Layer) -> keras.Layer:
+    """A copy of a layer, or of a model with its layers, whose initializers have no seed."""
+
+    def seedless(config: Any, name: str = "") -> Any:
+        if isinstance(config, (list, tuple)):
+            return type(config)(seedless(one) for one in config)
+        if not isinstance(config, dict):
+            return config
+        found = {key: seedless(value, key) for key, value in config.items()}
+        own = found.get("config")
+        if name.endswith("initializer") and isinstance(own, dict) and "seed" in own:
+            found["config"] = {**own, "seed": None}
+        return found
+
+    return type(layer).from_config(seedless(layer.get_config()))
 
 
 def flattened(model: keras.Model) -> keras.Model:

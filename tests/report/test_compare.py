@@ -263,6 +263,34 @@ def test_models_inside_a_network_are_flattened():
     assert networks.normalized(networks.flattened(plain)).count_params() == 25 + 20 + 18
 
 
+def seeded():
+    """A model whose initializers have seeds, also inside another model and in a list of layers."""
+    one, two = keras.initializers.GlorotUniform(1), keras.initializers.HeNormal(2)
+    inner = keras.Sequential([keras.Input((4,)), kl.Dense(5, "tanh", kernel_initializer=one, name="inner")], name="block")
+    outer = kl.TimeDistributed(kl.Dense(2, kernel_initializer=two, bias_initializer="ones", name="wrapped"), name="outer")
+    layers = [kl.Reshape((5, 1)), outer, kl.Flatten(), kl.Dropout(0.5, seed=3, name="drop")]
+    return keras.Sequential([keras.Input((4,)), inner, *layers, kl.Dense(2, kernel_initializer=one, name="last")])
+
+
+def test_the_networks_of_seeds_differ_where_a_model_has_seeds(tmp_path):
+    path = str(tmp_path / "network.keras")
+    seeded().save(path)
+    for given in (seeded(), path):
+        build = networks.builder(given)[1]
+        made = []
+        for seed in (1, 1, 2):
+            keras.utils.set_random_seed(seed)
+            made.append(build((4,), 2))
+        for name, drawn in (("inner", [0]), ("outer", [0]), ("last", [0])):
+            one, again, other = (model.get_layer(name).get_weights() for model in made)
+            for place, value in enumerate(one):
+                np.testing.assert_array_equal(again[place], value)
+                assert np.array_equal(other[place], value) == (place not in drawn)
+        assert np.all(made[0].get_layer("outer").get_weights()[1] == 1.0)
+        assert made[0].get_layer("drop").seed == 3
+        assert made[0].get_layer("inner").activation is keras.activations.tanh
+
+
 def test_models_inside_a_network_must_have_names_and_no_mode():
     twice = [keras.Sequential([keras.Input((4,)), kl.Dense(4, name="one")], name=name) for name in "ab"]
     with pytest.raises(ValueError, match="layers with different names"):
