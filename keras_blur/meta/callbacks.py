@@ -166,7 +166,8 @@ class MetaValidate(keras.callbacks.Callback):
         """The parameters in the file, of the run that this one continues."""
         now, before = self.model.parameters(), {}
         with contextlib.suppress(ValueError):
-            before = {name: own[0] for name, own in self.model.families[0][1].parameters(self.path).items()}
+            found = self.model.families[0][1].parameters(self.path)
+            before = {name: own[0] for name, own in found.items() if len(own) == 1}
         if {name: own.shape for name, own in before.items()} != {name: own.shape for name, own in now.items()}:
             raise ValueError(
                 "`path` of MetaValidate must be a new file, or one with parameters of the learner that the resumed run "

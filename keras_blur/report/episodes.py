@@ -270,7 +270,11 @@ def _outer(learner: MetaLearner, learned: Any, tasks: Tasks, episodes: int) -> d
     learner = learner.on(tasks.shape, tasks.outputs)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"`episodes` must be an integer of at least 2. Received: episodes={episodes!r}")
-    return {name: ops.convert_to_tensor(own[:1]) for name, own in learner.parameters(learned).items()}
+    outer = learner.parameters(learned)
+    members = {len(own) for own in outer.values()}
+    if members != {1}:
+        raise ValueError(f"`learned` must be a single result of meta-training. Received: {max(members)} members")
+    return {name: ops.convert_to_tensor(own) for name, own in outer.items()}
 
 
 def _summary(losses: np.ndarray, quality: np.ndarray, kind: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Scores on many episodes: they are those of the learner, and the gap tells memory from reading."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 from task_harness import take
 
-from keras_blur import learners, random, tasks
+from keras_blur import Genome, learners, random, tasks
 from keras_blur.report.episodes import adaptation_curve, memorization_gap, score_episodes
 
 
@@ -105,6 +107,14 @@ def test_the_gap_of_classes_permutes_them_and_other_tasks_need_a_key():
     assert found["followed"] != found["own"]
     with pytest.raises(ValueError, match="`augmentation` must change labels by a key"):
         memorization_gap(learner, learned, tasks.classes(exclusive=False), tasks.ClassResample(), episodes=4)
+
+
+@pytest.mark.parametrize("score", [score_episodes, memorization_gap, functools.partial(adaptation_curve, at=[0, 1])])
+def test_a_population_is_refused(score):
+    learner = learners.Blur((4,))
+    population = Genome.random(learner.rule, 0, population=(3,))
+    with pytest.raises(ValueError, match=r"`learned` must be a single result of meta-training. Received: 3 members"):
+        score(learner, population, tasks.functions("xor"), episodes=2)
 
 
 def test_divergence_is_the_worst_score():
