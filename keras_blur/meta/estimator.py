@@ -165,6 +165,10 @@ class InnerLoop:
         arguments.flag("recompute", self.recompute)
         if self.kind == "values" and self.loss not in ("auto", "squared"):
             raise ValueError(f"`loss` of values must be 'squared' or 'auto'. Received: loss={self.loss!r}")
+        if self.kind == "bits" and self.loss not in ("auto", "binary"):
+            raise ValueError(
+                f"`loss` of bits, of which some are not scored, must be 'binary' or 'auto'. Received: loss={self.loss!r}"
+            )
 
     def on(self, tasks: Sequence[Tasks], batch: int, query: int) -> Self:
         """The inner loop for tasks, as `MetaTrainer` runs it.

@@ -31,6 +31,12 @@ def episodes(units=UNITS, items=ITEMS, dtype="float64"):
     return drawn_episodes(units, items, QUERY, TASKS, dtype)
 
 
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_a_loss_that_counts_bits_which_are_not_scored_is_refused(loss):
+    with pytest.raises(ValueError, match=f"`loss` of bits, .* must be 'binary' or 'auto'. Received: loss='{loss}'"):
+        meta.MetaTrainer(tasks.remember(4), learners.OnlineRule(units=4), meta.Unroll(2, loss=loss), batch_size=1)
+
+
 def drawn_episodes(units, items, query, count, dtype="float32", split="train"):
     stream = tasks.remember(units).dataset(0, steps=items, batch=1, query=query, split=split)
     every = take(stream, count)
