@@ -270,6 +270,11 @@ class OuterLoop(keras.Model):
                         "`callbacks` must not set a learning rate where the optimizer has none. Received: "
                         f"callbacks with {name}"
                     )
+                if all(self.optimizer is not one for one, _ in self.optimizers().values()):
+                    raise ValueError(
+                        "`callbacks` must not set the learning rate of `optimizer` where it updates nothing, as "
+                        f"`start_optimizer` updates all. Received: callbacks with {name}"
+                    )
                 schedule = getattr(plain(self.optimizer), "_learning_rate", None)
                 if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
                     raise ValueError(

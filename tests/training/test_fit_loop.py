@@ -298,6 +298,15 @@ def same_for_the_start():
     made.compile(one, start_optimizer=one)
 
 
+def scheduled_start():
+    """MAML has nothing but a start, so the other optimizer updates nothing."""
+    made = meta.MetaTrainer(
+        tasks.functions("xor"), learners.MAML(SGD(0.1), (4,)), meta.Unroll(1), batch_size=4, query_size=4
+    )
+    made.compile(SGD(0.1), start_optimizer=SGD(0.1), run_eagerly=True)
+    made.fit(1, 1, callbacks=[SCHEDULER], verbose=0)
+
+
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
 
 
@@ -325,6 +334,7 @@ SCHEDULER = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)
         (lambda: bilevel_trainer(single(), several()), "`rate` of the estimator must be given"),
         (same_twice, "must be different objects"),
         (same_for_the_start, "`start_optimizer` must be another object"),
+        (scheduled_start, "must not set the learning rate of `optimizer` where it updates nothing"),
         (of_another_model, "must be new, or have been compiled for the same weights"),
     ],
 )
