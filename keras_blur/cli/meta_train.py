@@ -378,7 +378,9 @@ def _learners(flag: dict[str, Any], of: tasks.Tasks) -> tuple[list[learners.Meta
             raise ValueError(
                 f"--states must be {start.rule.states}, as in the genome of --start. Received: --states={flag['states']}"
             )
-        options = start.rule.get_config() if start else {**RULE, "states": flag["states"] or 2}
+        axis = "units" if flag["batch_size"] == 1 else "batch"  # nothing is left of one example that is its own mean
+        own = {**RULE, "states": flag["states"] or 2, "normalization_axis": axis}
+        options = start.rule.get_config() if start else own
         rule = parse_rule(flag["rule"], **options)
         start = start.with_rule(rule) if start else None
         fixed = _fixed(start, flag["learn"]) if start and flag["learn"] else None

@@ -154,7 +154,7 @@ def test_frozen_layers_are_no_outer_parameters(name):
     def frozen(shape, outputs):
         return [kl.Flatten(), kl.Dense(4, trainable=False, name="held"), kl.Dense(outputs)]
 
-    with pytest.raises(ValueError, match="`network` must have no frozen layers .* Received: trainable=False in held"):
+    with pytest.raises(ValueError, match=r"`network` must have no frozen layers .* Received: trainable=False in held"):
         meta.MetaTrainer(tasks.images("digits"), MAKERS[name](frozen), meta.ES(2), batch_size=4, query_size=4)
 
 

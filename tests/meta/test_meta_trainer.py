@@ -231,6 +231,53 @@ def test_synchronize_copies_the_best_with_its_optimizer_state():
         np.testing.assert_array_equal(np.array(slot.value)[0], np.array(slot.value)[2])
 
 
+CARRYING = {
+    "truncated": lambda: meta.TruncatedUnroll(1, episode_steps=3),
+    "pes": lambda: meta.PES(1, episode_steps=3, antithetic_pairs=2),
+}
+
+
+def carrying(name):
+    made = meta.MetaTrainer(
+        tasks.functions("blobs2"), learners.Blur((4,), RULE), CARRYING[name](), members=2, batch_size=4, query_size=8
+    )
+    made.compile(keras.optimizers.SGD(1e-2), run_eagerly=not JAX)
+    return made
+
+
+@pytest.mark.parametrize("name", slow_but(["truncated"], CARRYING))
+def test_new_episodes_begin_after_a_synchronisation(name, monkeypatch):
+    """The carried learners are those of members that are no more."""
+    made, drawn = carrying(name), []
+    given = made._episodes
+
+    def noted(family, window):
+        drawn.append((window, given(family, window)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(made, "_episodes", noted)
+    made.fit(1, 2, verbose=0)
+    made.synchronize()
+    made.synchronize()  # nothing is left behind any more
+    made.fit(1, 2, verbose=0)
+    assert [window for window, _ in drawn] == [0, 1, 0, 1]
+    first, again, second, _ = (np.array(episodes["x"]) for _, episodes in drawn)
+    np.testing.assert_array_equal(first, again)
+    stream = made.families[0][0].dataset(0, steps=3, batch=4, query=8)
+    for wanted, found in zip(stream, (first, second), strict=False):
+        np.testing.assert_array_equal(found[0], np.array(wanted["x"]))
+
+
+def test_a_run_that_synchronises_inside_an_episode_resumes_bit_for_bit(tmp_path):
+    path, whole, first, second = tmp_path / "run.weights.h5", *(carrying("truncated") for _ in range(3))
+    same = [(0, 1), (1, 1)]  # the second epoch begins with copies of the best member
+    whole.fit(2, 2, callbacks=[meta.UnrollCurriculum(same)], verbose=0)
+    first.fit(1, 2, callbacks=[meta.UnrollCurriculum(same)], checkpoint=path, verbose=0)
+    second.fit(2, 2, callbacks=[meta.UnrollCurriculum(same)], checkpoint=path, verbose=0)
+    assert_equal(second, whole)
+    assert int(np.array(whole.drawn.value)[0]) == 5  # three of the first episodes, of which two ran, and two of the next
+
+
 def test_gradient_of_each_member_is_clipped():
     free, tight = trainer(members=2, clipnorm=None), trainer(members=2, clipnorm=1e-3)
     for made in (free, tight):
@@ -358,6 +405,26 @@ def test_shell_with_a_convolutional_and_a_dense_network(tmp_path):
     assert genomes.load(genome).rule.normalize_activations == "both"
     assert json.loads(numbers.read_text())["history"]["skipped"] == [0.0]
     assert [callable(one.network) for one in meta_train._networks(["lenet", "mlp"], [(6,)], RULE)] == [True, False]
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_shell_normalises_patterns_one_at_a_time_over_units(tmp_path):
+    """Over a batch of one pattern, every normalised sum would be the learned shift."""
+    genome = tmp_path / "g.json"
+    size = ["--members=1", "--unroll=1", "--epochs=1", "--steps_per_epoch=1", "--hidden=4", "--query_size=4"]
+    given = ["meta-train", "--synthetic=remember", *size, f"--genome={genome}", "--overwrite"]
+    assert cli.run(given) == 0
+    assert genomes.load(genome).rule.normalization_axis == "units"
+    assert cli.run([*given, "--batch_size=2"]) == 0
+    assert genomes.load(genome).rule.normalization_axis == "batch"
+
+
+def test_a_batch_of_one_is_not_normalised_over_the_batch():
+    with pytest.raises(ValueError, match=r"`batch_size` must be 2 or more where .* Received: batch_size=1"):
+        trainer(batch_size=1)
+    rule = Rule(batch_reduction="mean", normalize_activations="both", normalization_axis="units")
+    assert trainer(learners.Blur((8,), rule), batch_size=1).batch_size == 1
+    assert trainer(learners.Blur((8,), Rule(batch_reduction="mean")), batch_size=1).batch_size == 1
 
 
 METHODS = {
