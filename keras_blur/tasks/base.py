@@ -83,6 +83,8 @@ class Tasks(abc.ABC):
     def support(self, query: int, split: str = "train") -> int:
         """The largest number of different examples in the support of an episode.
 
+        A subclass whose supports repeat fewer examples overrides it.
+
         Args:
             query: number of query examples.
             split: as in `examples`.
