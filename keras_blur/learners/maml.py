@@ -40,7 +40,8 @@ class MAML(BaselineLearner, MetaLearner):
         first_order: whether the outer gradient treats inner gradients as constants.
 
     Raises:
-        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is
+            frozen.
 
     Example:
 

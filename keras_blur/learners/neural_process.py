@@ -47,7 +47,8 @@ class NeuralProcess(MetaLearner):
             none.
 
     Raises:
-        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is
+            frozen.
 
     Example:
 

@@ -54,7 +54,8 @@ class Prototypes(MetaLearner):
             have none.
 
     Raises:
-        ValueError: if an argument is out of range; from `draw`, if a layer of the network is frozen.
+        ValueError: if an argument is out of range; from `draw`, if a layer of the network is
+            frozen.
 
     Example:
 
