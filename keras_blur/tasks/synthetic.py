@@ -25,6 +25,7 @@ from keras_blur.tasks.episodes import EpisodeTasks
 Array = Any
 
 _GRID = 2**24  # different values of a random float32 of `keras_blur.random`
+_STREAM = 0x7A5C5  # of the random numbers of tasks, so that learners of the same seed draw others
 _STARTS = (4.0, -1.0, -2.0, 1.0, 3.0, -3.0, -5.0, 2.0, 0.0, -4.0)  # of the half units that the ten sines live on
 _SINES = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
 
@@ -39,7 +40,7 @@ class PoseTasks(Tasks):
         self.shape, self.outputs = (code + 2,), 2
         self._objects = {}
         for number, split in enumerate(SPLITS):
-            rng = np.random.default_rng([seed, number])
+            rng = np.random.default_rng([_STREAM, seed, number])
             codes = rng.standard_normal((objects[split], code)).astype(np.float32)
             self._objects[split] = codes, rng.uniform(0.0, 2.0 * math.pi, objects[split]).astype(np.float32)
 
@@ -172,7 +173,7 @@ def classes(
     if not 2 <= ways <= pool:
         raise ValueError(f"`ways` must be from 2 to pool={pool}. Received: ways={ways}")
     hidden, each = max(1, features // 4), 100
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([_STREAM, seed])
     projection = rng.standard_normal((hidden, features)) / math.sqrt(hidden)
     splits = {}
     for split in SPLITS:
