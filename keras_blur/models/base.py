@@ -285,9 +285,11 @@ class BlurModel(WholeFiles, CheckedModel):
 
     def _predicted(self, outputs: Any) -> Any:
         """Applies the heads to the outputs and packs them in the structure of the network's
-        outputs."""
+        outputs; as in Keras, one output in a list is that output."""
         found = [response.predicted(head, value) for head, value in zip(self.reading.heads, _flat(outputs), strict=True)]
-        return keras.tree.pack_sequence_as(self._network._outputs_struct, found)
+        struct = self._network._outputs_struct
+        alone = isinstance(struct, (list, tuple)) and len(found) == 1
+        return found[0] if alone else keras.tree.pack_sequence_as(struct, found)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self._network.compute_output_shape(input_shape)

@@ -17,6 +17,7 @@ from keras_blur.layers.base import BlurLayer, SynapticLayer, numbers_of, relu_ta
 from keras_blur.layers.normalization import BatchNormalization
 from keras_blur.models.base import BlurModel
 from keras_blur.models.model import Model
+from keras_blur.models.networks import cloned
 from keras_blur.models.reading import calls_as_keras, check_weightless
 from keras_blur.models.sequential import Sequential
 
@@ -95,7 +96,7 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
 
     def twin(layer: Any) -> Any:
         if id(layer) not in twins:
-            twins[id(layer)] = keras.models.clone_model(layer, clone_function=twin) if _is_plain(layer) else _twin(layer)
+            twins[id(layer)] = cloned(layer, twin) if _is_plain(layer) else _twin(layer)
         return twins[id(layer)]
 
     made: BlurModel
@@ -104,7 +105,7 @@ def convert(model: keras.Model, genome: Genome) -> BlurModel:
         chain = _merged([twin(layer) for layer in _unfolded(model)])
         made = Sequential([inputs, *chain], genome=genome, name=model.name, dtype=model.dtype_policy)
     else:
-        clone = keras.models.clone_model(model, clone_function=twin)
+        clone = cloned(model, twin)
         struct = keras.tree.pack_sequence_as(model._outputs_struct, keras.tree.flatten(clone.outputs))
         entered = keras.tree.pack_sequence_as(model._inputs_struct, keras.tree.flatten(clone.inputs))
         made = Model(entered, struct, genome=genome, name=model.name, dtype=model.dtype_policy)
@@ -294,11 +295,10 @@ def to_keras(model: BlurModel) -> keras.Model:
 
     def plain(layer: Any) -> Any:
         if id(layer) not in twins:
-            nested = _is_plain(layer)
-            twins[id(layer)] = keras.models.clone_model(layer, clone_function=plain) if nested else _keras_twin(layer)
+            twins[id(layer)] = cloned(layer, plain) if _is_plain(layer) else _keras_twin(layer)
         return twins[id(layer)]
 
-    clone = keras.models.clone_model(model._network, clone_function=plain)
+    clone = cloned(model._network, plain)
     if isinstance(model, Sequential):
         clone = keras.Sequential([clone.inputs[0], *(plain(layer) for layer in model.layers)], name=model.name)
     else:

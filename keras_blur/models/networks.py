@@ -162,13 +162,20 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
                 f"`network` must take examples of {tuple(shape)} and have {classes} outputs. "
                 f"Received: {name}, which takes {own[0]} and has {own[1]}"
             )
-        return flattened(keras.models.clone_model(model, clone_function=_drawn_anew))
+        copies: dict[int, Any] = {}
+
+        def copy(layer: Any) -> Any:
+            if id(layer) not in copies:
+                copies[id(layer)] = _drawn_anew(layer) if functional_of(layer) is None else cloned(layer, copy)
+            return copies[id(layer)]
+
+        return flattened(keras.models.clone_model(model) if functional_of(model) is None else copy(model))
 
     return name, again
 
 
 def _drawn_anew(layer: keras.Layer) -> keras.Layer:
-    """A copy of a layer, or of a model with its layers, whose initializers have no seed."""
+    """A copy of a layer whose initializers have no seed."""
 
     def seedless(config: Any, name: str = "") -> Any:
         if isinstance(config, (list, tuple)):
@@ -182,6 +189,31 @@ def _drawn_anew(layer: keras.Layer) -> keras.Layer:
         return found
 
     return type(layer).from_config(seedless(layer.get_config()))
+
+
+def cloned(model: keras.Model, copy: Callable[[Any], Any]) -> keras.Model:
+    """The same network of other layers, not compiled.
+
+    `keras.models.clone_model` compiles the clone of a compiled model from a config, which lacks a
+    user's own losses and metrics.
+
+    Args:
+        model: a built Sequential or Functional model.
+        copy: a function from a layer, or a model inside, to the one in its place.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), kl.Dense(3)])
+    >>> model.compile(loss="mse")
+    >>> cloned(model, lambda layer: kl.Dense(2)).compiled
+    False
+    """
+    if isinstance(model, keras.Sequential):
+        (entry,) = model.inputs
+        entry = keras.Input(batch_shape=entry.shape, dtype=entry.dtype, name=entry.name)
+        return keras.Sequential([entry, *map(copy, model.layers)], name=model.name, trainable=model.trainable)
+    functional = keras.Model(model._inputs_struct, model._outputs_struct, name=model.name)
+    return keras.models.clone_model(functional, clone_function=copy)
 
 
 def flattened(model: keras.Model) -> keras.Model:

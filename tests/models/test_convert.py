@@ -7,6 +7,7 @@ from descent import ROUNDING, assert_descends, randomized
 from keras import layers as kl
 
 import keras_blur as kb
+from keras_blur.models import networks
 
 X = np.random.default_rng(0).standard_normal((6, 5)).astype("float32")
 Y = np.random.default_rng(1).standard_normal((6, 2))
@@ -202,3 +203,25 @@ def test_a_layer_with_two_nonlinearities_by_default_does_not_go_back():
                 model.to_keras()
         else:
             np.testing.assert_allclose(model.to_keras()(X), model(X), rtol=1e-5, atol=1e-6)
+
+
+def own_loss(y, prediction):
+    return keras.ops.mean(keras.ops.square(prediction - y), axis=-1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_compiled_model_with_functions_of_a_user(nested):
+    """Their config has only names, which a clone could not be compiled from."""
+    options = {"loss": own_loss, "metrics": [own_loss]}
+    entry = keras.Input((5,))
+    inner = chain(kl.Dense(4, "tanh"))
+    functional = keras.Model(entry, kl.Dense(5)(inner(entry)))
+    twin = keras.Model(entry, kl.Dense(2)(functional(entry))) if nested else functional
+    for one in (inner, functional, twin):
+        one.compile(**options)
+    model = kb.convert(twin, GENOME)
+    np.testing.assert_allclose(model(X), twin(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.to_keras()(X), twin(X), rtol=1e-5, atol=1e-6)
+    _, build = networks.builder(twin)
+    assert build((5,), 2 if nested else 5).count_params() == twin.count_params()
+    assert [twin.loss, inner.loss, model.compiled] == [own_loss, own_loss, False]

@@ -283,6 +283,20 @@ def test_two_inputs_and_two_outputs(form, float64):
     assert_descends(randomized(two_by_two()), x, y, **options)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_one_output_in_a_list_is_that_output(kind):
+    """As in Keras, where `predict`, `fit` and a call give an array."""
+    entry = keras.Input((5,))
+    twin = keras.Model(entry, kind([kl.Dense(2)(entry)]))
+    model = kb.convert(twin, GENOME)
+    model.compile(loss="mean_squared_error")
+    model.fit(ROWS, TWO, verbose=0)
+    for one in (model, twin):
+        assert [np.shape(one(ROWS)), np.shape(one.predict(ROWS, verbose=0)), type(one.predict_on_batch(ROWS))] == [
+            (6, 2), (6, 2), np.ndarray
+        ]  # fmt: skip
+
+
 def test_an_output_that_is_read_again_gets_both_errors(float64):
     entry = keras.Input((5,))
     early = kl.Dense(3, "tanh", name="early")(entry)
