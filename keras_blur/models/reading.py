@@ -11,9 +11,10 @@ of synapses. Nested models are unfolded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -131,7 +132,8 @@ class Reading:
             )
             if isinstance(one.operation, keras.Layer):  # layers inside it may take `training`
                 kwargs = {**kwargs, "training": training}
-            results = keras.tree.flatten(one.operation(*args, **kwargs))
+            with _unrounded(one.operation):
+                results = keras.tree.flatten(one.operation(*args, **kwargs))
             known.update(zip(one.results, results, strict=True))
         return [known[number] for number in self.entries]
 
@@ -567,6 +569,22 @@ def _function_of(operation: Any, node: Any, **phase: bool) -> Callable[..., Arra
         args, kwargs = keras.tree.map_structure(
             lambda value: arrays[order[id(value)]] if _is_tensor(value) else value, template
         )
-        return operation(*args, **kwargs)
+        with _unrounded(operation):
+            return operation(*args, **kwargs)
 
     return function
+
+
+@contextlib.contextmanager
+def _unrounded(operation: Any) -> Iterator[None]:
+    """Layers compute in the type of their variables here. A mixed policy is for the factors of
+    products, which layers without weights have none of."""
+    layers = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
+    before = [(one, one._dtype_policy) for one in layers if one.compute_dtype != one.variable_dtype]
+    for one, _ in before:
+        one._dtype_policy = keras.DTypePolicy(one.variable_dtype)
+    try:
+        yield
+    finally:
+        for one, policy in before:
+            one._dtype_policy = policy

@@ -768,3 +768,30 @@ def test_statistics_are_averaged_as_the_synapses_of_their_layer():
     model.train_on_batch(ROWS, TWO)
     model.train_on_batch(3.0 + ROWS, TWO)
     np.testing.assert_allclose(norms[0].moving_mean, ROWS.mean(0) + 3.0 * 101.0 / 102.0, rtol=1e-4, atol=1e-4)
+
+
+def small(h):
+    """Layers after the first synapses whose feedback float16 would round to 0."""
+    h = kl.ReLU()(kl.Concatenate()([kl.Add()([h, h]), kl.MaxPooling2D(3, 1, "same")(h)]))
+    return kl.GlobalAveragePooling2D()(kl.Lambda(lambda x: 0.25 * x)(kl.AveragePooling2D(3)(h)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
+def test_layers_without_weights_round_nothing(policy):
+    """Before the first synapses as after them: a mixed policy is for products alone."""
+    moved = []
+    for dtype in ("float32", policy):
+        keras.config.set_dtype_policy(dtype)
+        keras.utils.set_random_seed(0)
+        entry = keras.Input((6, 6, 2))
+        first = kb.layers.Conv2D(4, 3, padding="same", activation="relu", name="first", dtype="float32")
+        head = kb.layers.Dense(2, dtype="float32")
+        model = kb.Model(entry, head(small(first(kl.Rescaling(1e-6)(entry)))), genome=GENOME)
+        model.compile(loss="mean_squared_error")
+        start = np.array(first.kernel)
+        first.kernel.assign(np.zeros_like(start) + 1e-3 * np.sign(start))
+        model.train_on_batch(1e6 * IMAGES, TWO, sample_weight=np.full(6, 1e-6))
+        moved.append(np.array(first.kernel) - 1e-3 * np.sign(start))
+        assert [layer.dtype_policy.name for layer in model.layers if isinstance(layer, kl.Rescaling)] == [dtype]
+    assert np.abs(moved[0]).max() > 1e-9
+    np.testing.assert_allclose(moved[1], moved[0], rtol=1e-4, atol=1e-4 * np.abs(moved[0]).max())
