@@ -36,7 +36,7 @@ from keras_blur.core.weightless import (
     Softmax,
     WeightlessMap,
 )
-from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map, seed_generators
+from keras_blur.layers.base import BlurLayer, SynapticLayer, activation_map, is_elementwise, seed_generators
 
 Array = Any
 Shape = tuple[Any, ...]
@@ -52,6 +52,7 @@ _LINEAR = (
 _MAX_POOLING = (kl.MaxPooling1D, kl.MaxPooling2D, kl.MaxPooling3D)
 _ELEMENTWISE = (kl.ReLU, kl.LeakyReLU, kl.ELU)
 _MIXING = (kl.Softmax, kl.UnitNormalization)  # normalise over features of an example
+_MIXING_OPERATIONS = ("Softmax", "LogSoftmax", "Sparsemax", "Normalize")  # the same, of keras.ops
 _DROPOUTS = (kl.Dropout, kl.SpatialDropout1D, kl.SpatialDropout2D, kl.SpatialDropout3D)
 _TWINS = (
     "Dense", "Conv1D", "Conv2D", "Conv3D", "Conv2DTranspose", "DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv2D",
@@ -273,13 +274,16 @@ class Plan:
         return sorted(found)
 
     def _is_taken_over(self, number: int, readers: Mapping[int, list[int]]) -> bool:
-        """Whether a normalisation, activation or merging layer reads a layer, which then has no
-        default nonlinearity."""
-        read_by = [self._operations[reader] for reader in readers.get(number, ())]
-        return any(
-            isinstance(one, _Map) and (len(one.sources) > 1 or isinstance(one.map, (Normalize, ActivationMap)))
-            for one in read_by
-        )
+        """Whether a normalisation, activation or merging layer reads a layer, maybe behind a scale
+        or a shift. The layer then has no default nonlinearity."""
+        for reader in readers.get(number, ()):
+            one = self._operations[reader]
+            if isinstance(one, _Map):
+                if len(one.sources) > 1 or isinstance(one.map, (Normalize, ActivationMap)):
+                    return True
+                if isinstance(one.map, _Affine) and self._is_taken_over(reader, readers):
+                    return True
+        return False
 
 
 def read(network: keras.Model, rule: Rule, groups: Callable[[Sequence[SynapticLayer]], Sequence[int]]) -> Reading:
@@ -519,10 +523,28 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         return Linear(function, shapes, target)
     if kind is kl.Activation:
         return activation_map(layer.activation, shapes[0])
-    if kind is kl.Softmax and layer.axis == -1 and not masked:
+    name = "" if isinstance(layer, keras.Layer) else kind.__name__  # of an operation
+    if (kind is kl.Softmax or name == "Softmax") and layer.axis in (-1, len(target)) and not masked:
         return Softmax(shapes[0])
-    made = Elementwise if kind in _ELEMENTWISE else ActivationMap if kind in _MIXING else Jacobian
-    return made(function, shapes, target)
+    if name == "Sigmoid":
+        return Sigmoid(shapes[0])
+    if kind in _MIXING or name in _MIXING_OPERATIONS:
+        return ActivationMap(function, shapes, target)
+    if kind not in _ELEMENTWISE and not (shapes == [target] and inspect.unwrap(is_elementwise)(function)):  # keeps none
+        return Jacobian(function, shapes, target)
+    return (_Affine if _is_affine(function) else Elementwise)(function, shapes, target)
+
+
+class _Affine(Jacobian):
+    """A scale or a shift of each entry, which is no activation by itself."""
+
+
+def _is_affine(function: Callable[[Array], Array]) -> bool:
+    """Whether an elementwise function is a line, by a test on sample values."""
+    points = np.array([[0.0, 1.0, -1e3, -7.0, -3.0, -1.0, -0.3, 0.3, 3.0, 7.0, 1e3]], np.float32)
+    found = np.asarray(keras.ops.cast(function(keras.ops.array(points)), "float32"))
+    line = found[0, 0] + (found[0, 1] - found[0, 0]) * points
+    return np.allclose(found, line, rtol=1e-4, atol=1e-4)
 
 
 def _noise_shape(layer: Any, source: Shape) -> tuple[int | None, ...]:

@@ -719,9 +719,19 @@ def test_added_losses_are_refused_beside_penalties():
         model.train_on_batch(np.ones((4, 5)), np.ones((4, 2)))
 
 
-@pytest.mark.parametrize(
-    "after", [kl.UnitNormalization(), kl.Activation("log_softmax"), kl.Softmax(axis=1)], ids=lambda one: one.name
-)
+def scaled_tanh(x):
+    return 1.7 * ops.tanh(0.6 * x)
+
+
+AFTER = {
+    "normalization": kl.UnitNormalization(), "log_softmax": kl.Activation("log_softmax"), "softmax": kl.Softmax(axis=1),
+    "gelu": keras.activations.gelu, "sigmoid": ops.sigmoid, "softmax operation": ops.softmax,
+    "log_softmax operation": ops.log_softmax, "normalize": ops.normalize, "lambda": kl.Lambda(ops.square),
+    "scaled": scaled_tanh, "leaky": lambda x: ops.maximum(x, 0.2 * x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("after", AFTER.values(), ids=AFTER)
 def test_an_activation_that_follows_takes_the_place_of_the_default(after):
     entry = keras.Input((6, 5))
     layer = kb.layers.Dense(4)
@@ -729,6 +739,15 @@ def test_an_activation_that_follows_takes_the_place_of_the_default(after):
     x = RNG.standard_normal((3, 6, 5)).astype("float32")
     kernel, bias = (np.array(layer.synapses[name])[0] for name in ("kernel", "bias"))
     np.testing.assert_allclose(model(x), after(x @ kernel + bias), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("after", [lambda x: 0.5 * x - 1.0, kl.Lambda(lambda x: 2.0 * x), lambda x: x[:, ::2]])
+def test_other_operations_leave_the_default(after):
+    entry = keras.Input((6, 5))
+    layer = kb.layers.Dense(4)
+    model = kb.Model(entry, after(layer(entry)), genome=kb.genomes.backprop(last_activation="tanh"))
+    x = RNG.standard_normal((3, 6, 5)).astype("float32")
+    np.testing.assert_allclose(model(x), after(np.tanh(x @ np.array(layer.kernel)[0])), rtol=1e-5, atol=1e-6)
 
 
 def test_losses_of_several_outputs_are_saved_with_their_numbers(tmp_path):

@@ -61,6 +61,18 @@ def test_the_step_is_that_of_the_logits(case, alone, float64):
     assert predicted.max() <= 1.0
 
 
+@pytest.mark.parametrize("case", ["sigmoid", "softmax"])
+def test_an_operation_is_as_its_layer(case, float64):
+    units, activation, kind, y = CASES[case]
+    entry = keras.Input((4,))
+    apply = getattr(keras.ops, activation)
+    twins = [network(units, activation, alone=True), network(units, "linear")]
+    twins[1] = keras.Model(entry, apply(twins[1](entry)))
+    layer, operation = (learned(twin, kind(), y, kb.genomes.backprop(RATE))[0] for twin in twins)
+    for mine, wanted in zip(weights(operation), weights(layer), strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+
+
 def test_a_learned_genome_takes_the_step_of_the_logits():
     units, activation, kind, y = CASES["sigmoid"]
     ours, _ = learned(network(units, activation), kind(), y, kb.genomes.load("fast"))
