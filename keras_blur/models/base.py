@@ -258,19 +258,22 @@ class BlurModel(WholeFiles, CheckedModel):
     def call(self, inputs: Any, training: bool = False) -> Any:
         """The prediction: state 1 of the outputs, divided by the genome's temperature.
 
+        A frozen model predicts inside another one that trains: of `training`, only dropout and
+        layers without weights take notice, as in Keras.
+
         Raises:
             ValueError: if another Keras model calls this one to train it with an optimizer. On JAX
                 this is not detected.
         """
         refuse_outer_training(self)
-        graph = self._graph
+        graph, learns = self._graph, bool(training and self.trainable)
         sweep = network.forward(
             self._genome,
             graph,
-            self._read(graph, self._synapses(), self.learning_step, training),
+            self._read(graph, self._synapses(), self.learning_step, learns),
             tuple(self._prepared(self._inputs(inputs), training)),
             neurons=self._kept(),
-            statistics=self._statistics(training),
+            statistics=self._statistics(learns),
             training=bool(training),
         )
         return self._predicted(network.output(self._genome, graph, sweep.values))

@@ -353,6 +353,23 @@ def test_a_frozen_layer_predicts_with_its_synapses_beside_slow_ones(frozen):
     np.testing.assert_allclose(model.predict(ROWS, verbose=0), back.predict(ROWS, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"slow_synapses": True}, {"normalize_activations": "both"}])
+def test_a_frozen_model_predicts_while_another_one_trains(options):
+    """As in Keras: only dropout takes notice of `training`."""
+    entry = keras.Input((5,))
+    norm = kb.layers.BatchNormalization()
+    genome = kb.Genome.random(kb.Rule(**options), seed=0)
+    model = kb.Model(entry, kl.Dropout(0.5)(kb.layers.Dense(64)(norm(kb.layers.Dense(4)(entry)))), genome=genome)
+    model.compile(loss="mean_squared_error")
+    model.fit(np.repeat(ROWS, 4, axis=0), np.ones((24, 64)), batch_size=6, epochs=3, verbose=0)
+    assert np.abs(np.array(model(ROWS, training=True)) - np.array(model(ROWS))).max() > 1e-3
+    model.trainable = False
+    dropped, whole = np.array(model(ROWS, training=True)), np.array(model(ROWS))
+    stays = dropped != 0.0
+    assert 0.2 < stays.mean() < 0.8
+    np.testing.assert_allclose(dropped[stays], 2.0 * whole[stays], rtol=1e-5, atol=1e-6)
+
+
 def attention():
     entry = keras.Input((5, 2))
     return entry, kl.MultiHeadAttention(2, 2, trainable=False, name="frozen")(entry, entry)
