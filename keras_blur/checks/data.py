@@ -47,6 +47,7 @@ class Expected:
         ignored: the label that the loss ignores (`ignore_class`); `None` for none.
         text: whether inputs may be strings.
         several: whether there are several inputs or outputs, whose structure Keras checks.
+        one_weight: whether an example has one weight in all outputs that a model learns from.
     """
 
     features: Shape | None = None
@@ -56,6 +57,7 @@ class Expected:
     ignored: int | None = None
     text: bool = False
     several: bool = False
+    one_weight: bool = False
 
 
 def label_kind(loss: Any) -> str | None:
@@ -101,12 +103,13 @@ def checked(
     *,
     within: str | None = None,
     labelled: bool = True,
+    learned: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Checks data for a Keras model: arrays at once, batches of other sources as they arrive.
 
     Args:
         x: an array or nested list `[n, ...]`, a `tf.data.Dataset`, a `PyDataset`, or a generator of
-            batches.
+            batches. Other sources that Keras takes pass unchecked; see `is_loader`.
         y: labels or targets `[n, ...]`; `None` if `x` gives batches.
         sample_weight: weights `[n, ...]`, or `None`.
         expected: returns the data that the model takes. It is called at each check, since the first
@@ -114,6 +117,7 @@ def checked(
         within: the argument that holds `x`, such as `"validation_data"`, for messages; `None` if
             `x` is an argument itself.
         labelled: whether the data must have labels.
+        learned: whether the model learns from the data.
 
     Returns:
         `x`, `y` and `sample_weight` for Keras. Lists become arrays; booleans and small integers get
@@ -125,19 +129,24 @@ def checked(
             raises it when it arrives. TensorFlow may turn that error into an `OpError`, which
             `plain_errors` turns back.
     """
-    check = Check(expected, within, labelled)
-    if expected().several:
+    check = Check(expected, within, labelled, learned)
+    dataset, loader = backend.is_dataset(x), is_loader(x)
+    if not dataset and not loader and not isinstance(x, keras.utils.PyDataset) and not inspect.isgenerator(x):
+        if not expected().several:
+            return check.arrays(x, y, sample_weight)
         check.structures(x, y, sample_weight)
         return x, y, sample_weight
-    dataset = backend.is_dataset(x)
-    if not dataset and not isinstance(x, keras.utils.PyDataset) and not inspect.isgenerator(x):
-        return check.arrays(x, y, sample_weight)
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ValueError(
                 f"{check.named(name)} must be left out where x gives batches, which hold it. Received: x={type(x).__name__} "
                 f"and {name}={type(value).__name__}"
             )
+    if loader:
+        return x, None, None
+    if dataset and expected().several:
+        check.one_weight(keras.utils.unpack_x_y_sample_weight(x.element_spec)[2])
+        return x, None, None
     if dataset:
         from keras_blur.checks.datasets import checked_dataset  # it imports TensorFlow
 
@@ -149,11 +158,34 @@ def checked(
     return check.batches(x), None, None
 
 
+_LOADERS = {
+    "torch.utils.data": ("DataLoader",),
+    "grain": ("MapDataset", "IterDataset", "DataLoader"),
+    "tensorflow.python": ("DistributedDataset", "DistributedDatasetsFromFunction"),
+}
+
+
+def is_loader(x: Any) -> bool:
+    """Whether a value is another source of batches that Keras knows by its class: a PyTorch
+    `DataLoader`, a dataset or loader of Grain, or a dataset of `tf.distribute`.
+
+    Example:
+
+    >>> is_loader(np.ones(3))
+    False
+    """
+    return any(
+        kind.__module__.startswith(module) and kind.__name__ in names
+        for kind in type(x).__mro__
+        for module, names in _LOADERS.items()
+    )
+
+
 def checked_arrays(
     x: Any, y: Any, sample_weight: Any, expected: Expected, within: str | None = None
 ) -> tuple[Any, Any, Any]:
     """As `checked`, for labelled arrays only."""
-    return Check(lambda: expected, within, True).arrays(x, y, sample_weight)
+    return Check(lambda: expected, within, labelled=True).arrays(x, y, sample_weight)
 
 
 def checked_validation(data: Any, expected: Callable[[], Expected]) -> Any:
@@ -255,7 +287,7 @@ class CheckedModel(keras.Model):
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
     ) -> Any:
         """As in Keras. The data are checked first, as in `fit`."""
-        x, y, sample_weight = checked(x, y, sample_weight, self._expected)
+        x, y, sample_weight = checked(x, y, sample_weight, self._expected, learned=True)
         check_class_weight(class_weight, sample_weight, self._expected())
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
@@ -288,8 +320,8 @@ class StreamError(ValueError):
 class Check:
     """The checks of one source of data."""
 
-    def __init__(self, expected: Callable[[], Expected], within: str | None, labelled: bool):
-        self.expected, self.within, self.labelled = expected, within, labelled
+    def __init__(self, expected: Callable[[], Expected], within: str | None, labelled: bool, learned: bool = False):
+        self.expected, self.within, self.labelled, self.learned = expected, within, labelled, learned
 
     def named(self, name: str) -> str:
         """The name of an argument in messages."""
@@ -326,6 +358,19 @@ class Check:
                 length = len(array) if length is None else length
                 if len(array) != length:
                     self.refuse(name, f"have as many examples as the first array, {length}", f"an array of {len(array)}")
+        self.one_weight(sample_weight)
+
+    def one_weight(self, sample_weight: Any) -> None:
+        """Checks that weights of several outputs are equal, where a model learns and needs that.
+        Specs in place of arrays count as different."""
+        arrays = keras.tree.flatten(sample_weight)
+        listed = not any(hasattr(one, "shape") for one in arrays)  # numbers of one array, or none
+        if listed or len(arrays) == 1 or not (self.learned and self.expected().one_weight):
+            return
+        known = all(hasattr(one, "__array__") for one in arrays)
+        if not known or any(not np.array_equal(np.asarray(one), np.asarray(arrays[0])) for one in arrays[1:]):
+            wanted = "be one array, or the same for each output, where a rule with feedback='labels' learns from several"
+            self.refuse("sample_weight", wanted, f"{len(arrays)} arrays")
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields the batches of a generator and checks each one."""
@@ -340,6 +385,9 @@ class Check:
         """Checks a batch of a stream and returns it ready for Keras."""
         try:
             parts = self.parts(batch)
+            if self.expected().several:
+                self.structures(*parts)
+                return batch
             if not self.labelled:
                 return (self.arrays(parts[0], None, None)[0],)
             x, y, weight = self.arrays(*parts)

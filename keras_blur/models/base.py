@@ -22,7 +22,15 @@ import numpy as np
 from keras import ops
 
 from keras_blur import backend
-from keras_blur.checks import CheckedModel, Expected, check_class_weight, checked, checked_validation, plain_errors
+from keras_blur.checks import (
+    CheckedModel,
+    Expected,
+    check_class_weight,
+    checked,
+    checked_validation,
+    is_loader,
+    plain_errors,
+)
 from keras_blur.core import feedback as feedbacks
 from keras_blur.core import network
 from keras_blur.core.companions import AVERAGE, TRACE
@@ -472,6 +480,14 @@ class BlurModel(WholeFiles, CheckedModel):
         plain = rule.derivative_state and rule.channels == "tied" and rule.oja == "none"
         return bool(plain and not read and not rule.keep_neurons and not rule.forward_synapse_update)
 
+    def _learns_from_errors_alone(self) -> bool:
+        """Whether an example without an error adds 0 to every sum that synapses learn from, as in
+        backpropagation."""
+        rule = self.rule
+        products = rule.backward_update == "multiplicative_after_first" and rule.backward != "sigmoid"
+        sums = rule.normalize_activations in ("none", "forward") and not rule.whitening
+        return bool(products and sums and self._reads_errors_alone())
+
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
@@ -515,8 +531,8 @@ class BlurModel(WholeFiles, CheckedModel):
         places = keras.tree.pack_sequence_as(struct, list(range(len(names))))
         return sorted(places, key=places.get)
 
-    def _response(self, y: Any, weights: Sequence[Any], shared: SharedBatch | None) -> Callable[[Any], Any]:
-        """The feedback into the outputs, as a function of the outputs."""
+    def _wanted(self, y: Any, weights: Sequence[Any]) -> list[response.Wanted]:
+        """What each output is to learn."""
         names = self._output_keys()
         losses = response.losses_of(self._learned_loss, self._loss_weights, names)
         parts = zip(losses, self.reading.heads, response.labels_of(y, names), weights, strict=True)
@@ -524,6 +540,10 @@ class BlurModel(WholeFiles, CheckedModel):
         missing = [name for name, one in zip(names, wanted, strict=True) if one.loss is not None and one.labels is None]
         if missing:
             raise ValueError(f"`y` must have labels for each output with a loss. Received: none for {', '.join(missing)}")
+        return wanted
+
+    def _response(self, wanted: Sequence[response.Wanted], shared: SharedBatch | None) -> Callable[[Any], Any]:
+        """The feedback into the outputs, as a function of the outputs."""
         total = None if shared is None else lambda number: shared.total([number])[0]
 
         def respond(outputs: Any) -> Any:
@@ -548,18 +568,15 @@ class BlurModel(WholeFiles, CheckedModel):
         rule, layers, graph = self.rule, self._synaptic(), self._graph
         shared = self._shared(keras.tree.flatten(x)[0])
         weights = response.weights_of(sample_weight, self._output_keys(), self.variable_dtype)
-        hebbian_weight = None
+        wanted, hebbian_weight = self._wanted(y, weights), None
         if rule.feedback == "labels":
-            if isinstance(sample_weight, (Mapping, list, tuple)) and len(weights) > 1:
-                raise ValueError(
-                    "`sample_weight` must be one array where a rule with feedback='labels' learns from several outputs. "
-                    f"Received: {len(sample_weight)} of them"
-                )
             hebbian_weight = None if weights[0] is None else ops.reshape(weights[0], (-1,))
             ignored = ignored_class(self._learned_loss)
             if ignored is not None:
                 valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
                 hebbian_weight = valid if hebbian_weight is None else hebbian_weight * valid
+        elif not self._learns_from_errors_alone():  # errors have the weights in them, other states have not
+            hebbian_weight = response.teaching(wanted, self._network.outputs, self.variable_dtype)
         prepared = tuple(self._prepared(self._inputs(x), True))
         added = len(self.losses) - sum(variable.regularizer is not None for variable in self.trainable_variables)
         if added:
@@ -573,7 +590,7 @@ class BlurModel(WholeFiles, CheckedModel):
             graph,
             network.NetworkState(self._synapses(), step, self._kept()),
             prepared,
-            self._response(y, weights, shared),
+            self._response(wanted, shared),
             sample_weight=hebbian_weight,
             batch=shared,
         )
@@ -703,8 +720,9 @@ class BlurModel(WholeFiles, CheckedModel):
         are finite.
 
         Arrays and the element specs of datasets are checked before the first step. The batches of a
-        `tf.data.Dataset`, a `PyDataset` or a generator are checked as they arrive.
-        `validation_data` are checked in the same way.
+        `tf.data.Dataset`, a `PyDataset` or a generator are checked as they arrive; those of a
+        PyTorch `DataLoader`, of Grain and of `tf.distribute` are not. `validation_data` are checked
+        in the same way.
 
         Raises:
             ValueError: if the model is not compiled, or data do not fit the model or the loss.
@@ -714,12 +732,12 @@ class BlurModel(WholeFiles, CheckedModel):
         given = dict(locals())
         del given["self"]
         given.pop("__class__", None)
-        if backend.is_dataset(x) or inspect.isgenerator(x):
+        if backend.is_dataset(x) or inspect.isgenerator(x) or is_loader(x):
             given["shuffle"] = False  # Keras warns of its own default there
         self._check_callbacks(callbacks)
         self._warn_of_a_closed_gate()
         check_class_weight(class_weight, sample_weight, self._expected())
-        given["x"], given["y"], given["sample_weight"] = checked(x, y, sample_weight, self._expected)
+        given["x"], given["y"], given["sample_weight"] = checked(x, y, sample_weight, self._expected, learned=True)
         if validation_data is not None:
             given["validation_data"] = checked_validation(validation_data, self._expected)
         with plain_errors():
@@ -762,7 +780,7 @@ class BlurModel(WholeFiles, CheckedModel):
     def _expected(self) -> Expected:
         """The data that the model takes."""
         if self._several():
-            return Expected(several=True)
+            return Expected(several=True, one_weight=self.rule.feedback == "labels")
         shape = self._first_shape()
         features = None if shape is None else tuple(shape[1:])
         text = any(isinstance(layer, _TEXT) for layer in self.layers[:1])

@@ -19,6 +19,7 @@ from keras import ops
 from keras_blur import backend
 from keras_blur.core import feedback
 from keras_blur.core.derivatives import vjp
+from keras_blur.core.losses import ignored_class
 from keras_blur.core.weightless import Sigmoid, Softmax, WeightlessMap
 
 Array = Any
@@ -103,6 +104,39 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
     else:
         found = list(sample_weight) if isinstance(sample_weight, (list, tuple)) else [sample_weight] * len(names)
     return [None if one is None else ops.cast(one, dtype) for one in found]
+
+
+def teaching(wanted: Sequence[Wanted], outputs: Sequence[Any], dtype: str) -> Array | None:
+    """Which examples teach something: 1 for those with a nonzero weight in some output or position,
+    else 0; `None` if all do.
+
+    Args:
+        wanted: what each output is to learn.
+        outputs: the Keras tensors of the outputs.
+        dtype: dtype of the result, `[batch]`.
+    """
+    found = []
+    for one, output in zip(wanted, outputs, strict=True):
+        if one.loss is None:
+            continue
+        ignored, counts = ignored_class(one.loss), []
+        if one.weights is not None:
+            counts.append(ops.not_equal(_by_position(one.weights, output), 0.0))
+        if ignored is not None:
+            counts.append(ops.not_equal(_by_position(one.labels, output), ignored))
+        if not counts:
+            return None
+        both = counts[0] if len(counts) == 1 else ops.logical_and(*counts)
+        found.append(ops.any(ops.reshape(both, (ops.shape(both)[0], -1)), axis=-1))
+    return ops.cast(ops.any(ops.stack(found), axis=0), dtype) if found else None
+
+
+def _by_position(value: Array, output: Any) -> Array:
+    """Weights or integer labels as `[batch, *positions]`, where sizes may be 1."""
+    value, rank = ops.convert_to_tensor(value), len(output.shape) - 1
+    if len(value.shape) > rank:
+        return value[..., 0]
+    return ops.reshape(value, (*ops.shape(value), *(1,) * (rank - len(value.shape))))
 
 
 # For each map that gives probabilities, the losses of which Keras takes the logits.

@@ -137,6 +137,43 @@ def test_a_generator_is_checked_as_a_dataset_is():
                 model(run_eagerly=True).fit((one for one in batches), steps_per_epoch=len(batches), verbose=0)
 
 
+def loader(name, module, *bases):
+    return type(name, bases, {"__module__": module, "__iter__": lambda self: iter([(X, Y)])})
+
+
+def test_loaders_of_other_libraries_pass_as_keras_knows_them():
+    """Neither library need be there. Keras looks at the names of the classes alone, too."""
+    torch = loader("DataLoader", "torch.utils.data.dataloader")
+    kinds = [torch, loader("Own", "mine", torch), loader("MapDataset", "grain._src.python.dataset.dataset")]
+    for kind in kinds:
+        one = kind()
+        assert checks.checked(one, None, None, lambda: checks.Expected((4,), (3,), "classes", 3)) == (one, None, None)
+        with pytest.raises(ValueError, match=r"^`y` must be left out where x gives batches"):
+            model().fit(one, Y, verbose=0)
+    for kind in (loader("DataLoader", "mine"), loader("Dataset", "torch.utils.data.dataset")):
+        with pytest.raises(ValueError, match=r"^`x` must be one array"):
+            model().fit(kind(), verbose=0)
+
+
+def test_a_distributed_dataset_is_learned_from():
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with strategy.scope():
+        one = model(run_eagerly=False)
+        start = one.get_weights()[0].copy()
+        one.fit(strategy.experimental_distribute_dataset(as_dataset(X, Y)[0]), verbose=0)
+    assert np.abs(one.get_weights()[0] - start).max() > 1e-4
+
+
+def test_strings_are_taken_wherever_the_text_is_read():
+    entry = keras.Input((1,), dtype="string")
+    table = keras.layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    value = table(keras.layers.Identity()(entry))
+    one = kb.Model(entry, kb.layers.Dense(3)(value), genome=kb.genomes.backprop())
+    words = tf.constant([["a"], ["b"], ["c"]])
+    found = one.predict(words, verbose=0)
+    np.testing.assert_allclose(found, np.array(one.layers[-1].kernel)[0][[1, 2, 0]], rtol=1e-6)
+
+
 def test_a_bad_batch_stops_before_its_step():
     """The steps before it are taken, and the batch itself changes nothing."""
     for source in ("dataset", "PyDataset"):

@@ -711,9 +711,39 @@ def test_labels_of_several_outputs_take_one_weight_an_example():
     with pytest.raises(ValueError, match="`loss` must not ignore a class"):
         model.compile(loss=[ignoring, ignoring])
     model.compile(loss=["mean_squared_error"] * 2, run_eagerly=True)
-    x, y = np.ones((4, 3)), [np.ones((4, 2))] * 2
-    with pytest.raises(ValueError, match="`sample_weight` must be one array"):
-        model.train_on_batch(x, y, sample_weight=[np.ones(4), np.zeros(4)])
+    x, y, weight = RNG.standard_normal((4, 3)), [np.ones((4, 2))] * 2, np.array([0.5, 2.0, 0.0, 1.0])
+    start, found = model.get_weights(), []
+
+    class Batches(keras.utils.PyDataset):
+        num_batches = 1
+
+        def __getitem__(self, index):
+            return x, tuple(y), self.weight
+
+    def batches(weight):
+        made = Batches()
+        made.weight = tuple(weight) if isinstance(weight, list) else weight
+        return made
+
+    ways = {
+        "batch": lambda weight: model.train_on_batch(x, y, weight),
+        "arrays": lambda weight: model.fit(x, y, sample_weight=weight, verbose=0),
+        "PyDataset": lambda weight: model.fit(batches(weight), verbose=0),
+        "generator": lambda weight: model.fit((batches(weight)[0] for _ in range(1)), steps_per_epoch=1, verbose=0),
+    }
+    for learn in ways.values():
+        for same in (weight, [weight, weight.copy()]):
+            model.set_weights(start)
+            learn(same)
+            found.append(model.get_weights()[0])
+        model.set_weights(start)
+        with pytest.raises(ValueError, match=r"`sample_weight` must be one array, or the same for .*: 2 arrays"):
+            learn([weight, np.ones(4)])
+        np.testing.assert_array_equal(model.get_weights()[0], start[0])
+    assert np.abs(found[0] - start[0]).max() > 1e-3
+    for one in found[1:]:
+        np.testing.assert_array_equal(one, found[0])
+    assert model.evaluate(x, y, sample_weight=[weight, np.ones(4)], verbose=0) is not None  # losses may have their own
 
 
 def test_a_loss_in_a_list_is_that_of_the_one_output(float64):
