@@ -234,6 +234,11 @@ class BlurModel(WholeFiles, CheckedModel):
         """Inputs of any structure as a list, in the order and dtypes of the network's inputs."""
         return list(self._network._standardize_inputs(x))
 
+    def _assert_input_compatibility(self, *args: Any) -> None:
+        """As in a Functional model of Keras: inputs have the shapes of the network's."""
+        if self._network is not None:
+            self._network._assert_input_compatibility(*args)
+
     def _prepared(self, inputs: list[Array], training: bool) -> list[Array]:
         """The arrays that enter the graph."""
         arrays = self.reading.prepare(inputs, training)
@@ -565,6 +570,7 @@ class BlurModel(WholeFiles, CheckedModel):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not self.built:
             self._build_for(x)
+        self._assert_input_compatibility(x)
         rule, layers, graph = self.rule, self._synaptic(), self._graph
         shared = self._shared(keras.tree.flatten(x)[0])
         weights = response.weights_of(sample_weight, self._output_keys(), self.variable_dtype)
