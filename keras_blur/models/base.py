@@ -790,6 +790,8 @@ class BlurModel(WholeFiles, CheckedModel):
         shape = self._first_shape()
         features = None if shape is None else tuple(shape[1:])
         text = any(isinstance(layer, _TEXT) for layer in self.layers[:1])
+        if self._network is not None:
+            text = text or any(tensor.dtype == "string" for tensor in self._network.inputs)
         if not self.compiled or self.reading is None:
             return Expected(features, text=text)
         outputs = tuple(self._network.outputs[0].shape[1:])
