@@ -37,7 +37,7 @@ from keras_blur.core.companions import AVERAGE, TRACE
 from keras_blur.core.connection import Connection
 from keras_blur.core.equations import SharedBatch, averaging_share, remembered_share, update_gate
 from keras_blur.core.genome import Genome
-from keras_blur.core.graph import Graph
+from keras_blur.core.graph import Connect, Graph, Pass
 from keras_blur.core.losses import ignored_class
 from keras_blur.core.rule import Rule
 from keras_blur.layers.base import BlurLayer, SynapticLayer, check_keywords, numbers_of, refuse_outer_training
@@ -247,9 +247,11 @@ class BlurModel(WholeFiles, CheckedModel):
                 f"A rule with `keep_neurons=True` needs batches of the size that the model was built for, "
                 f"{self._neurons[0].shape[1]} (drop a smaller last one). Received a batch of {arrays[0].shape[0]}."
             )
-        connects = self.reading.graph.connects
-        numbers = {one.source for one in connects if one.connection.reads_integers}
-        return [ops.cast(value, "int32" if place in numbers else self.variable_dtype) for place, value in enumerate(arrays)]
+        operations = self.reading.graph.operations
+        whole = [isinstance(one, Connect) and one.connection.reads_integers for one in operations]
+        read = [one.sources if isinstance(one, Pass) else (one.source,) for one in operations]
+        others = {source for sources, integers in zip(read, whole, strict=True) if not integers for source in sources}
+        return [ops.cast(value, self.variable_dtype if place in others else "int32") for place, value in enumerate(arrays)]
 
     def _kept(self) -> tuple[Array, ...]:
         """States before a step. Those of the inputs are overwritten, so they are left empty."""

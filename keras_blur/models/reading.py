@@ -581,16 +581,23 @@ def _draws(layer: keras.Layer, function: Callable[..., Array], shapes: Sequence[
 
 
 def _function_of(operation: Any, node: Any, **phase: bool) -> Callable[..., Array]:
-    """An operation as a function of its arrays, with its other arguments and `training` fixed."""
+    """An operation as a function of its arrays, with its other arguments and `training` fixed.
+
+    States are floating-point numbers: integers and booleans become such for the operation alone.
+    """
     template = (list(node.arguments.args), {**node.arguments.kwargs, **phase})
     if not phase:
         template[1].pop("training", None)
     order = {id(tensor): place for place, tensor in enumerate(node.arguments.keras_tensors)}
 
     def function(*arrays: Array) -> Array:
-        args, kwargs = keras.tree.map_structure(
-            lambda value: arrays[order[id(value)]] if _is_tensor(value) else value, template
-        )
+        def given(value: Any) -> Any:
+            if not _is_tensor(value):
+                return value
+            array = arrays[order[id(value)]]
+            return array if keras.backend.is_float_dtype(value.dtype) else keras.ops.cast(array, value.dtype)
+
+        args, kwargs = keras.tree.map_structure(given, template)
         with _unrounded(operation):
             return operation(*args, **kwargs)
 

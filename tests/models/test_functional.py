@@ -861,3 +861,78 @@ def test_layers_without_weights_round_nothing(policy):
         assert [layer.dtype_policy.name for layer in model.layers if isinstance(layer, kl.Rescaling)] == [dtype]
     assert np.abs(moved[0]).max() > 1e-9
     np.testing.assert_allclose(moved[1], moved[0], rtol=1e-4, atol=1e-4 * np.abs(moved[0]).max())
+
+
+def of_weight_0(kind):
+    """A model, labels and weights of which examples 3 to 5 have weight 0 everywhere."""
+    weight, ignoring = np.repeat([1.0, 0.0], 3), CROSS(from_logits=True, ignore_class=-1)
+    entry = keras.Input((5,) if kind in ("weights", "classes", "outputs", "fast") else (4, 5))
+    hidden = kb.layers.Dense(4)(entry)
+    outputs = [kb.layers.Dense(3)(hidden) for _ in range(2 if kind == "outputs" else 1)]
+    genome = kb.genomes.load("fast")
+    if kind != "fast":
+        genome = kb.Genome.random(kb.Rule(feedback="error"), seed=0, synapse_update=-0.05)
+    model = kb.Model(entry, outputs, genome=genome)
+    few = np.random.default_rng(1)
+    if kind in ("weights", "fast", "outputs"):
+        y, loss = few.standard_normal((6, 3)), "mean_squared_error"
+        if kind == "outputs":
+            return model, [y, y], [weight, 2.0 * weight], [loss, loss]
+        return model, y, weight, loss
+    y = few.integers(0, 3, (6,) if kind == "classes" else (6, 4))
+    if kind in ("classes", "ignored"):
+        y[3:] = -1
+        return model, y, None, ignoring
+    weights = np.repeat(weight[:, None], 4, axis=1)
+    weights[3:, 0], y[3:, 0] = 1.0, -1  # a weight, but no label
+    return model, y, weights, ignoring
+
+
+@pytest.mark.parametrize("kind", ["weights", "outputs", "classes", "ignored", "positions", "fast"])
+def test_an_example_of_weight_0_teaches_nothing_by_errors(kind):
+    """Rules that learn from errors mix other states into their terms, too."""
+    model, y, weight, loss = of_weight_0(kind)
+    model.compile(loss=loss)
+    shape = (6, *model.input_shape[1:])
+    x, start = RNG.standard_normal(shape), model.get_weights()
+    model.train_on_batch(x, y, weight)
+    learned = model.get_weights()
+    assert max(np.abs(now - then).max() for now, then in zip(learned[:2], start, strict=False)) > 1e-4
+    model.compile(loss=loss)
+    model.set_weights(start)
+    x[3:] = 3.0 * RNG.standard_normal((3, *shape[1:]))
+    model.train_on_batch(x, y, weight)
+    for now, then in zip(model.get_weights(), learned, strict=True):
+        np.testing.assert_allclose(now, then, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_of_another_shape_are_refused():
+    left, right = keras.Input((5, 2)), keras.Input((5, 3))
+    for entry in (left, [left, right]):
+        value = entry if entry is left else kl.Concatenate()(entry)
+        model = kb.Model(entry, kb.layers.Dense(1)(value), genome=GENOME)
+        model.compile(loss="mean_squared_error")
+        x = [np.ones((4, 10, 2)), np.ones((4, 10, 3))][: 1 if entry is left else 2]
+        with pytest.raises(ValueError, match=r"expected shape=\(None, 5, 2\), found shape=\(\w+, 10, 2\)"):
+            model(x[0] if entry is left else x)
+    for learn in (model.fit, model.train_on_batch, model.evaluate):
+        with pytest.raises(ValueError, match=r"expected shape=\(None, 5, 2\), found shape=\(\w+, 10, 2\)"):
+            learn(x, np.ones((4, 10, 1)))
+
+
+def test_an_entry_has_the_type_that_each_of_its_readers_takes():
+    entry = keras.Input((1,))
+    table, dense = kb.layers.Embedding(100, 4), kb.layers.Dense(4)
+    model = kb.Model(entry, kl.Concatenate()([kl.Flatten()(table(entry)), dense(entry)]), genome=GENOME)
+    found = np.array(model(np.full((1, 1), 37.75, "float32")))[0]
+    np.testing.assert_array_equal(found[:4], np.array(table.kernel)[0, 37])
+    np.testing.assert_allclose(found[4:], 37.75 * np.array(dense.kernel)[0, 0], rtol=1e-6)
+
+
+def test_operations_after_synapses_read_integers_and_booleans(float64):
+    entry, places, chosen = keras.Input((5,)), keras.Input((3,), dtype="int32"), keras.Input((3,), dtype="bool")
+    value = ops.take_along_axis(kl.Dense(4, "tanh")(entry), places, axis=1)
+    value = ops.where(chosen, value, 2.0 * value)
+    twin = randomized(keras.Model([entry, places, chosen], head(value)))
+    x = [ROWS, RNG.integers(0, 4, (6, 3)).astype("int32"), RNG.integers(0, 2, (6, 3)).astype(bool)]
+    assert_descends(twin, x, TWO)
