@@ -493,7 +493,8 @@ class BlurModel(WholeFiles, CheckedModel):
         rule = self.rule
         products = rule.backward_update == "multiplicative_after_first" and rule.backward != "sigmoid"
         sums = rule.normalize_activations in ("none", "forward") and not rule.whitening
-        return bool(products and sums and self._reads_errors_alone())
+        known = all(isinstance(array, (np.ndarray, np.generic)) for array in self._genome.arrays.values())
+        return bool(products and sums and known and self._reads_errors_alone())
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
