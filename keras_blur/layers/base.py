@@ -263,25 +263,29 @@ class SynapticLayer(BlurLayer):
 
     def connection_for(self, source: Shape) -> Connection:
         compute = self.compute_dtype if self.compute_dtype != self.variable_dtype else None
+        connection, shapes = self.make_connection(source), self.plain_shapes(source)
+        penalties = {"kernel": self.kernel_regularizer, "bias": self.bias_regularizer}
+        limits = {"kernel": self.kernel_constraint, "bias": self.bias_constraint}
         return dataclasses.replace(
-            self.make_connection(source), compute_dtype=compute, penalties=self._penalties, limits=self._limits
+            connection,
+            compute_dtype=compute,
+            penalties={name: _penalty(one, shapes[name]) for name, one in penalties.items() if one is not None},
+            limits={name: _limit(one, shapes[name]) for name, one in limits.items() if one is not None},
         )
 
-    @property
-    def _penalties(self) -> dict[str, Callable[[Array], Array]]:
-        """The regularizers by name of weight, each a function of one channel."""
-        found = {} if self.kernel_regularizer is None else {"kernel": self.kernel_regularizer}
-        if self.bias_regularizer is not None:
-            found["bias"] = lambda bias: self.bias_regularizer(ops.reshape(bias, (-1,)))
-        return found
+    def plain_shapes(self, source: Shape) -> dict[str, Shape]:
+        """Shapes of kernel and bias in the Keras twin, whose initializers, regularizers and
+        constraints see them so. A channel has the same numbers in the same order."""
+        connection = self.make_connection(source)
+        return {"kernel": connection.kernel_shape(source), "bias": (connection.units,)}
 
-    @property
-    def _limits(self) -> dict[str, Callable[[Array], Array]]:
-        """The constraints by name of weight, each a function of one channel."""
-        found = {} if self.kernel_constraint is None else {"kernel": self.kernel_constraint}
-        if self.bias_constraint is not None:
-            found["bias"] = lambda bias: ops.reshape(self.bias_constraint(ops.reshape(bias, (-1,))), ops.shape(bias))
-        return found
+    def plain_initializers(self, source: Shape) -> dict[str, Any]:
+        """What draws a channel of each array, in the shape of the Keras twin."""
+        return {
+            "kernel": self.kernel_initializer,
+            "bias": self.bias_initializer,
+            "backward_kernel": self.backward_initializer or self.kernel_initializer,
+        }
 
     @property
     def statistics_names(self) -> tuple[str, str]:
@@ -318,19 +322,16 @@ class SynapticLayer(BlurLayer):
 
     def _add_synapses(self, source: Shape) -> None:
         rule = self._rule or Rule(channels="tied", directions="tied")
-        chosen = {
-            "kernel": self.kernel_initializer,
-            "bias": self.bias_initializer,
-            "backward_kernel": self.backward_initializer or self.kernel_initializer,
-        }
         # No autocast: under a mixed policy the connection rounds the factors of products and
         # nothing else.
         add = functools.partial(self.add_weight, autocast=False)
         connection = self.connection_for(source)
         shapes = connection.shapes(rule, source, feeds_back=self._feeds_back)
+        drawn, plain = self.plain_initializers(source), self.plain_shapes(source)
         for place, (name, shape) in enumerate(shapes.items()):
-            stacked = _Channels(chosen[name], place)
-            penalty, limit = self._penalties.get(name), self._limits.get(name)
+            back = name.startswith("backward_")
+            stacked = _Channels(drawn[name], place, plain[name.removeprefix("backward_")], as_keras=not back)
+            penalty, limit = connection.penalties.get(name), connection.limits.get(name)
             variable = add(
                 name=name, shape=shape, initializer=stacked,
                 # For the reported loss and for plain Keras models. A network that learns with a
@@ -425,23 +426,36 @@ class _Channels(initializers.Initializer):
     another seed.
     """
 
-    def __init__(self, initializer: initializers.Initializer, place: int):
+    def __init__(self, initializer: initializers.Initializer, place: int, plain: Shape, as_keras: bool):
         self.initializer = initializer
         self.place = place
+        self.plain = plain
+        self.as_keras = as_keras
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        return ops.stack([self._copy(channel)(shape[1:], dtype=dtype) for channel in range(shape[0])])
+        drawn = [self._copy(channel)(self.plain, dtype=dtype) for channel in range(shape[0])]
+        return ops.reshape(ops.stack(drawn), shape)
 
     def _copy(self, channel: int) -> Callable[..., Array]:
         config = self.initializer.get_config() if hasattr(self.initializer, "get_config") else {}
         seed = config.get("seed")
         if "seed" not in config or not (seed is None or isinstance(seed, int)):
             return self.initializer
-        # The first channel of the first kernel equals that of the Keras twin.
-        if seed is not None and (self.place, channel) != (0, 0):
+        # The first channel of kernel and bias equals that of the Keras twin.
+        if seed is not None and not (self.as_keras and channel == 0):
             entropy = [seed % 2**64, self.place, channel]
             config["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
         return type(self.initializer).from_config(config)
+
+
+def _penalty(regularizer: Any, plain: Shape) -> Callable[[Array], Array]:
+    """A Keras regularizer as a function of one channel."""
+    return lambda channel: regularizer(ops.reshape(channel, plain))
+
+
+def _limit(constraint: Any, plain: Shape) -> Callable[[Array], Array]:
+    """A Keras constraint as a function of one channel."""
+    return lambda channel: ops.reshape(constraint(ops.reshape(channel, plain)), ops.shape(channel))
 
 
 def _from_keras(name: str, value: Any, kind: Any) -> Any:

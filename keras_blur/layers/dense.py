@@ -13,7 +13,7 @@ import keras
 from keras_blur import arguments
 from keras_blur.core.connection import Connection
 from keras_blur.core.connections.dense import DenseConnection
-from keras_blur.core.connections.einsum import einsum_connection
+from keras_blur.core.connections.einsum import EinsumConnection, einsum_connection
 from keras_blur.layers.base import Shape, SynapticLayer, refuse_activity
 
 Array = Any
@@ -180,11 +180,30 @@ class EinsumDense(SynapticLayer):
         self.partial_output_shape = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
         self.bias_axes = bias_axes
 
-    def make_connection(self, source: Shape) -> Connection:
+    def make_connection(self, source: Shape) -> EinsumConnection:
         return einsum_connection(self.equation, source, self.partial_output_shape, self.bias_axes, self.activation)
+
+    def plain_shapes(self, source: Shape) -> dict[str, Shape]:
+        return {**super().plain_shapes(source), "bias": self.make_connection(source).bias_shape}
+
+    def plain_initializers(self, source: Shape) -> dict[str, Any]:
+        axes = self.make_connection(source).unit_axes
+        drawn = super().plain_initializers(source)
+        return {name: _with_axes(one, *axes) if "kernel" in name else one for name, one in drawn.items()}
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["use_bias"]
         own = {"equation": self.equation, "output_shape": self.partial_output_shape, "bias_axes": self.bias_axes}
         return {**config, **own}
+
+
+def _with_axes(initializer: Any, inputs: list[int], outputs: list[int]) -> Any:
+    """A copy of an initializer that scales by the numbers of inputs and outputs, told which axes of
+    the kernel these are, as Keras's EinsumDense makes it. Keras 3.12 has no such axes."""
+    config = initializer.get_config() if isinstance(initializer, keras.initializers.VarianceScaling) else {}
+    if "input_axes" not in config or None not in (config["input_axes"], config["output_axes"]):
+        return initializer
+    if isinstance(initializer.seed, keras.random.SeedGenerator):
+        config["seed"] = initializer.seed  # all copies draw from it in turn
+    return type(initializer).from_config({**config, "input_axes": inputs, "output_axes": outputs})

@@ -70,6 +70,11 @@ class _Normalization(SynapticLayer):
     def make_connection(self, source: Shape) -> Connection:
         return scale_connection(source, self._own(source), scales=self.scale, offsets=self.center)
 
+    def plain_shapes(self, source: Shape) -> dict[str, Shape]:
+        axes = [self.axis] if isinstance(self.axis, int) else sorted(self.axis)
+        shape = tuple((None, *source)[axis] for axis in axes)  # Keras puts the axes counted from behind first
+        return {"kernel": shape, "bias": shape}
+
     @abc.abstractmethod
     def make_map(self, source: Shape) -> Normalize:
         """The map that normalises features of shape `source`."""

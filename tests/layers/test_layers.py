@@ -14,6 +14,7 @@ from on_backend import JAX
 
 import keras_blur as kb
 from keras_blur.core.derivatives import vjp
+from keras_blur.models.convert import _pairs
 
 VALUE_DIM = 3 if JAX else 2  # Keras's own attention on JAX takes only values as wide as the keys
 
@@ -162,6 +163,43 @@ def test_config_round_trip(name):
     one.call(clone, x)
     clone.set_weights(layer.get_weights())
     np.testing.assert_array_equal(one.call(clone, x), y)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_initial_weights_of_one_seed_are_those_of_keras(name):
+    one = TABLE[name]
+    arguments = inspect.signature(getattr(keras.layers, one.kind).__init__).parameters
+    named = [name for name in arguments if name.endswith("_initializer") and "moving" not in name]
+    layers = []
+    for make in (one.twin, one.layer):
+        drawn = {name: keras.initializers.HeNormal(seed=3 + place) for place, name in enumerate(named)}
+        layers.append(make(**drawn))
+        one.call(layers[-1], one.inputs())
+        for name, initializer in drawn.items():
+            config = keras.saving.serialize_keras_object(initializer)
+            assert layers[-1].get_config()[name] == config
+    for part, *theirs in _pairs(*layers):
+        for name, wanted in zip(("kernel", "bias"), theirs, strict=True):
+            own = part.synapses.get(name)
+            assert (own is None) == (wanted is None)
+            if own is not None:
+                np.testing.assert_array_equal(np.reshape(own, wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("name", ["einsum heads", "einsum joins"])
+@pytest.mark.parametrize("seed", [None, 7, keras.random.SeedGenerator])
+def test_kernels_of_all_channels_have_the_size_of_the_first(name, seed):
+    one = TABLE[name]
+    made = keras.initializers.GlorotUniform(seed(7) if callable(seed) else seed)
+    layer = one.layer(kernel_initializer=made, output_shape=(None, *(64,) * (len(one.options["bias_axes"]))))
+    entry = keras.Input(one.shape)
+    value = keras.layers.Flatten()(layer(kb.layers.Dense(one.shape[-1])(entry)))
+    kb.Model(entry, value, genome=kb.Genome.random(kb.Rule(states=3), seed=0))
+    inputs, outputs = (np.prod([layer.kernel.shape[1 + axis] for axis in axes]) for axes in layer.connection.unit_axes)
+    kernels = [*np.array(layer.kernel), *np.array(layer.backward_kernel)]
+    for place, kernel in enumerate(kernels):
+        assert kernel.std() == pytest.approx(np.sqrt(2 / (inputs + outputs)), rel=0.1)
+        assert all(np.abs(kernel - other).max() > 1e-3 for other in kernels[:place])
 
 
 def connection_of(name, leading=(), channels=1):

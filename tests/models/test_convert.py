@@ -13,6 +13,10 @@ X = np.random.default_rng(0).standard_normal((6, 5)).astype("float32")
 Y = np.random.default_rng(1).standard_normal((6, 2))
 GENOME = kb.genomes.backprop(0.1, loss="mean_squared_error")
 L2 = keras.regularizers.L2(0.05)
+ORTHOGONAL = keras.regularizers.OrthogonalRegularizer(0.5)
+HEADS = {"equation": "abc,cde->abde", "output_shape": (4, 2, 3), "bias_axes": "de"}
+APART = {"equation": "abc,cde->adbe", "output_shape": (2, 4, 3), "bias_axes": "de"}
+NARROW = keras.constraints.MaxNorm(0.3)
 
 
 def chain(*layers):
@@ -51,6 +55,39 @@ def test_regularizers_of_all_kinds_of_layers(float64):
     value = kl.MultiHeadAttention(2, 3, kernel_regularizer=penalty, bias_regularizer=penalty)(value, value)
     twin = randomized(keras.Model(entry, kl.Dense(2)(kl.Flatten()(value))))
     assert_descends(twin, np.random.default_rng(0).standard_normal((6, 4, 4, 2)), Y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("EinsumDense", {**HEADS, "bias_regularizer": ORTHOGONAL}),
+        ("EinsumDense", {**APART, "bias_constraint": NARROW}),
+        ("LayerNormalization", {"axis": [1, 2], "gamma_regularizer": ORTHOGONAL, "beta_regularizer": ORTHOGONAL}),
+        ("LayerNormalization", {"axis": [1, -1], "gamma_constraint": NARROW, "beta_constraint": NARROW}),
+        ("MultiHeadAttention", {"num_heads": 2, "key_dim": 3, "bias_constraint": NARROW}),
+    ],
+)
+def test_biases_of_several_axes_are_penalised_and_limited_in_the_shape_of_keras(kind, options):
+    x = np.random.default_rng(0).standard_normal((6, 4, 5))
+
+    def network(of):
+        entry = keras.Input((4, 5))
+        layer = getattr(of, kind)(name="inner", **options)
+        value = layer(entry, entry) if kind == "MultiHeadAttention" else layer(entry)
+        return randomized(keras.Model(entry, kl.Dense(2)(kl.Flatten()(kl.Activation("tanh")(value)))))
+
+    assert_descends(network(kl), x, Y, still={"inner/key/bias"}, tolerance=1e-5)
+
+    twin, model = network(kl), network(kb.layers)  # under an optimizer
+    for one in (twin, model):
+        one.compile(keras.optimizers.SGD(0.1), "mean_squared_error", jit_compile=False)
+    for own, other in zip(model.weights, twin.weights, strict=True):
+        own.assign(np.reshape(other, own.shape))
+    for _ in range(2):
+        ours, theirs = (one.train_on_batch(x, Y) for one in (model, twin))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for own, other in zip(model.get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_allclose(own.reshape(other.shape), other, rtol=1e-4, atol=1e-6)
 
 
 def test_an_option_that_a_later_keras_adds_is_refused(monkeypatch):

@@ -66,6 +66,20 @@ class EinsumConnection(Connection):
         return "".join(letter for letter in self.outputs[1:] if letter in self.weights)
 
     @property
+    def bias_shape(self) -> Shape:
+        """Shape of Keras's bias: the axes of the output from the first one of the units."""
+        first = min(self.outputs.index(letter) for letter in self.own) if self.own else len(self.outputs)
+        return tuple(self._size[letter] if letter in self.own else 1 for letter in self.outputs[first:])
+
+    @property
+    def unit_axes(self) -> tuple[list[int], list[int]]:
+        """The axes of the kernel that it sums over, and those of the output."""
+        places: tuple[list[int], list[int]] = ([], [])
+        for place, letter in enumerate(self.weights):
+            places[letter in self.outputs].append(place)
+        return places
+
+    @property
     def _order(self) -> str:
         """Letters of the output without the batch: positions, then units."""
         return "".join(letter for letter in self.outputs[1:] if letter not in self.weights) + self.own
