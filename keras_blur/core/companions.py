@@ -54,11 +54,17 @@ def averaged(genome: Genome, synapses: Synapses, step: Int[Array, ""] | int, lea
     return moved
 
 
-def slow(rule: Rule, synapses: Synapses, step: Int[Array, ""] | int) -> Synapses:
-    """The synapses that `predict` reads: the averages, once there are any."""
+def slow(rule: Rule, synapses: Synapses, steps: Int[Array, ""] | int) -> Synapses:
+    """The synapses that `predict` reads: the averages, once there are any.
+
+    Args:
+        rule: the rule.
+        synapses: the synapses and their companions.
+        steps: 0 before the averages hold, as the learning step is.
+    """
     if not rule.slow_synapses:
         return synapses
-    learned = ops.convert_to_tensor(step) > 0
+    learned = ops.convert_to_tensor(steps) > 0
     read = dict(synapses)
     for name in synapses:
         if name.endswith(AVERAGE):

@@ -16,7 +16,7 @@ from keras import initializers, ops
 from keras_blur import arguments
 from keras_blur.backend import training_elsewhere
 from keras_blur.core import equations
-from keras_blur.core.companions import AVERAGE, TRACE, companions
+from keras_blur.core.companions import AVERAGE, TRACE, companions, slow
 from keras_blur.core.connection import Connection
 from keras_blur.core.rule import ACTIVATIONS, Rule
 from keras_blur.core.weightless import ActivationMap, Elementwise, Sigmoid, Softmax, WeightlessMap
@@ -192,6 +192,7 @@ class SynapticLayer(BlurLayer):
         self._feeds_back = False
         self._default: str | None = None
         self._source: Shape | None = None
+        self.averaged: keras.Variable | None = None  # 1 where the averages hold, 0 before they do
 
     # Defined by a subclass.
 
@@ -309,6 +310,12 @@ class SynapticLayer(BlurLayer):
         known = (*NAMES, *(name + end for end in (TRACE, AVERAGE) for name in NAMES))
         return {name: getattr(self, name) for name in known if getattr(self, name, None) is not None}
 
+    def predicting(self) -> Mapping[str, Array]:
+        """The synapses that predict, by the same names: the slow ones, if the rule has them and
+        they hold."""
+        values = {name: ops.convert_to_tensor(variable) for name, variable in self.synapses.items()}
+        return values if self._rule is None or self.averaged is None else slow(self._rule, values, self.averaged)
+
     def build(self, input_shape: Shape) -> None:
         source = tuple(input_shape[1:])
         if any(size is None for size in source):
@@ -342,6 +349,8 @@ class SynapticLayer(BlurLayer):
             setattr(self, name, variable)  # so that Keras saves it
         for name, like in companions(rule, tuple(shapes)).items() if self._rule else ():
             setattr(self, name, add(name=name, shape=shapes[like], initializer="zeros", trainable=False))
+        if self._rule and rule.slow_synapses:
+            self.averaged = add(name="averaged", shape=(), dtype="int32", initializer="zeros", trainable=False)
         if self._normalizes:
             shape = connection.statistics_shape(rule)
             for name, start in zip(self.statistics_names, ("zeros", "ones"), strict=True):
@@ -359,7 +368,8 @@ class SynapticLayer(BlurLayer):
         """The summed input of state 1, before the nonlinearity."""
         source = tuple(inputs.shape[1:])
         connection = self.connection_for(source)
-        values = {name: ops.cast(value, self.compute_dtype)[:1] for name, value in self.synapses.items()}
+        read = {name: value for name, value in self.predicting().items() if name in ("kernel", "bias")}
+        values = {name: ops.cast(value, self.compute_dtype)[:1] for name, value in read.items()}
         y = inputs[None]
         if "kernel" in values:
             y = connection.product(values["kernel"], y)

@@ -78,7 +78,7 @@ class Embedding(SynapticLayer):
     def call(self, inputs: Array) -> Array:
         if self._rule is not None:
             refuse_outer_training(self)
-        return ops.take(ops.cast(self.synapses["kernel"], self.compute_dtype)[0], ops.cast(inputs, "int32"), axis=0)
+        return ops.take(ops.cast(self.predicting()["kernel"], self.compute_dtype)[0], ops.cast(inputs, "int32"), axis=0)
 
     def trace(self, plan: Plan, *values: int, **arguments: Any) -> int:
         return plan.connect(self, values[0], "linear")

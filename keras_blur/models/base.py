@@ -285,7 +285,7 @@ class BlurModel(WholeFiles, CheckedModel):
         sweep = network.forward(
             self._genome,
             graph,
-            self._read(graph, self._synapses(), self.learning_step, learns),
+            self._read(graph, learns),
             tuple(self._prepared(self._inputs(inputs), training)),
             neurons=self._kept(),
             statistics=self._statistics(learns),
@@ -293,13 +293,10 @@ class BlurModel(WholeFiles, CheckedModel):
         )
         return self._predicted(network.output(self._genome, graph, sweep.values))
 
-    def _read(self, graph: Graph, synapses: Any, step: Array, training: bool) -> tuple[Any, ...]:
-        """The synapses that a forward pass reads: the slow ones, if the rule has them, except in
-        training."""
-        if training:
-            return network.stored(self._genome, graph, synapses)
-        state = network.NetworkState(synapses, ops.convert_to_tensor(step))
-        return network.predicting(self._genome, graph, state)
+    def _read(self, graph: Graph, training: bool) -> tuple[Any, ...]:
+        """The synapses that a forward pass reads: those that predict, except in training."""
+        synapses = self._synapses() if training else [layer.predicting() for layer in self._synaptic()]
+        return network.stored(self._genome, graph, synapses)
 
     def _predicted(self, outputs: Any) -> Any:
         """Applies the heads to the outputs and packs them in the structure of the network's
@@ -429,19 +426,45 @@ class BlurModel(WholeFiles, CheckedModel):
     def _restart(self) -> None:
         """Resets learning to its first step. The synapses stay, and slow ones become those that
         learn, so predictions stay too."""
-        learned = int(numbers_of(self.learning_step)) > 0
         for layer in self._synaptic():
             for name, variable in layer.synapses.items():
                 if name.endswith(TRACE):
                     variable.assign(ops.zeros(variable.shape, variable.dtype))
-                elif name.endswith(AVERAGE) and learned:
+        self.learning_step.assign(0)
+        self._match_averages()
+
+    def _match_averages(self) -> None:
+        """Makes averages hold in all layers, or in none before the first step.
+
+        A layer that got the variables of a trained one begins with its averages, which predict. One
+        that got those of a new layer begins with averages of these.
+        """
+        layers = {layer: layer.averaged for layer in self._synaptic() if layer.averaged is not None}
+        if not layers:
+            return
+        counts = [self.learning_step.value, *(held.value for held in layers.values())]
+        learned, *averaged = np.asarray(ops.stack(counts)) > 0  # together, since each read waits for a device
+        for (layer, held), holds in zip(layers.items(), averaged, strict=True):
+            if holds == learned:
+                continue
+            for name, variable in layer.synapses.items():
+                if name.endswith(AVERAGE):
                     own = layer.synapses[name.removesuffix(AVERAGE)]
+                    back = layer.synapses.get("backward_" + name.removesuffix(AVERAGE))
+                    if learned:
+                        variable.assign(numbers_of(own))  # a copy, since JAX's trainer donates arrays
+                        continue
                     shift = numbers_of(variable) - numbers_of(own)
                     own.assign(own + shift)
-                    back = layer.synapses.get("backward_" + name.removesuffix(AVERAGE))
                     if back is not None and self.rule.directions == "tied_updates":
                         back.assign(back + shift)
-        self.learning_step.assign(0)
+            held.assign(int(learned))
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras, after making the averages of all layers match the learning step."""
+        if self.built:
+            self._match_averages()
+        return super().make_train_function(force)
 
     def _read_losses(self) -> None:
         """Reads the network at the logits that losses are computed from. Raises a `ValueError` if a
@@ -624,6 +647,9 @@ class BlurModel(WholeFiles, CheckedModel):
     def _count(self, step: Array, x: Any) -> None:
         with backend.after(keras.tree.flatten(x)):  # a batch that cannot be read does not count as a step
             self.learning_step.assign(step + 1)
+            for layer in self._synaptic():
+                if layer.averaged is not None:
+                    layer.averaged.assign(1)
 
     def test_step(self, *data: Any) -> Any:
         """As in Keras."""
@@ -691,7 +717,7 @@ class BlurModel(WholeFiles, CheckedModel):
         the others. Dropout is off, as in prediction.
         """
         graph = self._graph
-        synapses = self._read(graph, state.synapses, state.step, False)
+        synapses = network.predicting(self._genome, graph, state)
         sweep = network.forward(self._genome, graph, synapses, prepared, neurons=state.neurons, batch=shared)
         examples = ops.cast(ops.shape(prepared[0])[0] if shared is None else shared.examples, self.variable_dtype)
         layers = self._synaptic()

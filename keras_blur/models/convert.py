@@ -309,7 +309,7 @@ def to_keras(model: BlurModel) -> keras.Model:
         )
     for layer in _all_layers(model._network):
         if isinstance(layer, BlurLayer):
-            _copy_back(layer, twins[id(layer)], slow=model.rule.slow_synapses and int(numbers_of(model.learning_step)) > 0)
+            _copy_back(layer, twins[id(layer)])
     return clone
 
 
@@ -363,11 +363,12 @@ def _keras_twin(layer: Any) -> Any:
     return kind.from_config(kept)
 
 
-def _copy_back(layer: BlurLayer, plain: Any, slow: bool) -> None:
+def _copy_back(layer: BlurLayer, plain: Any) -> None:
     """Copies the weights that a layer predicts with into its Keras twin."""
     for part, kernel, bias in _pairs(plain, layer):
+        predicting = part.predicting()
         for name, value in (("kernel", kernel), ("bias", bias)):
-            own = part.synapses.get(name + AVERAGE if slow else name)
+            own = predicting.get(name)
             if own is not None and value is not None:
                 value.assign(numbers_of(own)[0].reshape(value.shape))
     if isinstance(layer, BatchNormalization):

@@ -8,6 +8,7 @@ from keras import layers as kl
 from on_backend import JAX, dataset, digits, served
 
 import keras_blur as kb
+from keras_blur.core.equations import averaging_share
 from keras_blur.layers import Dense
 from keras_blur.models.convert import copy_weights
 
@@ -373,6 +374,92 @@ def test_compile_and_copied_weights_hold_for_slow_synapses(tmp_path):
     model.fit(X, Y, batch_size=8, verbose=0)
     copy_weights(source, model)
     np.testing.assert_allclose(model.predict(X, verbose=0), source.predict(X, verbose=0), atol=1e-6)
+
+
+def slow_model():
+    """A model with slow synapses and layers that read them in different ways."""
+    keras.utils.set_random_seed(0)
+    rule = kb.genomes.backprop(0.3).rule.replace(slow_synapses=True)
+    entry = keras.Input((4,), dtype="int32")
+    h = kb.layers.Embedding(6, 4, name="embedding")(entry)
+    h = kb.layers.MultiHeadAttention(2, 3, name="attention")(h, h)
+    h = kb.layers.SeparableConv2D(3, 2, activation="tanh", name="separable")(kl.Reshape((4, 4, 1))(h))
+    model = kb.Model(entry, Dense(3, name="head")(kl.Flatten()(h)), genome=kb.genomes.backprop(0.3).with_rule(rule))
+    model.compile(loss=LOGITS, run_eagerly=not JAX)
+    return model
+
+
+NUMBERS = np.random.default_rng(1).integers(0, 6, (24, 4))
+NAMES = ("embedding", "attention", "separable", "head")
+
+
+def learned(model):
+    """The model after six steps, with synapses far away from their averages."""
+    model.fit(NUMBERS, Y, batch_size=8, epochs=2, verbose=0)
+    rng = np.random.default_rng(0)
+    for part in parts(model):
+        part.kernel.assign(part.kernel + 0.3 * rng.standard_normal(part.kernel.shape))
+    return model
+
+
+def parts(model):
+    return [part for name in NAMES for part in model.get_layer(name).parts()]
+
+
+def transfer(source, target, names=NAMES):
+    for name in names:
+        target.get_layer(name).set_weights(source.get_layer(name).get_weights())
+
+
+def predicted(model, name="head"):
+    """What a model, as a Keras model of its layers, gives after one of them."""
+    return np.array(keras.Model(model.inputs[0], model.get_layer(name).output)(NUMBERS))
+
+
+def test_features_are_those_of_the_slow_synapses(tmp_path):
+    model = slow_model()
+    np.testing.assert_allclose(predicted(model), model(NUMBERS), atol=1e-6)
+    learned(model).save(tmp_path / "model.keras")
+    plain = model.to_keras()
+    for one in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(one(NUMBERS), plain(NUMBERS), atol=1e-5)
+        for name in NAMES:
+            np.testing.assert_allclose(predicted(one, name), predicted(plain, name), atol=1e-5)
+
+
+def test_weights_of_layers_carry_what_they_predict():
+    source = learned(slow_model())
+    wanted, models = np.array(source(NUMBERS)), [slow_model(), slow_model()]
+    for one in models:
+        transfer(source, one)
+        for found in (one(NUMBERS), one.to_keras()(NUMBERS), predicted(one)):
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+    models[0].compile(loss=LOGITS, run_eagerly=not JAX)  # learning begins in the same way without it
+    for one in models:
+        np.testing.assert_allclose(one(NUMBERS), wanted, atol=1e-6)
+        one.train_on_batch(NUMBERS, Y)
+    assert_same(*models)
+    assert {int(part.averaged.value) for part in parts(models[1])} == {1}
+
+
+def test_what_is_frozen_keeps_what_it_predicts_from_another_model():
+    source, model = learned(slow_model()), slow_model()
+    transfer(source, model, NAMES[:-1])
+    for name in NAMES[:-1]:
+        model.get_layer(name).trainable = False
+    model.fit(NUMBERS, Y, batch_size=8, verbose=0)
+    np.testing.assert_allclose(predicted(model, "separable"), predicted(source.to_keras(), "separable"), atol=1e-6)
+
+
+def test_a_layer_with_new_weights_begins_its_averages_with_them():
+    model, new = learned(slow_model()), slow_model()
+    transfer(new, model, ["head"])
+    head, start = model.get_layer("head"), np.array(new.get_layer("head").kernel)
+    np.testing.assert_allclose(model.to_keras()(NUMBERS), model(NUMBERS), atol=1e-6)
+    np.testing.assert_array_equal(model.to_keras().get_layer("head").kernel, start[0])
+    model.train_on_batch(NUMBERS, Y)
+    share = averaging_share(model.genome, 6)
+    np.testing.assert_allclose(head.kernel_average, start + (np.array(head.kernel) - start) * share, rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_and_outputs_are_read_as_in_keras():
