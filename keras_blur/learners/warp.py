@@ -35,6 +35,7 @@ from keras_blur.learners.base import (
     places,
     resolve,
 )
+from keras_blur.models.networks import copied
 
 _START, _WARP = "start_", "warp_"
 
@@ -154,7 +155,7 @@ class Warp(MetaLearner):
         Args:
             outer: arrays by name, without the axis of members.
         """
-        model = keras.models.clone_model(self.model)
+        model = copied(self.model)
         model.set_weights(self.model.get_weights())
         names = _names(model, self.warp)
         for variable in model.trainable_variables:
@@ -218,7 +219,7 @@ class Warp(MetaLearner):
         arguments.count("steps", steps)
         arguments.count("batch_size", batch_size)
         arguments.integer("seed", seed, 0)
-        model = keras.models.clone_model(learned)
+        model = copied(learned)
         model.set_weights(learned.get_weights())
         for own, other in zip(places(model).values(), places(learned).values(), strict=True):
             own.layer.trainable = other.layer.trainable

@@ -162,14 +162,7 @@ def builder(network: str | Sequence[int] | keras.Model) -> tuple[str, Callable[.
                 f"`network` must take examples of {tuple(shape)} and have {classes} outputs. "
                 f"Received: {name}, which takes {own[0]} and has {own[1]}"
             )
-        copies: dict[int, Any] = {}
-
-        def copy(layer: Any) -> Any:
-            if id(layer) not in copies:
-                copies[id(layer)] = _drawn_anew(layer) if functional_of(layer) is None else cloned(layer, copy)
-            return copies[id(layer)]
-
-        return flattened(keras.models.clone_model(model) if functional_of(model) is None else copy(model))
+        return flattened(keras.models.clone_model(model) if functional_of(model) is None else copied(model, _drawn_anew))
 
     return name, again
 
@@ -214,6 +207,32 @@ def cloned(model: keras.Model, copy: Callable[[Any], Any]) -> keras.Model:
         return keras.Sequential([entry, *map(copy, model.layers)], name=model.name, trainable=model.trainable)
     functional = keras.Model(model._inputs_struct, model._outputs_struct, name=model.name)
     return keras.models.clone_model(functional, clone_function=copy)
+
+
+def copied(model: keras.Model, copy: Callable[[Any], Any] | None = None) -> keras.Model:
+    """The same network with variables of its own, not compiled, also of the models inside.
+
+    Args:
+        model: a built Sequential or Functional model.
+        copy: a function from a layer to its copy; `None` for one by its config.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), kl.Dense(3)])
+    >>> copied(model).layers[0] is model.layers[0]
+    False
+    """
+    copies: dict[int, Any] = {}
+
+    def once(layer: Any) -> Any:
+        if id(layer) not in copies:
+            if functional_of(layer) is not None:
+                copies[id(layer)] = cloned(layer, once)
+            else:
+                copies[id(layer)] = copy(layer) if copy else type(layer).from_config(layer.get_config())
+        return copies[id(layer)]
+
+    return once(model)
 
 
 def flattened(model: keras.Model) -> keras.Model:

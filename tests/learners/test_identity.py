@@ -216,6 +216,17 @@ def test_warps_of_models_inside_a_model_are_held(name, warp):
         assert np.array_equal(before[key], after[key]) == key.startswith("warp_")
 
 
+def test_a_compiled_model_with_a_loss_of_a_user_learns_with_warps():
+    model = nested()
+    model.compile("sgd", lambda y, prediction: ops.mean(ops.square(y - prediction), axis=-1))
+    learner = learners.Warp(model, ["second/fc"], keras.optimizers.SGD(0.1))
+    outer = learner.draw(0, 1, FEATURES, CLASSES)
+    found = learner.learned({key: own[0] for key, own in outer.items()})
+    assert model.compiled and not found.compiled
+    for key, own in learner.parameters(found).items():
+        np.testing.assert_array_equal(own, outer[key])
+
+
 def test_a_step_inside_is_the_step_of_keras():
     learner, (x, y) = learners.Warp(nested(), ["second/fc"], keras.optimizers.SGD(0.1)), data()
     drawn = learner.draw(0, 1, FEATURES, CLASSES)
