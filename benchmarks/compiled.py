@@ -279,7 +279,7 @@ def meta_step(
         options: of the rule.
         of: the tasks.
         optimizer: of the outer parameters.
-        learner: another than one with a genome, which is then not given.
+        learner: a learner other than `Blur`; `None` makes a `Blur`.
         **more: for `MetaTrainer`.
     """
     rule = learned(options)

@@ -143,6 +143,13 @@ def checked(
                 f"and {name}={type(value).__name__}"
             )
     if loader:
+        if learned and expected().one_weight:
+            check.refuse(
+                "x",
+                "be arrays, a tf.data.Dataset, a PyDataset or a generator, whose weights can be compared, where a rule with "
+                "feedback='labels' learns from several outputs",
+                type(x).__name__,
+            )
         return x, None, None
     if dataset and expected().several:
         check.one_weight(keras.utils.unpack_x_y_sample_weight(x.element_spec)[2])

@@ -188,7 +188,13 @@ def define_flags(flags: Flags) -> None:
         "Fitness of cma; speed is the accuracy averaged over steps 1, 2, 4, ... and the last.",
         _takes("fitness"),
     )
-    flags.choice("loss", "auto", meta.LOSSES, "Query loss; auto is cross-entropy, or squared for values.", [_QUERY_LOSS])
+    flags.choice(
+        "loss",
+        "auto",
+        meta.LOSSES,
+        "Query loss; auto is cross-entropy, squared for values, or binary for patterns, which take no other.",
+        [_QUERY_LOSS],
+    )
     flags.switch(
         "recompute",
         False,

@@ -60,7 +60,7 @@ def slow(rule: Rule, synapses: Synapses, steps: Int[Array, ""] | int) -> Synapse
     Args:
         rule: the rule.
         synapses: the synapses and their companions.
-        steps: 0 before the averages hold, as the learning step is.
+        steps: 0 until the averages hold: the learning step, or a layer's `averaged`.
     """
     if not rule.slow_synapses:
         return synapses

@@ -179,7 +179,7 @@ class Map(abc.ABC):
         kernel, y = self.rounded(kernel), self.rounded(y)
         shape = ops.shape(y)
         shape = (*shape[: len(shape) - len(self.target(source))], *source)
-        return transpose(lambda x: self.product(kernel, x), shape, y)
+        return stored(lambda kernel, y: transpose(lambda x: self.product(kernel, x), shape, y), kernel, y)
 
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         """The outer product, summed over the batch: of `[..., s, batch, *source]` and
@@ -192,7 +192,7 @@ class Map(abc.ABC):
                 ops.swapaxes(stored(lambda x: self.patches(x, source, 0), pre), -1, -2), self.split(self.rows(post))
             )
             return self.kernel(self.joined(blocks), ops.zeros(shape, dtype=blocks.dtype))
-        return transpose(lambda kernel: self.product(kernel, pre), shape, post)
+        return stored(lambda pre, post: transpose(lambda kernel: self.product(kernel, pre), shape, post), pre, post)
 
     def is_population(self, kernel: Array, source: Shape) -> bool:
         """Whether kernels `[..., c, *kernel_shape]` have leading axes."""

@@ -203,6 +203,17 @@ class MetaLearner(Learner):
             ValueError: if it does not.
         """
 
+    def check_batch(self, batch: int, query: int) -> None:
+        """Checks that the learner can learn from batches of a size.
+
+        Args:
+            batch: examples of a support batch.
+            query: examples of the query.
+
+        Raises:
+            ValueError: if it cannot, as with a rule that normalises over a batch of one.
+        """
+
 
 def keras_model(learned: Any) -> keras.Model:
     """Returns a Keras model, or loads it from a path.

@@ -199,21 +199,13 @@ class Blur(MetaLearner):
         if rule.layers is not None and not callable(self.network) and len(self.network) + 1 != rule.layers:
             raise ValueError(f"`learner` must have {rule.layers} layers, as its rule has a genome for each of that many.")
 
-    def check_batch(self, batch: int) -> None:
-        """Checks that the rule can learn from support batches of a size.
-
-        Args:
-            batch: examples of a support batch.
-
-        Raises:
-            ValueError: if the rule normalises over a batch of one example, of which nothing is
-                left.
-        """
+    def check_batch(self, batch: int, query: int) -> None:
         rule = self.rule
-        if batch == 1 and rule.normalize_activations != "none" and rule.normalization_axis == "batch":
+        if min(batch, query) == 1 and rule.normalize_activations != "none" and rule.normalization_axis == "batch":
             raise ValueError(
-                "`batch_size` must be 2 or more where the rule normalises activations over the batch; a rule with "
-                "normalization_axis='units' takes one example. Received: batch_size=1"
+                "`batch_size` and `query_size` must be 2 or more where the rule normalises activations over the batch, as "
+                "nothing is left of one example. A rule with normalization_axis='units' takes one. Received: "
+                f"batch_size={batch}, query_size={query}"
             )
 
     def init(

@@ -153,8 +153,7 @@ class MetaTrainer(OuterLoop):
             check_tasks(one, batch_size, query_size)
             for other in learners:
                 other.check(one.kind, one.outputs)
-                if isinstance(other, Blur):
-                    other.check_batch(batch_size)
+                other.check_batch(batch_size, query_size)
         self._given_learners = learners
         self.families = [(one, other.on(one.shape, one.outputs)) for one in several for other in learners]
         if clipnorm is not None:
@@ -234,8 +233,8 @@ class MetaTrainer(OuterLoop):
                 Table C.1 of the paper. Must be `None` under `Evolution`.
             start_optimizer: separate optimizer of the initial weights (outer parameters named
                 `start_...`), whose gradient is then clipped separately. `None` uses `optimizer`.
-                Callbacks set the learning rate of `optimizer` alone.
-                For Reptile, use SGD; its learning rate is the interpolation factor.
+                For Reptile, use SGD; its learning rate is the interpolation factor. Callbacks
+                change only the learning rate of `optimizer`.
             run_eagerly: whether to run meta-steps uncompiled, for debugging.
             steps_per_execution: meta-steps between calls of batch callbacks.
             jit_compile: whether to compile meta-steps with XLA. Compilation takes time and memory.
@@ -337,9 +336,9 @@ class MetaTrainer(OuterLoop):
         """Copies the best member, with its optimizer state, to all others.
 
         From then on, members have different initial networks, so that they learn apart. Without
-        random networks, as in `MAML`, they stay equal, except under `ES` and `PES`. Truncation
-        windows begin with new episodes, since a carried learner is of the member that it was
-        carried for. Does nothing under `Evolution`, or if no member is sound.
+        random networks, as in `MAML`, they stay equal, except under `ES` and `PES`. The next step
+        begins new episodes, because carried learners belong to the members that were overwritten.
+        Does nothing under `Evolution`, or if no member is sound.
         """
         if not self.sound:
             return

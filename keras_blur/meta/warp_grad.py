@@ -67,9 +67,9 @@ class WarpGrad(Estimator):
         order: `"exact"` (equation 11) or `"first"` (equation 12).
         start: how initial weights are learned: `"none"`, `"reptile"`, `"leap"` or `"maml"`.
         scored: the examples that score a step: `"next"`, the next batch of the support, or
-            `"query"`. `MetaTrainer` sets `"query"` where the next batch may have examples of the
-            step's own batch: where the support is smaller than two batches, as in few-shot tasks
-            whose batch is the whole support.
+            `"query"`. `MetaTrainer` uses `"query"`, whatever is given, if the support is smaller
+            than two batches, because the next batch may then share examples with the step's own.
+            Few-shot tasks whose batch is the whole support are such a case.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -199,7 +199,7 @@ class OfflineWarpGrad(WarpGrad):
     Each meta-step is one outer step. The first one on some episodes runs the inner loop, fills the
     buffer and includes the gradient of the start. Every outer step uses `thetas` visited points of
     each task until all are used. All report the loss and the quality of the query at the end of the
-    inner loop.
+    inner loop. If that loss is not finite, all are skipped, as with `WarpGrad`.
 
     Args:
         steps, loss, kind, order, start, scored: as in `WarpGrad`.

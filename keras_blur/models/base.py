@@ -273,8 +273,8 @@ class BlurModel(WholeFiles, CheckedModel):
     def call(self, inputs: Any, training: bool = False) -> Any:
         """The prediction: state 1 of the outputs, divided by the genome's temperature.
 
-        A frozen model predicts inside another one that trains: of `training`, only dropout and
-        layers without weights take notice, as in Keras.
+        A frozen model predicts inside another one that trains: `training` affects only
+        dropout and layers without weights, as in Keras.
 
         Raises:
             ValueError: if another Keras model calls this one to train it with an optimizer. On JAX
@@ -602,12 +602,12 @@ class BlurModel(WholeFiles, CheckedModel):
         weights = response.weights_of(sample_weight, self._output_keys(), self.variable_dtype)
         wanted, hebbian_weight = self._wanted(y, weights), None
         if rule.feedback == "labels":
-            hebbian_weight = None if weights[0] is None else ops.reshape(weights[0], (-1,))
+            hebbian_weight = response.one_weight(wanted)
             ignored = ignored_class(self._learned_loss)
             if ignored is not None:
                 valid = ops.cast(ops.not_equal(ops.reshape(y, (-1,)), ignored), self.variable_dtype)
                 hebbian_weight = valid if hebbian_weight is None else hebbian_weight * valid
-        elif not self._learns_from_errors_alone():  # errors have the weights in them, other states have not
+        elif not self._learns_from_errors_alone():  # errors include the weights; other states do not
             hebbian_weight = response.teaching(wanted, self._network.outputs, self.variable_dtype)
         prepared = tuple(self._prepared(self._inputs(x), True))
         added = len(self.losses) - sum(variable.regularizer is not None for variable in self.trainable_variables)

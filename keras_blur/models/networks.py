@@ -304,7 +304,7 @@ def normalized(model: keras.Model) -> keras.Model | None:
     outputs = {tensor._keras_history.operation.name for tensor in model.outputs}
     after: dict[str, Any] = {}
 
-    def cloned(layer: Any) -> Any:
+    def linear(layer: Any) -> Any:
         config = layer.get_config()
         inner = getattr(layer, "activation", None)
         if layer.weights and inner not in (None, keras.activations.linear) and layer.name not in outputs:
@@ -319,7 +319,7 @@ def normalized(model: keras.Model) -> keras.Model | None:
         return kl.Activation(after[layer.name])(kl.BatchNormalization()(found)) if layer.name in after else found
 
     functional = keras.Model(model.inputs[0], model.outputs[0])
-    made = keras.models.clone_model(functional, clone_function=cloned, call_function=called)
+    made = keras.models.clone_model(functional, clone_function=linear, call_function=called)
     for layer in model.layers:
         if layer.weights:
             made.get_layer(layer.name).set_weights(layer.get_weights())

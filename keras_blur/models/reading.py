@@ -530,7 +530,9 @@ def _map_of(layer: Any, node: Any, shapes: Sequence[Shape], target: Shape) -> We
         return Sigmoid(shapes[0])
     if kind in _MIXING or name in _MIXING_OPERATIONS:
         return ActivationMap(function, shapes, target)
-    if kind not in _ELEMENTWISE and not (shapes == [target] and inspect.unwrap(is_elementwise)(function)):  # keeps none
+    if kind not in _ELEMENTWISE and not (
+        shapes == [target] and inspect.unwrap(is_elementwise)(function)
+    ):  # a cache would keep the model
         return Jacobian(function, shapes, target)
     return (_Affine if _is_affine(function) else Elementwise)(function, shapes, target)
 
@@ -543,6 +545,8 @@ def _is_affine(function: Callable[[Array], Array]) -> bool:
     """Whether an elementwise function is a line, by a test on sample values."""
     points = np.array([[0.0, 1.0, -1e3, -7.0, -3.0, -1.0, -0.3, 0.3, 3.0, 7.0, 1e3]], np.float32)
     found = np.asarray(keras.ops.cast(function(keras.ops.array(points)), "float32"))
+    if not np.isfinite(found).all():
+        return False
     line = found[0, 0] + (found[0, 1] - found[0, 0]) * points
     return np.allclose(found, line, rtol=1e-4, atol=1e-4)
 
@@ -606,8 +610,8 @@ def _function_of(operation: Any, node: Any, **phase: bool) -> Callable[..., Arra
 
 @contextlib.contextmanager
 def _unrounded(operation: Any) -> Iterator[None]:
-    """Layers compute in the type of their variables here. A mixed policy is for the factors of
-    products, which layers without weights have none of."""
+    """Layers compute in the type of their variables here. A mixed policy rounds the factors of
+    products, and layers without weights have none."""
     layers = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
     before = [(one, one._dtype_policy) for one in layers if one.compute_dtype != one.variable_dtype]
     for one, _ in before:

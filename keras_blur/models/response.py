@@ -106,6 +106,22 @@ def weights_of(sample_weight: Any, names: Sequence[str], dtype: str) -> list[Arr
     return [None if one is None else ops.cast(one, dtype) for one in found]
 
 
+def one_weight(wanted: Sequence[Wanted]) -> Array | None:
+    """The weight of each example, `[batch]`, where outputs with a loss have the same; `None` if
+    they have none.
+
+    Raises:
+        ValueError: if some of these outputs have weights and others have none.
+    """
+    given = [one.weights for one in wanted if one.loss is not None]
+    if any(one is None for one in given) and any(one is not None for one in given):
+        raise ValueError(
+            "`sample_weight` must be the same for each output with a loss, where a rule with feedback='labels' learns from "
+            "several. Received: weights of some and none of others"
+        )
+    return ops.reshape(given[0], (-1,)) if given and given[0] is not None else None
+
+
 def teaching(wanted: Sequence[Wanted], outputs: Sequence[Any], dtype: str) -> Array | None:
     """Which examples teach something: 1 for those with a nonzero weight in some output or position,
     else 0; `None` if all do.

@@ -83,7 +83,7 @@ class Tasks(abc.ABC):
     def support(self, query: int, split: str = "train") -> int:
         """The largest number of different examples in the support of an episode.
 
-        A subclass whose supports repeat fewer examples overrides it.
+        Override it if the support repeats a smaller set of examples, as in few-shot tasks.
 
         Args:
             query: number of query examples.

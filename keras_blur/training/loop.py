@@ -272,8 +272,8 @@ class OuterLoop(keras.Model):
                     )
                 if all(self.optimizer is not one for one, _ in self.optimizers().values()):
                     raise ValueError(
-                        "`callbacks` must not set the learning rate of `optimizer` where it updates nothing, as "
-                        f"`start_optimizer` updates all. Received: callbacks with {name}"
+                        "`callbacks` must not set the learning rate of `optimizer` if it updates nothing: "
+                        f"`start_optimizer` updates all outer parameters. Received: callbacks with {name}"
                     )
                 schedule = getattr(plain(self.optimizer), "_learning_rate", None)
                 if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):

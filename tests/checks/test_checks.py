@@ -142,7 +142,7 @@ def loader(name, module, *bases):
 
 
 def test_loaders_of_other_libraries_pass_as_keras_knows_them():
-    """Neither library need be there. Keras looks at the names of the classes alone, too."""
+    """Neither library is needed: like Keras, we look only at class names."""
     torch = loader("DataLoader", "torch.utils.data.dataloader")
     kinds = [torch, loader("Own", "mine", torch), loader("MapDataset", "grain._src.python.dataset.dataset")]
     for kind in kinds:

@@ -1,13 +1,17 @@
 """What an unrolled step stores for its gradient: the gradient is that of the plain function, and on
 TensorFlow a loop stores its state and the results of products, no more."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_blur import backend
-from keras_blur.core.derivatives import einsum, matmul, stored, tanh
+from keras_blur.core.connections.conv import ConvConnection
+from keras_blur.core.derivatives import by_operation, einsum, matmul, stored, tanh
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -40,7 +44,22 @@ def looped(keep, x, w):
     return keep * w + backend.loop(2, lambda number, v: (tanh(matmul(v, x)),), w)[0]
 
 
-STEPS = [squared, solved, differentiated, looped]
+def nested(keep, x, w):
+    """A costly function with another one inside."""
+    inside = stored(lambda a, b: tanh(matmul(a, b)) * a, x, w)
+    return keep * w + 0.1 * matmul(inside, w)
+
+
+def convolved(keep, x, w):
+    """The three products of a convolution, of which two are transposes of the first."""
+    connection = ConvConnection(3, size=(1,), strides=(1,), padding="valid", dilation=(1,))
+    kernel, entering = w[None, None, None], x[None, None, None]  # one member, channel or state, example
+    sent = connection.linear(kernel, entering)
+    back = connection.linear_transpose(kernel, tanh(sent), (3, 3))
+    return keep * w + 0.1 * (back[0, 0, 0] + connection.outer(entering, tanh(sent), (3, 3))[0, 0, 0])
+
+
+STEPS = [squared, solved, differentiated, looped, nested, convolved]
 
 
 def gradients(step, options, jit_compile, times=3):
@@ -75,19 +94,59 @@ def test_the_gradient_is_that_of_the_plain_function(step, options, jit_compile):
 
 
 def test_the_same_array_twice_has_the_sum_of_both_gradients():
-    step = backend.recomputed(lambda a, b: ops.sum(a * a * b), stores_costly=True)
-    _, found = backend.gradient(lambda x: (step(x, x), ()), ops.convert_to_tensor(2.0))
-    assert float(found) == 12.0  # of x^3 at 2
+    step = backend.recomputed(lambda a, b: ops.sum(matmul(a, a) * b), stores_costly=True)
+    _, found = backend.gradient(lambda x: (step(x, x), ()), ops.convert_to_tensor([[2.0]]))
+    assert float(found[0, 0]) == 12.0  # of x^3 at 2
+
+
+def test_a_step_that_raises_leaves_nothing_behind():
+    def raises(w):
+        matmul(w, w)
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        backend.recomputed(raises, stores_costly=True)(ops.eye(2))
+    _, found = backend.gradient(lambda w: (ops.sum(matmul(w, w)), ()), ops.eye(2))
+    np.testing.assert_array_equal(ops.convert_to_numpy(found), 2.0 * np.ones((2, 2)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="XLA compiles all programs of JAX")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_program_of_xla_does_not_run_by_operation(jit_compile):
+    found = []
+    backend.compiled(lambda x: found.append(by_operation()) or x, jit_compile=jit_compile)(ops.ones(2))
+    assert found == [not jit_compile]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX keeps no table of gradients")
+@pytest.mark.parametrize("compiled", [backend.compiled, lambda function: backend.Runner().program(function, list)])
+def test_a_traced_program_is_not_kept_in_memory(compiled):
+    import tensorflow as tf
+
+    graphs = []
+
+    def gradient(w):
+        graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
+        step = backend.recomputed(lambda w: ops.sum(tanh(matmul(w, w))), stores_costly=True)
+        return backend.gradient(lambda w: (step(w), ()), w)[1]
+
+    program = compiled(gradient)
+    program(ops.ones((2, 2)))
+    del program
+    gc.collect()
+    assert [graph() for graph in graphs] == [None]
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX is measured by its program's memory")
 def test_a_loop_on_tensorflow_stores_its_state_and_products_only():
     import tensorflow as tf
 
-    def lists(options):
+    def lists(options, convolves=False):
         """How many arrays each step of the loop adds to a list for the gradient."""
 
         def body(w, x):
+            if convolves:
+                return convolved(1.0, x, w), x
             return tanh(ops.sin(matmul(w, ops.exp(x)))) * ops.cos(matmul(x, tanh(w))), x
 
         body = body if options is None else backend.recomputed(body, **options)
@@ -104,5 +163,6 @@ def test_a_loop_on_tensorflow_stores_its_state_and_products_only():
         return sum(output.dtype == tf.variant for output in loops[0].outputs)
 
     assert lists({"stores_costly": True}) == 4  # w, x and two products
+    assert lists({"stores_costly": True}, convolves=True) == 5  # and the three products of a convolution
     assert lists({}) == 2
     assert lists(None) > 4

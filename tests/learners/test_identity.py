@@ -222,7 +222,8 @@ def test_a_compiled_model_with_a_loss_of_a_user_learns_with_warps():
     learner = learners.Warp(model, ["second/fc"], keras.optimizers.SGD(0.1))
     outer = learner.draw(0, 1, FEATURES, CLASSES)
     found = learner.learned({key: own[0] for key, own in outer.items()})
-    assert model.compiled and not found.compiled
+    assert model.compiled
+    assert not found.compiled
     for key, own in learner.parameters(found).items():
         np.testing.assert_array_equal(own, outer[key])
 

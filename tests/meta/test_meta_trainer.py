@@ -420,8 +420,12 @@ def test_shell_normalises_patterns_one_at_a_time_over_units(tmp_path):
 
 
 def test_a_batch_of_one_is_not_normalised_over_the_batch():
-    with pytest.raises(ValueError, match=r"`batch_size` must be 2 or more where .* Received: batch_size=1"):
+    with pytest.raises(
+        ValueError, match=r"`batch_size` and `query_size` must be 2 or more .* Received: batch_size=1, query"
+    ):
         trainer(batch_size=1)
+    with pytest.raises(ValueError, match=r"`batch_size` and `query_size` must be 2 or more .* query_size=1$"):
+        trainer(query_size=1)
     rule = Rule(batch_reduction="mean", normalize_activations="both", normalization_axis="units")
     assert trainer(learners.Blur((8,), rule), batch_size=1).batch_size == 1
     assert trainer(learners.Blur((8,), Rule(batch_reduction="mean")), batch_size=1).batch_size == 1

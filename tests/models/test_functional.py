@@ -775,6 +775,7 @@ AFTER = {
     "gelu": keras.activations.gelu, "sigmoid": ops.sigmoid, "softmax operation": ops.softmax,
     "log_softmax operation": ops.log_softmax, "normalize": ops.normalize, "lambda": kl.Lambda(ops.square),
     "scaled": scaled_tanh, "leaky": lambda x: ops.maximum(x, 0.2 * x),
+    "reciprocal": lambda x: 1.0 / x,
 }  # fmt: skip
 
 

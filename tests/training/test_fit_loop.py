@@ -333,8 +333,8 @@ SCHEDULER = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)
         (lambda: meta_trainer(keras.optimizers.Lamb(), members=2), "must not mix members, as Lamb does"),
         (lambda: bilevel_trainer(single(), several()), "`rate` of the estimator must be given"),
         (same_twice, "must be different objects"),
-        (same_for_the_start, "`start_optimizer` must be another object"),
-        (scheduled_start, "must not set the learning rate of `optimizer` where it updates nothing"),
+        (same_for_the_start, "`start_optimizer` must be a different object"),
+        (scheduled_start, "must not set the learning rate of `optimizer` if it updates nothing"),
         (of_another_model, "must be new, or have been compiled for the same weights"),
     ],
 )

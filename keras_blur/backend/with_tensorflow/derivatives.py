@@ -165,7 +165,7 @@ class _Storage:
         if _graph() is not self._graph:
             return function(*arrays)
         if self._again is None:
-            self.results.append(function(*arrays))
+            self.results.append(_unstored(function, *arrays))
             return self.results[-1]
         result = next(self._again)
 
@@ -175,7 +175,7 @@ class _Storage:
                 here = [tf.identity(one) for one in arrays]  # two arguments may be one tensor
                 with tf.GradientTape() as tape:
                     tape.watch(here)
-                    value = function(*here)  # not executed where its gradient does not read it
+                    value = _unstored(function, *here)  # not executed where its gradient does not read it
                 with _known_orders():
                     return tape.gradient(value, here, output_gradients=upstream, unconnected_gradients="zero")
 
@@ -190,6 +190,15 @@ _STORAGE: contextvars.ContextVar[_Storage | None] = contextvars.ContextVar("_STO
 def _graph() -> Any:
     """The graph that is traced now; `None` outside of one."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _unstored(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(*arrays)`, which stores nothing inside."""
+    before = _STORAGE.set(None)
+    try:
+        return function(*arrays)
+    finally:
+        _STORAGE.reset(before)
 
 
 def stored(function: Callable[..., Array], *arrays: Array) -> Array:

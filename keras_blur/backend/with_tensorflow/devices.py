@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blur.backend.with_tensorflow.programs import by_xla
+from keras_blur.backend.with_tensorflow.programs import by_xla, forgetting_gradients
 
 Array = Any
 
@@ -52,7 +52,8 @@ def on_platform(arrays: Any, *, cpu: Callable[[Any], Any], other: Callable[[Any]
 
 def by_operation() -> bool:
     """Whether what is traced now runs operation by operation, each by a kernel of its own: in a
-    plain graph or eagerly, and not as a program of XLA."""
+    plain graph or eagerly, and not as part of a program of `compiled` that XLA compiles, nor on a
+    TPU."""
     return not by_xla() and not isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
@@ -156,7 +157,8 @@ class Runner:
         del variables  # a graph refers to them by itself
 
         def run(*arguments: Any) -> Any:
-            return self.run(function, *arguments)
+            with forgetting_gradients():
+                return self.run(function, *arguments)
 
         return run if eager else tf.function(run, autograph=False)
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import ops  # TensorFlow does not export its table of gradients
 
 Array = Any
 
 _BY_XLA = contextvars.ContextVar("_BY_XLA", default=False)
+_FORGETTING = contextvars.ContextVar("_FORGETTING", default=False)
 
 
 def by_xla() -> bool:
@@ -26,6 +28,26 @@ def _tracing(jit_compile: bool) -> Iterator[None]:
         yield
     finally:
         _BY_XLA.reset(before)
+
+
+@contextlib.contextmanager
+def forgetting_gradients() -> Iterator[None]:
+    """Drops what `tf.custom_gradient` registers while a program is traced.
+
+    TensorFlow never drops it, and it holds the graph: each trace would stay in memory. Inside of
+    another such scope it is kept, since the outer program may still differentiate the inner one.
+    """
+    table = ops.gradient_registry._registry
+    known, outermost = len(table), not _FORGETTING.get()
+    before = _FORGETTING.set(True)
+    try:
+        yield
+    finally:
+        _FORGETTING.reset(before)
+        if outermost:
+            for name in list(table)[known:] if len(table) > known else ():
+                if name.startswith("CustomGradient"):
+                    del table[name]
 
 
 def loop(count: int, body: Callable[..., tuple[Any, ...]], *carried: Any) -> tuple[Any, ...]:
@@ -85,7 +107,7 @@ def compiled(function: Callable[..., Any], *, jit_compile: bool = True) -> Calla
             return function(*arguments)
         key = tuple((tuple(leaf.shape), leaf.dtype) for leaf in tf.nest.flatten(arguments))
         if key not in traced:
-            with _tracing(jit_compile):
+            with _tracing(jit_compile), forgetting_gradients():
                 traced[key] = wrapped.get_concrete_function(*arguments)
         return traced[key](*arguments)
 

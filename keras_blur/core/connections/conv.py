@@ -152,7 +152,8 @@ class Convolution(Connection):
         wide = ops.broadcast_to(x, (*lead, *ops.shape(x)[len(x.shape) - self.axes - 2 :]))
         states = ops.reshape(wide, (-1, *ops.shape(wide)[len(lead) :]))
         plain = dataclasses.replace(self, first=False)
-        found = [plain.product(members[member], states[member]) for member in range(math.prod(lead))]
+        every = (ops.unstack(one, math.prod(lead)) for one in (members, states))
+        found = [plain.product(*member) for member in zip(*every, strict=True)]
         stacked = ops.stack(found)
         return self._stored_order(ops.reshape(stacked, (*lead, *ops.shape(stacked)[1:])))
 

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_blur.core import equations
 from keras_blur.core.connection import Connection
-from keras_blur.core.derivatives import matmul, transpose
+from keras_blur.core.derivatives import matmul, stored, transpose
 from keras_blur.core.genome import Genome
 from keras_blur.core.maps import Shape
 from keras_blur.core.settling import TermContext
@@ -102,7 +102,8 @@ class EmbeddingConnection(Connection):
     def outer(self, pre: Array, post: Array, source: Shape) -> Array:
         post = self.rounded(post)
         leading = post.shape[: len(post.shape) - self.target_axes - 1]
-        return transpose(lambda kernel: self.product(kernel, pre), (*leading, self.entries, self.units), post)
+        shape = (*leading, self.entries, self.units)
+        return stored(lambda post: transpose(lambda kernel: self.product(kernel, pre), shape, post), post)
 
 
 def _behind(weight: Array, axes: int) -> tuple[int, ...]:
