@@ -64,8 +64,8 @@ class Graph:
         features: number of feature axes of each input.
         operations: what is computed.
         outputs: numbers of the values that receive feedback.
-        groups: for each holder, which of the genome's layers it learns with (`Rule.layers`); `()` if
-            holder i learns with layer i.
+        groups: for each holder, which of the genome's layers it learns with (`Rule.layers`);
+            `()` if holder i learns with layer i.
     """
 
     features: tuple[int, ...]
