@@ -155,6 +155,14 @@ def test_loaders_of_other_libraries_pass_as_keras_knows_them():
             model().fit(kind(), verbose=0)
 
 
+def test_a_loader_whose_weights_cannot_be_compared_is_refused():
+    torch = loader("DataLoader", "torch.utils.data.dataloader")
+    several = checks.Expected(several=True, one_weight=True)
+    with pytest.raises(ValueError, match=r"`x` must be arrays, .* Received: DataLoader"):
+        checks.checked(torch(), None, None, lambda: several, learned=True)
+    assert checks.checked(torch(), None, None, lambda: several)[1:] == (None, None)
+
+
 def test_a_distributed_dataset_is_learned_from():
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
     with strategy.scope():

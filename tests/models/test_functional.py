@@ -746,6 +746,20 @@ def test_labels_of_several_outputs_take_one_weight_an_example():
     assert model.evaluate(x, y, sample_weight=[weight, np.ones(4)], verbose=0) is not None  # losses may have their own
 
 
+def test_labels_of_one_of_several_outputs_take_its_weight(float64):
+    def learned(weights):
+        entry = keras.Input((3,))
+        outputs = {name: kb.layers.Dense(2, name=name, kernel_initializer="ones")(entry) for name in "ab"}
+        model = kb.Model(entry, outputs, genome=kb.Genome.random(kb.Rule(), seed=0))
+        model.compile(loss={"b": "mean_squared_error"}, run_eagerly=True)
+        x = np.arange(12.0).reshape(4, 3) / 12.0
+        model.train_on_batch(x[: len(weights)], {"b": np.ones((len(weights), 2))}, {"b": np.array(weights)})
+        return model.get_layer("b").get_weights()[0]
+
+    np.testing.assert_allclose(learned([1.0, 1.0, 0.0, 0.0]), learned([1.0, 1.0]), rtol=1e-12)
+    assert np.abs(learned([1.0, 1.0, 1.0, 1.0]) - learned([1.0, 1.0, 0.0, 0.0])).max() > 1e-4
+
+
 def test_a_loss_in_a_list_is_that_of_the_one_output(float64):
     entry = keras.Input((5,))
     model = randomized(keras.Model(entry, kl.Dense(2, name="head")(entry)))
