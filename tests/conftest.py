@@ -23,10 +23,10 @@ import pytest
 # Files that test TensorFlow only (`tf.data`, `tf.distribute`, its graphs), files not ported yet,
 # and files that run a backend in separate processes.
 collect_ignore = [
-    "checks", "replicas.py", "core/test_losses.py", "core/test_singular.py", "meta/test_estimates_on_jax.py",
-    "models/test_on_tensorflow.py", "test_claims.py", "test_compiled.py", "test_examples.py", "test_jax.py",
-    "test_jax_meta.py", "test_notebooks.py", "test_readme.py", "test_site.py", "tpu", "training/test_distribution.py",
-    "training/test_fit_loop.py",
+    "checks", "replicas.py", "core/test_losses.py", "core/test_singular.py", "core/test_stored_on_tensorflow.py",
+    "meta/test_estimates_on_jax.py", "models/test_on_tensorflow.py", "test_claims.py", "test_compiled.py",
+    "test_examples.py", "test_jax.py", "test_jax_meta.py", "test_notebooks.py", "test_readme.py", "test_site.py", "tpu",
+    "training/test_distribution.py", "training/test_fit_loop.py",
 ] if JAX else []  # fmt: skip
 
 

@@ -208,9 +208,5 @@ def known_plan(plan: NetworkPlan | None, features: int | None = None, outputs: i
 def _fixed(layer: SynapticLayer) -> dict[str, Any]:
     """The initializers of a layer that draw no random numbers, by the array that they
     initialise."""
-    chosen = {
-        "kernel": layer.kernel_initializer,
-        "bias": layer.bias_initializer,
-        "backward_kernel": layer.backward_initializer or layer.kernel_initializer,
-    }
+    chosen = layer.plain_initializers(layer.source)
     return {name: one for name, one in chosen.items() if "seed" not in getattr(one, "get_config", dict)()}

@@ -45,7 +45,7 @@ def forgetting_gradients() -> Iterator[None]:
     finally:
         _FORGETTING.reset(before)
         if outermost:
-            for name in list(table)[known:] if len(table) > known else ():
+            for name in list(table)[known:]:
                 if name.startswith("CustomGradient"):
                     del table[name]
 
